@@ -1,0 +1,1 @@
+"""Pruning-aware pretraining of Llama models in JAX (EfficientLLM)."""

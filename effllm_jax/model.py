@@ -1,0 +1,228 @@
+"""A Llama decoder as free functions over a parameter tree and a mask tree.
+
+Masks act on activations: after the embedding, on head outputs, on feed-forward
+activations and on every write to the stem. So a dead group contributes exactly
+nothing, its gradient is exactly zero, and flipping a mask bit never changes a
+shape. RMSNorm divides by the number of *live* stem channels; with that the
+masked model and the shrunk model are the same function.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from effllm_jax import structure
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How the arithmetic is done; says nothing about the architecture.
+
+  Attributes:
+    dtype: of activations and of the weights as the matmuls read them. Master
+      parameters, norms, softmax and the loss stay float32.
+    remat: recompute each layer in the backward pass (`jax.checkpoint`) instead
+      of keeping its activations. Costs a third more arithmetic.
+  """
+
+  dtype: str = 'float32'
+  remat: bool = True
+
+
+@struct.dataclass
+class Taps:
+  """Inputs of every matrix product, for layer-wise statistics.
+
+  Shapes: attn_in [N,B,T,D] (read by wq, wk, wv), heads [N,B,T,K,G,H] (wo),
+  ffn_in [N,B,T,D] (w_gate, w_up), ffn [N,B,T,F] (w_down), final [B,T,D]
+  (the output matrix). Dead entries are exactly zero.
+  """
+
+  attn_in: Any
+  heads: Any
+  ffn_in: Any
+  ffn: Any
+  final: Any
+
+
+def init(key: Array, cfg: structure.ModelConfig) -> structure.Params:
+  """Random float32 parameters: normal with deviation 0.02, norm scales 1."""
+  leaves, treedef = jax.tree.flatten(structure.axes(cfg.tied))
+  keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
+
+  def leaf(letters, key):
+    shape = tuple(getattr(cfg, x) for x in letters)
+    if letters in ('D', 'ND'):
+      return jnp.ones(shape)
+    return 0.02 * jax.random.normal(key, shape)
+
+  return jax.tree.map(leaf, structure.axes(cfg.tied), keys)
+
+
+def forward(
+  params: structure.Params,
+  masks: structure.Groups,
+  tokens_BT: Array,
+  cfg: structure.ModelConfig,
+  compute: Compute = Compute(),
+  taps: bool = False,
+) -> tuple[Array, Taps | None]:
+  """Runs the decoder on packed sequences, causally, positions from 0.
+
+  Args:
+    params: float32 master parameters; shapes as in `structure.axes`.
+    masks: bool, True = alive.
+    tokens_BT: int32 token ids.
+    cfg: the architecture.
+    compute: dtype and rematerialisation.
+    taps: also return the inputs of every matrix product.
+
+  Returns:
+    logits_BTV in float32, and `Taps` or None.
+  """
+  dtype = jnp.dtype(compute.dtype)
+  stem_D = masks.stem.astype(dtype)
+  # At least 1, so that a model without a stem is a model that outputs zeros.
+  live_D = jnp.maximum(masks.stem.sum(), 1).astype(jnp.float32)
+  norm = functools.partial(_rms_norm, live_D=live_D, eps=cfg.norm_eps)
+  rope = functools.partial(
+    _rotate, angles_TH=_angles(tokens_BT.shape[1], cfg.H, cfg.rope_theta)
+  )
+
+  def layer(x_BTD, scanned):
+    w, heads_K, ffn_F = scanned
+    w = jax.tree.map(lambda leaf: leaf.astype(dtype), w)
+    attn_in_BTD = norm(x_BTD, w.attn_norm)
+    q_BTKGH = rope(jnp.einsum('BTD,DKGH->BTKGH', attn_in_BTD, w.wq))
+    k_BTKH = rope(jnp.einsum('BTD,DKH->BTKH', attn_in_BTD, w.wk))
+    v_BTKH = jnp.einsum('BTD,DKH->BTKH', attn_in_BTD, w.wv)
+    heads_BTKGH = _attention(q_BTKGH, k_BTKH, v_BTKH)
+    heads_BTKGH *= heads_K.astype(dtype)[:, None, None]
+    x_BTD += jnp.einsum('BTKGH,KGHD->BTD', heads_BTKGH, w.wo) * stem_D
+
+    ffn_in_BTD = norm(x_BTD, w.ffn_norm)
+    gate_BTF = jnp.einsum('BTD,DF->BTF', ffn_in_BTD, w.w_gate)
+    up_BTF = jnp.einsum('BTD,DF->BTF', ffn_in_BTD, w.w_up)
+    ffn_BTF = jax.nn.silu(gate_BTF) * up_BTF * ffn_F.astype(dtype)
+    x_BTD += jnp.einsum('BTF,FD->BTD', ffn_BTF, w.w_down) * stem_D
+    tapped = (attn_in_BTD, heads_BTKGH, ffn_in_BTD, ffn_BTF) if taps else None
+    return x_BTD, tapped
+
+  if compute.remat:
+    # Inside a scan nothing can be merged across iterations anyway, so the
+    # barriers that prevent it would only cost time.
+    layer = jax.checkpoint(layer, prevent_cse=False)
+  x_BTD = params.embed[tokens_BT].astype(dtype) * stem_D
+  x_BTD, tapped = jax.lax.scan(
+    layer, x_BTD, (params.layers, masks.heads, masks.ffn)
+  )
+  final_BTD = norm(x_BTD, params.final_norm)
+  unembed, letters = (
+    (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
+  )
+  logits_BTV = jnp.einsum(
+    f'BTD,{letters}->BTV',
+    final_BTD,
+    unembed.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
+
+
+def token_losses(
+  params: structure.Params,
+  masks: structure.Groups,
+  window_BT: Array,
+  cfg: structure.ModelConfig,
+  compute: Compute = Compute(),
+) -> Array:
+  """Cross-entropy of each next token, nats, [B, T-1] for windows of T."""
+  logits, _ = forward(params, masks, window_BT[:, :-1], cfg, compute)
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits, window_BT[:, 1:]
+  )
+
+
+def loss(
+  params: structure.Params,
+  masks: structure.Groups,
+  window_BT: Array,
+  cfg: structure.ModelConfig,
+  compute: Compute = Compute(),
+) -> Array:
+  """Mean next-token cross-entropy over a batch of windows, nats per token."""
+  return token_losses(params, masks, window_BT, cfg, compute).mean()
+
+
+def greedy(
+  params: structure.Params,
+  masks: structure.Groups,
+  prompt: list[int],
+  steps: int,
+  cfg: structure.ModelConfig,
+  compute: Compute = Compute(remat=False),
+) -> list[int]:
+  """The `steps` most likely tokens after `prompt`, one after another.
+
+  Recomputes the whole sequence for each token: meant for checks, where it must
+  be plain, not for serving.
+  """
+  size = len(prompt) + steps
+  tokens_T = (
+    jnp.zeros(size, jnp.int32)
+    .at[: len(prompt)]
+    .set(jnp.asarray(prompt, jnp.int32))
+  )
+
+  @jax.jit
+  def fill(params, masks, tokens_T):
+    def body(t, tokens_T):
+      logits, _ = forward(params, masks, tokens_T[None], cfg, compute)
+      return tokens_T.at[t].set(logits[0, t - 1].argmax().astype(jnp.int32))
+
+    return jax.lax.fori_loop(len(prompt), size, body, tokens_T)
+
+  return [int(t) for t in fill(params, masks, tokens_T)[len(prompt) :]]
+
+
+def _rms_norm(x_BTD, scale_D, live_D, eps):
+  """RMSNorm in float32 over the live channels (dead ones of x are zero)."""
+  x32_BTD = x_BTD.astype(jnp.float32)
+  mean_square = jnp.square(x32_BTD).sum(-1, keepdims=True) / live_D
+  normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square + eps)
+  return normed_BTD.astype(x_BTD.dtype) * scale_D
+
+
+def _angles(length, width, theta):
+  """Rotary angles [T, H/2], float32: position times theta^(-2i/H)."""
+  inverse = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  return jnp.arange(length, dtype=jnp.float32)[:, None] * inverse
+
+
+def _rotate(x, angles_TH):
+  """Rotary embedding of [B, T, ..., H]; pairs channel i with i + H/2."""
+  shape = angles_TH.shape[:1] + (1,) * (x.ndim - 3) + angles_TH.shape[1:]
+  cos, sin = (
+    jnp.cos(angles_TH).reshape(shape),
+    jnp.sin(angles_TH).reshape(shape),
+  )
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
+    x.dtype
+  )
+
+
+def _attention(q_BTKGH, k_BTKH, v_BTKH):
+  """Causal softmax attention; every key/value head serves G query heads."""
+  B, T, K, G, H = q_BTKGH.shape
+  out = jax.nn.dot_product_attention(
+    q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, is_causal=True
+  )
+  return out.reshape(q_BTKGH.shape)
