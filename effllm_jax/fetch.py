@@ -36,7 +36,7 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
     scratch = tempfile.TemporaryDirectory(dir=folder)
   except OSError as e:
     raise errors.InputError(
-      f'cannot write the cache {folder}: {e.strerror}; set --config.cache'
+      f'cannot write the cache {folder}: {e.strerror}; set --cache'
     ) from e
   with scratch as tmp:
     done = subprocess.run(

@@ -1,0 +1,311 @@
+"""Orbax: rolling checkpoints, permanent shrink events, and the way back.
+
+Layout of a workdir, one folder per moment, each complete in itself:
+
+    checkpoints/<step>/   rolling, asynchronous; the newest `keep` stay
+    events/<index>/       permanent, one per shrink
+
+Each folder holds `arch` (JSON: architecture, step, number of events), `params`,
+`prune`, `optimizer` and `data` (the position of the input pipeline), an event
+also `event` (JSON). A resume takes the newest moment of either kind, so nothing
+is written twice at a shrink. Reading goes in two steps, architecture first:
+nobody has to know a shape. Orbax commits a folder by a rename, so a killed
+process leaves no half of one.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from grain import checkpoint as grain_checkpoint
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+
+from effllm_jax import errors
+from effllm_jax import events as events_lib
+from effllm_jax import state as state_lib
+from effllm_jax import structure
+
+_ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """A folder that a run can go on from."""
+
+  path: pathlib.Path
+  step: int
+  num_events: int
+  cfg: structure.ModelConfig
+
+
+class Writer:
+  """Writes the checkpoints of one run; `close` waits for the last one."""
+
+  def __init__(self, workdir: str | os.PathLike, keep: int):
+    """Opens both folders of `workdir`; `keep` rolling checkpoints stay."""
+    workdir = pathlib.Path(workdir).absolute()
+    self._rolling = ocp.CheckpointManager(
+      workdir / _ROLLING,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+    )
+    self._events = ocp.CheckpointManager(
+      workdir / _EVENTS,
+      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+    )
+
+  def save(
+    self,
+    state: state_lib.TrainState,
+    cfg: structure.ModelConfig,
+    data: Iterator,
+    num_events: int,
+  ) -> None:
+    """Starts a rolling checkpoint; returns once the arrays may be reused."""
+    step = int(state.step)
+    self._save(self._rolling, step, _items(state, cfg, data, num_events))
+
+  def save_event(
+    self,
+    event: events_lib.ShrinkEvent,
+    state: state_lib.TrainState,
+    data: Iterator,
+  ) -> None:
+    """Starts the permanent record of a shrink and of the state after it."""
+    items = _items(state, event.after, data, event.index + 1)
+    items['event'] = ocp.args.JsonSave(event.to_json())
+    self._save(self._events, event.index, items)
+
+  def wait(self) -> None:
+    """Returns when everything that was started is on disk.
+
+    Raises:
+      errors.InputError: the disk is full or the folder cannot be written.
+    """
+    for manager in (self._rolling, self._events):
+      try:
+        manager.wait_until_finished()
+      except (OSError, ValueError) as e:
+        raise _write_error(e) from e
+
+  def close(self) -> None:
+    """Waits, then releases the background threads."""
+    self.wait()
+    self._rolling.close()
+    self._events.close()
+
+  def _save(self, manager, index, items):
+    try:
+      manager.save(index, args=ocp.args.Composite(**items))
+    except (OSError, ValueError) as e:
+      raise _write_error(e) from e
+
+
+def _items(state, cfg, data, num_events) -> dict[str, Any]:
+  arch = {
+    'model': dataclasses.asdict(cfg),
+    'step': int(state.step),
+    'num_events': num_events,
+  }
+  return {
+    'arch': ocp.args.JsonSave(arch),
+    'params': ocp.args.StandardSave(state.params),
+    'prune': ocp.args.StandardSave(state.prune),
+    'optimizer': ocp.args.StandardSave(state.opt_state),
+    'data': grain_checkpoint.CheckpointSave(data),
+  }
+
+
+def _write_error(error: Exception) -> Exception:
+  text = ' '.join(str(error).split())
+  for sign in ('No space left', 'ENOSPC', 'RESOURCE_EXHAUSTED', 'Disk quota'):
+    if sign in text:
+      return errors.InputError(
+        'the disk is full: the checkpoint was not written; free space or move '
+        'the workdir, then run the same command again: it resumes from the '
+        'checkpoint before'
+      )
+  if 'Permission denied' in text or 'Read-only file system' in text:
+    return errors.InputError(
+      f'cannot write a checkpoint: {text[:200]}; choose another --workdir'
+    )
+  return error
+
+
+def moments(workdir: str | os.PathLike) -> list[Moment]:
+  """Everything that a run in `workdir` can go on from, newest first."""
+  found = []
+  for kind in (_ROLLING, _EVENTS):
+    folder = pathlib.Path(workdir).absolute() / kind
+    for path in folder.glob('[0-9]*'):
+      try:
+        found.append(_moment(path))
+      except (OSError, ValueError, KeyError, TypeError) as e:
+        _set_aside(path, e)
+  return sorted(found, key=lambda m: (m.step, m.num_events), reverse=True)
+
+
+def _moment(path: pathlib.Path) -> Moment:
+  arch = _read_json(path / 'arch')
+  return Moment(
+    path=path,
+    step=arch['step'],
+    num_events=arch['num_events'],
+    cfg=structure.ModelConfig(**arch['model']),
+  )
+
+
+def _read_json(folder: pathlib.Path) -> dict[str, Any]:
+  # Orbax's JsonSave writes one file, `metadata`.
+  return json.loads((folder / 'metadata').read_text())
+
+
+def restore_latest(
+  workdir: str | os.PathLike, tx: optax.GradientTransformation, data: Iterator
+) -> tuple[state_lib.TrainState, structure.ModelConfig, int] | None:
+  """The newest readable state of a run; moves `data` to its position.
+
+  A damaged moment is set aside into `damaged/`, with a warning, and the one
+  before it is taken. Events of a future that the restored state has not seen
+  yet are deleted: the run will write them again.
+
+  Returns:
+    The state, its architecture and its number of events; None for a fresh
+    workdir.
+
+  Raises:
+    errors.InputError: the input pipeline is not the one that was saved, or
+      nothing in a used workdir can be read.
+  """
+  candidates = moments(workdir)
+  for moment in candidates:
+    try:
+      state = _restore(moment, tx)
+      restore_data(moment, data)
+    except errors.InputError:
+      raise
+    except Exception as e:  # Orbax raises many kinds, for one reason: damage.
+      _set_aside(moment.path, e)
+      continue
+    for path in (pathlib.Path(workdir).absolute() / _EVENTS).glob('[0-9]*'):
+      if int(path.name) >= moment.num_events:
+        shutil.rmtree(path)
+    logging.info('resumed from step %d (%s)', moment.step, moment.path)
+    return state, moment.cfg, moment.num_events
+  if (pathlib.Path(workdir) / _DAMAGED).exists():
+    raise errors.InputError(
+      f'no checkpoint in {workdir} can be read (see {_DAMAGED}/ there); start '
+      'again with an empty --workdir'
+    )
+  return None
+
+
+def restore_data(moment: Moment, data: Iterator) -> None:
+  """Moves the input pipeline to where it was at `moment`."""
+  with ocp.Checkpointer(grain_checkpoint.CheckpointHandler()) as reader:
+    reader.restore(
+      moment.path / 'data', args=grain_checkpoint.CheckpointRestore(data)
+    )
+
+
+def _restore(moment: Moment, tx) -> state_lib.TrainState:
+  abstract = state_lib.abstract_state(moment.cfg, tx)
+  return state_lib.TrainState(
+    step=jnp.asarray(moment.step, jnp.int32),
+    params=_read(moment.path / 'params', abstract.params),
+    prune=_read(moment.path / 'prune', abstract.prune),
+    opt_state=_read(moment.path / 'optimizer', abstract.opt_state),
+  )
+
+
+def _read(path: pathlib.Path, abstract: Any) -> Any:
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(path, abstract)
+  # Orbax can pad or cut an array to a wanted shape; never here.
+  jax.tree.map(_same_shape, tree, abstract)
+  return tree
+
+
+def _same_shape(leaf, want):
+  if leaf.shape != want.shape or leaf.dtype != want.dtype:
+    raise ValueError(
+      f'an array is {leaf.dtype}{leaf.shape}, the architecture says '
+      f'{want.dtype}{want.shape}'
+    )
+
+
+def _set_aside(path: pathlib.Path, error: Exception) -> None:
+  target = path.parents[1] / _DAMAGED / f'{path.parent.name}-{path.name}'
+  target.parent.mkdir(exist_ok=True)
+  if target.exists():
+    shutil.rmtree(target)
+  path.replace(target)
+  logging.warning(
+    'checkpoint %s cannot be read (%s); moved to %s, taking the one before',
+    path,
+    ' '.join(str(error).split())[:200],
+    target,
+  )
+
+
+def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
+  """All shrink events of a run, in order."""
+  folder = pathlib.Path(workdir).absolute() / _EVENTS
+  paths = sorted(folder.glob('[0-9]*'), key=lambda p: int(p.name))
+  return [
+    events_lib.ShrinkEvent.from_json(_read_json(p / 'event')) for p in paths
+  ]
+
+
+def restore_params(
+  workdir: str | os.PathLike, event: int | None = None
+) -> tuple[structure.Params, state_lib.PruneState, structure.ModelConfig, int]:
+  """The model of a run as it was last saved, or right after one shrink.
+
+  Returns:
+    Parameters, pruning state, architecture and step.
+
+  Raises:
+    errors.InputError: there is no such run or event, or it cannot be read.
+  """
+  known = moments(workdir)
+  if not known:
+    raise errors.InputError(
+      f'no checkpoint in {workdir}; give the --workdir of a run'
+    )
+  if event is None:
+    moment = known[0]
+  else:
+    by_index = {
+      int(m.path.name): m for m in known if m.path.parent.name == _EVENTS
+    }
+    if event not in by_index:
+      names = ', '.join(map(str, sorted(by_index))) or 'none yet'
+      raise errors.InputError(
+        f'no event {event} in {workdir}; there are: {names}'
+      )
+    moment = by_index[event]
+  abstract = state_lib.fresh_prune_state
+  try:
+    return (
+      _read(moment.path / 'params', structure.shapes(moment.cfg)),
+      _read(
+        moment.path / 'prune', jax.eval_shape(lambda: abstract(moment.cfg))
+      ),
+      moment.cfg,
+      moment.step,
+    )
+  except Exception as e:
+    raise errors.InputError(
+      f'{moment.path} cannot be read ({" ".join(str(e).split())[:200]}); '
+      'choose another --event, or resume the run to write it again'
+    ) from e

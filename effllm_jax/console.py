@@ -1,0 +1,87 @@
+"""What a person sees of a run in progress."""
+
+from collections.abc import Mapping
+import logging
+import time
+from typing import Any
+
+import rich.console
+import rich.progress
+
+# Without a terminal a bar cannot be drawn: a line at most this often, seconds.
+_LINE_INTERVAL = 15.0
+
+
+class Progress:
+  """A progress bar on a terminal, plain lines elsewhere; a context manager."""
+
+  def __init__(self, steps: int, done: int):
+    """Starts at step `done` of `steps`."""
+    self._console = rich.console.Console(stderr=True)
+    self._steps = steps
+    self._start = (time.monotonic(), done)
+    self._next_line = 0.0
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn('{task.description}'),
+      rich.progress.BarColumn(bar_width=None),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.TextColumn('{task.fields[numbers]}'),
+      rich.progress.TimeElapsedColumn(),
+      rich.progress.TextColumn('left'),
+      rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+      console=self._console,
+      disable=not self._console.is_terminal,
+    )
+    self._task = self._bar.add_task(
+      'starting', total=steps, completed=done, numbers=''
+    )
+
+  def __enter__(self) -> 'Progress':
+    """Draws the bar."""
+    self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Leaves the last state of the bar on the screen."""
+    self._bar.stop()
+
+  def say(self, text: str) -> None:
+    """Prints one line above the bar."""
+    self._console.print(text, highlight=False, soft_wrap=True)
+
+  def phase(self, text: str) -> None:
+    """Names what is going on, for instance 'compiling'."""
+    self._bar.update(self._task, description=text)
+
+  def step(self, row: Mapping[str, Any]) -> None:
+    """Shows the numbers of a finished step (a `train` row of the metrics)."""
+    widths = row['widths']
+    numbers = (
+      f'loss {row["loss"]:.3f}  {row["tokens_per_second"]:,.0f} tok/s  '
+      f'{row["live_params"] / 1e6:.1f}M live  heads {widths["heads"]:g} '
+      f'ffn {widths["ffn"]:g} stem {widths["stem"]:g}'
+    )
+    self._bar.update(self._task, completed=row['step'], numbers=numbers)
+    now = time.monotonic()
+    if self._console.is_terminal or (
+      now < self._next_line and row['step'] < self._steps
+    ):
+      return
+    self._next_line = now + _LINE_INTERVAL
+    begun, done = self._start
+    left = (now - begun) / (row['step'] - done) * (self._steps - row['step'])
+    self.say(
+      f'step {row["step"]}/{self._steps}  {numbers}  '
+      f'{int(left) // 60}:{int(left) % 60:02d} left'
+    )
+
+
+def configure_logging(progress: Progress) -> None:
+  """Sends warnings through the bar, so that they do not tear it."""
+
+  class Handler(logging.Handler):
+    def emit(self, record):
+      progress.say(f'{record.levelname.lower()}: {record.getMessage()}')
+
+  handler = Handler(level=logging.WARNING)
+  logging.getLogger().handlers = [handler]

@@ -1,0 +1,79 @@
+"""The record of one change of architecture, and the lineage that they form."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from effllm_jax import structure
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkEvent:
+  """One shrink: when, from what to what, and who survived.
+
+  Attributes:
+    index: 0 for the first shrink of a run.
+    step: finished optimizer updates.
+    tokens: training tokens seen.
+    before, after: the architecture on either side.
+    kept: int lists, indices into the axes *before* this shrink:
+      heads [N][K'], ffn [N][F'], stem [D'].
+    loss_before, loss_after: mean loss in nats per token on one and the same
+      batch; equal up to rounding, or the run would have stopped.
+  """
+
+  index: int
+  step: int
+  tokens: int
+  before: structure.ModelConfig
+  after: structure.ModelConfig
+  kept: structure.Groups
+  loss_before: float
+  loss_after: float
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain dicts, lists and numbers; `from_json` is its inverse."""
+    record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    for name in ('before', 'after'):
+      record[name] = dataclasses.asdict(record[name])
+    record['kept'] = {t: getattr(self.kept, t) for t in structure.TYPES}
+    return record
+
+  @classmethod
+  def from_json(cls, record: dict[str, Any]) -> 'ShrinkEvent':
+    """The event that `to_json` wrote."""
+    record = dict(record)
+    for name in ('before', 'after'):
+      record[name] = structure.ModelConfig(**record[name])
+    record['kept'] = structure.Groups(**record['kept'])
+    return cls(**record)
+
+
+def lineage(events: Sequence[ShrinkEvent]) -> structure.Groups:
+  """Which groups of the source model sit in the slots after all `events`.
+
+  Returns:
+    int arrays, indices into the source model: heads [N, K'], ffn [N, F'],
+    stem [D']. Composed from the events alone; equals `PruneState.origin`.
+
+  Raises:
+    ValueError: no events, or they do not follow one another.
+  """
+  if not events:
+    raise ValueError('no shrink events: the arrays are those of the source')
+  origin = None
+  for i, event in enumerate(events):
+    if event.index != i or (i and events[i - 1].after != event.before):
+      raise ValueError(
+        f'event {event.index} at position {i} does not follow its predecessor'
+      )
+    kept = {t: np.asarray(getattr(event.kept, t)) for t in structure.TYPES}
+    if origin is None:
+      origin = kept
+    else:
+      origin = {
+        t: np.take_along_axis(origin[t], kept[t], -1) for t in structure.TYPES
+      }
+  return structure.Groups(**origin)

@@ -1,0 +1,157 @@
+"""A config, checked, as the plan of a run: what is due at which step."""
+
+import dataclasses
+import math
+
+import ml_collections
+
+from effllm_jax import errors
+from effllm_jax import model
+from effllm_jax import selection
+from effllm_jax import structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """When things happen. Steps count from 1; `step` has just been finished.
+
+  Attributes:
+    tokens_per_step: training tokens of one optimizer update.
+    steps: length of the run.
+    every: a prune after every so many steps ("N" in the paper's Figure 2).
+    schedule: target size by tokens.
+    limits: floors and multiples.
+    quantum: widths are rounded up to multiples of these at a shrink.
+    shrink_threshold: shrink once this share of the arrays' parameters is dead.
+    eval_every, checkpoint_every: in steps.
+    compute: dtype and rematerialisation.
+  """
+
+  tokens_per_step: int
+  steps: int
+  every: int
+  schedule: selection.Schedule
+  limits: selection.Limits
+  quantum: structure.Groups
+  shrink_threshold: float
+  eval_every: int
+  checkpoint_every: int
+  compute: model.Compute
+
+  def tokens(self, step: int) -> int:
+    """Training tokens seen after `step`."""
+    return step * self.tokens_per_step
+
+  def scores(self, step: int) -> bool:
+    """Whether this step's gradient still scores groups."""
+    return self.tokens(step - 1) < self.schedule.end
+
+  def prunes(self, step: int) -> bool:
+    """Whether a prune follows this step."""
+    tokens = self.tokens(step)
+    if tokens <= self.schedule.begin or not self.scores(step):
+      return False
+    return step % self.every == 0 or self.last_prune(step)
+
+  def last_prune(self, step: int) -> bool:
+    """Whether this is the step after which the target is reached."""
+    return self.scores(step) and self.tokens(step) >= self.schedule.end
+
+  def evaluates(self, step: int) -> bool:
+    """Whether a held-out evaluation follows this step."""
+    return (
+      step % self.eval_every == 0 or self.last_prune(step) or step == self.steps
+    )
+
+  def checkpoints(self, step: int) -> bool:
+    """Whether a rolling checkpoint follows this step."""
+    return step % self.checkpoint_every == 0 or step == self.steps
+
+
+def make(
+  config: ml_collections.ConfigDict, source: structure.ModelConfig
+) -> Plan:
+  """Checks `config` against the source model and lays out the run.
+
+  Raises:
+    errors.InputError: a value that cannot work, with the key to change.
+  """
+  _check_ranges(config)
+  if config.data.seq_len > source.context:
+    raise errors.InputError(
+      f"data.seq_len {config.data.seq_len} exceeds the source model's context "
+      f'{source.context}; set --config.data.seq_len'
+    )
+  limits = selection.Limits.of(config.prune.floors, config.prune.multiple_of)
+  selection.check_target(source, limits, config.prune.target_params)
+  per_step = (
+    config.train.accumulate * config.data.batch_size * config.data.seq_len
+  )
+  return Plan(
+    tokens_per_step=per_step,
+    steps=math.ceil(config.train.tokens / per_step),
+    every=config.prune.every,
+    schedule=selection.Schedule(
+      begin=config.prune.begin_tokens,
+      end=config.prune.end_tokens,
+      start=source.num_params(),
+      target=config.prune.target_params,
+    ),
+    limits=limits,
+    quantum=structure.Groups(**config.shrink.quantum.to_dict()),
+    shrink_threshold=config.shrink.threshold,
+    eval_every=math.ceil(config.eval.every_tokens / per_step),
+    checkpoint_every=config.checkpoint.every_steps,
+    compute=model.Compute(dtype=config.model.dtype, remat=config.model.remat),
+  )
+
+
+def _check_ranges(config):
+  at_least_one = [
+    'data.seq_len', 'data.batch_size', 'train.accumulate', 'train.tokens',
+    'train.log_every', 'prune.every', 'prune.target_params',
+    'prune.end_tokens', 'checkpoint.every_steps', 'checkpoint.keep',
+    'eval.every_tokens', 'shrink.quantum.heads', 'shrink.quantum.ffn',
+    'shrink.quantum.stem',
+  ]  # fmt: skip
+  for key in at_least_one:
+    _require(config, key, lambda v: v >= 1, 'at least 1')
+  for key in ('data.workers', 'prune.begin_tokens', 'optimizer.warmup_tokens',
+              'optimizer.decay_tokens', 'eval.tokens_per_domain'):  # fmt: skip
+    _require(config, key, lambda v: v >= 0, 'at least 0')
+  for key in ('optimizer.peak', 'optimizer.clip'):
+    _require(config, key, lambda v: 0 < v < math.inf, 'positive')
+  for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
+    _require(config, key, lambda v: 0 <= v < 1, 'in [0, 1)')
+  for key in ('optimizer.end', 'optimizer.weight_decay'):
+    _require(config, key, lambda v: v >= 0, 'at least 0')
+  for key, known in (
+    ('optimizer.schedule', ('cosine', 'wsd')),
+    ('model.dtype', ('float32', 'bfloat16')),
+    ('prune.policy', ('uniform',)),
+    ('prune.schedule', ('linear',)),
+  ):
+    _require(config, key, known.__contains__, f'one of {", ".join(known)}')
+  prune = config.prune
+  if not prune.begin_tokens < prune.end_tokens <= config.train.tokens:
+    raise errors.InputError(
+      f'prune.begin_tokens {prune.begin_tokens:,} < prune.end_tokens '
+      f'{prune.end_tokens:,} <= train.tokens {config.train.tokens:,} does not '
+      'hold; change the three'
+    )
+  ramps = config.optimizer.warmup_tokens + config.optimizer.decay_tokens
+  if ramps > config.train.tokens:
+    raise errors.InputError(
+      f'optimizer.warmup_tokens + decay_tokens {ramps:,} exceed train.tokens '
+      f'{config.train.tokens:,}; lower them'
+    )
+
+
+def _require(config, key, holds, what):
+  value = config
+  for part in key.split('.'):
+    value = value[part]
+  if not holds(value):
+    raise errors.InputError(
+      f'{key} {value!r} is not {what}; set --config.{key}'
+    )

@@ -1,0 +1,117 @@
+"""Masks -> smaller arrays: parameters, optimizer state, masks, scores, config.
+
+One function, `take`, gathers the survivors out of any tree whose leaves have
+axis letters; the letters come from `structure`. Survivors are ordered by
+descending score, so that the next victims sit at the end of an axis.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from effllm_jax import structure
+
+Array = jax.Array
+
+
+def shrunk_config(
+  masks: structure.Groups,
+  cfg: structure.ModelConfig,
+  quantum: structure.Groups,
+) -> structure.ModelConfig:
+  """The architecture after a shrink.
+
+  Each width is that of the layer with the most live groups, rounded up to a
+  multiple of the type's `quantum`, but never above what the arrays have now.
+  """
+
+  def width(mask, step, letter):
+    most = int(np.asarray(mask).sum(-1).max())
+    return min(math.ceil(most / step) * step, getattr(cfg, letter))
+
+  return dataclasses.replace(
+    cfg,
+    K=width(masks.heads, quantum.heads, 'K'),
+    F=width(masks.ffn, quantum.ffn, 'F'),
+    D=width(masks.stem, quantum.stem, 'D'),
+  )
+
+
+def kept_indices(
+  masks: structure.Groups,
+  scores: structure.Groups,
+  cfg: structure.ModelConfig,
+) -> structure.Groups:
+  """Which slots survive, and in which order.
+
+  Args:
+    masks: live groups.
+    scores: orders the survivors, highest first (ties: lower index first).
+    cfg: the architecture after the shrink (`shrunk_config`). Where a layer has
+      fewer live groups than its width, dead slots fill the end.
+
+  Returns:
+    int32 indices into the present axes: heads [N, K'], ffn [N, F'], stem [D'].
+  """
+
+  def best(mask, score, letters):
+    ranked = jnp.argsort(jnp.where(mask, -score, jnp.inf), axis=-1)
+    return ranked[..., : getattr(cfg, letters[-1])].astype(jnp.int32)
+
+  return jax.tree.map(best, masks, scores, structure.GROUP_AXES)
+
+
+def take(letters: str, leaf: Array, kept: structure.Groups) -> Array:
+  """Gathers the survivors along every prunable axis of one array.
+
+  An axis whose group is per layer (K, F) has its own indices in each slice of
+  the leading N axis.
+  """
+  for axis, letter in enumerate(letters):
+    if letter not in structure.PRUNABLE:
+      continue
+    index = getattr(kept, structure.PRUNABLE[letter])
+    if index.ndim == 1:
+      leaf = jnp.take(leaf, index, axis=axis)
+    else:
+      leaf = jax.vmap(lambda x, i, axis=axis: jnp.take(x, i, axis=axis - 1))(
+        leaf, index
+      )
+  return leaf
+
+
+def take_params(
+  params: structure.Params, kept: structure.Groups
+) -> structure.Params:
+  """Survivors of a parameter-shaped tree."""
+  return structure.map_axes(lambda s, x: take(s, x, kept), params)
+
+
+def take_groups(
+  groups: structure.Groups, kept: structure.Groups
+) -> structure.Groups:
+  """Survivors of a mask-shaped tree (masks, scores, origins)."""
+  return jax.tree.map(
+    lambda s, x: take(s, x, kept), structure.GROUP_AXES, groups
+  )
+
+
+def take_opt_state(
+  tx: optax.GradientTransformation,
+  opt_state: Any,
+  tied: bool,
+  kept: structure.Groups,
+) -> Any:
+  """Survivors of every parameter-shaped subtree of an optimizer state.
+
+  Counters and other scalars stay as they are: the learning-rate schedule and
+  the bias correction of the moments go on as if nothing had happened.
+  """
+  return optax.tree.map_params(
+    tx, lambda x, s: take(s, x, kept), opt_state, structure.axes(tied)
+  )

@@ -1,0 +1,79 @@
+"""Everything that a training step reads and writes, as arrays only."""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from effllm_jax import structure
+
+Array = jax.Array
+
+
+@struct.dataclass
+class PruneState:
+  """What pruning knows; a few kilobytes.
+
+  Attributes:
+    masks: bool, True = alive; heads [N, K], ffn [N, F], stem [D].
+    scores: float32 running average of the saliency, nats per token.
+    count: int32 [], number of batches in `scores`.
+    origin: int32, which group of the source model sits in each slot, so that
+      survivors can be named after any number of shrinks.
+  """
+
+  masks: structure.Groups
+  scores: structure.Groups
+  count: Array
+  origin: structure.Groups
+
+
+@struct.dataclass
+class TrainState:
+  """A run at one moment; `step` counts finished optimizer updates (int32)."""
+
+  step: Array
+  params: structure.Params
+  opt_state: Any
+  prune: PruneState
+
+
+def fresh_prune_state(cfg: structure.ModelConfig) -> PruneState:
+  """Nothing scored, nothing pruned, every slot holds its own group."""
+  alive = structure.all_alive(cfg)
+  return PruneState(
+    masks=alive,
+    scores=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), alive),
+    count=jnp.zeros((), jnp.int32),
+    origin=jax.tree.map(
+      lambda m: jnp.broadcast_to(
+        jnp.arange(m.shape[-1], dtype=jnp.int32), m.shape
+      ),
+      alive,
+    ),
+  )
+
+
+def fresh_state(
+  params: structure.Params,
+  cfg: structure.ModelConfig,
+  tx: optax.GradientTransformation,
+) -> TrainState:
+  """The state before the first step; takes `params` as they are."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    prune=fresh_prune_state(cfg),
+  )
+
+
+def abstract_state(
+  cfg: structure.ModelConfig, tx: optax.GradientTransformation
+) -> TrainState:
+  """Shapes and dtypes of a state of this architecture, without arrays."""
+  return jax.eval_shape(
+    lambda params: fresh_state(params, cfg, tx), structure.shapes(cfg)
+  )

@@ -1,0 +1,396 @@
+"""The host loop: train, prune, shrink, evaluate, record, and resume."""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from effllm_jax import checkpoints
+from effllm_jax import console
+from effllm_jax import corpus
+from effllm_jax import data
+from effllm_jax import errors
+from effllm_jax import evaluate
+from effllm_jax import events
+from effllm_jax import plan as plan_lib
+from effllm_jax import selection
+from effllm_jax import shrink
+from effllm_jax import sources
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+from effllm_jax import workdir as workdir_lib
+
+# A shrink changes no number that matters: float32 sums in another order.
+SHRINK_TOLERANCE = 1e-4
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  cache: str | os.PathLike,
+) -> None:
+  """Trains and prunes until the config's end; resumes what is there.
+
+  Args:
+    config: as in `experiments/configs`.
+    workdir: everything that the run writes; the same config resumes it.
+    cache: downloaded sources and texts, shared by all runs.
+
+  Raises:
+    errors.InputError: something that the user can put right.
+  """
+  workdir = pathlib.Path(workdir)
+  workdir_lib.claim(workdir, config.to_dict())
+  fresh = not checkpoints.moments(workdir)
+  source = sources.load(config.source, cache, params=fresh)
+  plan = plan_lib.make(config, source.cfg)
+  text = corpus.prepare(config.data.text, cache)
+  if fresh:
+    sources.save_tokenizer(source, workdir / 'source')
+  batches = data.train_iterator(
+    text,
+    source.tokenizer,
+    source.separator_id,
+    seq_len=config.data.seq_len,
+    batch_size=config.train.accumulate * config.data.batch_size,
+    seed=config.seed,
+    weights=config.data.weights.to_dict(),
+    workers=config.data.workers,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  heldout = data.heldout(
+    text,
+    source.tokenizer,
+    source.separator_id,
+    seq_len=config.data.seq_len,
+    tokens_per_domain=config.eval.tokens_per_domain,
+  )
+  Run(config, workdir, plan, source, batches, heldout).train()
+
+
+class Run:
+  """One run in one process: the state on the device and its files."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    plan: plan_lib.Plan,
+    source: sources.Source,
+    batches: Iterator[np.ndarray],
+    heldout: dict[str, data.HeldOut],
+  ):
+    """Restores the newest checkpoint of `workdir`, or starts from `source`."""
+    self.config, self.workdir, self.plan = config, workdir, plan
+    self.source_cfg = source.cfg
+    self.batches, self.heldout = batches, heldout
+    self.rate = steps.learning_rate(
+      config.optimizer.schedule,
+      config.optimizer.peak,
+      config.optimizer.end,
+      config.optimizer.warmup_tokens // plan.tokens_per_step,
+      config.optimizer.decay_tokens // plan.tokens_per_step,
+      plan.steps,
+    )
+    self.tx = steps.optimizer(
+      self.rate,
+      config.optimizer.b1,
+      config.optimizer.b2,
+      config.optimizer.weight_decay,
+      config.optimizer.clip,
+    )
+    restored = checkpoints.restore_latest(workdir, self.tx, batches)
+    if restored:
+      self.state, self.cfg, self.num_events = restored
+    else:
+      self.cfg, self.num_events = source.cfg, 0
+      params = jax.tree.map(jnp.asarray, source.params)
+      self.state = state_lib.fresh_state(params, self.cfg, self.tx)
+    self.first_step = int(self.state.step)
+    resume = self.first_step if restored else -1
+    self.metrics = workdir_lib.Log(workdir / 'metrics.jsonl', resume)
+    self.trace = workdir_lib.Log(workdir / 'trace.jsonl', resume)
+    self.writer = checkpoints.Writer(workdir, config.checkpoint.keep)
+    self.compiled = {}
+
+  def train(self) -> None:
+    """Runs every step that is left, then waits for the last checkpoint."""
+    plan, first = self.plan, self.first_step
+    with console.Progress(plan.steps, first) as progress:
+      console.configure_logging(progress)
+      self.progress = progress
+      if first:
+        progress.say(f'resuming {self.workdir} after step {first}')
+      else:
+        self._evaluate(0, 'source')
+      try:
+        for step in range(first + 1, plan.steps + 1):
+          self._one_step(step)
+      finally:
+        # Also on the way out of an error: what was started gets finished.
+        self.metrics.close()
+        self.trace.close()
+        self.writer.close()
+
+  def _one_step(self, step: int) -> None:
+    plan = self.plan
+    start = time.perf_counter()
+    windows = next(self.batches)
+    waited = time.perf_counter() - start
+    windows_ABT = jnp.asarray(windows).reshape(
+      self.config.train.accumulate, -1, windows.shape[-1]
+    )
+    compile_seconds = self._compile(windows_ABT, plan.scores(step))
+    start = time.perf_counter()
+    self.state, numbers = self.compiled[plan.scores(step)](
+      self.state, windows_ABT
+    )
+    log = step % self.config.train.log_every == 0 or step == plan.steps
+    if log or plan.prunes(step):
+      self._check_finite(step, numbers)
+    if plan.prunes(step):
+      self._prune(step)
+    row = (
+      {
+        'kind': 'train',
+        'step': step,
+        'tokens': plan.tokens(step),
+        'loss': float(numbers['loss']),
+        'grad_norm': float(numbers['grad_norm']),
+        'learning_rate': float(self.rate(step - 1)),
+        # Includes the prune; not the compilation, the input or the shrink.
+        'seconds': time.perf_counter() - start,
+        'compile_seconds': compile_seconds,
+        'data_seconds': waited,
+        **self._sizes(step),
+      }
+      if log
+      else None
+    )
+    event = self._shrink(step, windows_ABT[0]) if self._shrinks(step) else None
+    if row:
+      row['tokens_per_second'] = plan.tokens_per_step / row['seconds']
+      self.metrics.write(row)
+      self.progress.step(row)
+    if plan.evaluates(step):
+      self._evaluate(step, self._phase(step))
+    # Last of all, so that a resume from here has lost nothing of this step.
+    if event:
+      self.writer.save_event(event, self.state, self.batches)
+    elif plan.checkpoints(step):
+      self.writer.save(self.state, self.cfg, self.batches, self.num_events)
+
+  def _compile(self, windows_ABT, score: bool) -> float:
+    """Compiles the step once per architecture; returns the seconds it took."""
+    if score in self.compiled:
+      return 0.0
+    self.progress.phase('compiling')
+    start = time.perf_counter()
+    self.compiled[score] = steps.train_step.lower(
+      self.state,
+      windows_ABT,
+      cfg=self.cfg,
+      tx=self.tx,
+      compute=self.plan.compute,
+      decay=self.config.prune.ema,
+      score=score,
+    ).compile()
+    self.progress.phase('pruning' if score else 'recovery')
+    return time.perf_counter() - start
+
+  def _check_finite(self, step: int, numbers) -> None:
+    if not math.isfinite(float(numbers['loss'] + numbers['grad_norm'])):
+      raise errors.InputError(
+        f'loss {float(numbers["loss"])} or gradient norm '
+        f'{float(numbers["grad_norm"])} at step {step} is not finite; the '
+        'last checkpoint is intact: lower --config.optimizer.peak and start '
+        'in a new --workdir'
+      )
+
+  def _prune(self, step: int) -> None:
+    """Flips mask bits until the schedule's size is reached; logs what went."""
+    prune, plan = self.state.prune, self.plan
+    target = plan.schedule.at(plan.tokens(step))
+    masks = selection.select(
+      prune.scores,
+      prune.masks,
+      selection.split(target),
+      selection.split(plan.schedule.target),
+      self.cfg,
+      plan.limits,
+    )
+    price = selection.mean_prices(prune.scores, prune.masks, self.cfg)
+    self.trace.write(
+      {
+        'step': step,
+        'tokens': plan.tokens(step),
+        'target_params': target,
+        'live_params': selection.live_params(masks, self.cfg),
+        'removed': _named(prune.masks, masks, prune.origin),
+        'price': _floats(price),
+      }
+    )
+    self.state = self.state.replace(prune=prune.replace(masks=masks))
+
+  def _shrinks(self, step: int) -> bool:
+    """Whether enough is dead, or the target has been reached."""
+    if not self.plan.prunes(step):
+      return False
+    live = selection.live_params(self.state.prune.masks, self.cfg)
+    dead = 1 - live / self.cfg.num_params()
+    return dead > 0 and (
+      dead >= self.plan.shrink_threshold or self.plan.last_prune(step)
+    )
+
+  def _shrink(self, step: int, windows_BT) -> events.ShrinkEvent:
+    """Makes the arrays smaller; stops the run if that changed the loss."""
+    start = time.perf_counter()
+    self.progress.phase('shrinking')
+    old, masks = self.cfg, self.state.prune.masks
+    # In the end every width is real; until then tiles may want multiples.
+    exact = structure.Groups(heads=1, ffn=1, stem=1)
+    quantum = exact if self.plan.last_prune(step) else self.plan.quantum
+    new = shrink.shrunk_config(masks, old, quantum)
+    compute = dataclasses.replace(self.plan.compute, dtype='float32')
+    loss_before = float(
+      steps.batch_loss(
+        self.state.params, masks, windows_BT, cfg=old, compute=compute
+      )
+    )
+    self.state, kept = steps.shrink_step(
+      self.state, cfg=old, new_cfg=new, tx=self.tx
+    )
+    loss_after = float(
+      steps.batch_loss(
+        self.state.params,
+        self.state.prune.masks,
+        windows_BT,
+        cfg=new,
+        compute=compute,
+      )
+    )
+    if not abs(loss_after - loss_before) <= SHRINK_TOLERANCE * loss_before:
+      raise RuntimeError(
+        f'shrink {self.num_events} changed the loss on one batch from '
+        f'{loss_before} to {loss_after} nats per token; nothing of it was '
+        'saved, the last checkpoint is intact; please report this'
+      )
+    event = events.ShrinkEvent(
+      index=self.num_events,
+      step=step,
+      tokens=self.plan.tokens(step),
+      before=old,
+      after=new,
+      kept=jax.tree.map(lambda x: np.asarray(x).tolist(), kept),
+      loss_before=loss_before,
+      loss_after=loss_after,
+    )
+    self.cfg, self.num_events, self.compiled = new, self.num_events + 1, {}
+    seconds = time.perf_counter() - start
+    self.metrics.write(
+      {
+        'kind': 'shrink',
+        'event': event.index,
+        'step': step,
+        'tokens': event.tokens,
+        'widths_before': old.widths(),
+        'widths_after': new.widths(),
+        'params_before': old.num_params(),
+        'params_after': new.num_params(),
+        'loss_before': loss_before,
+        'loss_after': loss_after,
+        'seconds': seconds,
+      }
+    )
+    self.progress.say(
+      f'shrink {event.index} at step {step}: {old.num_params():,} -> '
+      f'{new.num_params():,} parameters, heads {old.K} -> {new.K}, '
+      f'ffn {old.F} -> {new.F}, stem {old.D} -> {new.D}'
+    )
+    return event
+
+  def _evaluate(self, step: int, phase: str) -> None:
+    self.progress.phase('evaluating')
+    result = evaluate.bits_per_byte(
+      self.state.params,
+      self.state.prune.masks,
+      self.heldout,
+      self.cfg,
+      self.plan.compute,
+      self.config.data.batch_size,
+    )
+    self.metrics.write(
+      {
+        'kind': 'eval',
+        'step': step,
+        'tokens': self.plan.tokens(step),
+        'phase': phase,
+        'live_params': selection.live_params(self.state.prune.masks, self.cfg),
+        **result,
+      }
+    )
+    self.progress.say(
+      f'held out, {phase}: {result["bits_per_byte"]:.4f} bits per byte'
+    )
+    self.progress.phase('pruning' if self.plan.scores(step) else 'recovery')
+
+  def _phase(self, step: int) -> str:
+    if step == self.plan.steps:
+      return 'final'
+    if self.plan.last_prune(step):
+      return 'pruned'
+    return 'pruning' if self.plan.scores(step) else 'recovery'
+
+  def _sizes(self, step: int) -> dict[str, Any]:
+    """Live size, widths, prices and pruned shares, for the metrics."""
+    prune, plan = self.state.prune, self.plan
+    live = selection.live_widths(prune.masks)
+    tokens = plan.tokens(step)
+    source = self.source_cfg.widths()
+    price = None
+    if plan.scores(step):
+      price = _floats(
+        selection.mean_prices(prune.scores, prune.masks, self.cfg)
+      )
+    return {
+      'live_params': selection.live_params(prune.masks, self.cfg),
+      'array_params': self.cfg.num_params(),
+      'target_params': (
+        plan.schedule.at(tokens) if tokens > plan.schedule.begin else None
+      ),
+      'widths': {t: float(w.mean()) for t, w in live.items()},
+      'pruned': {t: 1 - float(w.mean()) / source[t] for t, w in live.items()},
+      'price': price,
+    }
+
+
+def _named(before, after, origin) -> dict[str, list]:
+  """What a prune removed, by index in the source model.
+
+  heads and ffn as [layer, index], stem as index.
+  """
+  removed = {}
+  for name in structure.TYPES:
+    gone = np.asarray(getattr(before, name)) & ~np.asarray(getattr(after, name))
+    index = np.asarray(getattr(origin, name))[gone].tolist()
+    if gone.ndim == 2:
+      index = [
+        list(pair)
+        for pair in zip(*(np.nonzero(gone)[0].tolist(), index), strict=True)
+      ]
+    removed[name] = index
+  return removed
+
+
+def _floats(groups: structure.Groups) -> dict[str, float]:
+  return {t: float(getattr(groups, t)) for t in structure.TYPES}

