@@ -199,7 +199,6 @@ def restore_latest(
     for path in (pathlib.Path(workdir).absolute() / _EVENTS).glob('[0-9]*'):
       if int(path.name) >= moment.num_events:
         shutil.rmtree(path)
-    logging.info('resumed from step %d (%s)', moment.step, moment.path)
     return state, moment.cfg, moment.num_events
   if (pathlib.Path(workdir) / _DAMAGED).exists():
     raise errors.InputError(

@@ -28,8 +28,8 @@ def bits_per_byte(
   has no context but the one token before it.
 
   Returns:
-    `bits_per_byte` over all text, `domains` (the same by domain), `bytes`,
-    `tokens`, `nats_per_token` and `seconds`.
+    `bits_per_byte` over all text, `domains` (the same by domain),
+    `nats_per_token`, `heldout_bytes`, `heldout_tokens` and `seconds`.
   """
   start = time.perf_counter()
   nats = {}
@@ -58,7 +58,7 @@ def bits_per_byte(
     'bits_per_byte': total_nats / total_bytes / math.log(2),
     'domains': {d: nats[d] / num_bytes[d] / math.log(2) for d in nats},
     'nats_per_token': total_nats / tokens,
-    'bytes': total_bytes,
-    'tokens': int(tokens),
+    'heldout_bytes': total_bytes,
+    'heldout_tokens': int(tokens),
     'seconds': time.perf_counter() - start,
   }

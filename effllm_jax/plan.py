@@ -20,7 +20,7 @@ class Plan:
     steps: length of the run.
     every: a prune after every so many steps ("N" in the paper's Figure 2).
     schedule: target size by tokens.
-    limits: floors and multiples.
+    rules: floors, multiples, and what a price counts.
     quantum: widths are rounded up to multiples of these at a shrink.
     shrink_threshold: shrink once this share of the arrays' parameters is dead.
     eval_every, checkpoint_every: in steps.
@@ -31,7 +31,7 @@ class Plan:
   steps: int
   every: int
   schedule: selection.Schedule
-  limits: selection.Limits
+  rules: selection.Rules
   quantum: structure.Groups
   shrink_threshold: float
   eval_every: int
@@ -82,8 +82,12 @@ def make(
       f"data.seq_len {config.data.seq_len} exceeds the source model's context "
       f'{source.context}; set --config.data.seq_len'
     )
-  limits = selection.Limits.of(config.prune.floors, config.prune.multiple_of)
-  selection.check_target(source, limits, config.prune.target_params)
+  rules = selection.Rules.of(
+    config.prune.floors,
+    config.prune.multiple_of,
+    config.prune.price_embedding,
+  )
+  selection.check_target(source, rules, config.prune.target_params)
   per_step = (
     config.train.accumulate * config.data.batch_size * config.data.seq_len
   )
@@ -97,7 +101,7 @@ def make(
       start=source.num_params(),
       target=config.prune.target_params,
     ),
-    limits=limits,
+    rules=rules,
     quantum=structure.Groups(**config.shrink.quantum.to_dict()),
     shrink_threshold=config.shrink.threshold,
     eval_every=math.ceil(config.eval.every_tokens / per_step),

@@ -32,17 +32,22 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-  """What selection must respect, per type, as (heads, ffn, stem).
+class Rules:
+  """What selection goes by; per type as (heads, ffn, stem).
 
   Attributes:
     floors: least number of groups that stay alive in every layer (heads, ffn)
       or in the model (stem); at least 1.
     multiple_of: the final widths are multiples of these.
+    price_embedding: whether the embeddings count in the price of a stem
+      channel. They are most of what it saves (21 % of a 135M model), and their
+      gradients are tiny: counted, they make the stem look cheap, and it goes
+      first; in the paper's plots it goes last. The size always counts them.
   """
 
   floors: tuple[int, int, int]
   multiple_of: tuple[int, int, int]
+  price_embedding: bool
 
   def smallest(self) -> tuple[int, int, int]:
     """The floors, rounded up to the multiples: the smallest final shape."""
@@ -51,11 +56,17 @@ class Limits:
     )
 
   @classmethod
-  def of(cls, floors: Mapping[str, int], multiple_of: Mapping[str, int]):
+  def of(
+    cls,
+    floors: Mapping[str, int],
+    multiple_of: Mapping[str, int],
+    price_embedding: bool,
+  ) -> 'Rules':
     """From mappings whose keys are the pruning types, as in a config."""
     return cls(
       floors=tuple(floors[t] for t in structure.TYPES),
       multiple_of=tuple(multiple_of[t] for t in structure.TYPES),
+      price_embedding=price_embedding,
     )
 
 
@@ -84,15 +95,13 @@ class Schedule:
     return self.start - drop
 
 
-def check_target(
-  cfg: structure.ModelConfig, limits: Limits, target: int
-) -> None:
+def check_target(cfg: structure.ModelConfig, rules: Rules, target: int) -> None:
   """Raises InputError unless a model of `cfg` can be pruned to `target`."""
   widths = tuple(cfg.widths()[t] for t in structure.TYPES)
   for i, name in enumerate(structure.TYPES):
     for key, value in (
-      ('floors', limits.floors[i]),
-      ('multiple_of', limits.multiple_of[i]),
+      ('floors', rules.floors[i]),
+      ('multiple_of', rules.multiple_of[i]),
     ):
       if not 1 <= value <= widths[i]:
         raise errors.InputError(
@@ -100,7 +109,7 @@ def check_target(
           f"model's {widths[i]}; set --config.prune.{key}.{name}"
         )
   dense = cfg.num_params()
-  heads, ffn, stem = limits.smallest()
+  heads, ffn, stem = rules.smallest()
   least = dataclasses.replace(cfg, K=heads, F=ffn, D=stem).num_params()
   if target >= dense:
     raise errors.InputError(
@@ -152,21 +161,40 @@ def costs(
 
 
 def prices(
-  scores: structure.Groups, masks: structure.Groups, cfg: structure.ModelConfig
+  scores: structure.Groups,
+  masks: structure.Groups,
+  cfg: structure.ModelConfig,
+  rules: Rules,
 ) -> structure.Groups:
-  """Score per saved parameter, float32; 0 for dead groups."""
+  """Score per saved parameter, float32; 0 for dead groups.
+
+  With `rules.price_embedding` off, a stem channel's saving leaves out its
+  entries of the embedding and of the output matrix.
+  """
+  cost = costs(masks, cfg)
+  unpriced = masks.stem * _unpriced_rows(cfg, rules)
   return jax.tree.map(
-    lambda s, c: s / jnp.maximum(c, 1), scores, costs(masks, cfg)
+    lambda s, c: s / jnp.maximum(c, 1),
+    scores,
+    cost.replace(stem=cost.stem - unpriced),
   )
 
 
+def _unpriced_rows(cfg, rules) -> int:
+  return 0 if rules.price_embedding else cfg.stem_rows() - 2 * cfg.N - 1
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'rules'))
 def mean_prices(
-  scores: structure.Groups, masks: structure.Groups, cfg: structure.ModelConfig
+  scores: structure.Groups,
+  masks: structure.Groups,
+  cfg: structure.ModelConfig,
+  rules: Rules,
 ) -> structure.Groups:
   """Mean price of the live groups of each type, float32 scalars."""
   return jax.tree.map(
     lambda p, m: p.sum() / jnp.maximum(m.sum(), 1),
-    prices(scores, masks, cfg),
+    prices(scores, masks, cfg, rules),
     masks,
   )
 
@@ -179,14 +207,14 @@ def split(count: int) -> np.ndarray:
   return np.array([count >> 15, count & (2**15 - 1)], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'limits'))
+@functools.partial(jax.jit, static_argnames=('cfg', 'rules'))
 def select(
   scores: structure.Groups,
   masks: structure.Groups,
   target: Array,
   final: Array,
   cfg: structure.ModelConfig,
-  limits: Limits,
+  rules: Rules,
 ) -> structure.Groups:
   """Masks with the cheapest groups removed, policy `uniform`.
 
@@ -197,7 +225,7 @@ def select(
     final: `split(parameters)` that the run will end with. Where it equals
       `target` the result has final widths (see the module's text).
     cfg: the architecture of the arrays.
-    limits: floors and multiples.
+    rules: floors, multiples, and what a price counts.
 
   Returns:
     New masks; dead groups stay dead. A target below `smallest_params` gives the
@@ -213,7 +241,7 @@ def select(
   start = jnp.stack(
     [masks.heads[0].sum(), masks.ffn[0].sum(), masks.stem.sum()]
   )
-  floors, multiple = jnp.array(limits.smallest()), jnp.array(limits.multiple_of)
+  floors, multiple = jnp.array(rules.smallest()), jnp.array(rules.multiple_of)
   last = (target == final).all()
 
   def rows(width):
@@ -227,7 +255,11 @@ def select(
     # By the row, like the cost: a head of each layer is N head_rows rows of
     # D_live; a stem channel is one entry of every row.
     cost = jnp.stack(
-      [width[2] * cfg.head_rows(), width[2] * 3, rows(width)]
+      [
+        width[2] * cfg.head_rows(),
+        width[2] * 3,
+        rows(width) - _unpriced_rows(cfg, rules),
+      ]
     ).astype(jnp.float32)
     score = jnp.stack(
       [

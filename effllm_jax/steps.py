@@ -24,7 +24,7 @@ def learning_rate(
   """Learning rate by step.
 
   The source is a finished, decayed checkpoint, so the rate always warms up
-  from 0 again.
+  again.
 
   Args:
     kind: `cosine` (warm-up, then half a cosine down to `end`) or `wsd`
@@ -40,12 +40,15 @@ def learning_rate(
     fall = optax.cosine_decay_schedule(
       peak, max(total - warmup, 1), alpha=end / peak
     )
-    return optax.join_schedules([rise, fall], [warmup])
-  if kind == 'wsd':
+    rate = optax.join_schedules([rise, fall], [warmup])
+  elif kind == 'wsd':
     fall = optax.linear_schedule(peak, end, decay)
     stable = optax.constant_schedule(peak)
-    return optax.join_schedules([rise, stable, fall], [warmup, total - decay])
-  raise ValueError(f'schedule {kind!r} is neither cosine nor wsd')
+    rate = optax.join_schedules([rise, stable, fall], [warmup, total - decay])
+  else:
+    raise ValueError(f'schedule {kind!r} is neither cosine nor wsd')
+  # Optax counts finished updates: a rate of 0 would waste the first one.
+  return lambda count: rate(count + 1)
 
 
 def optimizer(

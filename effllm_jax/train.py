@@ -160,6 +160,7 @@ class Run:
       self._check_finite(step, numbers)
     if plan.prunes(step):
       self._prune(step)
+    seconds = time.perf_counter() - start
     row = (
       {
         'kind': 'train',
@@ -169,7 +170,7 @@ class Run:
         'grad_norm': float(numbers['grad_norm']),
         'learning_rate': float(self.rate(step - 1)),
         # Includes the prune; not the compilation, the input or the shrink.
-        'seconds': time.perf_counter() - start,
+        'seconds': seconds,
         'compile_seconds': compile_seconds,
         'data_seconds': waited,
         **self._sizes(step),
@@ -179,7 +180,7 @@ class Run:
     )
     event = self._shrink(step, windows_ABT[0]) if self._shrinks(step) else None
     if row:
-      row['tokens_per_second'] = plan.tokens_per_step / row['seconds']
+      row['tokens_per_second'] = plan.tokens_per_step / seconds
       self.metrics.write(row)
       self.progress.step(row)
     if plan.evaluates(step):
@@ -205,6 +206,9 @@ class Run:
       decay=self.config.prune.ema,
       score=score,
     ).compile()
+    # The first calls compile; the times of steps shall not include that.
+    self._select(self.plan.schedule.start)
+    self._prices()
     self.progress.phase('pruning' if score else 'recovery')
     return time.perf_counter() - start
 
@@ -221,15 +225,7 @@ class Run:
     """Flips mask bits until the schedule's size is reached; logs what went."""
     prune, plan = self.state.prune, self.plan
     target = plan.schedule.at(plan.tokens(step))
-    masks = selection.select(
-      prune.scores,
-      prune.masks,
-      selection.split(target),
-      selection.split(plan.schedule.target),
-      self.cfg,
-      plan.limits,
-    )
-    price = selection.mean_prices(prune.scores, prune.masks, self.cfg)
+    masks = self._select(target)
     self.trace.write(
       {
         'step': step,
@@ -237,10 +233,28 @@ class Run:
         'target_params': target,
         'live_params': selection.live_params(masks, self.cfg),
         'removed': _named(prune.masks, masks, prune.origin),
-        'price': _floats(price),
+        'price': self._prices(),
       }
     )
     self.state = self.state.replace(prune=prune.replace(masks=masks))
+
+  def _select(self, target: int) -> structure.Groups:
+    prune = self.state.prune
+    return selection.select(
+      prune.scores,
+      prune.masks,
+      selection.split(target),
+      selection.split(self.plan.schedule.target),
+      self.cfg,
+      self.plan.rules,
+    )
+
+  def _prices(self) -> dict[str, float]:
+    prune = self.state.prune
+    prices = selection.mean_prices(
+      prune.scores, prune.masks, self.cfg, self.plan.rules
+    )
+    return {t: float(getattr(prices, t)) for t in structure.TYPES}
 
   def _shrinks(self, step: int) -> bool:
     """Whether enough is dead, or the target has been reached."""
@@ -357,11 +371,6 @@ class Run:
     live = selection.live_widths(prune.masks)
     tokens = plan.tokens(step)
     source = self.source_cfg.widths()
-    price = None
-    if plan.scores(step):
-      price = _floats(
-        selection.mean_prices(prune.scores, prune.masks, self.cfg)
-      )
     return {
       'live_params': selection.live_params(prune.masks, self.cfg),
       'array_params': self.cfg.num_params(),
@@ -370,7 +379,7 @@ class Run:
       ),
       'widths': {t: float(w.mean()) for t, w in live.items()},
       'pruned': {t: 1 - float(w.mean()) / source[t] for t, w in live.items()},
-      'price': price,
+      'price': self._prices() if plan.scores(step) else None,
     }
 
 
@@ -390,7 +399,3 @@ def _named(before, after, origin) -> dict[str, list]:
       ]
     removed[name] = index
   return removed
-
-
-def _floats(groups: structure.Groups) -> dict[str, float]:
-  return {t: float(getattr(groups, t)) for t in structure.TYPES}

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import logging
 import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 
 from effllm_jax import errors
 
@@ -30,7 +30,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def guarded(argv):
     if argv[1:]:
       _fail(f'unexpected argument {argv[1]!r}; flags start with --')
-    logging.getLogger().setLevel(logging.INFO)
+    # Orbax, TFDS and jax report their own progress at INFO.
+    logging.set_verbosity(logging.WARNING)
     try:
       main(argv)
     except errors.InputError as e:

@@ -1,6 +1,12 @@
 """What many tests need: small models, random masks and scores."""
 
+import importlib
+import inspect
+import json
 import os
+import pathlib
+import subprocess
+import sys
 
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -10,9 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+import tokenizers
 
 from effllm_jax import model
 from effllm_jax import structure
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # Multi-head and grouped-query, tied and untied, one to three layers.
 CONFIGS = {
@@ -97,3 +107,141 @@ def close(a, b, rtol=1e-5, atol=1e-6):
     a,
     b,
   )
+
+
+def real_text() -> list[str]:
+  """English documents that every machine has: the standard library's own."""
+  names = (
+    'argparse', 'asyncio', 'bisect', 'calendar', 'collections', 'csv',
+    'datetime', 'decimal', 'difflib', 'doctest', 'email.message', 'enum',
+    'fractions', 'heapq', 'inspect', 'json', 'logging', 'optparse', 'pathlib',
+    'pickletools', 'random', 'shutil', 'statistics', 'string', 'textwrap',
+    'threading', 'typing', 'unittest', 'urllib.parse', 'zipfile',
+  )  # fmt: skip
+  documents = []
+  for name in names:
+    module = importlib.import_module(name)
+    members = [m for _, m in sorted(vars(module).items()) if callable(m)]
+    texts = [inspect.getdoc(x) or '' for x in (module, *members)]
+    # A first occurrence only: subclasses inherit their docs.
+    documents.append('\n\n'.join(dict.fromkeys(t for t in texts if t)))
+  return [d for d in documents if len(d) > 1000]
+
+
+def write_text_folder(folder: pathlib.Path) -> pathlib.Path:
+  """A user's own text: one .txt per document."""
+  folder.mkdir()
+  for i, document in enumerate(real_text()):
+    (folder / f'{i:02d}.txt').write_text(document, encoding='utf-8')
+  return folder
+
+
+def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
+  """A Llama as a Hugging Face folder: random weights, trained tokenizer.
+
+  Written by hand, not by `effllm_jax.export`, so that neither checks itself.
+  """
+  cfg = cfg or make_config(
+    V=512, D=32, N=2, K=2, G=2, H=8, F=64, context=128, tied=True
+  )
+  folder.mkdir()
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  bpe.train_from_iterator(
+    real_text(),
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=cfg.V,
+      special_tokens=['<|endoftext|>'],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
+  bpe.save(str(folder / 'tokenizer.json'))
+  config = {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'vocab_size': cfg.V,
+    'hidden_size': cfg.D,
+    'num_hidden_layers': cfg.N,
+    'num_attention_heads': cfg.K * cfg.G,
+    'num_key_value_heads': cfg.K,
+    'head_dim': cfg.H,
+    'intermediate_size': cfg.F,
+    'max_position_embeddings': cfg.context,
+    'rope_theta': cfg.rope_theta,
+    'rms_norm_eps': cfg.norm_eps,
+    'tie_word_embeddings': cfg.tied,
+    'hidden_act': 'silu',
+    'eos_token_id': 0,
+    'bos_token_id': 0,
+  }
+  (folder / 'config.json').write_text(json.dumps(config))
+  params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
+  layers = params.layers
+  tensors = {
+    'model.embed_tokens.weight': params.embed,
+    'model.norm.weight': params.final_norm,
+  }
+  for n in range(cfg.N):
+    at = f'model.layers.{n}'
+    tensors |= {
+      f'{at}.input_layernorm.weight': layers.attn_norm[n],
+      f'{at}.post_attention_layernorm.weight': layers.ffn_norm[n],
+      f'{at}.self_attn.q_proj.weight': layers.wq[n].reshape(cfg.D, -1).T,
+      f'{at}.self_attn.k_proj.weight': layers.wk[n].reshape(cfg.D, -1).T,
+      f'{at}.self_attn.v_proj.weight': layers.wv[n].reshape(cfg.D, -1).T,
+      f'{at}.self_attn.o_proj.weight': layers.wo[n].reshape(-1, cfg.D).T,
+      f'{at}.mlp.gate_proj.weight': layers.w_gate[n].T,
+      f'{at}.mlp.up_proj.weight': layers.w_up[n].T,
+      f'{at}.mlp.down_proj.weight': layers.w_down[n].T,
+    }
+  if not cfg.tied:
+    tensors['lm_head.weight'] = params.unembed.T
+  safetensors.numpy.save_file(
+    {k: np.ascontiguousarray(v) for k, v in tensors.items()},
+    folder / 'model.safetensors',
+  )
+  return folder
+
+
+def small_run(model_folder, text_folder, **changes):
+  """The shipped config, on a small model and text: 24 steps, 3 shrinks."""
+  return {
+    'source': str(model_folder),
+    'data.text': str(text_folder),
+    'data.seq_len': 32,
+    'data.workers': 0,
+    'train.tokens': 24 * 64,
+    'optimizer.peak': 3e-3,
+    'optimizer.warmup_tokens': 128,
+    'optimizer.decay_tokens': 256,
+    'prune.target_params': 22_000,
+    'prune.begin_tokens': 128,
+    'prune.end_tokens': 18 * 64,
+    'prune.floors.ffn': 8,
+    'prune.floors.stem': 16,
+    'prune.multiple_of.ffn': 8,
+    'prune.multiple_of.stem': 8,
+    'shrink.threshold': 0.1,
+    'eval.tokens_per_domain': 512,
+    'checkpoint.every_steps': 5,
+  } | changes
+
+
+def flags_of(changes) -> list[str]:
+  """Command-line overrides of a config."""
+  return [f'--config.{key}={value}' for key, value in changes.items()]
+
+
+def command(name: str, *arguments, **options) -> subprocess.CompletedProcess:
+  """Runs `python -m experiments.<name>` as a user would."""
+  return subprocess.run(
+    [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],
+    cwd=ROOT, capture_output=True, text=True, check=False, **options,
+  )  # fmt: skip
+
+
+CONFIG_FILE = '--config=experiments/configs/smollm2_135m.py'

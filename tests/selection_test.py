@@ -10,7 +10,9 @@ from effllm_jax import selection
 from effllm_jax import structure
 from tests import conftest
 
-FREE = selection.Limits(floors=(1, 1, 1), multiple_of=(1, 1, 1))
+FREE = selection.Rules((1, 1, 1), (1, 1, 1), price_embedding=True)
+  floors=(1, 1, 1), multiple_of=(1, 1, 1), price_embedding=True
+)
 
 
 def count_live(masks, cfg) -> int:
@@ -34,11 +36,11 @@ def count_live(masks, cfg) -> int:
   return total
 
 
-def greedy(scores, masks, target, final, cfg, limits):
+def greedy(scores, masks, target, final, cfg, rules):
   """`select` as a person would write it: lists, Python integers, no rank."""
   masks = jax.tree.map(np.array, masks)
   s = jax.tree.map(lambda x: np.asarray(x, np.float64), scores)
-  smallest, multiple = limits.smallest(), limits.multiple_of
+  smallest, multiple = rules.smallest(), rules.multiple_of
 
   def size(w):
     rows = cfg.N * (w[0] * cfg.head_rows() + 3 * w[1]) + cfg.stem_rows()
@@ -77,6 +79,8 @@ def greedy(scores, masks, target, final, cfg, limits):
         live = np.flatnonzero(masks.stem)
         d = live[np.argmin(s.stem[live])]
         rows = size(w) - size((w[0], w[1], w[2] - 1))
+        if not rules.price_embedding:
+          rows -= cfg.V * (1 if cfg.tied else 2)
         moves[i] = (s.stem[d] / rows, d)
       else:
         mask, score = (masks.heads, s.heads) if i == 0 else (masks.ffn, s.ffn)
@@ -98,9 +102,9 @@ def greedy(scores, masks, target, final, cfg, limits):
         mask[n, victim] = False
 
 
-def run(scores, masks, target, final, cfg, limits):
+def run(scores, masks, target, final, cfg, rules):
   return selection.select(
-    scores, masks, selection.split(target), selection.split(final), cfg, limits
+    scores, masks, selection.split(target), selection.split(final), cfg, rules
   )
 
 
@@ -126,15 +130,15 @@ def test_live_params_of_a_whole_model(cfg):
 
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize(
-  'limits',
+  'rules',
   [
     FREE,
-    selection.Limits(floors=(1, 3, 5), multiple_of=(1, 4, 4)),
-    selection.Limits(floors=(2, 1, 1), multiple_of=(1, 5, 3)),
+    selection.Rules((1, 3, 5), (1, 4, 4), price_embedding=False),
+    selection.Rules((2, 1, 1), (1, 5, 3), price_embedding=True),
   ],
   ids=['free', 'multiples', 'odd-multiples'],
 )
-def test_equals_the_brute_force_greedy(limits, seed):
+def test_equals_the_brute_force_greedy(rules, seed):
   cfg = conftest.make_config(K=3, G=2, N=3, F=24, D=16)
   rng = np.random.default_rng(seed)
   scores = conftest.make_scores(cfg, seed)
@@ -144,19 +148,19 @@ def test_equals_the_brute_force_greedy(limits, seed):
     scores,
     structure.Groups(*np.float32(10.0 ** rng.uniform(-1, 1, 3))),
   )
-  heads, ffn, stem = limits.smallest()
+  heads, ffn, stem = rules.smallest()
   least = dataclasses.replace(cfg, K=heads, F=ffn, D=stem).num_params()
   final = int(rng.integers(least, cfg.num_params()))
   masks = structure.all_alive(cfg)
   for target in np.linspace(cfg.num_params(), final, 4)[1:]:
-    want = greedy(scores, masks, int(target), final, cfg, limits)
-    masks = run(scores, masks, int(target), final, cfg, limits)
+    want = greedy(scores, masks, int(target), final, cfg, rules)
+    masks = run(scores, masks, int(target), final, cfg, rules)
     jax.tree.map(np.testing.assert_array_equal, masks, want)
     # Invariant 5.
     assert selection.live_params(masks, cfg) <= int(target)
   widths = selection.live_widths(masks)
   for name, multiple, floor in zip(
-    structure.TYPES, limits.multiple_of, limits.smallest(), strict=True
+    structure.TYPES, rules.multiple_of, rules.smallest(), strict=True
   ):
     assert (widths[name] % multiple == 0).all()
     assert (widths[name] >= floor).all()
@@ -165,7 +169,7 @@ def test_equals_the_brute_force_greedy(limits, seed):
 def test_final_size_wastes_less_than_the_smallest_block():
   """SmolLM2-135M lands at or under any target, and not far under it."""
   cfg = conftest.make_config(V=49152, D=576, N=30, K=3, G=3, H=64, F=1536)
-  limits = selection.Limits(floors=(1, 64, 64), multiple_of=(1, 64, 64))
+  rules = selection.Rules((1, 64, 64), (1, 64, 64), price_embedding=True)
   block = cfg.N * 3 * 64 * cfg.D
   for seed, target in enumerate((128_000_000, 107_600_000, 90_000_000)):
     masks = run(
@@ -174,7 +178,7 @@ def test_final_size_wastes_less_than_the_smallest_block():
       target,
       target,
       cfg,
-      limits,
+      rules,
     )
     live = selection.live_params(masks, cfg)
     assert target - block < live <= target
@@ -252,7 +256,7 @@ def test_the_schedule_is_a_line_in_tokens():
 def test_prices_are_scores_per_saved_parameter(cfg):
   masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
   scores = jax.tree.map(lambda s, m: s * m, scores, masks)
-  prices = selection.prices(scores, masks, cfg)
+  prices = selection.prices(scores, masks, cfg, FREE)
   costs = selection.costs(masks, cfg)
   jax.tree.map(
     lambda p, s, c, m: np.testing.assert_allclose(
@@ -263,7 +267,7 @@ def test_prices_are_scores_per_saved_parameter(cfg):
     costs,
     masks,
   )
-  means = selection.mean_prices(scores, masks, cfg)
+  means = selection.mean_prices(scores, masks, cfg, FREE)
   assert float(means.ffn) == pytest.approx(
     float(np.asarray(prices.ffn)[np.asarray(masks.ffn)].mean()), rel=1e-5
   )
@@ -280,8 +284,30 @@ def test_prices_are_scores_per_saved_parameter(cfg):
 )
 def test_impossible_targets_are_refused(change, message):
   cfg = conftest.make_config()
-  arguments = dict(target=3000, floors=(1, 1, 1), multiple_of=(1, 1, 1))
+  arguments = dict(
+    target=3000,
+    floors=(1, 1, 1),
+    multiple_of=(1, 1, 1),
+    price_embedding=True,
+  )
   arguments |= change
   target = arguments.pop('target')
   with pytest.raises(errors.InputError, match=message):
-    selection.check_target(cfg, selection.Limits(**arguments), target)
+    selection.check_target(cfg, selection.Rules(**arguments), target)
+
+
+def test_the_embedding_can_be_left_out_of_the_stem_price():
+  cfg = conftest.make_config()
+  masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
+  without = selection.prices(
+    scores, masks, cfg, dataclasses.replace(FREE, price_embedding=False)
+  )
+  counted = selection.prices(scores, masks, cfg, FREE)
+  cost = np.asarray(selection.costs(masks, cfg).stem, np.float64)
+  alive = np.asarray(masks.stem)
+  np.testing.assert_allclose(
+    np.asarray(without.stem / counted.stem)[alive],
+    (cost / (cost - cfg.V))[alive],
+    rtol=1e-5,
+  )
+  conftest.close(without.ffn, counted.ffn)

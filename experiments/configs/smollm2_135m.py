@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.text = 'pypi'
   config.data.seq_len = 256
   config.data.batch_size = 2  # sequences per micro-batch
-  config.data.workers = 1  # processes; 0 reads in the training process
+  config.data.workers = 0  # processes; 0 reads in a thread of this one
   # Sampling weight by domain; empty: by size.
   config.data.weights = ml_collections.ConfigDict()
 
@@ -58,6 +58,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.end_tokens = 28_160
   config.prune.every = 2  # steps; N in the paper's Figure 2
   config.prune.ema = 0.9  # of scores; 0 keeps the last batch only
+  # Whether the embedding counts in the price of a stem channel. Counted, the
+  # stem looks cheap and goes first, which costs this small model dearly.
+  config.prune.price_embedding = False
   # Least groups left: heads and ffn per layer, stem in the model.
   config.prune.floors = ml_collections.ConfigDict(
     {'heads': 1, 'ffn': 64, 'stem': 64}

@@ -1,0 +1,106 @@
+"""Byte-level BPE tokenizers from the vocabulary that a GGUF file carries."""
+
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import processors
+
+from effllm_jax import errors
+
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+# llama.cpp's name of the rule that splits text into words -> that rule. The
+# digit split of SmolLM matters: transformers' own conversion leaves it out.
+_RULES = {
+  'gpt-2': (pre_tokenizers.ByteLevel(add_prefix_space=False),),
+  'smollm': (
+    pre_tokenizers.Digits(individual_digits=True),
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+  ),
+  'llama-bpe': (
+    pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), behavior='isolated'),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  ),
+}
+# Values of `tokenizer.ggml.token_type`.
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+
+
+def tokenizer(
+  tokens: Sequence[str],
+  kinds: Sequence[int],
+  merges: Sequence[str],
+  pre: str,
+  bos_id: int | None,
+  file: str,
+) -> tokenizers.Tokenizer:
+  """Builds the tokenizer that llama.cpp uses for the same metadata.
+
+  The rules are those of llama.cpp's `llama-vocab.cpp`. With the vocabulary of
+  SmolLM2, each of the three gave the tokens of llama.cpp itself (xllamacpp) on
+  1.7M characters of speeches, plays, wiki, code and random Unicode.
+
+  Args:
+    tokens: `tokenizer.ggml.tokens`, in the byte-level alphabet.
+    kinds: `tokenizer.ggml.token_type`; 3 is a control token.
+    merges: `tokenizer.ggml.merges`, two tokens separated by a space.
+    pre: `tokenizer.ggml.pre`, one of gpt-2, smollm, llama-bpe.
+    bos_id: token to start every text with when special tokens are asked for.
+    file: named in errors.
+
+  Raises:
+    errors.InputError: an unknown rule, or parts that do not fit together.
+  """
+  if pre not in _RULES:
+    raise errors.InputError(
+      f'{file}: tokenizer.ggml.pre = {pre}, only {", ".join(_RULES)} are '
+      "known; use the model's Hugging Face folder"
+    )
+  if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
+    raise errors.InputError(
+      f'{file}: {len(tokens)} tokens ({len(set(tokens))} different) with '
+      f'{len(kinds)} token types; fetch the file again'
+    )
+  try:
+    model = models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=[tuple(merge.split(' ')) for merge in merges],
+      # As llama.cpp does for this rule: a word that is a token stays whole.
+      ignore_merges=pre == 'llama-bpe',
+    )
+  except Exception as e:  # The bindings raise nothing narrower.
+    reason = ' '.join(str(e).split())[:200]
+    raise errors.InputError(
+      f'{file}: merges do not fit the vocabulary ({reason}); fetch the file '
+      'again'
+    ) from e
+  result = tokenizers.Tokenizer(model)
+  result.pre_tokenizer = pre_tokenizers.Sequence(list(_RULES[pre]))
+  result.decoder = decoders.ByteLevel()
+  result.add_tokens(
+    [
+      tokenizers.AddedToken(
+        token, special=kind != _USER_DEFINED, normalized=False
+      )
+      for token, kind in zip(tokens, kinds, strict=True)
+      if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+  )
+  if bos_id is not None:
+    if bos_id >= len(tokens):
+      raise errors.InputError(
+        f'{file}: tokenizer.ggml.bos_token_id = {bos_id} of {len(tokens)} '
+        'tokens; use another conversion of the model'
+      )
+    bos = tokens[bos_id]
+    result.post_processor = processors.TemplateProcessing(
+      single=[bos, '$A'],
+      pair=[bos, '$A', bos, '$B:1'],
+      special_tokens=[(bos, bos_id)],
+    )
+  return result

@@ -1,0 +1,225 @@
+"""Params -> a stock Hugging Face folder, opened again before it is kept."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from effllm_jax import errors
+from effllm_jax import hf_config
+from effllm_jax import model
+from effllm_jax import sources
+from effllm_jax import structure
+from effllm_jax import weights
+
+# Largest difference of a logit, float32, between PyTorch and our model.
+TOLERANCE = 1e-3
+NEW_TOKENS = 32
+# Digits, capitals, punctuation and runs of white space on purpose: it also
+# compares the tokenizers.
+_TEXT = """The lighthouse at Skerryvore was first lit in 1844. It stands on a
+reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
+"two of blasting, four of building." Its 4,308 tons of granite    were cut on
+the island of Mull \u2013 each block fitted by hand before it was shipped."""
+_PROMPT = 16
+
+
+def hugging_face(
+  params: structure.Params,
+  masks: structure.Groups,
+  cfg: structure.ModelConfig,
+  out: str | os.PathLike,
+  tokenizer_folder: str | os.PathLike,
+  pruning: dict[str, Any],
+) -> dict[str, Any]:
+  """Writes a folder that `AutoModelForCausalLM` opens, and checks that it does.
+
+  The folder holds config.json, model.safetensors (float32), the tokenizer,
+  generation_config.json, and pruning.json: what the model is made from. It is
+  written beside `out` and opened in transformers there. Only when the logits of
+  a real text agree to `TOLERANCE`, the next `NEW_TOKENS` greedy tokens are the
+  same and the tokenizer gives the same ids, it is renamed to `out`.
+
+  Args:
+    params: float32, as small as the model is: nothing in them is dead.
+    masks: all True.
+    cfg: the architecture.
+    out: folder that does not exist yet, or is empty.
+    tokenizer_folder: as `sources.save_tokenizer` wrote it.
+    pruning: JSON content of pruning.json; `source` is added to it.
+
+  Returns:
+    `path`, `architecture` (the class), `params` (their number),
+    `max_logit_diff`, `greedy_tokens` (how many were compared), `files` (name ->
+    bytes).
+
+  Raises:
+    errors.InputError: torch is missing, or `out` cannot be written.
+    ValueError: a mask is dead; shrink first.
+    RuntimeError: PyTorch computes something else. Nothing is left behind.
+  """
+  if not all(np.asarray(mask).all() for mask in jax.tree.leaves(masks)):
+    raise ValueError('dead groups in the masks: shrink before the export')
+  structure.check_shapes(params, cfg)
+  transformers = _transformers()
+  source = sources.load_saved(tokenizer_folder)
+  # Without links and dots, so that the rename cannot end up elsewhere.
+  out = pathlib.Path(out).expanduser().resolve()
+  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    raise errors.InputError(f'{out} exists and is not empty; set another --out')
+  config = hf_config.write(cfg) | {
+    'dtype': 'float32',
+    'transformers_version': transformers.__version__,
+  }
+  with _one_line(out):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(
+      dir=out.parent, prefix=f'.{out.name}-'
+    )
+  with scratch as tmp:
+    folder = pathlib.Path(tmp) / out.name
+    with _one_line(out):
+      folder.mkdir()
+      _write(folder, params, config, tokenizer_folder, source, pruning)
+    diff = _verify(folder, params, masks, cfg, source, transformers)
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    with _one_line(out):
+      os.replace(folder, out)
+  return {
+    'path': str(out),
+    'architecture': config['architectures'][0],
+    'params': cfg.num_params(),
+    'max_logit_diff': diff,
+    'greedy_tokens': NEW_TOKENS,
+    'files': files,
+  }
+
+
+def _transformers():
+  """transformers with torch behind it; neither may go online."""
+  # Read at import; every path below is a folder on this machine anyway.
+  os.environ.setdefault('HF_HUB_OFFLINE', '1')
+  try:
+    import torch  # noqa: F401
+    import transformers
+  except ImportError as e:
+    raise errors.InputError(
+      f'an export is checked in PyTorch, but {e.name} is missing; '
+      'pip install -r requirements-torch.txt'
+    ) from e
+  # Its bars would break into the caller's own.
+  transformers.utils.logging.disable_progress_bar()
+  return transformers
+
+
+@contextlib.contextmanager
+def _one_line(out):
+  """A full or read-only disk, told in one line."""
+  try:
+    yield
+  except (OSError, safetensors.SafetensorError) as e:
+    reason = getattr(e, 'strerror', None) or e
+    raise errors.InputError(
+      f'cannot write {out}: {reason}; free some space or set another --out'
+    ) from e
+
+
+def _write(folder, params, config, tokenizer_folder, source, pruning):
+  """All files of the folder."""
+  # None is written too: absent, the ids would be the classes' 1 and 2.
+  ids = {
+    'bos_token_id': source.bos_id,
+    'eos_token_id': list(source.eos_ids) or None,
+    'pad_token_id': source.pad_id,
+  }
+  about = {
+    key: getattr(source, key)
+    for key in ('name', 'description', 'licence', 'sha256')
+  }
+  for name, content in (
+    ('config.json', config | ids),
+    ('pruning.json', {'source': about} | pruning),
+  ):
+    text = json.dumps(content, indent=2) + '\n'
+    (folder / name).write_text(text, encoding='utf-8')
+  for name in (
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'generation_config.json',
+  ):
+    shutil.copyfile(pathlib.Path(tokenizer_folder) / name, folder / name)
+  tensors = weights.views(
+    jax.tree.map(np.asarray, params), weights.HUGGING_FACE
+  )
+  safetensors_numpy.save_file(
+    {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
+    folder / 'model.safetensors',
+    metadata={'format': 'pt'},
+  )
+
+
+def _verify(folder, params, masks, cfg, source, transformers):
+  """Largest logit difference; raises RuntimeError where PyTorch disagrees.
+
+  Our side runs once, over the text with PyTorch's continuation: that every
+  continued token is our most likely one after its prefix is the same as equal
+  greedy decoding, for one forward pass instead of 32.
+  """
+  import torch
+
+  ours = source.tokenizer.encode(_TEXT).ids
+  theirs = transformers.AutoTokenizer.from_pretrained(
+    folder, local_files_only=True
+  )(_TEXT)['input_ids']
+  if not ours or ours != theirs:
+    raise RuntimeError(
+      f'the exported tokenizer gives {theirs[:8]}... where the source gives '
+      f'{ours[:8]}...; the export is not kept'
+    )
+  torch_model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, local_files_only=True
+  ).eval()
+  # A plain greedy search that no end-of-text token stops early.
+  torch_model.generation_config = transformers.GenerationConfig(
+    do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True, pad_token_id=0
+  )
+  with torch.no_grad():
+    prompt = torch.tensor([ours[:_PROMPT]])
+    continued = torch_model.generate(
+      prompt, attention_mask=torch.ones_like(prompt)
+    )
+    texts = torch.tensor([ours]), continued
+    logits = [torch_model(text).logits[0].numpy() for text in texts]
+  forward = jax.jit(
+    lambda params, masks, tokens: model.forward(
+      params, masks, tokens, cfg, model.Compute(remat=False)
+    )[0][0]
+  )
+  diff = 0.0
+  for text, want in zip(texts, logits, strict=True):
+    tokens = jnp.asarray(text.numpy(), jnp.int32)
+    have = np.asarray(forward(params, masks, tokens))
+    diff = max(diff, float(np.abs(have - want).max()))
+  # `not <=` so that a NaN is refused as well.
+  if not diff <= TOLERANCE:
+    raise RuntimeError(
+      f'PyTorch differs from the model by {diff:.3g} in a logit (at most '
+      f'{TOLERANCE}); the export is not kept'
+    )
+  greedy = continued[0, prompt.shape[1] :].tolist()
+  likely = have[prompt.shape[1] - 1 : -1].argmax(-1).tolist()
+  if len(greedy) != NEW_TOKENS or greedy != likely:
+    raise RuntimeError(
+      f'greedy tokens in PyTorch {greedy} are not those of the model {likely}; '
+      'the export is not kept'
+    )
+  return diff

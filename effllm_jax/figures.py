@@ -1,0 +1,255 @@
+"""The figures of a report, as PNG files in memory.
+
+One colour per pruning type in all figures, from the palette of Okabe and Ito,
+which the common forms of colour blindness tell apart.
+"""
+
+import dataclasses
+import io
+
+import matplotlib
+from matplotlib import ticker
+import numpy as np
+
+from effllm_jax import plots
+from effllm_jax import runlog
+from effllm_jax import structure
+from effllm_jax import tables
+
+COLORS = {'heads': '#0072B2', 'ffn': '#D55E00', 'stem': '#009E73'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """One picture: file name without suffix, PNG bytes, and the words with it."""
+
+  name: str
+  title: str
+  caption: str
+  png: bytes
+
+
+def draw(run: runlog.Run) -> list[Figure]:
+  """All figures of a run, also of one that has only just begun."""
+  with matplotlib.rc_context(plots.STYLE):
+    return [f(run) for f in (_size, _price, _loss, _widths, _speed)]
+
+
+def _size(run):
+  fig, (ax,) = plots.panels(run, 1, height=4.0)
+  start, live = run.source_params(), run.train['live_params']
+  x = [0, *(e['tokens'] for e in run.shrinks), run.tokens[-1]]
+  y = [start, *(e['params_after'] for e in run.shrinks), run.array_params()]
+  ax.plot(x, y, drawstyle='steps-post', lw=3.5, color='#A6CBE8', label='arrays')
+  if run.shrinks:
+    style = {'color': '#2a6ea3', 'mec': 'white', 'ms': 9, 'zorder': 5}
+    ax.plot(x[1:-1], y[1:-1], 'v', label='shrink', **style)
+  style = {'color': '#E69F00', 'ls': '--', 'lw': 1.4, 'zorder': 4}
+  plots.line(ax, run, run.train['target_params'], label='target', **style)
+  plots.line(ax, run, live, start, color=plots.INK, label='live')
+  ax.yaxis.set_major_formatter(plots.SI)
+  ax.set_ylabel('parameters')
+  plots.title(
+    ax,
+    f'{tables.si(start)} to {tables.si(live[-1])} live parameters '
+    f'({tables.change(start, live[-1])}) in {tables.si(run.tokens[-1])} tokens'
+    if live[-1] < start
+    else f'Nothing pruned yet: {tables.si(start)} live parameters',
+  )
+  return _figure(
+    fig,
+    'size',
+    'Model size against training tokens: each prune takes the live parameters '
+    'to the target of the schedule or below, each shrink takes the arrays to '
+    'what is live.',
+  )
+
+
+def _price(run):
+  fig, (top, bottom) = plots.panels(run, 2, height=6.4)
+  plots.pruning(top, run)
+  price = {t: run.train[f'price.{t}'] for t in structure.TYPES}
+  rows = np.stack([*price.values()])
+  scored = rows[:, np.isfinite(rows).all(0) & (rows > 0).all(0)]
+  if scored.size:
+    cheapest = np.bincount(scored.argmin(0), minlength=len(price))
+    winner = structure.TYPES[cheapest.argmax()]
+    share = cheapest.max() / scored.shape[1]
+    exponent = 3 * int(np.floor(np.log10(scored.max()) / 3))
+    for t, y in price.items():
+      y = y / 10.0**exponent
+      # Many noisy points of three types hide one another: show their mean.
+      if len(y) > 400:
+        plots.line(top, run, y, color=COLORS[t], lw=0.6, alpha=0.25)
+        y = np.where(np.isfinite(y), plots.smooth(y, plots.window(y)), np.nan)
+      plots.line(top, run, y, color=COLORS[t], label=t)
+    if scored.max() > 8 * scored.min():
+      top.set_yscale('log')
+      top.yaxis.set_minor_formatter(ticker.NullFormatter())
+    top.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'))
+    plots.title(
+      top,
+      f'{winner} had the lowest price at {100 * share:.0f}{tables.PERCENT} of '
+      'the scored steps',
+    )
+    top.set_ylabel(f'price, $10^{{{exponent}}}$ nats per token\nper parameter')
+  else:
+    plots.empty(top, 'nothing has been scored yet')
+    plots.title(top, 'Price of each type', legend=False)
+  plots.pruning(bottom, run)
+  shares = {t: 100 * run.train[f'pruned.{t}'] for t in structure.TYPES}
+  for t, y in shares.items():
+    plots.line(bottom, run, y, 0.0, color=COLORS[t], label=t)
+  most = max(5.0, *(float(y.max()) for y in shares.values()))
+  # Below 0, or a type of which nothing went would hide behind the axis.
+  bottom.set_ylim(-0.03 * most, 1.08 * most)
+  bottom.yaxis.set_major_formatter(
+    ticker.FuncFormatter(lambda v, _: f'{v:g}{tables.PERCENT}')
+  )
+  bottom.set_ylabel('groups pruned')
+  ends = ', '.join(
+    f'{y[-1]:.3g}{tables.PERCENT} of {t}' for t, y in shares.items()
+  )
+  plots.title(bottom, f'Pruned: {ends}', legend=not scored.size)
+  return _figure(
+    fig,
+    'price',
+    'Price and pruned share of each pruning type; the price is the score of a '
+    'group (the loss its removal is expected to cost) divided by the live '
+    'parameters its removal saves, here the mean over the live groups of a '
+    'type.',
+  )
+
+
+def _loss(run):
+  fig, (top, bottom) = plots.panels(run, 2, height=6.4)
+  loss = run.train['loss']
+  plots.pruning(top, run)
+  mean = plots.noisy(top, run, loss)
+  if len(loss) > 200:
+    # One spike must not flatten everything else.
+    low, high = np.nanpercentile(loss, [0.2, 99.8])
+    top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+  top.set_ylabel('nats per token')
+  worst = float(np.nanmax(mean))
+  rose = f'{worst:.2f} at most, ' if worst > max(mean[0], mean[-1]) else ''
+  end = 'at the end' if run.finished else 'now'
+  plots.title(
+    top,
+    f'Training loss {mean[0]:.2f} at the start, {rose}{mean[-1]:.2f} {end}',
+  )
+  plots.pruning(bottom, run)
+  x = [e['tokens'] for e in run.evals]
+  domains = dict.fromkeys(d for e in run.evals for d in e['domains'])
+  # Points at the very edge, before the first step, are drawn whole.
+  style = {'clip_on': False, 'zorder': 3}
+  for i, domain in enumerate(domains):
+    y = [e['domains'].get(domain, np.nan) for e in run.evals]
+    label = None if i else 'each domain'
+    bottom.plot(x, y, '.-', color='#cbb3c3', lw=0.8, label=label, **style)
+  if x:
+    y = [e['bits_per_byte'] for e in run.evals]
+    color = '#8a3d6e'
+    bottom.plot(x, y, 'o-', color=color, ms=5, label='all domains', **style)
+    plots.title(bottom, f'Held-out bits per byte: {_said(run)}')
+  else:
+    plots.empty(bottom, 'no evaluation yet')
+    plots.title(bottom, 'Held-out text', legend=False)
+  bottom.set_ylabel('bits per byte')
+  return _figure(
+    fig,
+    'loss',
+    'Loss on the training text and bits per byte on held-out text; shaded from '
+    'the first prune to the last.',
+  )
+
+
+def _said(run):
+  said = {x['phase']: x['bits_per_byte'] for x in run.evals}
+  names = {
+    'source': 'at the start',
+    'pruned': 'after the last prune',
+    'final': 'at the end',
+  }
+  words = [f'{said[x]:.3f} {text}' for x, text in names.items() if x in said]
+  if run.evals[-1]['phase'] not in names:
+    words.append(f'{run.evals[-1]["bits_per_byte"]:.3f} now')
+  return ', '.join(words)
+
+
+def _widths(run):
+  fig, panels = plots.panels(run, 3, height=6.6)
+  before, after = run.source_widths(), run.widths()
+  for t, ax in zip(structure.TYPES, panels, strict=True):
+    x = [0, *(e['tokens'] for e in run.shrinks), run.tokens[-1]]
+    y = [before[t], *(e['widths_after'][t] for e in run.shrinks)]
+    style = {'color': COLORS[t], 'alpha': 0.3, 'lw': 4.5}
+    ax.plot(x, [*y, y[-1]], drawstyle='steps-post', label='arrays', **style)
+    live = run.train[f'widths.{t}']
+    plots.line(ax, run, live, before[t], color=COLORS[t], label='live')
+    ax.set_ylim(0, 1.12 * before[t])
+    ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+    ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
+    became = f'to {after[t]:,.6g} ({tables.change(before[t], after[t])})'
+    plots.title(
+      ax,
+      f'{tables.LABELS[t]}: {before[t]:,.6g} '
+      + (became if after[t] != before[t] else '(nothing pruned)'),
+      legend=ax is panels[0],
+    )
+  return _figure(
+    fig,
+    'widths',
+    'Live width of each pruning type, mean over the layers, and the width of '
+    'the arrays that hold it.',
+  )
+
+
+def _speed(run):
+  fig, (top, bottom) = plots.panels(run, 2, height=6.0)
+  seconds, speed = run.train['seconds'], run.train['tokens_per_second']
+  first, last = run.at_ends('seconds')
+  end = 'at the end' if run.finished else 'now'
+  limit = 1.3 * float(np.nanpercentile(seconds, 95))
+  above = seconds > limit
+  plots.shrinks(top, run)
+  plots.noisy(top, run, np.where(above, np.nan, seconds))
+  if above.any():
+    x = run.tokens[above][plots.extremes(seconds[above], 100)]
+    label = f'{above.sum()} above, up to {seconds[above].max():.3g} s'
+    top.plot(x, np.full(len(x), limit), '^', color=plots.INK, ms=5, label=label)
+  top.set_ylim(0, 1.05 * limit)
+  top.set_ylabel('seconds per step')
+  plots.title(
+    top,
+    f'A step took {first:.3g} s at the start, {last:.3g} s {end} '
+    f'({tables.change(first, last)})',
+  )
+  plots.shrinks(bottom, run)
+  plots.noisy(bottom, run, speed)
+  bottom.set_ylim(0, 1.15 * np.nanmax(speed))
+  bottom.yaxis.set_major_formatter(plots.SI)
+  bottom.set_ylabel('tokens per second')
+  slow, fast = run.at_ends('tokens_per_second')
+  plots.title(
+    bottom,
+    f'{tables.si(slow, 3)} tokens per second at the start, '
+    f'{tables.si(fast, 3)} {end}',
+    legend=False,
+  )
+  return _figure(
+    fig,
+    'speed',
+    'Wall time of a training step, prune included, compilation left out, and '
+    'the throughput that follows from it; vertical lines mark shrinks.',
+  )
+
+
+def _figure(fig, name, caption):
+  buffer = io.BytesIO()
+  # Without the version of matplotlib: the same run gives the same bytes.
+  fig.savefig(buffer, format='png', metadata={'Software': None})
+  title = '; '.join(
+    ax.get_title(loc='left').replace('\n', ' ') for ax in fig.axes
+  )
+  return Figure(name, title, caption, buffer.getvalue())

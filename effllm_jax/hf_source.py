@@ -1,0 +1,221 @@
+"""Hugging Face folders: config.json, safetensors, tokenizer.json.
+
+Python pickles (`pytorch_model.bin`) are
+never opened: reading one runs whatever code it contains.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import pathlib
+import re
+
+import ml_dtypes  # noqa: F401  Registers bfloat16, which safetensors asks for.
+import numpy as np
+import safetensors
+import tokenizers
+
+from effllm_jax import errors
+from effllm_jax import fetch
+from effllm_jax import hf_config
+from effllm_jax import weights
+
+_DTYPES = ('F64', 'F32', 'F16', 'BF16')
+
+
+def read(folder: pathlib.Path, params: bool) -> weights.Source:
+  """Reads a Llama from a folder as `save_pretrained` writes it.
+
+  Args:
+    folder: with config.json, tokenizer.json, and either model.safetensors or
+      model.safetensors.index.json and its shards.
+    params: also read the weights.
+
+  Raises:
+    errors.InputError: an incomplete folder, or something that the Llama block
+      here cannot represent.
+  """
+  raw = _json(folder / 'config.json')
+  cfg = hf_config.read(raw, str(folder / 'config.json'))
+  files = _weight_files(folder)
+  with contextlib.ExitStack() as stack:
+    tensors = {}
+    for path in files:
+      try:
+        opened = stack.enter_context(safetensors.safe_open(path, 'numpy'))
+      except (OSError, safetensors.SafetensorError) as e:
+        raise errors.InputError(
+          f'{path} is not a complete safetensors file ({e}); fetch it again'
+        ) from e
+      tensors |= {name: opened for name in opened.keys()}  # noqa: SIM118
+    slices = {name: f.get_slice(name) for name, f in tensors.items()}
+    found = {name: tuple(s.get_shape()) for name, s in slices.items()}
+    for name in tensors:
+      # Tables of angles that old conversions of Llama still carry.
+      if name.endswith('.rotary_emb.inv_freq') or _is_tied_copy(
+        name, cfg, tensors
+      ):
+        del found[name]
+    weights.check_tensors(cfg, weights.HUGGING_FACE, found, str(folder))
+    sizes = collections.Counter()
+    for name in found:
+      dtype = slices[name].get_dtype()
+      if dtype not in _DTYPES:
+        raise errors.InputError(
+          f'{folder}: tensor {name} has type {dtype}, only '
+          f'{", ".join(_DTYPES)} are read; use unquantised weights'
+        )
+      sizes[dtype] += 1
+    arrays = (
+      weights.read_params(
+        cfg,
+        weights.HUGGING_FACE,
+        lambda name: tensors[name].get_tensor(name),
+        str(folder),
+      )
+      if params
+      else None
+    )
+  tokenizer, chat_template = _tokenizer(folder)
+  bos_id, eos_ids, pad_id = _special_ids(raw, folder)
+  special_ids = [i for i in (bos_id, *eos_ids, pad_id) if i is not None]
+  weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(folder))
+  dtype = sizes.most_common(1)[0][0]
+  return weights.Source(
+    name=folder.resolve().name,
+    description=f'{folder.resolve().name}, {dtype} safetensors',
+    licence=_licence(folder),
+    sha256=_sha256(files),
+    dtype=dtype,
+    cfg=cfg,
+    separator_id=weights.separator(tokenizer, eos_ids, str(folder)),
+    bos_id=bos_id,
+    eos_ids=eos_ids,
+    pad_id=pad_id,
+    chat_template=chat_template,
+    tokenizer=tokenizer,
+    params=arrays,
+  )
+
+
+def _is_tied_copy(name, cfg, tensors):
+  """Whether it is an output matrix that only repeats the tied embedding."""
+  if not cfg.tied or name != weights.HUGGING_FACE.unembed:
+    return False
+  embed = weights.HUGGING_FACE.embed
+  return embed in tensors and np.array_equal(
+    tensors[name].get_tensor(name), tensors[embed].get_tensor(embed)
+  )
+
+
+def _weight_files(folder):
+  """Paths of the safetensors files, in the order of their names."""
+  single = folder / 'model.safetensors'
+  if single.is_file():
+    return [single]
+  index = folder / 'model.safetensors.index.json'
+  if index.is_file():
+    names = _json(index).get('weight_map')
+    names = set(names.values()) if isinstance(names, dict) else set()
+    if not names:
+      raise errors.InputError(f'{index}: weight_map is empty; fetch it again')
+    for name in names:
+      if pathlib.PurePath(name).name != name:
+        raise errors.InputError(
+          f'{index}: {name} is not the name of a file beside it; fetch it again'
+        )
+    for name in names:
+      if not (folder / name).is_file():
+        raise errors.InputError(
+          f'{folder / name} is missing, the index names it; fetch it as well'
+        )
+    return [folder / name for name in sorted(names)]
+  if list(folder.glob('*.bin')) or list(folder.glob('*.pt*')):
+    raise errors.InputError(
+      f'{folder} holds weights as a Python pickle, which is never opened; save '
+      'the model again with safe_serialization=True'
+    )
+  raise errors.InputError(
+    f'{folder} has no model.safetensors; give a folder with config.json, '
+    'model.safetensors and tokenizer.json'
+  )
+
+
+def _tokenizer(folder):
+  """The fast tokenizer and the chat template, or None."""
+  path = folder / 'tokenizer.json'
+  if not path.is_file():
+    raise errors.InputError(
+      f'{path} is missing; save the tokenizer with transformers (use_fast=True)'
+    )
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as e:  # The bindings raise nothing narrower.
+    reason = ' '.join(str(e).split())[:200]
+    raise errors.InputError(
+      f'{path} is not a tokenizer ({reason}); fetch it again'
+    ) from e
+  # Files may carry the settings of their training; documents stay whole here.
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  template = folder / 'chat_template.jinja'
+  if template.is_file():
+    return tokenizer, template.read_text(encoding='utf-8')
+  config = folder / 'tokenizer_config.json'
+  chat = _json(config).get('chat_template') if config.is_file() else None
+  if isinstance(chat, list):
+    chat = {c['name']: c['template'] for c in chat}.get('default')
+  return tokenizer, chat
+
+
+def _special_ids(raw, folder):
+  """(bos, all eos, pad), of generation_config.json before config.json."""
+  path = folder / 'generation_config.json'
+  generation = _json(path) if path.is_file() else {}
+  bos, eos, pad = (
+    raw.get(key) if generation.get(key) is None else generation[key]
+    for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
+  )
+  eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+  for i in (bos, *eos, pad):
+    if i is not None and not isinstance(i, int):
+      raise errors.InputError(
+        f'{folder}: token id {i} is not an integer; correct the ids of bos, '
+        'eos and pad in generation_config.json or config.json'
+      )
+  # The first Llamas state -1 where there is no padding.
+  return bos, tuple(eos), None if pad == -1 else pad
+
+
+def _licence(folder):
+  """The licence in the front matter of README.md, or None."""
+  readme = folder / 'README.md'
+  text = readme.read_text('utf-8', 'replace') if readme.is_file() else ''
+  front = text.split('\n---', 1)[0] if text.startswith('---') else ''
+  match = re.search(r'^license:\s*(\S+)', front, re.MULTILINE)
+  return match[1] if match else None
+
+
+def _sha256(files):
+  """Of the only file, or of what `sha256sum` prints for several."""
+  digests = [fetch.sha256(path) for path in files]
+  if len(files) == 1:
+    return digests[0]
+  lines = [f'{d}  {p.name}\n' for d, p in zip(digests, files, strict=True)]
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+
+def _json(path):
+  """The object in a JSON file."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot read {path}: {e.strerror}; give a complete Hugging Face folder'
+    ) from e
+  except ValueError as e:
+    raise errors.InputError(f'{path} is not JSON ({e}); fetch it again') from e
+  if not isinstance(value, dict):
+    raise errors.InputError(f'{path} is not a JSON object; fetch it again')
+  return value

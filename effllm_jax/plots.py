@@ -1,0 +1,149 @@
+"""How the figures of a report look: style, panels, lines and titles."""
+
+import itertools
+import textwrap
+
+from matplotlib import axes
+from matplotlib import figure
+from matplotlib import ticker
+import numpy as np
+
+from effllm_jax import runlog
+from effllm_jax import tables
+
+INK, FAINT = '#222222', '#b9b9b9'
+SI = ticker.FuncFormatter(lambda x, _: tables.si(x, 6))
+STYLE = {
+  'font.size': 10,
+  'axes.titlesize': 11.5,
+  'axes.titleweight': 'bold',
+  'axes.titlelocation': 'left',
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.edgecolor': '#777777',
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'grid.color': '#e6e6e6',
+  'grid.linewidth': 0.7,
+  'lines.linewidth': 1.8,
+  'xtick.color': '#444444',
+  'ytick.color': '#444444',
+}
+
+
+def extremes(y: np.ndarray, spans: int = 800) -> np.ndarray:
+  """Indices that draw `y` as all of it would: first, last, highs and lows.
+
+  A million points cost seconds to draw and look like the lowest and the
+  highest of each of 800 spans; a spike of one step is never lost.
+  """
+  if len(y) <= 2 * spans:
+    return np.arange(len(y))
+  kept = {0, len(y) - 1}
+  edges = np.linspace(0, len(y), spans + 1).astype(int)
+  for a, b in itertools.pairwise(edges):
+    part = y[a:b]
+    if np.isfinite(part).any():
+      kept |= {a + int(np.nanargmin(part)), a + int(np.nanargmax(part))}
+    else:
+      kept.add(int(a))
+  return np.asarray(sorted(kept))
+
+
+def window(y: np.ndarray) -> int:
+  """How many steps a smoothed line averages over."""
+  return max(5, len(y) // 40)
+
+
+def smooth(y: np.ndarray, width: int) -> np.ndarray:
+  """Centred mean of `width` values, fewer at the ends; nan is skipped."""
+  known = np.isfinite(y)
+  sums = np.cumsum(np.concatenate([[0.0], np.where(known, y, 0.0)]))
+  counts = np.cumsum(np.concatenate([[0], known]))
+  i = np.arange(len(y))
+  a = np.maximum(i - (width - 1) // 2, 0)
+  b = np.minimum(i + width // 2 + 1, len(y))
+  count = (counts[b] - counts[a]).astype(float)
+  count[count == 0] = np.nan
+  return (sums[b] - sums[a]) / count
+
+
+def panels(
+  run: runlog.Run, count: int, height: float
+) -> tuple[figure.Figure, np.ndarray]:
+  """`count` panels, one above the other, over training tokens.
+
+  `height` is in inches; the width is 6.6.
+  """
+  fig = figure.Figure(figsize=(6.6, height), dpi=150, layout='constrained')
+  fig.get_layout_engine().set(hspace=0.06)
+  rows = fig.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+  rows[-1].set_xlim(0, 1.01 * run.tokens[-1])
+  rows[-1].xaxis.set_major_locator(ticker.MaxNLocator(7))
+  rows[-1].xaxis.set_major_formatter(SI)
+  rows[-1].set_xlabel('training tokens')
+  return fig, rows
+
+
+def line(
+  ax: axes.Axes, run: runlog.Run, y: np.ndarray, start=None, **style
+) -> None:
+  """Draws a column of `run.train`; of a size, `start` is that of the source."""
+  if not np.isfinite(y).any():
+    return
+  shown = extremes(y)
+  x, y = run.tokens[shown], y[shown]
+  if start is not None:
+    # Sizes are known before the first step, and change at steps only.
+    x, y = np.append(0.0, x), np.append(start, y)
+    style['drawstyle'] = 'steps-post'
+  # A line through one point is invisible.
+  marker = 'o' if np.isfinite(y).sum() == 1 else None
+  ax.plot(x, y, marker=marker, **style)
+
+
+def noisy(ax: axes.Axes, run: runlog.Run, y: np.ndarray) -> np.ndarray:
+  """Draws a column faintly and its running mean over it; returns the mean."""
+  mean = smooth(y, window(y))
+  line(ax, run, y, color=FAINT, lw=0.8, label='each step')
+  line(ax, run, mean, color=INK, label='smoothed')
+  return mean
+
+
+def pruning(ax: axes.Axes, run: runlog.Run) -> None:
+  """Shades the tokens from the first prune to the last."""
+  if len(run.prune_tokens):
+    first, last = run.prune_tokens[0], run.prune_tokens[-1]
+    ax.axvspan(first, last, color='#f3efe4', zorder=0, label='pruning')
+
+
+def shrinks(ax: axes.Axes, run: runlog.Run) -> None:
+  """Marks shrinks by vertical lines."""
+  x = [e['tokens'] for e in run.shrinks]
+  if x:
+    up = ax.get_xaxis_transform()
+    style = {'color': '#3f7fb0', 'lw': 1.0, 'ls': ':', 'label': 'shrink'}
+    ax.vlines(x, 0, 1, transform=up, **style)
+
+
+def empty(ax: axes.Axes, text: str) -> None:
+  """Says why there is nothing to see."""
+  ax.text(0.5, 0.5, text, transform=ax.transAxes, ha='center', color='#777777')
+  ax.set_yticks([])
+
+
+def title(ax: axes.Axes, text: str, legend: bool = True) -> None:
+  """Sets the title, and under it the legend of what has been drawn so far."""
+  handles = ax.get_legend_handles_labels()[0] if legend else []
+  if handles:
+    ax.legend(
+      loc='lower left',
+      bbox_to_anchor=(-0.01, 0.985),
+      ncols=len(handles),
+      frameon=False,
+      borderpad=0.2,
+      handlelength=1.6,
+      columnspacing=1.4,
+      fontsize=9,
+    )
+  ax.set_title(textwrap.fill(text, 62), pad=24 if handles else 8)

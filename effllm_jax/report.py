@@ -1,0 +1,276 @@
+"""The report of a run: figures, one self-contained page, a summary.
+
+Everything is made from the workdir alone, and the same workdir gives the same
+bytes: no dates, no versions.
+"""
+
+import base64
+from collections.abc import Sequence
+import html
+import os
+import pathlib
+import shlex
+import string
+import tempfile
+
+from effllm_jax import errors
+from effllm_jax import figures
+from effllm_jax import runlog
+from effllm_jax import tables
+
+_SHIPPED = 'experiments/configs/smollm2_135m.py'
+
+
+def table(workdir: str | os.PathLike) -> tables.Table:
+  """Source model against pruned model, for the end of a run.
+
+  Raises:
+    errors.InputError: as `runlog.read`.
+  """
+  return tables.compare(runlog.read(workdir))
+
+
+def build(workdir: str | os.PathLike) -> pathlib.Path:
+  """Writes `<workdir>/report`: index.html, summary.md and a PNG per figure.
+
+  A report that is already there is replaced at once, when the new one is
+  complete. Works while the run goes on.
+
+  Returns:
+    The folder.
+
+  Raises:
+    errors.InputError: as `runlog.read`, or the report cannot be written.
+  """
+  workdir = pathlib.Path(workdir)
+  run = runlog.read(workdir)
+  drawn = figures.draw(run)
+  files = {f'{x.name}.png': x.png for x in drawn}
+  files['index.html'] = _page(run, drawn).encode()
+  files['summary.md'] = _summary(run, drawn).encode()
+  folder = workdir / 'report'
+  try:
+    with tempfile.TemporaryDirectory(dir=workdir, prefix='.report-') as scratch:
+      new, old = pathlib.Path(scratch, 'new'), pathlib.Path(scratch, 'old')
+      new.mkdir()
+      for name, content in files.items():
+        (new / name).write_bytes(content)
+      if folder.exists():
+        folder.rename(old)
+      new.rename(folder)
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {folder}: {e.strerror}; make room or make {workdir} '
+      'writable'
+    ) from e
+  return folder
+
+
+def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
+  """The title of the report, and what must be known to read the rest."""
+  about = run.source
+  settings = dict(tables.config(run).rows)
+  setting = lambda key: settings.get(key, 'not recorded')
+  name = str(about.get('name') or setting('source'))
+  start, live = run.source_params(), run.train['live_params'][-1]
+  source = [name, about.get('description'), about.get('licence')]
+  target = setting('prune.target_params')
+  if target.isdecimal():
+    share = tables.change(start, int(target))
+    target = f'at most {int(target):,} parameters ({share})'
+  progress = (
+    f'{"finished" if run.finished else "not finished"}: '
+    f'{int(run.train["step"][-1]):,} steps, {int(run.tokens[-1]):,} tokens; '
+    f'prunes: {len(run.prune_tokens):,}, shrinks: {len(run.shrinks):,}'
+  )
+  return (
+    f'{name}: {tables.si(start)} to {tables.si(live)} parameters',
+    [
+      ('source model', ', '.join(str(x) for x in source if x)),
+      ('text', setting('data.text')),
+      ('target', f'{target}, {setting("prune.policy")} policy'),
+      ('workdir', run.name),
+      ('progress', progress),
+    ],
+  )
+
+
+def _command(run: runlog.Run) -> str:
+  """The command that runs this configuration again, whatever it came from."""
+  flags = [
+    f'--config={_SHIPPED}',
+    f'--workdir={shlex.quote(f"runs/{run.name}-again")}',
+    *(
+      shlex.quote(f'--config.{key}={value}')
+      for key, value in tables.config(run).rows
+      if value != '{}'
+    ),
+  ]
+  return ' \\\n  '.join(['python -m experiments.main', *flags])
+
+
+_TYPES = (
+  'heads are key/value heads with their query heads, ffn are feed-forward '
+  'channels, stem is the width of the residual stream.'
+)
+_COMMAND = (
+  'Runs the same configuration again, in a new workdir. Every value is written '
+  'out, so it does not matter which file they came from.'
+)
+
+
+def _summary(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
+  title, facts = _heading(run)
+  text = tables.markdown_text
+  parts = [
+    f'# {text(title)}\n',
+    '\n'.join(f'- {text(k)}: {text(v)}' for k, v in facts) + '\n',
+    tables.compare(run).markdown(),
+    f'Here {_TYPES}\n',
+  ]
+  if run.shrinks:
+    parts.append(tables.events(run).markdown())
+  parts.append('## Figures\n')
+  parts += [
+    f'![{text(x.title)}]({x.name}.png)\n\n{text(x.caption)}\n' for x in drawn
+  ]
+  parts.append(tables.config(run).markdown())
+  parts.append(f'## Command\n\n{_COMMAND}\n')
+  # Indented, not fenced: no value can end the block.
+  parts.append(''.join(f'    {line}\n' for line in _command(run).splitlines()))
+  return '\n'.join(parts)
+
+
+def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
+  title, facts = _heading(run)
+  text = html.escape
+  compare = tables.compare(run)
+  rows = {row[0]: row for row in compare.rows}
+  cards = ''.join(
+    f'<li><span>{text(name)}</span><b>{text(rows[name][1])} &rarr; '
+    f'{text(rows[name][3])}</b><span>{text(rows[name][4])}</span></li>\n'
+    for name in _CARDS
+  )
+  pictures = ''.join(
+    f'<figure><img alt="{text(x.title)}" src="data:image/png;base64,'
+    f'{base64.b64encode(x.png).decode()}">'
+    f'<figcaption>{text(x.caption)}</figcaption></figure>\n'
+    for x in drawn
+  )
+  shrinks = tables.events(run)
+  return string.Template(_HTML).substitute(
+    title=text(title),
+    facts=''.join(f'<dt>{text(k)}</dt><dd>{text(v)}</dd>\n' for k, v in facts),
+    cards=cards,
+    compare=compare.html(),
+    types=text(_TYPES),
+    events=shrinks.html() if run.shrinks else '<p>None yet.</p>',
+    figures=pictures,
+    config=tables.config(run).html(),
+    about=text(_COMMAND),
+    command=text(_command(run)),
+  )
+
+
+# Rows of the first table that the page repeats above it.
+_CARDS = ('live parameters', 'held-out bits per byte', 'seconds per step')
+
+# The policy lets nothing be loaded and no script run, whatever a name holds.
+_HTML = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root { --ink: #1d1d1f; --soft: #5c5c63; --line: #dcdce0; --page: #f6f6f7;
+  --card: #fff; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #ececee; --soft: #a3a3ab; --line: #3a3a3f; --page: #0d0d0e;
+    --card: #191919; }
+  /* White becomes the colour of the card; every hue stays what it was. */
+  img { filter: invert(.902) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 76rem;
+  background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .4rem 0 1rem;
+  overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
+p, figcaption { color: var(--soft); max-width: 44rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
+  margin: 0; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+ul { display: grid; gap: .8rem; margin: 1.4rem 0 0; padding: 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
+li, figure, .scroll, pre { background: var(--card); border-radius: .5rem;
+  border: 1px solid var(--line); }
+li { display: grid; list-style: none; padding: .7rem .9rem; }
+li span { color: var(--soft); font-size: .9rem; }
+b, td { font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th, td { padding: .35rem .7rem; text-align: right; }
+td, tbody th { white-space: nowrap; }
+th:first-child { text-align: left; font-weight: 400; }
+thead th { color: var(--soft); font-weight: 600; }
+tbody tr { border-top: 1px solid var(--line); }
+.figures { columns: 2 27rem; column-gap: 1rem; }
+figure { margin: 0 0 1rem; padding: .8rem; break-inside: avoid; }
+img { display: block; width: 100%; height: auto; }
+figcaption { font-size: .9rem; margin-top: .6rem; }
+details .scroll td { text-align: left; white-space: normal;
+  overflow-wrap: anywhere; }
+details .scroll thead th { text-align: left; }
+summary { cursor: pointer; font-weight: 600; font-size: 1.15rem;
+  margin: 2rem 0 .6rem; }
+pre { padding: .8rem; overflow-x: auto; font-size: .85rem; }
+@media screen and (max-width: 40rem) {
+  body { padding: .8rem .6rem 2rem; }
+  table { font-size: .72rem; }
+  th, td { padding: .3rem .25rem; }
+  tbody th { white-space: normal; min-width: 4.6rem; }
+  figure { padding: .4rem; }
+}
+@media print {
+  body { max-width: none; padding: 0; background: #fff; font-size: .8rem; }
+  h2, summary { break-after: avoid; }
+  tr, li { break-inside: avoid; }
+  .scroll, pre { overflow: visible; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  table { font-size: .72rem; }
+  th, td { padding: .15rem .4rem; }
+  .figures { columns: 2; }
+  details::details-content { content-visibility: visible; height: auto; }
+}
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<dl>
+$facts</dl>
+<ul>
+$cards</ul>
+<h2>Source model against pruned model</h2>
+$compare
+<p>Here $types</p>
+<h2>Figures</h2>
+<div class="figures">
+$figures</div>
+<h2>Shrinks</h2>
+$events
+<details><summary>Configuration</summary>
+$config
+</details>
+<details><summary>Command</summary>
+<p>$about</p>
+<pre>$command</pre>
+</details>
+</body>
+</html>
+"""

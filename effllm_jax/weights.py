@@ -1,0 +1,213 @@
+"""An existing model in memory, and what its tensors are called in files.
+
+Files store one matrix per layer, `[out, in]`; `structure.Params` stacks the
+layers and splits the heads into axes. The two differ by reshapes and one
+transpose, so everything here works on views: a model of 1.7B parameters is read
+into place one tensor at a time and never held twice.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import tokenizers
+
+from effllm_jax import errors
+from effllm_jax import structure
+
+# Names of the tensors in files; {n} is the index of a layer.
+HUGGING_FACE = structure.Params(
+  embed='model.embed_tokens.weight',
+  layers=structure.Layers(
+    attn_norm='model.layers.{n}.input_layernorm.weight',
+    wq='model.layers.{n}.self_attn.q_proj.weight',
+    wk='model.layers.{n}.self_attn.k_proj.weight',
+    wv='model.layers.{n}.self_attn.v_proj.weight',
+    wo='model.layers.{n}.self_attn.o_proj.weight',
+    ffn_norm='model.layers.{n}.post_attention_layernorm.weight',
+    w_gate='model.layers.{n}.mlp.gate_proj.weight',
+    w_up='model.layers.{n}.mlp.up_proj.weight',
+    w_down='model.layers.{n}.mlp.down_proj.weight',
+  ),
+  final_norm='model.norm.weight',
+  unembed='lm_head.weight',
+)
+GGUF = structure.Params(
+  embed='token_embd.weight',
+  layers=structure.Layers(
+    attn_norm='blk.{n}.attn_norm.weight',
+    wq='blk.{n}.attn_q.weight',
+    wk='blk.{n}.attn_k.weight',
+    wv='blk.{n}.attn_v.weight',
+    wo='blk.{n}.attn_output.weight',
+    ffn_norm='blk.{n}.ffn_norm.weight',
+    w_gate='blk.{n}.ffn_gate.weight',
+    w_up='blk.{n}.ffn_up.weight',
+    w_down='blk.{n}.ffn_down.weight',
+  ),
+  final_norm='output_norm.weight',
+  unembed='output.weight',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model that somebody else trained.
+
+  Attributes:
+    name: as the user gave it, without the folders of a path.
+    description: one line to print beside every number measured on it.
+    licence: as the file states it, or None.
+    sha256: of the weight file; of the `sha256sum` listing for several files.
+    dtype: in which most of the weights are stored.
+    cfg: the architecture.
+    separator_id: token between two documents.
+    bos_id: token that the model's own tooling starts a text with, or None.
+    eos_ids: tokens that end a generation.
+    pad_id: token to pad batches with, or None.
+    chat_template: Jinja template, or None.
+    tokenizer: text to token ids.
+    params: float32 numpy arrays, or None when only the rest was asked for.
+  """
+
+  name: str
+  description: str
+  licence: str | None
+  sha256: str
+  dtype: str
+  cfg: structure.ModelConfig
+  separator_id: int
+  bos_id: int | None
+  eos_ids: tuple[int, ...]
+  pad_id: int | None
+  chat_template: str | None
+  tokenizer: tokenizers.Tokenizer
+  params: structure.Params | None
+
+
+def file_shapes(
+  cfg: structure.ModelConfig, names: structure.Params
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """Yields the name and the file's shape of every tensor of a model."""
+  for letters, name in _table(cfg.tied, names):
+    shape = tuple(getattr(cfg, x) for x in letters.removeprefix('N'))
+    if _is_matrix(letters):
+      stem_first = _reads_stem(letters)
+      other = math.prod(shape[1:] if stem_first else shape[:-1])
+      shape = (other, cfg.D) if stem_first else (cfg.D, other)
+    layers = range(cfg.N) if letters[0] == 'N' else [0]
+    yield from ((name.format(n=n), shape) for n in layers)
+
+
+def views(
+  params: structure.Params, names: structure.Params
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the name of every tensor and a writable view as the file has it."""
+  table = _table(params.unembed is None, names)
+  for (letters, name), leaf in zip(table, jax.tree.leaves(params), strict=True):
+    layers = enumerate(leaf) if letters[0] == 'N' else [(0, leaf)]
+    for n, array in layers:
+      if _is_matrix(letters):
+        width = leaf.shape[letters.index('D')]
+        shape = (width, -1) if _reads_stem(letters) else (-1, width)
+        array = array.reshape(shape).T
+      yield name.format(n=n), array
+
+
+def check_tensors(
+  cfg: structure.ModelConfig,
+  names: structure.Params,
+  found: Mapping[str, tuple[int, ...]],
+  file: str,
+) -> None:
+  """Raises InputError where the tensors of a file are not those of `cfg`."""
+  expected = set()
+  for name, shape in file_shapes(cfg, names):
+    if name not in found:
+      raise errors.InputError(
+        f'{file}: tensor {name} is missing, expected with shape {shape}; '
+        'fetch the complete file again'
+      )
+    if tuple(found[name]) != shape:
+      raise errors.InputError(
+        f'{file}: tensor {name} has shape {tuple(found[name])}, its '
+        f'architecture says {shape}; use weights and config of one model'
+      )
+    expected.add(name)
+  extra = sorted(set(found) - expected)
+  if extra:
+    raise errors.InputError(
+      f'{file}: {len(extra)} tensors that a Llama block has no place for, '
+      f'{extra[0]} among them; choose another source model'
+    )
+
+
+def read_params(
+  cfg: structure.ModelConfig,
+  names: structure.Params,
+  read: Callable[[str], np.ndarray],
+  file: str,
+) -> structure.Params:
+  """Fills a parameter tree from `read(name)`, one tensor at a time."""
+  params = jax.tree.map(
+    lambda leaf: np.empty(leaf.shape, np.float32), structure.shapes(cfg)
+  )
+  for name, view in views(params, names):
+    view[...] = read(name)
+    if not np.isfinite(view).all():
+      raise errors.InputError(
+        f'{file}: tensor {name} has entries that are not finite; fetch the '
+        'file again'
+      )
+  return params
+
+
+def check_tokenizer(
+  tokenizer: tokenizers.Tokenizer,
+  special_ids: Iterable[int],
+  vocab: int,
+  file: str,
+) -> None:
+  """Raises InputError when a token has no row in the embedding."""
+  ids = [*tokenizer.get_vocab(with_added_tokens=True).values(), *special_ids]
+  if not ids or max(ids) >= vocab or min(ids) < 0:
+    raise errors.InputError(
+      f'{file}: the tokenizer uses ids {min(ids, default=None)} to '
+      f'{max(ids, default=None)}, the embedding has {vocab} rows; use '
+      'tokenizer and weights of one model'
+    )
+
+
+def separator(
+  tokenizer: tokenizers.Tokenizer, eos_ids: tuple[int, ...], file: str
+) -> int:
+  """The token between two documents: `<|endoftext|>`, else the first eos."""
+  token = tokenizer.token_to_id('<|endoftext|>')
+  if token is None and not eos_ids:
+    raise errors.InputError(
+      f'{file}: neither <|endoftext|> in the vocabulary nor an eos token id to '
+      'separate documents with; state eos_token_id'
+    )
+  return eos_ids[0] if token is None else token
+
+
+def _table(tied, names):
+  """Pairs of axis letters and name, in the order of the leaves."""
+  axes = structure.axes(tied)
+  names = names.replace(unembed=None) if tied else names
+  return zip(jax.tree.leaves(axes), jax.tree.leaves(names), strict=True)
+
+
+def _is_matrix(letters):
+  """Whether files store it `[out, in]`: all but norms and the lookup table."""
+  return letters not in ('D', 'ND', 'VD')
+
+
+def _reads_stem(letters):
+  """Whether the stem is a matrix's input; otherwise it is its output."""
+  return letters.removeprefix('N').startswith('D')

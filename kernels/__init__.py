@@ -1,0 +1,1 @@
+"""Masked matrix products; imports nothing from effllm_jax."""

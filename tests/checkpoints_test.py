@@ -1,0 +1,183 @@
+import dataclasses
+import json
+import logging
+import os
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effllm_jax import checkpoints
+from effllm_jax import errors
+from effllm_jax import events
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+from tests import conftest
+
+CFG = conftest.make_config()
+
+
+@pytest.fixture(scope='module', name='tx')
+def _tx():
+  return steps.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
+
+
+def make_data():
+  return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def make_state(tx, step, cfg=CFG):
+  state = state_lib.fresh_state(conftest.make_params(cfg, step), cfg, tx)
+  noise = lambda x: x + step if x.dtype == jnp.float32 else x
+  return state.replace(
+    step=jnp.int32(step), opt_state=jax.tree.map(noise, state.opt_state)
+  )
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def write(workdir, tx, saved_steps, cfg=CFG):
+  writer, data = checkpoints.Writer(workdir, keep=2), make_data()
+  for step in range(max(saved_steps) + 1):
+    if step in saved_steps:
+      writer.save(make_state(tx, step, cfg), cfg, data, num_events=0)
+    next(data)
+  writer.close()
+
+
+def make_event(cfg, index=0, step=4):
+  kept = jax.tree.map(
+    lambda m: np.broadcast_to(np.arange(m.shape[-1]), m.shape).tolist(),
+    structure.all_alive(cfg),
+  )
+  return events.ShrinkEvent(index, step, 64 * step, cfg, cfg, kept, 3.0, 3.0)
+
+
+def restore(workdir, tx):
+  data = make_data()
+  state, cfg, count = checkpoints.restore_latest(workdir, tx, data)
+  return state, cfg, count, next(data)
+
+
+def test_round_trip_is_bit_identical(tmp_path, tx):
+  write(tmp_path, tx, [1, 3, 5])
+  state, cfg, count, item = restore(tmp_path, tx)
+  equal(state, make_state(tx, 5))
+  assert (cfg, count, item) == (CFG, 0, 5)
+  # Only the newest two stay.
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['3', '5']
+
+
+def test_a_fresh_workdir_has_nothing(tmp_path, tx):
+  assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
+  assert checkpoints.moments(tmp_path / 'missing') == []
+
+
+def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
+  write(tmp_path, tx, [1, 3])
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  event = make_event(CFG)
+  writer.save_event(event, make_state(tx, 4), make_data())
+  writer.close()
+  state, _, count, _ = restore(tmp_path, tx)
+  assert (int(state.step), count) == (4, 1)
+  assert checkpoints.read_events(tmp_path) == [event]
+  params, prune, cfg, step = checkpoints.restore_params(tmp_path, event=0)
+  equal(params, make_state(tx, 4).params)
+  equal(prune, make_state(tx, 4).prune)
+  assert (cfg, step) == (CFG, 4)
+  with pytest.raises(errors.InputError, match='there are: 0'):
+    checkpoints.restore_params(tmp_path, event=3)
+
+
+def test_events_of_a_lost_future_are_removed(tmp_path, tx):
+  """An event whose checkpoint is damaged must not stay in the lineage."""
+  write(tmp_path, tx, [1, 3])
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  for index, step in ((0, 4), (1, 6)):
+    event = make_event(CFG, index, step)
+    writer.save_event(event, make_state(tx, step), make_data())
+  writer.close()
+  spoil(tmp_path / 'events' / '0')
+  spoil(tmp_path / 'events' / '1')
+  state, _, count, _ = restore(tmp_path, tx)
+  assert (int(state.step), count) == (3, 0)
+  assert checkpoints.read_events(tmp_path) == []
+
+
+def spoil(folder):
+  """Truncates every data file, as a full disk or a broken copy would."""
+  files = [p for p in folder.rglob('d/*') if p.is_file()]
+  assert files
+  for path in files:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+  tmp_path, tx, caplog
+):
+  write(tmp_path, tx, [1, 3, 5])
+  spoil(tmp_path / 'checkpoints' / '5')
+  with caplog.at_level(logging.WARNING):
+    state, _, _, item = restore(tmp_path, tx)
+  equal(state, make_state(tx, 3))
+  assert item == 3
+  assert 'cannot be read' in caplog.text
+  assert 'taking the one before' in caplog.text
+  assert (tmp_path / 'damaged' / 'checkpoints-5').is_dir()
+
+
+def test_a_damaged_architecture_file_falls_back(tmp_path, tx):
+  write(tmp_path, tx, [1, 3])
+  (tmp_path / 'checkpoints' / '3' / 'arch' / 'metadata').write_text('{"mo')
+  assert int(restore(tmp_path, tx)[0].step) == 1
+
+
+def test_arrays_of_another_architecture_are_never_padded_or_cut(tmp_path, tx):
+  write(tmp_path, tx, [1, 3])
+  path = tmp_path / 'checkpoints' / '3' / 'arch' / 'metadata'
+  arch = json.loads(path.read_text())
+  for width in (CFG.F - 4, CFG.F + 4):
+    arch['model']['F'] = width
+    path.write_text(json.dumps(arch))
+    with pytest.raises(errors.InputError, match='cannot be read'):
+      checkpoints.restore_params(tmp_path)
+  assert int(restore(tmp_path, tx)[0].step) == 1
+
+
+def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path, tx):
+  write(tmp_path, tx, [1, 3])
+  for step in '13':
+    spoil(tmp_path / 'checkpoints' / step)
+  with pytest.raises(errors.InputError, match='start again with an empty'):
+    checkpoints.restore_latest(tmp_path, tx, make_data())
+
+
+def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
+  writer, data = checkpoints.Writer(tmp_path, keep=2), make_data()
+  state = make_state(tx, 7)
+  writer.save(state, CFG, data, num_events=0)
+  overwrite = jax.jit(
+    lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0
+  )
+  overwrite(state)
+  writer.close()
+  equal(restore(tmp_path, tx)[0], make_state(tx, 7))
+
+
+def test_shrunk_architectures_are_read_back_by_their_own_shape(tmp_path, tx):
+  small = dataclasses.replace(CFG, F=CFG.F - 5, D=CFG.D - 3, K=1)
+  write(tmp_path, tx, [2], cfg=small)
+  state, cfg, _, _ = restore(tmp_path, tx)
+  assert cfg == small
+  structure.check_shapes(state.params, small)
+
+
+def test_a_workdir_without_checkpoints_is_named(tmp_path):
+  with pytest.raises(errors.InputError, match='give the --workdir of a run'):
+    checkpoints.restore_params(tmp_path)

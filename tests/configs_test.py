@@ -1,0 +1,98 @@
+"""Every shipped config: loads, is locked, every key is read, none is unread."""
+
+import importlib
+import pathlib
+
+import ml_collections
+import pytest
+
+from effllm_jax import errors
+from effllm_jax import plan
+from tests import conftest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(
+  p.stem
+  for p in (ROOT / 'experiments' / 'configs').glob('*.py')
+  if p.stem != '__init__'
+)
+SMOLLM2 = conftest.make_config(
+  V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192
+)
+
+
+def load(name) -> ml_collections.ConfigDict:
+  return importlib.import_module(f'experiments.configs.{name}').get_config()
+
+
+def small(**changes) -> ml_collections.ConfigDict:
+  config = load('smollm2_135m')
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_is_a_valid_plan(name):
+  made = plan.make(load(name), SMOLLM2)
+  assert made.steps >= 1
+  prunes = [s for s in range(1, made.steps + 1) if made.prunes(s)]
+  assert prunes
+  assert [made.last_prune(s) for s in prunes] == [False] * (len(prunes) - 1) + [
+    True
+  ]
+  assert made.schedule.at(made.tokens(prunes[-1])) == made.schedule.target
+  assert not any(made.scores(s) for s in range(prunes[-1] + 1, made.steps))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_key_is_read(name):
+  """By its dotted name or as the last part of one, somewhere in effllm_jax."""
+  code = ''.join(p.read_text() for p in (ROOT / 'effllm_jax').glob('*.py'))
+  for key in _leaves(load(name).to_dict()):
+    section, _, leaf = key.rpartition('.')
+    if leaf in ('heads', 'ffn', 'stem'):
+      section, _, leaf = section.rpartition('.')
+    name = f'config.{section}.{leaf}' if section else f'config.{leaf}'
+    assert name in code or f'prune.{leaf}' in code, key
+
+
+def test_no_key_has_a_hidden_default():
+  for path in (ROOT / 'effllm_jax').glob('*.py'):
+    assert 'config.get(' not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'data.seq_len': 10_000}, "seq_len 10000 exceeds the source model's"),
+    ({'data.batch_size': 0}, 'data.batch_size 0 is not at least 1'),
+    ({'prune.ema': 1.0}, r'prune.ema 1.0 is not in \[0, 1\)'),
+    ({'prune.policy': 'magic'}, "prune.policy 'magic' is not one of uniform"),
+    ({'model.dtype': 'int8'}, "model.dtype 'int8' is not one of float32"),
+    ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
+    ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
+    ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
+    ({'prune.target_params': 200_000_000}, 'is not below the source model'),
+    ({'prune.target_params': 1_000_000}, 'the size at the floors'),
+  ],
+)
+def test_values_that_cannot_work_are_refused(change, message):
+  with pytest.raises(errors.InputError, match=message):
+    plan.make(small(**change), SMOLLM2)
+
+
+def test_pruning_ends_even_between_two_prunes():
+  made = plan.make(small(**{'prune.every': 7}), SMOLLM2)
+  last = [s for s in range(1, made.steps + 1) if made.last_prune(s)]
+  assert len(last) == 1
+  assert made.prunes(last[0])
+  assert last[0] % 7
+
+
+def _leaves(tree, prefix=''):
+  for key, value in tree.items():
+    name = f'{prefix}.{key}' if prefix else key
+    if isinstance(value, dict) and value:
+      yield from _leaves(value, name)
+    else:
+      yield name

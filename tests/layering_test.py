@@ -1,0 +1,83 @@
+"""Dependencies go one way; heavy packages stay behind one module."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Each module imports only modules that stand above it.
+ORDER = [
+  'errors', 'structure', 'model', 'saliency', 'selection', 'state', 'shrink',
+  'events', 'steps', 'fetch', 'workdir', 'checkpoints',
+  'documents', 'packages', 'corpus', 'data',
+  'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
+  'export', 'plan', 'evaluate', 'runlog', 'tables', 'plots', 'figures',
+  'report', 'console', 'train',
+]  # fmt: skip
+# Package -> the only modules of effllm_jax that may import it.
+ONLY = {
+  'orbax': {'checkpoints'},
+  'grain': {'checkpoints', 'data'},
+  'tensorflow_datasets': {'corpus'},
+  'gguf': {'gguf_source'},
+  'matplotlib': {'plots', 'figures'},
+  'torch': {'export'},
+  'transformers': {'export'},
+  'absl': {'data'},
+  'experiments': set(),
+  'kernels': {'model'},
+}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return names
+
+
+MODULES = sorted(
+  p.stem for p in (ROOT / 'effllm_jax').glob('*.py') if p.stem != '__init__'
+)
+
+
+def test_every_module_has_its_place():
+  assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_imports_go_one_way(name):
+  allowed = set(ORDER[: ORDER.index(name)])
+  for imported in imports(ROOT / 'effllm_jax' / f'{name}.py'):
+    package, _, rest = imported.partition('.')
+    if package == 'effllm_jax':
+      assert rest.split('.')[0] in allowed, f'{name} imports {imported}'
+    assert package not in ONLY or name in ONLY[package], (
+      f'{name} imports {imported}'
+    )
+
+
+def test_kernels_know_nothing_of_the_method():
+  for path in (ROOT / 'kernels').rglob('*.py'):
+    assert not any(
+      i.startswith(('effllm_jax', 'experiments')) for i in imports(path)
+    ), path
+
+
+def test_the_model_needs_jax_and_flax_only():
+  heavy = ['tokenizers', *sorted(ONLY.keys() - {'absl', 'kernels'})]
+  code = (
+    'import sys, effllm_jax.model; '
+    f'print([m for m in {heavy} if m in sys.modules])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True, text=True, check=True, cwd=ROOT,
+  )  # fmt: skip
+  assert done.stdout.strip() == '[]'

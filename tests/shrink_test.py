@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from effllm_jax import shrink
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+from tests import conftest
+
+ONE = structure.Groups(heads=1, ffn=1, stem=1)
+
+
+def make_optimizer():
+  rate = steps.learning_rate('cosine', 1e-2, 1e-3, 2, 0, 10)
+  return steps.optimizer(rate, 0.9, 0.95, 0.1, 0.5)
+
+
+def test_survivors_are_ordered_by_descending_score(cfg):
+  masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  kept = shrink.kept_indices(masks, scores, small)
+  for n in range(cfg.N):
+    alive = np.flatnonzero(np.asarray(masks.ffn[n]))
+    want = alive[np.argsort(-np.asarray(scores.ffn[n])[alive])]
+    got = np.asarray(kept.ffn[n])
+    np.testing.assert_array_equal(got[: len(alive)], want)
+    # A narrower layer is filled up with slots that are dead.
+    assert not np.asarray(masks.ffn[n])[got[len(alive) :]].any()
+  assert int(masks.ffn.sum(-1).max()) == small.F
+
+
+def test_quantum_rounds_up_and_never_grows():
+  cfg = conftest.make_config(F=20, D=16)
+  masks = structure.all_alive(cfg)
+  masks = masks.replace(
+    ffn=masks.ffn.at[:, 9:].set(False), stem=masks.stem.at[13:].set(False)
+  )
+  quantum = structure.Groups(heads=1, ffn=4, stem=128)
+  small = shrink.shrunk_config(masks, cfg, quantum)
+  assert (small.F, small.D, small.K) == (12, 16, cfg.K)
+
+
+def test_an_optimizer_step_commutes_with_shrinking(cfg):
+  """Invariant 2: clip, AdamW with decay, moments that are not zero."""
+  masks = conftest.make_masks(cfg)
+  scores = conftest.make_scores(cfg)
+  tx = make_optimizer()
+  params = conftest.make_params(cfg)
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  kept = shrink.kept_indices(masks, scores, small)
+  small_masks = shrink.take_groups(masks, kept)
+
+  @jax.jit
+  def update(params, opt_state, grads):
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  def grad(params, masks, cfg, seed):
+    tokens = conftest.make_tokens(cfg, seed=seed)
+    return conftest.loss_and_grad(params, masks, tokens, cfg=cfg)[1]
+
+  # Two steps with everything alive, so that dead groups have moments.
+  opt_state = tx.init(params)
+  for seed in range(2):
+    grads = grad(params, structure.all_alive(cfg), cfg, seed)
+    params, opt_state = update(params, opt_state, grads)
+
+  small_params = shrink.take_params(params, kept)
+  small_opt = shrink.take_opt_state(tx, opt_state, cfg.tied, kept)
+  for seed in range(2, 4):
+    params, opt_state = update(
+      params, opt_state, grad(params, masks, cfg, seed)
+    )
+    small_params, small_opt = update(
+      small_params, small_opt, grad(small_params, small_masks, small, seed)
+    )
+  # Adam divides by the root of tiny second moments: 1e-2 is the step size.
+  conftest.close(shrink.take_params(params, kept), small_params, 1e-3, 2e-5)
+  conftest.close(
+    shrink.take_opt_state(tx, opt_state, cfg.tied, kept), small_opt, 5e-3, 1e-5
+  )
+
+
+def test_shrink_step_takes_everything_along(cfg):
+  tx = make_optimizer()
+  state = state_lib.fresh_state(conftest.make_params(cfg), cfg, tx)
+  masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
+  state = state.replace(
+    prune=state.prune.replace(masks=masks, scores=scores, count=jnp.int32(5))
+  )
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  after, kept = steps.shrink_step(state, cfg=cfg, new_cfg=small, tx=tx)
+  want = state_lib.abstract_state(small, tx)
+  jax.tree.map(
+    lambda x, w: np.testing.assert_equal(
+      (x.shape, x.dtype), (w.shape, w.dtype)
+    ),
+    after,
+    want,
+  )
+  # The origin names the source group whose parameters sit in each slot.
+  conftest.close(after.prune.origin, kept)
+  conftest.close(after.prune.scores.stem, scores.stem[after.prune.origin.stem])
+  np.testing.assert_array_equal(
+    after.params.embed, state.params.embed[:, np.asarray(kept.stem)]
+  )
+  assert int(after.prune.count) == 5
+
+
+@pytest.mark.parametrize('letters', ['NDKGH', 'NKGHD', 'NFD', 'VD', 'DV'])
+def test_take_equals_plain_indexing(letters):
+  cfg = conftest.make_config(N=2, K=3, F=6, D=5, G=2, H=2, V=7)
+  rng = np.random.default_rng(0)
+  kept = structure.Groups(
+    heads=jnp.array([[2, 0], [1, 2]]),
+    ffn=jnp.array([[5, 1, 0], [2, 3, 4]]),
+    stem=jnp.array([4, 0, 2]),
+  )
+  x = rng.standard_normal([getattr(cfg, a) for a in letters])
+  got = np.asarray(shrink.take(letters, jnp.asarray(x), kept))
+  for index in np.ndindex(got.shape):
+    at = dict(zip(letters, index, strict=True))
+    source = tuple(
+      int(kept.stem[i]) if a == 'D'
+      else int(kept.heads[at['N'], i]) if a == 'K'
+      else int(kept.ffn[at['N'], i]) if a == 'F'
+      else i
+      for a, i in zip(letters, index, strict=True)
+    )  # fmt: skip
+    assert got[index] == np.float32(x[source])

@@ -1,0 +1,62 @@
+import json
+import os
+
+import pytest
+
+from effllm_jax import errors
+from effllm_jax import workdir
+
+CONFIG = {'seed': 0, 'prune': {'every': 2, 'floors': {'ffn': 1}}}
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+  folder = tmp_path / 'a' / 'b'
+  workdir.claim(folder, CONFIG)
+  workdir.claim(folder, CONFIG)
+  other = {'seed': 0, 'prune': {'every': 4, 'floors': {'ffn': 1}}}
+  with pytest.raises(
+    errors.InputError, match=r'prune\.every=2 there, 4 now; use the same'
+  ):
+    workdir.claim(folder, other)
+  assert json.loads((folder / 'config.json').read_text()) == CONFIG
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('x')
+  with pytest.raises(errors.InputError, match='holds other files'):
+    workdir.claim(tmp_path, CONFIG)
+  assert sorted(os.listdir(tmp_path)) == ['thesis.tex']
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('x')
+  with pytest.raises(errors.InputError, match='choose another --workdir'):
+    workdir.claim(tmp_path / 'file' / 'run', CONFIG)
+
+
+def test_a_broken_config_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(errors.InputError, match=r'config\.json is not JSON'):
+    workdir.claim(tmp_path, CONFIG)
+
+
+def test_rows_of_a_lost_future_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  log = workdir.Log(path, -1)
+  for step in range(5):
+    log.write({'step': step})
+  log.close()
+  with path.open('a') as f:
+    f.write('{"step": 5, "lo')
+  assert [r['step'] for r in workdir.read(path)] == [0, 1, 2, 3, 4]
+  log = workdir.Log(path, 2)
+  log.write({'step': 3})
+  log.close()
+  assert [r['step'] for r in workdir.read(path)] == [0, 1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
+  with pytest.raises(errors.InputError, match='line 2 is not JSON'):
+    list(workdir.read(path))
