@@ -19,16 +19,13 @@ class Progress:
     """Starts at step `done` of `steps`."""
     self._console = rich.console.Console(stderr=True)
     self._steps = steps
-    self._start = (time.monotonic(), done)
+    self._seconds = 0.0
     self._next_line = 0.0
     self._bar = rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
       rich.progress.BarColumn(bar_width=None),
       rich.progress.MofNCompleteColumn(),
       rich.progress.TextColumn('{task.fields[numbers]}'),
-      rich.progress.TimeElapsedColumn(),
-      rich.progress.TextColumn('left'),
-      rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
       console=self._console,
       disable=not self._console.is_terminal,
     )
@@ -56,10 +53,16 @@ class Progress:
   def step(self, row: Mapping[str, Any]) -> None:
     """Shows the numbers of a finished step (a `train` row of the metrics)."""
     widths = row['widths']
+    # Recent steps count most: a shrink makes all later ones faster.
+    self._seconds += (row['seconds'] - self._seconds) * (
+      0.1 if self._seconds else 1.0
+    )
+    left = int(self._seconds * (self._steps - row['step']))
     numbers = (
       f'loss {row["loss"]:.3f}  {row["tokens_per_second"]:,.0f} tok/s  '
-      f'{row["live_params"] / 1e6:.1f}M live  heads {widths["heads"]:g} '
-      f'ffn {widths["ffn"]:g} stem {widths["stem"]:g}'
+      f'{row["live_params"]:,} live  heads {widths["heads"]:g} '
+      f'ffn {widths["ffn"]:g} stem {widths["stem"]:g}  '
+      f'{left // 60}:{left % 60:02d} left'
     )
     self._bar.update(self._task, completed=row['step'], numbers=numbers)
     now = time.monotonic()
@@ -68,12 +71,7 @@ class Progress:
     ):
       return
     self._next_line = now + _LINE_INTERVAL
-    begun, done = self._start
-    left = (now - begun) / (row['step'] - done) * (self._steps - row['step'])
-    self.say(
-      f'step {row["step"]}/{self._steps}  {numbers}  '
-      f'{int(left) // 60}:{int(left) % 60:02d} left'
-    )
+    self.say(f'step {row["step"]}/{self._steps}  {numbers}')
 
 
 def configure_logging(progress: Progress) -> None:

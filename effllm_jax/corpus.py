@@ -105,6 +105,15 @@ _NOT_PROSE = re.compile(
 )
 
 
+_DASHES = {
+  'spaced ndash': ' \u2013 ',
+  'snd': ' \u2013 ',
+  'ndash': '\u2013',
+  'mdash': '\u2014',
+  'nbsp': ' ',
+}
+
+
 def _template(match: re.Match) -> str:
   """Keeps the words of the few templates that stand inside a sentence."""
   name, *args = (part.strip() for part in match[1].split('|'))
@@ -114,8 +123,7 @@ def _template(match: re.Match) -> str:
     return ' '.join(args[:2])
   if name in ('lang', 'transl', 'nowrap', 'quote', 'nobr') and args:
     return args[-1]
-  return {'spaced ndash': ' – ', 'snd': ' – ', 'ndash': '–', 'mdash': '—',
-          'nbsp': ' '}.get(name, '')  # fmt: skip
+  return _DASHES.get(name, '')
 
 
 def _link(match: re.Match) -> str:
@@ -139,9 +147,9 @@ def wikitext(text: str) -> str:
   before = None
   while before != text:
     before = text
-    text = re.sub(r'\[\[((?:(?!\[\[|\]\]|\{\{).)*)\]\]', _link, text, flags=re.S)
-    text = re.sub(r'\{\{((?:(?!\{\{|\}\}).)*)\}\}', _template, text, flags=re.S)
-    text = re.sub(r'\{\|(?:(?!\{\||\|\}).)*\|\}', '', text, flags=re.S)
+    text = re.sub(r'(?s)\[\[((?:(?!\[\[|\]\]|\{\{).)*)\]\]', _link, text)
+    text = re.sub(r'(?s)\{\{((?:(?!\{\{|\}\}).)*)\}\}', _template, text)
+    text = re.sub(r'(?s)\{\|(?:(?!\{\||\|\}).)*\|\}', '', text)
   text = _NOT_PROSE.sub('', text)
   text = re.sub(r'\[(?:https?:)?//[^\s\]]+\s*([^\]]*)\]', r'\1', text)
   text = html.unescape(re.sub(r'<[^<>\n]*>|__[A-Z]+__', ' ', text))
@@ -179,15 +187,19 @@ def _read_wiki(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
 class _Prose(html.parser.HTMLParser):
   """Collects the block elements of a page; skips navigation and tables."""
 
-  BLOCKS = frozenset(
-    ['p', 'li', 'dd', 'dt', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6', 'pre', 'div', 'blockquote', 'section', 'item', 'note', 'page', 'steps']
-  )
-  SKIP = frozenset(
-    ['head', 'script', 'style', 'nav', 'footer', 'form', 'svg', 'table', 'info', 'links', 'media']
-  )
-  SKIP_CLASS = frozenset(
-    ['sphinxsidebar', 'related', 'headerlink', 'navheader', 'navfooter', 'toc', 'footer', 'docnav', 'toctree-wrapper', 'indextable', 'mobile-nav', 'id_link', 'ebook', 'wy-breadcrumbs-aside', 'wy-nav-side']
-  )
+  BLOCKS = frozenset([
+    'p', 'li', 'dd', 'dt', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6', 'pre', 'div',
+    'blockquote', 'section', 'item', 'note', 'page', 'steps',
+  ])  # fmt: skip
+  SKIP = frozenset([
+    'head', 'script', 'style', 'nav', 'footer', 'form', 'svg', 'table',
+    'info', 'links', 'media',
+  ])  # fmt: skip
+  SKIP_CLASS = frozenset([
+    'sphinxsidebar', 'related', 'headerlink', 'navheader', 'navfooter',
+    'toc', 'footer', 'docnav', 'toctree-wrapper', 'indextable',
+    'mobile-nav', 'id_link', 'ebook', 'wy-breadcrumbs-aside', 'wy-nav-side',
+  ])  # fmt: skip
 
   def __init__(self):
     super().__init__()
@@ -775,7 +787,9 @@ def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
   """Writes the records, the index and the manifest of a dataset."""
   tfds.disable_progress_bar()
   builder = Text(
-    splits=splits, data_dir=folder, file_format=tfds.core.FileFormat.ARRAY_RECORD
+    splits=splits,
+    data_dir=folder,
+    file_format=tfds.core.FileFormat.ARRAY_RECORD,
   )
   with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ..."
     builder.download_and_prepare()

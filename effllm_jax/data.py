@@ -233,7 +233,8 @@ def train_iterator(
     )
   shares = [weights[name] for name in groups] if weights else None
   mixed = grain.MapDataset.mix(streams, shares)
-  batches = mixed.batch(batch_size).to_iter_dataset(
+  # The stream has no remainder, but rounding its length up overflows at 1.
+  batches = mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
   )
   if workers:

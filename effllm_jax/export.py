@@ -30,7 +30,8 @@ _TEXT = """The lighthouse at Skerryvore was first lit in 1844. It stands on a
 reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
 "two of blasting, four of building." Its 4,308 tons of granite    were cut on
 the island of Mull \u2013 each block fitted by hand before it was shipped."""
-_PROMPT = 16
+
+_forward = jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
 
 
 def hugging_face(
@@ -192,31 +193,22 @@ def _verify(folder, params, masks, cfg, source, transformers):
   torch_model.generation_config = transformers.GenerationConfig(
     do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True, pad_token_id=0
   )
+  text = torch.tensor([ours])
   with torch.no_grad():
-    prompt = torch.tensor([ours[:_PROMPT]])
-    continued = torch_model.generate(
-      prompt, attention_mask=torch.ones_like(prompt)
-    )
-    texts = torch.tensor([ours]), continued
-    logits = [torch_model(text).logits[0].numpy() for text in texts]
-  forward = jax.jit(
-    lambda params, masks, tokens: model.forward(
-      params, masks, tokens, cfg, model.Compute(remat=False)
-    )[0][0]
-  )
-  diff = 0.0
-  for text, want in zip(texts, logits, strict=True):
-    tokens = jnp.asarray(text.numpy(), jnp.int32)
-    have = np.asarray(forward(params, masks, tokens))
-    diff = max(diff, float(np.abs(have - want).max()))
+    continued = torch_model.generate(text, attention_mask=torch.ones_like(text))
+    want = torch_model(continued).logits[0].numpy()
+  tokens = jnp.asarray(continued.numpy(), jnp.int32)
+  logits, _ = _forward(params, masks, tokens, cfg, model.Compute(remat=False))
+  have = np.asarray(logits[0])
+  diff = float(np.abs(have - want).max())
   # `not <=` so that a NaN is refused as well.
   if not diff <= TOLERANCE:
     raise RuntimeError(
       f'PyTorch differs from the model by {diff:.3g} in a logit (at most '
       f'{TOLERANCE}); the export is not kept'
     )
-  greedy = continued[0, prompt.shape[1] :].tolist()
-  likely = have[prompt.shape[1] - 1 : -1].argmax(-1).tolist()
+  greedy = continued[0, len(ours) :].tolist()
+  likely = have[len(ours) - 1 : -1].argmax(-1).tolist()
   if len(greedy) != NEW_TOKENS or greedy != likely:
     raise RuntimeError(
       f'greedy tokens in PyTorch {greedy} are not those of the model {likely}; '

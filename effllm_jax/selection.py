@@ -174,9 +174,11 @@ def prices(
   cost = costs(masks, cfg)
   unpriced = masks.stem * _unpriced_rows(cfg, rules)
   return jax.tree.map(
-    lambda s, c: s / jnp.maximum(c, 1),
+    # A group that died lately still has a score in the running average.
+    lambda s, c, m: jnp.where(m, s / jnp.maximum(c, 1), 0.0),
     scores,
     cost.replace(stem=cost.stem - unpriced),
+    masks,
   )
 
 

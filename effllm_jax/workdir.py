@@ -99,16 +99,14 @@ def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """
   if not path.exists():
     return
-  lines = path.read_text().split('\n')
-  for number, line in enumerate(lines, 1):
-    if not line:
-      continue
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as e:
-      if number == len(lines):
-        return
-      raise errors.InputError(
-        f'{path} line {number} is not JSON ({e.msg}); restore or delete it'
-      ) from e
-    yield row
+  with path.open('rb') as file:
+    for number, line in enumerate(file, 1):
+      try:
+        row = json.loads(line)
+      except ValueError as e:  # Not JSON, or not even text.
+        if not line.endswith(b'\n'):
+          return
+        raise errors.InputError(
+          f'{path} line {number} is not JSON ({e}); restore or delete it'
+        ) from e
+      yield row

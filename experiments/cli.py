@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import os
 import sys
 
 from absl import app
@@ -9,6 +10,12 @@ from absl import flags
 from absl import logging
 
 from effllm_jax import errors
+
+CACHE = flags.DEFINE_string(
+  'cache',
+  os.path.join('~', '.cache', 'effllm_jax'),
+  'Folder for downloaded models and texts, shared by all runs.',
+)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -19,11 +19,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: metrics, checkpoints, events.'
 )
-_CACHE = flags.DEFINE_string(
-  'cache',
-  os.path.join('~', '.cache', 'effllm_jax'),
-  'Folder for downloaded models and texts, shared by all runs.',
-)
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +28,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import train
 
   config = ml_collections.FrozenConfigDict(_CONFIG.value)
-  train.run(config, _WORKDIR.value, os.path.expanduser(_CACHE.value))
+  train.run(config, _WORKDIR.value, os.path.expanduser(cli.CACHE.value))
 
 
 if __name__ == '__main__':

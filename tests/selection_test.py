@@ -11,8 +11,6 @@ from effllm_jax import structure
 from tests import conftest
 
 FREE = selection.Rules((1, 1, 1), (1, 1, 1), price_embedding=True)
-  floors=(1, 1, 1), multiple_of=(1, 1, 1), price_embedding=True
-)
 
 
 def count_live(masks, cfg) -> int:
@@ -255,7 +253,6 @@ def test_the_schedule_is_a_line_in_tokens():
 
 def test_prices_are_scores_per_saved_parameter(cfg):
   masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
-  scores = jax.tree.map(lambda s, m: s * m, scores, masks)
   prices = selection.prices(scores, masks, cfg, FREE)
   costs = selection.costs(masks, cfg)
   jax.tree.map(
@@ -265,6 +262,14 @@ def test_prices_are_scores_per_saved_parameter(cfg):
     prices,
     scores,
     costs,
+    masks,
+  )
+  # Scores linger in the running average; the dead have no price.
+  jax.tree.map(
+    lambda p, m: np.testing.assert_array_equal(
+      np.asarray(p)[~np.asarray(m)], 0
+    ),
+    prices,
     masks,
   )
   means = selection.mean_prices(scores, masks, cfg, FREE)

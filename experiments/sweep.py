@@ -1,0 +1,62 @@
+"""Runs every variant that a config's `sweep()` yields; prints one table.
+
+    python -m experiments.sweep \
+      --config=experiments/configs/smollm2_135m.py --workdir=runs/sweep
+
+`sweep()` yields dicts of overrides, as in `{'optimizer.peak': 1e-3}`; an empty
+one is the config as it is. Each variant has its own folder below --workdir and
+resumes there, so a sweep can be stopped, continued and extended.
+"""
+
+import importlib.util
+import os
+import pathlib
+
+from absl import flags
+import rich.console
+import rich.table
+
+from experiments import cli
+
+_CONFIG = flags.DEFINE_string('config', None, 'A file with a sweep().')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all variants.')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the variants one after another, then prints their results."""
+  del argv
+  # After the flags have been parsed: these imports take seconds.
+  from effllm_jax import errors
+  from effllm_jax import runlog
+  from effllm_jax import train
+
+  path = pathlib.Path(_CONFIG.value)
+  if not path.is_file():
+    raise errors.InputError(f'{path} is not a file; set --config')
+  spec = importlib.util.spec_from_file_location('swept_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'sweep'):
+    raise errors.InputError(f'{path} has no sweep(); write one, or use main')
+
+  table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
+  for overrides in module.sweep():
+    config = module.get_config()
+    config.update_from_flattened_dict(overrides)
+    name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
+    folder = pathlib.Path(_WORKDIR.value) / name.replace(os.sep, '_')
+    train.run(config, folder, os.path.expanduser(cli.CACHE.value))
+    run = runlog.read(folder)
+    source, final = run.last_eval('source'), run.last_eval('final')
+    table.add_row(
+      name,
+      f'{final["live_params"]:,}',
+      f'{source["bits_per_byte"]:.4f} -> {final["bits_per_byte"]:.4f}',
+      f'{run.train["seconds"].sum():.0f}',
+    )
+  rich.console.Console().print(table)
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  cli.run(main)

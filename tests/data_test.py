@@ -1,0 +1,361 @@
+import collections
+import json
+
+import grain
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tokenizers
+
+from effllm_jax import corpus
+from effllm_jax import data
+from effllm_jax import errors
+from tests import conftest
+
+SEPARATOR = 0
+SEQ = 16
+
+
+def byte_bpe(texts, size=400) -> tokenizers.Tokenizer:
+  """A byte-level BPE, so that any text can be tokenised."""
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  bpe.train_from_iterator(
+    texts,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=size,
+      special_tokens=['<|endoftext|>'],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
+  return bpe
+
+
+@pytest.fixture(name='bpe', scope='module')
+def _bpe():
+  return byte_bpe(conftest.real_text()[:6])
+
+
+@pytest.fixture(name='built', scope='module')
+def _built(tmp_path_factory):
+  """Two domains: `low` in lower case, `UP`, a quarter of it, in upper case."""
+  root = tmp_path_factory.mktemp('data')
+  for domain, stop in (('low', 16), ('UP', 4)):
+    (root / 'text' / domain).mkdir(parents=True)
+    for i, text in enumerate(conftest.real_text()[:stop]):
+      text = (text.lower() if domain == 'low' else text.upper())[:3000]
+      # Unlike any other document, or it would be taken for a copy.
+      words = [f'{w}{i}' for w in text.split()]
+      (root / 'text' / domain / f'{i}.txt').write_text(' '.join(words))
+  return corpus.prepare(str(root / 'text'), root)
+
+
+def batches(built, bpe, **changes):
+  settings = (
+    dict(seq_len=SEQ, batch_size=4, seed=0, weights={}, workers=0) | changes
+  )
+  return data.train_iterator(built, bpe, SEPARATOR, **settings)
+
+
+def take(iterator, count):
+  return [next(iterator) for _ in range(count)]
+
+
+def training_windows(built, bpe):
+  """What an epoch must hold, made without `data`."""
+  by_domain = {domain: [] for domain in corpus.domains(built)}
+  for record in corpus.source(built, 'train'):
+    document = corpus.as_document(record)
+    by_domain[document.domain] += [
+      SEPARATOR, *bpe.encode(document.text).ids
+    ]  # fmt: skip
+  for tokens in by_domain.values():
+    tokens.append(SEPARATOR)
+    for start in range(0, len(tokens) - SEQ, SEQ):
+      yield tuple(tokens[start : start + SEQ + 1])
+
+
+def test_batches_are_windows_of_the_text(built, bpe):
+  iterator = batches(built, bpe)
+  batch = next(iterator)
+  assert batch.shape == (4, SEQ + 1) and batch.dtype == np.int32
+  expected = collections.Counter(training_windows(built, bpe))
+  total = expected.total()
+  rows = np.concatenate([batch, *take(iterator, -(-total // 4) - 1)])[:total]
+  assert collections.Counter(map(tuple, rows.tolist())) == expected
+
+
+def test_the_order_is_of_the_seed_and_new_each_epoch(built, bpe):
+  total = sum(1 for _ in training_windows(built, bpe))
+  rows = np.concatenate(take(batches(built, bpe, batch_size=1), 2 * total))
+  again = np.concatenate(take(batches(built, bpe, batch_size=1), 2 * total))
+  np.testing.assert_array_equal(rows, again)
+  first, second = rows[:total], rows[total:]
+  assert sorted(map(tuple, first)) == sorted(map(tuple, second))
+  assert (first != second).any(axis=1).mean() > 0.9
+  other = np.concatenate(take(batches(built, bpe, batch_size=1, seed=7), total))
+  assert (first != other).any(axis=1).mean() > 0.9
+
+
+def test_shards_are_disjoint_and_complete(built, bpe):
+  totals = collections.Counter(training_windows(built, bpe))
+  once = {window for window, n in totals.items() if n == 1}
+  for weights, epochs in ({}, 1), ({'low': 1.0, 'UP': 3.0}, 4):
+    shards = []
+    for i in range(3):
+      iterator = batches(
+        built, bpe, weights=weights, batch_size=1,
+        process_index=i, process_count=3,
+      )  # fmt: skip
+      size = epochs * len(range(i, totals.total(), 3))
+      rows = np.concatenate(take(iterator, size))
+      shards.append({tuple(row) for row in rows.tolist()} & once)
+    # With weights, a shard may be in its second epoch of `UP`, which is
+    # divided anew: then only completeness can be seen from outside.
+    assert set().union(*shards) == once
+    if not weights:
+      assert sum(map(len, shards)) == len(once) > 100
+
+
+def upper_share(built, bpe, weights):
+  text = bpe.decode_batch(
+    np.concatenate(take(batches(built, bpe, weights=weights), 250)).tolist()
+  )
+  upper = sum(any(c.isupper() for c in t) for t in text)
+  lower = sum(any(c.islower() for c in t) for t in text)
+  return upper / (upper + lower)
+
+
+def test_weights_are_shares_of_the_tokens(built, bpe):
+  for share in (0.1, 0.5, 0.9):
+    weights = {'low': 2 * (1 - share), 'UP': 2 * share}
+    assert abs(upper_share(built, bpe, weights) - share) < 0.03
+  assert upper_share(built, bpe, {'low': 1, 'UP': 0}) == 0
+  assert upper_share(built, bpe, {'UP': 5}) == 1
+  assert 0.1 < upper_share(built, bpe, {}) < 0.35  # by size
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resume_is_exact(built, bpe, workers, tmp_path):
+  """Through Orbax, within an epoch and across its end, and at the start."""
+  total = sum(1 for _ in training_windows(built, bpe))
+  count = total // 4 + 40
+  reference = batches(built, bpe, workers=workers)
+  expected, stops = [], {0, 7, total // 4 - 2, total // 4 + 1}
+  with ocp.CheckpointManager(tmp_path.resolve()) as manager:
+    for step in range(count):
+      if step in stops:
+        args = ocp.args.Composite(
+          input=grain.checkpoint.CheckpointSave(reference)
+        )
+        manager.save(step, args=args, force=True)
+      expected.append(next(reference))
+    manager.wait_until_finished()
+    assert set(manager.all_steps()) == stops
+    fresh = batches(built, bpe, workers=workers)
+    next(fresh)
+    for stop in sorted(stops):
+      manager.restore(
+        stop,
+        args=ocp.args.Composite(
+          input=grain.checkpoint.CheckpointRestore(fresh)
+        ),
+      )
+      got = take(fresh, 12)
+      np.testing.assert_array_equal(got, expected[stop : stop + 12])
+  for iterator in (reference, fresh):
+    iterator.close()
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('workers', 1),
+    ('seed', 1),
+    ('seq_len', 8),
+    ('batch_size', 2),
+    ('weights', {'low': 1.0}),
+    ('process_count', 2),
+  ],
+)
+def test_a_state_of_another_stream_is_refused(built, bpe, name, value):
+  here, there = batches(built, bpe), batches(built, bpe, **{name: value})
+  state = json.loads(json.dumps(there.get_state()))
+  with pytest.raises(errors.InputError, match=f'{name} .*; use the saved') as e:
+    here.set_state(state)
+  assert repr(value) in str(e.value)
+  now = {'workers': 0, 'seed': 0, 'seq_len': SEQ, 'batch_size': 4,
+         'weights': {}, 'process_count': 1}[name]  # fmt: skip
+  assert repr(now) in str(e.value)
+  there.close()
+
+
+def test_a_state_of_another_text_or_tokenizer_is_refused(built, bpe, tmp_path):
+  here = batches(built, bpe)
+  other = byte_bpe(conftest.real_text()[6:9])
+  with pytest.raises(errors.InputError, match='saved with tokenizer'):
+    here.set_state(batches(built, other).get_state())
+  user = conftest.write_text_folder(tmp_path / 'text')
+  text = batches(corpus.prepare(str(user), tmp_path), bpe)
+  with pytest.raises(errors.InputError, match='saved with dataset'):
+    here.set_state(text.get_state())
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'weights': {'lwo': 1}}, "names 'lwo'.*domains are UP, low"),
+    ({'weights': {'low': -1}}, 'data.weights.low is -1; .*UP, low'),
+    ({'weights': {'low': float('nan')}}, 'data.weights.low is nan'),
+    ({'weights': {'low': 0, 'UP': 0}}, 'all 0; .*UP, low'),
+    ({'workers': -1}, 'data.workers -1 is below 0'),
+    ({'seq_len': 0}, 'data.seq_len 0 is below 1'),
+    ({'batch_size': 0}, 'data.batch_size 0 is below 1'),
+    ({'seed': -1}, 'seed -1 is below 0'),
+    ({'seq_len': 1_000_000}, 'has 0 training windows of 1000000'),
+    ({'weights': {'UP': 1}, 'process_count': 10_000}, 'for 10000 processes'),
+  ],
+)
+def test_bad_settings(built, bpe, changes, message):
+  with pytest.raises(errors.InputError, match=message) as e:
+    batches(built, bpe, **changes)
+  assert ';' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path, bpe):
+  (tmp_path / 'text').mkdir()
+  for i in range(2):
+    words = ' '.join(f'w{i}x{j}' for j in range(40 * (i + 1)))
+    text = f'number {i} <|endoftext|> is written {words}'
+    (tmp_path / 'text' / f'{i}.txt').write_text(text)
+  built = corpus.prepare(str(tmp_path / 'text'), tmp_path)
+  (held,) = data.heldout(
+    built, bpe, SEPARATOR, seq_len=512, tokens_per_domain=0
+  ).values()
+  assert (held.windows[0, : int(held.weight.sum()) + 1] == SEPARATOR).sum() == 1
+  (row,) = next(batches(built, bpe, batch_size=1, seq_len=32))
+  assert (row == SEPARATOR).sum() <= 1
+
+
+def make_heldout(tmp_path, texts, bpe, **changes):
+  """The held-out windows of a folder in which `texts` are held out."""
+  documents = [corpus.Document('d', str(i), t) for i, t in enumerate(texts)]
+  settings = dict(seq_len=8, tokens_per_domain=0) | changes
+  corpus._write(
+    tmp_path,
+    {'train': [corpus.Document('d', 'x', 'train')], 'heldout': documents}, {},
+  )  # fmt: skip
+  return data.heldout(tmp_path, bpe, SEPARATOR, **settings)['d']
+
+
+def scored(held):
+  """The targets that count, in order."""
+  return held.windows[:, 1:][held.weight == 1].tolist()
+
+
+def test_heldout_scores_every_token_once(tmp_path, bpe):
+  texts = ['The first document, naïve.', 'Zweites: größer 日本語 🙂!', 'x']
+  held = make_heldout(tmp_path, texts, bpe)
+  assert held.windows.dtype == np.int32 and held.weight.dtype == np.float32
+  assert held.windows.shape == (len(held.weight), 9)
+  assert held.num_bytes == sum(len(t.encode()) for t in texts)
+  assert held.documents == 3
+  ids = {t: bpe.encode(t).ids for t in texts}
+  flat = np.append(held.windows[:, :-1].ravel(), held.windows[-1, -1]).tolist()
+  np.testing.assert_array_equal(held.windows[:-1, -1], held.windows[1:, 0])
+  # Each document whole, after a separator, in one order or another.
+  documents, stream = {t: ids[t] for t in texts}, flat
+  order = []
+  while documents:
+    assert stream[0] == SEPARATOR
+    text = next(t for t, i in documents.items() if stream[1 : 1 + len(i)] == i)
+    order.append(text)
+    stream = stream[1 + len(documents.pop(text)) :]
+  assert set(stream) <= {SEPARATOR}  # padding
+  assert scored(held) == [i for t in order for i in ids[t]]
+  other = [
+    scored(make_heldout(tmp_path / str(s), texts, bpe, seed=s))
+    for s in range(1, 6)
+  ]
+  assert any(o != scored(held) for o in other)
+
+
+def test_heldout_stops_at_the_budget(tmp_path, bpe):
+  texts = ['abc ' * 20, 'héé ' * 20, 'Ω🙂 ' * 20]
+  whole = make_heldout(tmp_path / 'all', texts, bpe)
+  for budget in (1, 30, 57, 200):
+    held = make_heldout(
+      tmp_path / str(budget), texts, bpe, tokens_per_domain=budget
+    )
+    got = scored(held)
+    assert budget - 4 < len(got) <= budget and held.weight.sum() == len(got)
+    assert got == scored(whole)[: len(got)]
+    # Whole characters, and their bytes exactly.
+    assert len(bpe.decode(got).encode()) == held.num_bytes
+    assert '�' not in bpe.decode(got)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  text=st.text(st.characters(exclude_categories=['Cs']), min_size=1),
+  budget=st.integers(0, 40),
+)
+def test_cut_text_and_its_bytes_agree(text, budget):
+  bpe = data._load(data._plain(_SMALL))
+  encoding = bpe.encode(text)
+  ids, num_bytes = data._prefix(encoding, text, budget)
+  assert ids == encoding.ids[: len(ids)] and len(ids) <= budget
+  assert text.encode().startswith(bpe.decode(ids).encode())
+  assert len(bpe.decode(ids).encode()) == num_bytes
+  if len(encoding.ids) > budget:
+    # No longer prefix within the budget ends with a whole character.
+    for end in range(len(ids) + 1, budget + 1):
+      assert not text.startswith(bpe.decode(encoding.ids[:end]))
+
+
+_SMALL = byte_bpe(
+  ['hello world, hello there, the end of the world é ü 日本'], 300
+)
+
+
+def test_post_processing_does_not_move_the_cut(tmp_path, bpe):
+  """Trimmed offsets and added tokens of a Hugging Face tokenizer."""
+  other = tokenizers.Tokenizer.from_str(bpe.to_str())
+  other.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+  other.enable_truncation(4)
+  other.enable_padding(length=64)
+  texts = ['a few words   with spaces  ' * 3]
+  a, b = (
+    make_heldout(tmp_path / n, texts, t, tokens_per_domain=11)
+    for n, t in (('a', bpe), ('b', other))
+  )
+  np.testing.assert_array_equal(a.windows, b.windows)
+  assert a.num_bytes == b.num_bytes == len(bpe.decode(scored(a)).encode())
+
+
+def test_heldout_refuses_what_makes_no_sense(tmp_path, bpe):
+  for changes in ({'seq_len': 0}, {'tokens_per_domain': -1}):
+    with pytest.raises(errors.InputError, match='is too small'):
+      make_heldout(tmp_path / str(changes), ['x'], bpe, **changes)
+  with pytest.raises(errors.InputError, match='no whole character'):
+    make_heldout(tmp_path / 'face', ['🙂'], bpe, tokens_per_domain=1)
+
+
+def test_real_text_on_real_bytes():
+  """Bits per byte is over exactly the text that is scored."""
+  built = corpus.prepare('pypi', '~/.cache/effllm_jax')
+  held = data.heldout(
+    built, _SMALL, SEPARATOR, seq_len=64, tokens_per_domain=2000
+  )
+  assert list(held) == corpus.domains(built)
+  texts = {corpus.as_document(r).text for r in corpus.source(built, 'heldout')}
+  for of_domain in held.values():
+    text = _SMALL.decode(scored(of_domain))
+    assert len(text.encode()) == of_domain.num_bytes
+    assert any(t.startswith(text[:500]) for t in texts)

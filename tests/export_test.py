@@ -1,0 +1,257 @@
+"""Exports: PyTorch computes the same, or nothing is left behind."""
+
+import dataclasses
+import json
+import resource
+import sys
+
+import grain
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from effllm_jax import checkpoints
+from effllm_jax import errors
+from effllm_jax import export
+from effllm_jax import hf_config
+from effllm_jax import model
+from effllm_jax import sources
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+from effllm_jax import weights
+from tests import conftest
+from tests import sources_test
+
+CFG = sources_test.CFG
+# 60 channels are no multiple of 4 * 2 heads of queries.
+SHAPES = {
+  'LlamaForCausalLM': CFG,
+  'MistralForCausalLM': dataclasses.replace(CFG, D=60, G=4, tied=False),
+}
+
+
+@pytest.fixture(scope='module', name='tokenizer_folder')
+def _tokenizer_folder(tmp_path_factory):
+  tmp = tmp_path_factory.mktemp('source')
+  path = sources_test.write_gguf(tmp / 'toy.gguf')
+  source = sources.load(path, sources_test.CACHE, params=False)
+  return sources.save_tokenizer(source, tmp / 'saved')
+
+
+@pytest.fixture(name='reference')
+def _reference():
+  pytest.importorskip('torch', reason='an export is checked in PyTorch')
+  return pytest.importorskip('transformers', reason='opens the export')
+
+
+def run(out, folder, cfg=CFG, params=None, pruning=None):
+  params = sources_test.random_params(cfg) if params is None else params
+  alive = structure.all_alive(cfg)
+  return export.hugging_face(params, alive, cfg, out, folder, pruning or {})
+
+
+def refuse(kind, match, tmp_path, folder, out=None):
+  """An export that fails and leaves nothing in its place or beside it."""
+  before = sorted(tmp_path.rglob('*'))
+  with pytest.raises(kind, match=match) as caught:
+    run(tmp_path / 'out' if out is None else out, folder)
+  assert '\n' not in str(caught.value)
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('architecture', SHAPES)
+def test_opens_as_a_stock_class(
+  tmp_path, tokenizer_folder, reference, architecture
+):
+  cfg = SHAPES[architecture]
+  params = sources_test.random_params(cfg)
+  out = tmp_path / 'new' / 'out'
+  report = run(out, tokenizer_folder, cfg, pruning={'step': 7})
+
+  assert report['architecture'] == architecture
+  assert report['params'] == cfg.num_params()
+  assert 0 <= report['max_logit_diff'] < 1e-3 and report['greedy_tokens'] == 32
+  assert report['files'] == {p.name: p.stat().st_size for p in out.iterdir()}
+  assert set(report['files']) == {
+    'config.json', 'generation_config.json', 'model.safetensors',
+    'pruning.json', 'tokenizer.json', 'tokenizer_config.json',
+  }  # fmt: skip
+  assert report['files']['model.safetensors'] > 4 * cfg.num_params()
+  assert [p.name for p in out.parent.iterdir()] == ['out']
+  pruning = json.loads((out / 'pruning.json').read_text())
+  assert pruning['step'] == 7 and pruning['source']['name'] == 'toy.gguf'
+
+  # What transformers opens, not what the export says about itself.
+  opened = reference.AutoModelForCausalLM.from_pretrained(out)
+  assert type(opened).__name__ == architecture
+  assert opened.num_parameters() == cfg.num_params()
+  assert opened.generation_config.eos_token_id in (1, [1])
+  tokens = np.random.default_rng(0).integers(0, cfg.V, (2, 40))
+  import torch
+
+  with torch.no_grad():
+    have = opened(torch.tensor(tokens)).logits.numpy()
+  want, _ = model.forward(params, structure.all_alive(cfg), tokens, cfg)
+  assert have.std() > 0.5
+  np.testing.assert_allclose(have, want, atol=1e-3)
+
+  # And it is a source again.
+  again = sources.load(out, sources_test.CACHE)
+  assert again.cfg == cfg and sources_test.same(again.params, params)
+  saved = sources.load_saved(tokenizer_folder)
+  for key in ('separator_id', 'bos_id', 'eos_ids', 'pad_id', 'chat_template'):
+    assert getattr(again, key) == getattr(saved, key)
+
+
+def test_end_of_text_does_not_cut_the_comparison(
+  tmp_path, tokenizer_folder, reference
+):
+  saved = sources.load_saved(tokenizer_folder)
+  everything = dataclasses.replace(saved, eos_ids=tuple(range(CFG.V)))
+  folder = sources.save_tokenizer(everything, tmp_path / 'saved')
+  assert run(tmp_path / 'out', folder)['greedy_tokens'] == 32
+
+
+def swap_heads(views):
+  """Exchanges the key heads of the first layer."""
+
+  def swapped(params, names):
+    for name, view in views(params, names):
+      yield name, (
+        np.roll(view, CFG.H, 0) if name.endswith('0.self_attn.k_proj.weight')
+        else view
+      )  # fmt: skip
+
+  return swapped
+
+
+def test_wrong_weights_are_not_kept(
+  tmp_path, tokenizer_folder, reference, monkeypatch
+):
+  monkeypatch.setattr(weights, 'views', swap_heads(weights.views))
+  refuse(RuntimeError, r'differs.*not kept', tmp_path, tokenizer_folder)
+  # The greedy tokens notice by themselves.
+  monkeypatch.setattr(export, 'TOLERANCE', float('inf'))
+  refuse(RuntimeError, r'greedy.*not kept', tmp_path, tokenizer_folder)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [{'rms_norm_eps': 0.1}, {'rope_theta': 1e4, 'rope_parameters': None}],
+)
+def test_wrong_config_is_not_kept(
+  tmp_path, tokenizer_folder, reference, monkeypatch, change
+):
+  wrong = hf_config.write(CFG) | change
+  monkeypatch.setattr(hf_config, 'write', lambda cfg: wrong)
+  refuse(RuntimeError, r'differs.*not kept', tmp_path, tokenizer_folder)
+
+
+def test_wrong_tokenizer_is_not_kept(
+  tmp_path, tokenizer_folder, reference, monkeypatch
+):
+  saved = sources.load_saved(tokenizer_folder)
+  saved.tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+  monkeypatch.setattr(sources, 'load_saved', lambda folder: saved)
+  refuse(RuntimeError, r'tokenizer.*not kept', tmp_path, tokenizer_folder)
+
+
+def test_target_that_cannot_be_written(tmp_path, tokenizer_folder, reference):
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'precious').touch()
+  for out, match in (
+    (tmp_path / 'full', 'not empty'),
+    (tmp_path / 'full' / 'precious', 'not empty'),
+    (tmp_path / 'full' / 'precious' / 'out', 'cannot write'),
+  ):
+    refuse(errors.InputError, match, tmp_path, tokenizer_folder, out)
+  (tmp_path / 'empty').mkdir()
+  run(tmp_path / 'empty', tokenizer_folder)
+  assert (tmp_path / 'empty' / 'config.json').is_file()
+
+
+def test_disk_that_runs_full(tmp_path, tokenizer_folder, reference):
+  # A limit on the size of a file fails as a full disk does, in mid-write.
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+  try:
+    refuse(errors.InputError, 'cannot write', tmp_path, tokenizer_folder)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_dead_groups_are_not_exported(tmp_path, tokenizer_folder):
+  masks = structure.all_alive(CFG)
+  masks = masks.replace(ffn=masks.ffn.at[1, 3].set(False))
+  params = sources_test.random_params(CFG)
+  with pytest.raises(ValueError, match='shrink'):
+    export.hugging_face(
+      params, masks, CFG, tmp_path / 'out', tokenizer_folder, {}
+    )
+
+
+def test_without_torch(tmp_path, tokenizer_folder, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  refuse(
+    errors.InputError, r'torch.*requirements-torch\.txt', tmp_path,
+    tokenizer_folder,
+  )  # fmt: skip
+
+
+def test_smollm2(tmp_path, reference):
+  source = sources.load('smollm2-135m', sources_test.CACHE)
+  folder = sources.save_tokenizer(source, tmp_path / 'source')
+  out = tmp_path / 'out'
+  report = run(out, folder, source.cfg, source.params)
+  assert report['max_logit_diff'] < 1e-3 and report['greedy_tokens'] == 32
+  assert report['params'] == 134_515_008
+  tokenizer = reference.AutoTokenizer.from_pretrained(out)
+  for text, ids in sources_test.LLAMA_CPP.items():
+    assert tokenizer(text)['input_ids'] == [int(i) for i in ids.split()]
+  assert tokenizer.eos_token == '<|im_end|>'
+  chat = tokenizer.apply_chat_template(
+    [{'role': 'user', 'content': 'Hi'}], tokenize=False
+  )
+  assert chat.endswith('<|im_start|>user\nHi<|im_end|>\n')
+
+
+def test_command_takes_out_what_is_masked(
+  tmp_path, tokenizer_folder, reference
+):
+  workdir = tmp_path / 'run'
+  source = sources.load_saved(tokenizer_folder)
+  sources.save_tokenizer(source, workdir / 'source')
+  tx = steps.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
+  params = jax.tree.map(jax.numpy.asarray, sources_test.random_params(CFG))
+  state = state_lib.fresh_state(params, CFG, tx)
+  masks = state.prune.masks
+  masks = masks.replace(
+    heads=masks.heads.at[:, 0].set(False), ffn=masks.ffn.at[:, 80:].set(False)
+  )
+  prune = state.prune.replace(masks=masks)
+  state = state.replace(step=jax.numpy.int32(5), prune=prune)
+  writer = checkpoints.Writer(workdir, keep=1)
+  data = iter(grain.MapDataset.range(9).to_iter_dataset())
+  writer.save(state, CFG, data, num_events=0)
+  writer.close()
+
+  out = tmp_path / 'out'
+  done = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert str(out) in done.stdout and 'model.safetensors' in done.stdout
+  small = sources.load(out, sources_test.CACHE)
+  assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 64)
+  tokens = np.arange(40)[None]
+  want, _ = model.forward(params, masks, tokens, CFG)
+  have, _ = model.forward(
+    small.params, structure.all_alive(small.cfg), tokens, small.cfg
+  )
+  np.testing.assert_allclose(have, want, atol=1e-3)
+  pruning = json.loads((out / 'pruning.json').read_text())
+  assert pruning['origin']['heads'] == [[1], [1]] and pruning['step'] == 5
+
+  again = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
+  assert again.returncode == 2
+  assert again.stderr.strip().count('\n') == 0 and 'not empty' in again.stderr
