@@ -14,6 +14,7 @@ process leaves no half of one.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import logging
@@ -51,7 +52,7 @@ class Writer:
 
   def __init__(self, workdir: str | os.PathLike, keep: int):
     """Opens both folders of `workdir`; `keep` rolling checkpoints stay."""
-    workdir = pathlib.Path(workdir).absolute()
+    self._workdir = workdir = pathlib.Path(workdir).absolute()
     self._rolling = ocp.CheckpointManager(
       workdir / _ROLLING,
       options=ocp.CheckpointManagerOptions(
@@ -72,6 +73,7 @@ class Writer:
   ) -> None:
     """Starts a rolling checkpoint; returns once the arrays may be reused."""
     step = int(state.step)
+    self._check_space(state)
     self._save(self._rolling, step, _items(state, cfg, data, num_events))
 
   def save_event(
@@ -81,6 +83,7 @@ class Writer:
     data: Iterator,
   ) -> None:
     """Starts the permanent record of a shrink and of the state after it."""
+    self._check_space(state)
     items = _items(state, event.after, data, event.index + 1)
     items['event'] = ocp.args.JsonSave(event.to_json())
     self._save(self._events, event.index, items)
@@ -91,23 +94,38 @@ class Writer:
     Raises:
       errors.InputError: the disk is full or the folder cannot be written.
     """
-    for manager in (self._rolling, self._events):
-      try:
-        manager.wait_until_finished()
-      except (OSError, ValueError) as e:
-        raise _write_error(e) from e
+    try:
+      self._rolling.wait_until_finished()
+      self._events.wait_until_finished()
+    except (OSError, ValueError) as e:
+      raise write_error(e) from e
 
   def close(self) -> None:
-    """Waits, then releases the background threads."""
+    """Waits, then releases the background threads, also after an error."""
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._rolling.close)
+      stack.callback(self._events.close)
+      self.wait()
+
+  def _check_space(self, state) -> None:
+    # Before the first byte: when a disk fills up in the middle of a save, the
+    # threads of Orbax that still write do not end quietly.
     self.wait()
-    self._rolling.close()
-    self._events.close()
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    needed = 1.1 * size + 2**20
+    free = shutil.disk_usage(self._workdir).free
+    if free < needed:
+      raise errors.InputError(
+        f'the disk is full: a checkpoint needs {needed / 1e6:,.1f} MB, '
+        f'{self._workdir} has {free / 1e6:,.1f} MB; free space or move the '
+        'workdir, then run the same command again: it resumes'
+      )
 
   def _save(self, manager, index, items):
     try:
       manager.save(index, args=ocp.args.Composite(**items))
     except (OSError, ValueError) as e:
-      raise _write_error(e) from e
+      raise write_error(e) from e
 
 
 def _items(state, cfg, data, num_events) -> dict[str, Any]:
@@ -125,18 +143,18 @@ def _items(state, cfg, data, num_events) -> dict[str, Any]:
   }
 
 
-def _write_error(error: Exception) -> Exception:
+def write_error(error: Exception) -> Exception:
+  """What to tell a user about a failed write; other errors as they are."""
   text = ' '.join(str(error).split())
   for sign in ('No space left', 'ENOSPC', 'RESOURCE_EXHAUSTED', 'Disk quota'):
     if sign in text:
       return errors.InputError(
-        'the disk is full: the checkpoint was not written; free space or move '
-        'the workdir, then run the same command again: it resumes from the '
-        'checkpoint before'
+        'the disk is full; free space or move the workdir, then run the same '
+        'command again: it resumes from the last complete checkpoint'
       )
   if 'Permission denied' in text or 'Read-only file system' in text:
     return errors.InputError(
-      f'cannot write a checkpoint: {text[:200]}; choose another --workdir'
+      f'cannot write the workdir: {text[:200]}; choose another --workdir'
     )
   return error
 
@@ -145,13 +163,22 @@ def moments(workdir: str | os.PathLike) -> list[Moment]:
   """Everything that a run in `workdir` can go on from, newest first."""
   found = []
   for kind in (_ROLLING, _EVENTS):
-    folder = pathlib.Path(workdir).absolute() / kind
-    for path in folder.glob('[0-9]*'):
+    for path in _committed(workdir, kind):
       try:
         found.append(_moment(path))
       except (OSError, ValueError, KeyError, TypeError) as e:
         _set_aside(path, e)
   return sorted(found, key=lambda m: (m.step, m.num_events), reverse=True)
+
+
+def _committed(workdir, kind) -> list[pathlib.Path]:
+  """Folders that were written to the end, by number.
+
+  Until then a folder has a longer name, which Orbax cleans up.
+  """
+  folder = pathlib.Path(workdir).absolute() / kind
+  paths = [p for p in folder.glob('*') if p.name.isdigit()]
+  return sorted(paths, key=lambda p: int(p.name))
 
 
 def _moment(path: pathlib.Path) -> Moment:
@@ -196,7 +223,7 @@ def restore_latest(
     except Exception as e:  # Orbax raises many kinds, for one reason: damage.
       _set_aside(moment.path, e)
       continue
-    for path in (pathlib.Path(workdir).absolute() / _EVENTS).glob('[0-9]*'):
+    for path in _committed(workdir, _EVENTS):
       if int(path.name) >= moment.num_events:
         shutil.rmtree(path)
     return state, moment.cfg, moment.num_events
@@ -258,10 +285,9 @@ def _set_aside(path: pathlib.Path, error: Exception) -> None:
 
 def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
   """All shrink events of a run, in order."""
-  folder = pathlib.Path(workdir).absolute() / _EVENTS
-  paths = sorted(folder.glob('[0-9]*'), key=lambda p: int(p.name))
   return [
-    events_lib.ShrinkEvent.from_json(_read_json(p / 'event')) for p in paths
+    events_lib.ShrinkEvent.from_json(_read_json(path / 'event'))
+    for path in _committed(workdir, _EVENTS)
   ]
 
 

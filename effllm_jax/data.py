@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from effllm_jax import corpus
+from effllm_jax import documents
 from effllm_jax import errors
 
 # Documents that are tokenised at a time, on all cores.
@@ -364,13 +365,13 @@ def heldout(
   }  # fmt: skip
 
 
-def _rank(document: corpus.Document, seed: int) -> bytes:
+def _rank(document: documents.Document, seed: int) -> bytes:
   name = f'{seed}/{document.domain}/{document.id}'
   return hashlib.blake2b(name.encode()).digest()
 
 
 def _score_windows(
-  documents: list[corpus.Document], encoder: tokenizers.Tokenizer,
+  documents: list[documents.Document], encoder: tokenizers.Tokenizer,
   separator_id: int, seq_len: int, budget: float,
 ) -> HeldOut:  # fmt: skip
   """Windows over the documents of one domain, up to a budget of tokens."""

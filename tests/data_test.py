@@ -11,6 +11,7 @@ import tokenizers
 
 from effllm_jax import corpus
 from effllm_jax import data
+from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from tests import conftest
 
@@ -245,11 +246,13 @@ def test_special_tokens_in_a_text_are_text(tmp_path, bpe):
 
 def make_heldout(tmp_path, texts, bpe, **changes):
   """The held-out windows of a folder in which `texts` are held out."""
-  documents = [corpus.Document('d', str(i), t) for i, t in enumerate(texts)]
+  documents = [
+    documents_lib.Document('d', str(i), t) for i, t in enumerate(texts)
+  ]
   settings = dict(seq_len=8, tokens_per_domain=0) | changes
   corpus._write(
     tmp_path,
-    {'train': [corpus.Document('d', 'x', 'train')], 'heldout': documents}, {},
+    {'train': [document('d', 'x', 'train')], 'heldout': held}, {},
   )  # fmt: skip
   return data.heldout(tmp_path, bpe, SEPARATOR, **settings)['d']
 

@@ -267,11 +267,11 @@ def test_an_unwritable_workdir_ends_in_one_line(setting):
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(setting, finished):
-  """On a real file system of 1 MB that fills up while a checkpoint is saved."""
+  """On a real file system of 2.6 MB that fills up while the run goes on."""
   disk = setting.root / 'disk'
   disk.mkdir()
   mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(disk)],
+    ['mount', '-t', 'tmpfs', '-o', 'size=2600k', 'tmpfs', str(disk)],
     capture_output=True, check=False,
   )  # fmt: skip
   if mounted.returncode:

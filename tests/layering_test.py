@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
   'errors', 'structure', 'model', 'saliency', 'selection', 'state', 'shrink',
   'events', 'steps', 'fetch', 'workdir', 'checkpoints',
-  'documents', 'packages', 'corpus', 'data',
+  'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
   'export', 'plan', 'evaluate', 'runlog', 'tables', 'plots', 'figures',
   'report', 'console', 'train',
