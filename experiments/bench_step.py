@@ -3,8 +3,8 @@
     python -m experiments.bench_step \
       --config=experiments/configs/smollm2_135m.py [--repeats=7]
 
-One process, random weights in the shape of SmolLM2-135M, batch and compute as in
-the config. The variants take turns, so that a machine that drifts drifts for
+One process, random weights in the shape of SmolLM2-135M, batch and compute as
+in the config. The variants take turns, so that a machine that drifts drifts for
 all of them; printed are medians and ratios.
 """
 
@@ -87,16 +87,13 @@ def main(argv: list[str]) -> None:
   states['shrunk'], states['built'] = shrunk, fresh(small)
   del pruned, shrunk
   variants = {
-    'step': (cfg, compiled(states[cfg], cfg, False)),
-    'step that scores': (cfg, compiled(states[cfg], cfg, True)),
-    'step after the shrink': (
-      'shrunk',
-      compiled(states['shrunk'], small, False),
-    ),
-    'step of a model built so': (
-      'built',
-      compiled(states['built'], small, False),
-    ),
+    name: (key, compiled(states[key], shape, score))
+    for name, key, shape, score in (
+      ('step', cfg, cfg, False),
+      ('step that scores', cfg, cfg, True),
+      ('step after the shrink', 'shrunk', small, False),
+      ('step of a model built so', 'built', small, False),
+    )
   }
   seconds = {name: [] for name in [*variants, 'select, one prune']}
   per_prune = (plan.schedule.start - plan.schedule.target) // 25

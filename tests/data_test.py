@@ -246,9 +246,8 @@ def test_special_tokens_in_a_text_are_text(tmp_path, bpe):
 
 def make_heldout(tmp_path, texts, bpe, **changes):
   """The held-out windows of a folder in which `texts` are held out."""
-  documents = [
-    documents_lib.Document('d', str(i), t) for i, t in enumerate(texts)
-  ]
+  document = documents_lib.Document
+  held = [document('d', str(i), t) for i, t in enumerate(texts)]
   settings = dict(seq_len=8, tokens_per_domain=0) | changes
   corpus._write(
     tmp_path,

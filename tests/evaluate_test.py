@@ -48,8 +48,8 @@ def test_is_the_weighted_loss_per_byte_in_bits():
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary():
   zero = conftest.make_params(CFG)
   zero = zero.replace(embed=0 * zero.embed)
-  held = {'a': data.HeldOut(
-    np.zeros((2, 9), np.int32), np.ones((2, 8), np.float32), 16, 1)}  # fmt: skip
+  windows, weight = np.zeros((2, 9), np.int32), np.ones((2, 8), np.float32)
+  held = {'a': data.HeldOut(windows, weight, num_bytes=16, documents=1)}
   got = evaluate.bits_per_byte(
     zero, structure.all_alive(CFG), held, CFG, model.Compute(), 2
   )
