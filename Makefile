@@ -21,7 +21,7 @@ quickstart: $(VENV)/.ready
 	@echo "model:  $(OUT)  (opens in transformers)"
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n $(JOBS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

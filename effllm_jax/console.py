@@ -34,12 +34,15 @@ class Progress:
     )
 
   def __enter__(self) -> 'Progress':
-    """Draws the bar."""
+    """Draws the bar; warnings of the log appear above it."""
     self._bar.start()
+    root = logging.getLogger()
+    self._handlers, root.handlers = root.handlers, [_Handler(self)]
     return self
 
   def __exit__(self, *_) -> None:
     """Leaves the last state of the bar on the screen."""
+    logging.getLogger().handlers = self._handlers
     self._bar.stop()
 
   def say(self, text: str) -> None:
@@ -74,12 +77,12 @@ class Progress:
     self.say(f'step {row["step"]}/{self._steps}  {numbers}')
 
 
-def configure_logging(progress: Progress) -> None:
-  """Sends warnings through the bar, so that they do not tear it."""
+class _Handler(logging.Handler):
+  """Sends log records through the bar, so that they do not tear it."""
 
-  class Handler(logging.Handler):
-    def emit(self, record):
-      progress.say(f'{record.levelname.lower()}: {record.getMessage()}')
+  def __init__(self, progress: Progress):
+    super().__init__(level=logging.WARNING)
+    self._progress = progress
 
-  handler = Handler(level=logging.WARNING)
-  logging.getLogger().handlers = [handler]
+  def emit(self, record):
+    self._progress.say(f'{record.levelname.lower()}: {record.getMessage()}')

@@ -131,7 +131,6 @@ class Run:
     """Runs every step that is left, then waits for the last checkpoint."""
     plan, first = self.plan, self.first_step
     with console.Progress(plan.steps, first) as progress:
-      console.configure_logging(progress)
       self.progress = progress
       if first:
         progress.say(f'resuming {self.workdir} after step {first}')

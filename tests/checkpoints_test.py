@@ -18,6 +18,10 @@ from effllm_jax import structure
 from tests import conftest
 
 CFG = conftest.make_config()
+# A damaged file leaves Orbax's other reads unfinished; Python reports each.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 
 
 @pytest.fixture(scope='module', name='tx')

@@ -1,0 +1,101 @@
+"""Invariant 7."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effllm_jax import repair
+from tests import conftest
+
+REPAIR = jax.jit(repair.repair)
+
+
+def make_layer(seed, inputs=12, outputs=5, tokens=200):
+  rng = np.random.default_rng(seed)
+  mix = rng.standard_normal((inputs, inputs))
+  x = rng.standard_normal((tokens, inputs)) @ mix
+  keep = rng.permutation(inputs) >= inputs // 3
+  w = rng.standard_normal((inputs, outputs))
+  return x, w, keep
+
+
+def error(x, before, after):
+  return float(np.square(np.asarray(x) @ (before - np.asarray(after))).mean())
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_equals_the_closed_form_of_optimal_brain_surgeon(seed):
+  x, w, keep = make_layer(seed)
+  damping = 1e-2
+  S = x.T @ x / len(x)
+  H = S + damping * np.diag(S).mean() * np.eye(len(S))
+  inverse = np.linalg.inv(H)
+  want = w - inverse[:, ~keep] @ np.linalg.solve(
+    inverse[np.ix_(~keep, ~keep)], w[~keep]
+  )
+  got, used = REPAIR(w, repair.gram(jnp.asarray(x)), keep, damping)
+  np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
+  assert float(used) == pytest.approx(damping)
+  assert (np.asarray(got)[~keep] == 0).all()
+
+
+@pytest.mark.parametrize('damping', [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize('seed', range(3))
+def test_the_layer_error_falls_and_never_rises(seed, damping):
+  x, w, keep = make_layer(seed)
+  got, _ = REPAIR(w, repair.gram(jnp.asarray(x)), keep, damping)
+  masked = error(x, w, w * keep[:, None])
+  assert error(x, w, got) <= masked * (1 + 1e-5)
+  if damping <= 1e-2:
+    assert error(x, w, got) < 0.7 * masked
+
+
+def test_nothing_removed_changes_nothing():
+  x, w, keep = make_layer(0)
+  w = jnp.asarray(w, jnp.float32)
+  got, _ = REPAIR(w, repair.gram(jnp.asarray(x)), np.ones_like(keep), 1e-2)
+  np.testing.assert_array_equal(got, w)
+
+
+def test_an_input_that_is_a_sum_of_others_is_replaced_exactly():
+  x, w, keep = make_layer(1)
+  x[:, ~keep] = x[:, keep][:, : (~keep).sum()] * 2 + x[:, keep][:, -1:]
+  got, _ = REPAIR(w, repair.gram(jnp.asarray(x)), keep, 1e-6)
+  assert error(x, w, got) < 1e-4 * error(x, w, w * keep[:, None])
+
+
+def test_a_singular_gram_matrix_is_damped_and_never_a_nan():
+  """Fewer tokens than inputs, and inputs that are always zero."""
+  x, w, keep = make_layer(2, tokens=4)
+  x[:, 0] = 0
+  got, used = REPAIR(w, repair.gram(jnp.asarray(x)), keep, 0.0)
+  assert np.isfinite(got).all()
+  assert float(used) == np.inf  # Ten times nothing is nothing.
+  np.testing.assert_allclose(got, w * keep[:, None], rtol=1e-6)
+  got, used = REPAIR(w, repair.gram(jnp.asarray(x)), keep, 1e-12)
+  assert np.isfinite(got).all()
+  assert 1e-12 < float(used) < 1
+  assert error(x, w, got) <= error(x, w, w * keep[:, None])
+
+
+def test_one_compile_for_every_mask():
+  x, w, _ = make_layer(3)
+  gram = repair.gram(jnp.asarray(x))
+  REPAIR(w, gram, np.ones(12, bool), 1e-2)
+  size = REPAIR._cache_size()
+  for count in range(12):
+    REPAIR(w, gram, np.arange(12) >= count, 1e-2)
+  assert REPAIR._cache_size() == size
+
+
+def test_gram_is_the_mean_outer_product_of_the_taps():
+  cfg = conftest.make_config()
+  params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
+  _, taps = conftest.forward(
+    params, masks, conftest.make_tokens(cfg), cfg=cfg, taps=True
+  )
+  x = np.asarray(taps.ffn[0], np.float64).reshape(-1, cfg.F)
+  np.testing.assert_allclose(
+    repair.gram(taps.ffn[0]), x.T @ x / len(x), rtol=1e-4, atol=1e-6
+  )

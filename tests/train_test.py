@@ -1,0 +1,79 @@
+"""What the loop does when something inside it goes wrong."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from effllm_jax import checkpoints
+from effllm_jax import errors
+from effllm_jax import steps
+from effllm_jax import train
+from experiments.configs import smollm2_135m
+from tests import conftest
+
+
+@pytest.fixture(scope='module', name='setting')
+def _setting(tmp_path_factory):
+  root = tmp_path_factory.mktemp('train')
+  model = conftest.write_model_folder(root / 'model')
+  text = conftest.write_text_folder(root / 'text')
+
+  def run(workdir):
+    config = smollm2_135m.get_config()
+    config.update_from_flattened_dict(conftest.small_run(model, text))
+    train.run(config, root / workdir, root / 'cache')
+
+  return run, root
+
+
+def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
+  run, root = setting
+  good = steps.shrink_step
+
+  def faulty(state, **arguments):
+    state, kept = good(state, **arguments)
+    layers = state.params.layers
+    # As if values had been gathered with the indices of another layer.
+    wrong = layers.replace(w_down=jnp.roll(layers.w_down, 1, axis=0))
+    return state.replace(params=state.params.replace(layers=wrong)), kept
+
+  monkeypatch.setattr(steps, 'shrink_step', faulty)
+  with pytest.raises(RuntimeError, match=r'loss .* from \d\.\d+ to \d\.\d+'):
+    run('shrink')
+  assert checkpoints.read_events(root / 'shrink') == []
+  # The last good checkpoint is there, and the mended code goes on from it.
+  assert checkpoints.moments(root / 'shrink')[0].step == 5
+  monkeypatch.undo()
+  run('shrink')
+  assert checkpoints.moments(root / 'shrink')[0].step == 24
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(setting, monkeypatch):
+  run, root = setting
+  good_step = steps.train_step
+
+  class Exploding:
+    """The real step, compiled as ever, with parameters blown up at step 7."""
+
+    def lower(self, state, *args, **kwargs):
+      lowered = good_step.lower(state, *args, **kwargs)
+
+      class Compiled:
+        def compile(self):
+          step = lowered.compile()
+
+          def call(state, windows):
+            if int(state.step) == 6:
+              state = state.replace(
+                params=jax.tree.map(lambda x: x * jnp.inf, state.params)
+              )
+            return step(state, windows)
+
+          return call
+
+      return Compiled()
+
+  monkeypatch.setattr(steps, 'train_step', Exploding())
+  with pytest.raises(errors.InputError, match='step 7 is not finite; the last'):
+    run('nan')
+  assert checkpoints.moments(root / 'nan')[0].step == 5
