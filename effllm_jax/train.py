@@ -1,5 +1,6 @@
 """The host loop: train, prune, shrink, evaluate, record, and resume."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -50,13 +51,11 @@ def run(
     errors.InputError: something that the user can put right.
   """
   workdir = pathlib.Path(workdir)
-  workdir_lib.claim(workdir, config.to_dict())
-  fresh = not checkpoints.moments(workdir)
-  source = sources.load(config.source, cache, params=fresh)
+  # Everything that can be refused is checked before anything is written.
+  workdir_lib.check(workdir, config.to_dict())
+  source = sources.load(config.source, cache, params=False)
   plan = plan_lib.make(config, source.cfg)
   text = corpus.prepare(config.data.text, cache)
-  if fresh:
-    sources.save_tokenizer(source, workdir / 'source')
   batches = data.train_iterator(
     text,
     source.tokenizer,
@@ -76,8 +75,13 @@ def run(
     seq_len=config.data.seq_len,
     tokens_per_domain=config.eval.tokens_per_domain,
   )
+  workdir_lib.claim(workdir, config.to_dict())
+  # Read once and not held on to: the state has its own copy.
+  initial = lambda: sources.load(config.source, cache).params
   try:
-    Run(config, workdir, plan, source, batches, heldout).train()
+    if not checkpoints.moments(workdir):
+      sources.save_tokenizer(source, workdir / 'source')
+    Run(config, workdir, plan, source.cfg, initial, batches, heldout).train()
   except OSError as e:
     raise checkpoints.write_error(e) from e
 
@@ -90,13 +94,14 @@ class Run:
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     plan: plan_lib.Plan,
-    source: sources.Source,
+    source_cfg: structure.ModelConfig,
+    initial: Callable[[], structure.Params],
     batches: Iterator[np.ndarray],
     heldout: dict[str, data.HeldOut],
   ):
-    """Restores the newest checkpoint of `workdir`, or starts from `source`."""
+    """Restores the newest checkpoint of `workdir`, or takes `initial()`."""
     self.config, self.workdir, self.plan = config, workdir, plan
-    self.source_cfg = source.cfg
+    self.source_cfg = source_cfg
     self.batches, self.heldout = batches, heldout
     self.rate = steps.learning_rate(
       config.optimizer.schedule,
@@ -117,8 +122,8 @@ class Run:
     if restored:
       self.state, self.cfg, self.num_events = restored
     else:
-      self.cfg, self.num_events = source.cfg, 0
-      params = jax.tree.map(jnp.asarray, source.params)
+      self.cfg, self.num_events = source_cfg, 0
+      params = jax.tree.map(jnp.asarray, initial())
       self.state = state_lib.fresh_state(params, self.cfg, self.tx)
     self.first_step = int(self.state.step)
     resume = self.first_step if restored else -1

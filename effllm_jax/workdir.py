@@ -17,31 +17,32 @@ def write_json(path: pathlib.Path, record: Any) -> None:
   scratch.replace(path)
 
 
-def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
-  """Creates the workdir, or checks that it belongs to this very config.
+def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+  """Checks that a run of `config` can use this workdir; writes nothing.
 
   Raises:
-    errors.InputError: the folder cannot be written, or was started with
-      another config (each different key is named, with both values).
+    errors.InputError: the folder cannot be written, holds something else, or
+      was started with another config (each different key is named, with both
+      values).
   """
-  folder = pathlib.Path(workdir)
+  folder = pathlib.Path(workdir).absolute()
   path = folder / 'config.json'
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else None
-    if known is None:
-      if any(p.suffix != '.tmp' for p in folder.iterdir()):
-        raise errors.InputError(
-          f'{workdir} holds other files and no config.json; choose an empty '
-          'or new --workdir'
-        )
-      write_json(path, config)
-      return
-  except OSError as e:
+  above = next(p for p in (folder, *folder.parents) if p.exists())
+  if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
     raise errors.InputError(
-      f'cannot write {workdir}: {e.strerror}; choose another --workdir'
-    ) from e
-  except json.JSONDecodeError as e:
+      f'cannot write {workdir}: {above} is not a folder that you may write; '
+      'choose another --workdir'
+    )
+  if not path.exists():
+    if folder.exists() and any(p.suffix != '.tmp' for p in folder.iterdir()):
+      raise errors.InputError(
+        f'{workdir} holds other files and no config.json; choose an empty or '
+        'new --workdir'
+      )
+    return
+  try:
+    known = json.loads(path.read_bytes())
+  except ValueError as e:
     raise errors.InputError(
       f'{path} is not JSON ({e}); restore it or choose another --workdir'
     ) from e
@@ -57,6 +58,24 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
       f'{workdir} belongs to another config: {"; ".join(changed)}; use the '
       'same values, or another --workdir'
     )
+
+
+def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+  """Creates the workdir and writes its config, where that is still to do.
+
+  Raises:
+    errors.InputError: as `check`, or the disk refuses.
+  """
+  check(workdir, config)
+  folder = pathlib.Path(workdir)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / 'config.json').exists():
+      write_json(folder / 'config.json', config)
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {workdir}: {e.strerror}; choose another --workdir'
+    ) from e
 
 
 def _flat(tree, prefix='') -> dict[str, Any]:

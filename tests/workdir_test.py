@@ -21,6 +21,11 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   assert json.loads((folder / 'config.json').read_text()) == CONFIG
 
 
+def test_a_check_writes_nothing(tmp_path):
+  workdir.check(tmp_path / 'new' / 'run', CONFIG)
+  assert not os.listdir(tmp_path)
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
   with pytest.raises(errors.InputError, match='holds other files'):
