@@ -1,4 +1,4 @@
-"""What pruning adds to a training step, and what a shrink takes off it.
+r"""What pruning adds to a training step, and what a shrink takes off it.
 
     python -m experiments.bench_step \
       --config=experiments/configs/smollm2_135m.py [--repeats=7]
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import steps
   from effllm_jax import structure
 
-  config = _CONFIG.value
+  config = cli.config(_CONFIG)
   cfg = structure.ModelConfig(
     V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192,
     rope_theta=1e5, norm_eps=1e-5, tied=True,

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import difflib
 import os
+import pathlib
+import re
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+import ml_collections
 
 from effllm_jax import errors
 
@@ -29,9 +33,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def parse(argv):
     try:
       return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError) as e:
+      _fail(_unknown_key(argv, str(e.args[0])))
+    except (flags.Error, TypeError, ValueError) as e:
       _fail(e)
-    except (FileNotFoundError, ImportError, SyntaxError) as e:
+    except (ImportError, SyntaxError) as e:
       _fail(f'cannot read the config: {e}')
 
   def guarded(argv):
@@ -49,8 +55,52 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   app.run(guarded, flags_parser=parse)
 
 
+def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """The config of a `config_flags` flag.
+
+  Raises:
+    errors.InputError: the file does not exist, or has no `get_config`.
+  """
+  path = pathlib.Path(flags.FLAGS[flag.name].config_filename)
+  if not path.is_file():
+    raise errors.InputError(f'{path} is not a file; set --config')
+  try:
+    # The flag reports a broken file only when its value is used.
+    flag.value.to_dict()
+    return flag.value
+  except (OSError, AttributeError) as e:
+    last = str(e).strip().splitlines()[-1]
+    raise errors.InputError(f'{path} cannot be read as a config: {last}') from e
+
+
+def _unknown_key(argv, name) -> str:
+  """What to say of an override whose key the config does not have."""
+  # The text of the error begins with the key's last part, quoted.
+  part = re.search(r'\w+', name)
+  overrides = [
+    a for a in argv if part and re.match(rf'--config\..*{part.group()}\b', a)
+  ]
+  if not overrides:
+    return name
+  key = overrides[0].partition('=')[0].removeprefix('--config.')
+  message = f'the config has no key {key!r}'
+  known = flags.FLAGS['config'].value
+  if isinstance(known, ml_collections.ConfigDict):
+    near = difflib.get_close_matches(key, _keys(known), n=1, cutoff=0.5)
+    message += f'; did you mean {near[0]!r}?' if near else ''
+  return f'{message}; its keys are in the file given as --config'
+
+
+def _keys(tree: ml_collections.ConfigDict, prefix: str = '') -> list[str]:
+  names = []
+  for name, value in tree.items():
+    names.append(prefix + name)
+    if isinstance(value, ml_collections.ConfigDict):
+      names += _keys(value, f'{prefix}{name}.')
+  return names
+
+
 def _fail(message: object, code: int = 2) -> None:
-  # KeyError quotes its message; ml_collections ends some with a full stop.
-  text = ' '.join(str(message).strip('\'"').split())
+  text = ' '.join(str(message).split())
   print(f'error: {text}', file=sys.stderr)
   sys.exit(code)

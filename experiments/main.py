@@ -1,4 +1,4 @@
-"""Prunes a model while it trains; run again with the same flags to resume.
+r"""Prunes a model while it trains; run again with the same flags to resume.
 
     python -m experiments.main \
       --config=experiments/configs/smollm2_135m.py --workdir=runs/a \
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   from effllm_jax import train
 
-  config = ml_collections.FrozenConfigDict(_CONFIG.value)
+  config = ml_collections.FrozenConfigDict(cli.config(_CONFIG))
   train.run(config, _WORKDIR.value, os.path.expanduser(cli.CACHE.value))
 
 

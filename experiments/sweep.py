@@ -1,4 +1,4 @@
-"""Runs every variant that a config's `sweep()` yields; prints one table.
+r"""Runs every variant that a config's `sweep()` yields; prints one table.
 
     python -m experiments.sweep \
       --config=experiments/configs/smollm2_135m.py --workdir=runs/sweep

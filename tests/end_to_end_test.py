@@ -242,7 +242,12 @@ def test_a_corrupted_newest_checkpoint_falls_back(setting, finished):
 @pytest.mark.parametrize(
   ('flag', 'words'),
   [
-    ('--config.prune.targt_params=5', ('targt_params',)),
+    (
+      '--config.prune.targt_params=5',
+      ("no key 'prune.targt_params'", "did you mean 'prune.target_params'?"),
+    ),
+    ('--config=no/such.py', ('no/such.py is not a file', '--config')),
+    ('surplus', ("unexpected argument 'surplus'",)),
     ('--config.prune.every=soon', ('every', 'soon')),
     ('--config.prune.target_params=99999999', ('99,999,999', 'not below')),
     ('--config.prune.target_params=10', ('target_params 10 ', 'floors')),
