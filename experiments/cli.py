@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import difflib
 import os
 import pathlib
 import re
@@ -73,31 +72,21 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     raise errors.InputError(f'{path} cannot be read as a config: {last}') from e
 
 
-def _unknown_key(argv, name) -> str:
+def _unknown_key(argv: Sequence[str], text: str) -> str:
   """What to say of an override whose key the config does not have."""
-  # The text of the error begins with the key's last part, quoted.
-  part = re.search(r'\w+', name)
-  overrides = [
+  # ml_collections quotes the key's last part, then a similar one if any.
+  part, near = re.search(r'\w+', text), re.search(r'mean "(\w+)"', text)
+  wrong = [
     a for a in argv if part and re.match(rf'--config\..*{part.group()}\b', a)
   ]
-  if not overrides:
-    return name
-  key = overrides[0].partition('=')[0].removeprefix('--config.')
-  message = f'the config has no key {key!r}'
-  known = flags.FLAGS['config'].value
-  if isinstance(known, ml_collections.ConfigDict):
-    near = difflib.get_close_matches(key, _keys(known), n=1, cutoff=0.5)
-    message += f'; did you mean {near[0]!r}?' if near else ''
-  return f'{message}; its keys are in the file given as --config'
-
-
-def _keys(tree: ml_collections.ConfigDict, prefix: str = '') -> list[str]:
-  names = []
-  for name, value in tree.items():
-    names.append(prefix + name)
-    if isinstance(value, ml_collections.ConfigDict):
-      names += _keys(value, f'{prefix}{name}.')
-  return names
+  if not wrong:
+    return text
+  key = wrong[0].partition('=')[0].removeprefix('--config.')
+  hint = f'did you mean {near.group(1)!r}? ' if near else ''
+  return (
+    f'the config has no key {key!r}; {hint}All keys are in the file given as '
+    '--config'
+  )
 
 
 def _fail(message: object, code: int = 2) -> None:

@@ -244,7 +244,7 @@ def test_a_corrupted_newest_checkpoint_falls_back(setting, finished):
   [
     (
       '--config.prune.targt_params=5',
-      ("no key 'prune.targt_params'", "did you mean 'prune.target_params'?"),
+      ("no key 'prune.targt_params'", "did you mean 'target_params'?"),
     ),
     ('--config=no/such.py', ('no/such.py is not a file', '--config')),
     ('surplus', ("unexpected argument 'surplus'",)),
