@@ -86,6 +86,20 @@ def make_masks(cfg, seed=0, uniform=False) -> structure.Groups:
   return jax.tree.map(leaf, structure.all_alive(cfg))
 
 
+def alive_entries(letters, shape, masks) -> np.ndarray:
+  """Which entries of a parameter belong to live groups only, bool [shape]."""
+  alive = np.ones(shape, bool)
+  for axis, letter in enumerate(letters):
+    if letter in structure.PRUNABLE:
+      mask = np.asarray(getattr(masks, structure.PRUNABLE[letter]))
+      view = [1] * len(shape)
+      view[axis] = shape[axis]
+      if mask.ndim == 2:
+        view[0] = shape[0]
+      alive &= mask.reshape(view)
+  return alive
+
+
 def make_tokens(cfg, batch=2, length=12, seed=0):
   """Random token ids, int32 [batch, length]."""
   rng = np.random.default_rng(seed)
@@ -98,7 +112,7 @@ loss_and_grad = jax.jit(
 )
 
 
-def close(a, b, rtol=1e-5, atol=1e-6):
+def check_close(a, b, rtol=1e-5, atol=1e-6):
   """Asserts that two trees are equal to tolerance, naming the leaf."""
   jax.tree_util.tree_map_with_path(
     lambda path, x, y: np.testing.assert_allclose(

@@ -75,7 +75,7 @@ def test_masked_equals_shrunk(cfg, seed):
   small_masks = shrink.take_groups(masks, kept)
   structure.check_shapes(small_params, small)
 
-  conftest.close(
+  conftest.check_close(
     conftest.forward(params, masks, tokens, cfg=cfg)[0],
     conftest.forward(small_params, small_masks, tokens, cfg=small)[0],
     rtol=1e-4,
@@ -85,7 +85,7 @@ def test_masked_equals_shrunk(cfg, seed):
   _, small_grad = conftest.loss_and_grad(
     small_params, small_masks, tokens, cfg=small
   )
-  conftest.close(shrink.take_params(grad, kept), small_grad, 1e-3, 1e-5)
+  conftest.check_close(shrink.take_params(grad, kept), small_grad, 1e-3, 1e-5)
 
 
 def test_dead_groups_have_exactly_zero_gradient(cfg):
@@ -118,16 +118,7 @@ def test_dead_weights_do_not_matter(cfg):
   tokens = conftest.make_tokens(cfg)
 
   def mix(letters, a, b):
-    alive = np.ones(a.shape, bool)
-    for axis, letter in enumerate(letters):
-      if letter in structure.PRUNABLE:
-        mask = np.asarray(getattr(masks, structure.PRUNABLE[letter]))
-        shape = [1] * a.ndim
-        shape[axis] = a.shape[axis]
-        if mask.ndim == 2:
-          shape[0] = a.shape[0]
-        alive &= mask.reshape(shape)
-    return jnp.where(alive, a, b)
+    return jnp.where(conftest.alive_entries(letters, a.shape, masks), a, b)
 
   mixed = structure.map_axes(mix, params, other)
   np.testing.assert_array_equal(
@@ -170,7 +161,7 @@ def test_remat_changes_nothing(cfg):
     conftest.loss_and_grad(*args, cfg=cfg, compute=model.Compute(remat=remat))
     for remat in (False, True)
   )
-  conftest.close(kept, recomputed, 1e-4, 1e-6)
+  conftest.check_close(kept, recomputed, 1e-4, 1e-6)
 
 
 def test_bfloat16_is_near_float32_and_keeps_float32_gradients(cfg):
@@ -192,11 +183,13 @@ def test_taps_are_the_inputs_of_the_matrix_products(cfg):
   masks = conftest.make_masks(cfg)
   logits, taps = conftest.forward(params, masks, tokens, cfg=cfg, taps=True)
   unembed = params.embed.T if params.unembed is None else params.unembed
-  conftest.close(taps.final @ unembed, logits, 1e-4, 1e-4)
+  conftest.check_close(taps.final @ unembed, logits, 1e-4, 1e-4)
   n = cfg.N - 1
   gate = taps.ffn_in[n] @ params.layers.w_gate[n]
   up = taps.ffn_in[n] @ params.layers.w_up[n]
-  conftest.close(jax.nn.silu(gate) * up * masks.ffn[n], taps.ffn[n], 1e-4, 1e-4)
+  conftest.check_close(
+    jax.nn.silu(gate) * up * masks.ffn[n], taps.ffn[n], 1e-4, 1e-4
+  )
   for stem_input in (taps.attn_in, taps.ffn_in, taps.final):
     assert (np.asarray(stem_input)[..., ~np.asarray(masks.stem)] == 0).all()
 

@@ -31,7 +31,7 @@ def brute_force(params, grads, cfg) -> structure.Groups:
 def test_equals_a_walk_over_every_weight(cfg):
   params, grads = conftest.make_params(cfg), conftest.make_params(cfg, seed=1)
   scores = jax.jit(saliency.group_scores)(params, grads)
-  conftest.close(scores, brute_force(params, grads, cfg), rtol=1e-5)
+  conftest.check_close(scores, brute_force(params, grads, cfg), rtol=1e-5)
   assert {s.dtype for s in jax.tree.leaves(scores)} == {jnp.dtype('float32')}
 
 
@@ -88,9 +88,9 @@ def test_average_equals_the_weighted_mean(cfg):
     ),
     *seen,
   )
-  conftest.close(mean, want, rtol=1e-5)
+  conftest.check_close(mean, want, rtol=1e-5)
 
 
 def test_average_without_decay_keeps_the_last_score(cfg):
   old, new = conftest.make_scores(cfg, 0), conftest.make_scores(cfg, 1)
-  conftest.close(saliency.average(old, new, jnp.int32(7), 0.0), new)
+  conftest.check_close(saliency.average(old, new, jnp.int32(7), 0.0), new)

@@ -15,23 +15,13 @@ FREE = selection.Rules((1, 1, 1), (1, 1, 1), price_embedding=True)
 
 def count_live(masks, cfg) -> int:
   """Counts live parameters one by one, out of the axis table."""
-  total = 0
-
-  def add(letters, shape):
-    nonlocal total
-    alive = np.ones(shape.shape, bool)
-    for axis, letter in enumerate(letters):
-      if letter in structure.PRUNABLE:
-        mask = np.asarray(getattr(masks, structure.PRUNABLE[letter]))
-        view = [1] * alive.ndim
-        view[axis] = alive.shape[axis]
-        if mask.ndim == 2:
-          view[0] = alive.shape[0]
-        alive &= mask.reshape(view)
-    total += int(alive.sum())
-
-  structure.map_axes(add, structure.shapes(cfg))
-  return total
+  counts = structure.map_axes(
+    lambda letters, leaf: conftest.alive_entries(
+      letters, leaf.shape, masks
+    ).sum(),
+    structure.shapes(cfg),
+  )
+  return int(sum(jax.tree.leaves(counts)))
 
 
 def greedy(scores, masks, target, final, cfg, rules):
@@ -315,4 +305,4 @@ def test_the_embedding_can_be_left_out_of_the_stem_price():
     (cost / (cost - cfg.V))[alive],
     rtol=1e-5,
   )
-  conftest.close(without.ffn, counted.ffn)
+  conftest.check_close(without.ffn, counted.ffn)

@@ -78,8 +78,10 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
       small_params, small_opt, grad(small_params, small_masks, small, seed)
     )
   # Adam divides by the root of tiny second moments: 1e-2 is the step size.
-  conftest.close(shrink.take_params(params, kept), small_params, 1e-3, 2e-5)
-  conftest.close(
+  conftest.check_close(
+    shrink.take_params(params, kept), small_params, 1e-3, 2e-5
+  )
+  conftest.check_close(
     shrink.take_opt_state(tx, opt_state, cfg.tied, kept), small_opt, 5e-3, 1e-5
   )
 
@@ -102,8 +104,10 @@ def test_shrink_step_takes_everything_along(cfg):
     want,
   )
   # The origin names the source group whose parameters sit in each slot.
-  conftest.close(after.prune.origin, kept)
-  conftest.close(after.prune.scores.stem, scores.stem[after.prune.origin.stem])
+  conftest.check_close(after.prune.origin, kept)
+  conftest.check_close(
+    after.prune.scores.stem, scores.stem[after.prune.origin.stem]
+  )
   np.testing.assert_array_equal(
     after.params.embed, state.params.embed[:, np.asarray(kept.stem)]
   )

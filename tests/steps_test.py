@@ -57,7 +57,7 @@ def test_scores_come_from_the_training_gradient(tx):
   loss, grads = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
   # As two micro-batches: the same mean gradient, the same scores.
   state, numbers = step(state, tokens.reshape(2, 2, -1), cfg, tx)
-  conftest.close(
+  conftest.check_close(
     state.prune.scores, saliency.group_scores(params, grads), 1e-3, 1e-6
   )
   np.testing.assert_allclose(numbers['loss'], loss, rtol=1e-5)
@@ -74,7 +74,7 @@ def test_accumulation_equals_one_large_batch(tx):
   tokens = conftest.make_tokens(cfg, 6)
   one, _ = step(make_state(cfg, tx), tokens[None], cfg, tx)
   three, _ = step(make_state(cfg, tx), tokens.reshape(3, 2, -1), cfg, tx)
-  conftest.close(one.params, three.params, 1e-3, 1e-4)
+  conftest.check_close(one.params, three.params, 1e-3, 1e-4)
 
 
 def test_without_scoring_the_update_is_the_same(tx):
@@ -82,7 +82,7 @@ def test_without_scoring_the_update_is_the_same(tx):
   tokens = conftest.make_tokens(cfg)[None]
   scored, _ = step(make_state(cfg, tx), tokens, cfg, tx)
   plain, _ = step(make_state(cfg, tx), tokens, cfg, tx, score=False)
-  conftest.close(scored.params, plain.params, 1e-5, 1e-6)
+  conftest.check_close(scored.params, plain.params, 1e-5, 1e-6)
   assert int(plain.prune.count) == 0
 
 
@@ -103,9 +103,9 @@ def test_norm_scales_are_not_decayed():
   params = conftest.make_params(cfg)
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zero, tx.init(params), params)
-  conftest.close(updates.final_norm, zero.final_norm)
-  conftest.close(updates.layers.ffn_norm, zero.layers.ffn_norm)
-  conftest.close(updates.layers.wq, -0.05 * params.layers.wq)
+  conftest.check_close(updates.final_norm, zero.final_norm)
+  conftest.check_close(updates.layers.ffn_norm, zero.layers.ffn_norm)
+  conftest.check_close(updates.layers.wq, -0.05 * params.layers.wq)
 
 
 def test_learning_rates():
