@@ -89,7 +89,7 @@ def _price(run):
     top.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     plots.title(
       top,
-      f'{winner} had the lowest price at {100 * share:.0f}{tables.PERCENT} of '
+      f'Lowest mean price: {winner}, at {100 * share:.0f}{tables.PERCENT} of '
       'the scored steps',
     )
     top.set_ylabel(f'price, $10^{{{exponent}}}$ nats per token\nper parameter')
