@@ -162,7 +162,8 @@ class Run:
       self.state, windows_ABT
     )
     log = step % self.config.train.log_every == 0 or step == plan.steps
-    if log or plan.prunes(step):
+    # Before anything is kept of this step: every checkpoint is a good one.
+    if log or plan.prunes(step) or plan.checkpoints(step):
       self._check_finite(step, numbers)
     if plan.prunes(step):
       self._prune(step)

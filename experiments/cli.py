@@ -36,8 +36,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _fail(_unknown_key(argv, str(e.args[0])))
     except (flags.Error, TypeError, ValueError) as e:
       _fail(e)
-    except (ImportError, SyntaxError) as e:
-      _fail(f'cannot read the config: {e}')
+    except (ImportError, OSError, SyntaxError) as e:
+      _fail(f'--config cannot be read: {_last_line(e)}')
 
   def guarded(argv):
     if argv[1:]:
@@ -68,8 +68,13 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     flag.value.to_dict()
     return flag.value
   except (OSError, AttributeError) as e:
-    last = str(e).strip().splitlines()[-1]
-    raise errors.InputError(f'{path} cannot be read as a config: {last}') from e
+    raise errors.InputError(
+      f'{path} cannot be read as a config: {_last_line(e)}'
+    ) from e
+
+
+def _last_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[-1].strip()
 
 
 def _unknown_key(argv: Sequence[str], text: str) -> str:

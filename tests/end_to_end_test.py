@@ -246,7 +246,7 @@ def test_a_corrupted_newest_checkpoint_falls_back(setting, finished):
       '--config.prune.targt_params=5',
       ("no key 'prune.targt_params'", "did you mean 'target_params'?"),
     ),
-    ('--config=no/such.py', ('no/such.py is not a file', '--config')),
+    ('--config=no/such.py', ('--config cannot be read', 'no/such.py')),
     ('surplus', ("unexpected argument 'surplus'",)),
     ('--config.prune.every=soon', ('every', 'soon')),
     ('--config.prune.target_params=99999999', ('99,999,999', 'not below')),
