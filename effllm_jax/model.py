@@ -7,6 +7,7 @@ shape. RMSNorm divides by the number of *live* stem channels; with that the
 masked model and the shrunk model are the same function.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -87,13 +88,74 @@ def forward(
   Returns:
     logits_BTV in float32, and `Taps` or None.
   """
+  layer = block(masks, tokens_BT.shape[1], cfg, compute, taps)
+  if compute.remat:
+    # Inside a scan nothing can be merged across iterations anyway, so the
+    # barriers that prevent it would only cost time.
+    layer = jax.checkpoint(layer, prevent_cse=False)
+  x_BTD = embed(params, masks, tokens_BT, compute)
+  x_BTD, tapped = jax.lax.scan(
+    layer, x_BTD, (params.layers, masks.heads, masks.ffn)
+  )
+  final_BTD = final_norm(x_BTD, params, masks, cfg)
+  unembed, letters = (
+    (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
+  )
+  logits_BTV = jnp.einsum(
+    f'BTD,{letters}->BTV',
+    final_BTD,
+    unembed.astype(final_BTD.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
+
+
+def embed(
+  params: structure.Params,
+  masks: structure.Groups,
+  tokens_BT: Array,
+  compute: Compute,
+) -> Array:
+  """The stem before the first layer, [B, T, D] in the compute dtype."""
+  dtype = jnp.dtype(compute.dtype)
+  return params.embed[tokens_BT].astype(dtype) * masks.stem.astype(dtype)
+
+
+def final_norm(
+  x_BTD: Array,
+  params: structure.Params,
+  masks: structure.Groups,
+  cfg: structure.ModelConfig,
+) -> Array:
+  """The input of the output matrix, [B, T, D], from the stem."""
+  return _rms_norm(x_BTD, params.final_norm, masks.stem, cfg.norm_eps)
+
+
+def block(
+  masks: structure.Groups,
+  length: int,
+  cfg: structure.ModelConfig,
+  compute: Compute,
+  taps: bool,
+) -> Callable[..., tuple[Array, tuple[Array, ...] | None]]:
+  """One decoder layer as the body of a `lax.scan` over the layers.
+
+  Args:
+    masks: of the whole model; the layer's own come with its weights.
+    length: tokens of a sequence.
+    cfg: the architecture.
+    compute: dtype; rematerialisation is the caller's.
+    taps: also return the inputs of the layer's matrix products.
+
+  Returns:
+    layer(x_BTD, (weights, heads_K, ffn_F)) -> x_BTD, and the fields of `Taps`
+    without N and `final`, or None.
+  """
   dtype = jnp.dtype(compute.dtype)
   stem_D = masks.stem.astype(dtype)
-  # At least 1, so that a model without a stem is a model that outputs zeros.
-  live_D = jnp.maximum(masks.stem.sum(), 1).astype(jnp.float32)
-  norm = functools.partial(_rms_norm, live_D=live_D, eps=cfg.norm_eps)
+  norm = functools.partial(_rms_norm, stem_D=masks.stem, eps=cfg.norm_eps)
   rope = functools.partial(
-    _rotate, angles_TH=_angles(tokens_BT.shape[1], cfg.H, cfg.rope_theta)
+    _rotate, angles_TH=_angles(length, cfg.H, cfg.rope_theta)
   )
 
   def layer(x_BTD, scanned):
@@ -115,25 +177,7 @@ def forward(
     tapped = (attn_in_BTD, heads_BTKGH, ffn_in_BTD, ffn_BTF) if taps else None
     return x_BTD, tapped
 
-  if compute.remat:
-    # Inside a scan nothing can be merged across iterations anyway, so the
-    # barriers that prevent it would only cost time.
-    layer = jax.checkpoint(layer, prevent_cse=False)
-  x_BTD = params.embed[tokens_BT].astype(dtype) * stem_D
-  x_BTD, tapped = jax.lax.scan(
-    layer, x_BTD, (params.layers, masks.heads, masks.ffn)
-  )
-  final_BTD = norm(x_BTD, params.final_norm)
-  unembed, letters = (
-    (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
-  )
-  logits_BTV = jnp.einsum(
-    f'BTD,{letters}->BTV',
-    final_BTD,
-    unembed.astype(dtype),
-    preferred_element_type=jnp.float32,
-  )
-  return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
+  return layer
 
 
 def token_losses(
@@ -192,10 +236,12 @@ def greedy(
   return [int(t) for t in fill(params, masks, tokens_T)[len(prompt) :]]
 
 
-def _rms_norm(x_BTD, scale_D, live_D, eps):
+def _rms_norm(x_BTD, scale_D, stem_D, eps):
   """RMSNorm in float32 over the live channels (dead ones of x are zero)."""
   x32_BTD = x_BTD.astype(jnp.float32)
-  mean_square = jnp.square(x32_BTD).sum(-1, keepdims=True) / live_D
+  # At least 1, so that a model without a stem is a model that outputs zeros.
+  live = jnp.maximum(stem_D.sum(), 1).astype(jnp.float32)
+  mean_square = jnp.square(x32_BTD).sum(-1, keepdims=True) / live
   normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square + eps)
   return normed_BTD.astype(x_BTD.dtype) * scale_D
 

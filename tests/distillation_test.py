@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from effllm_jax import distillation
+from effllm_jax import model
+from effllm_jax import structure
+from tests import conftest
+
+
+def make_logits(seed, scale=3.0, shape=(2, 5, 23)):
+  rng = np.random.default_rng(seed)
+  return scale * rng.standard_normal(shape)
+
+
+def stored(logits, temperature, top_k):
+  p = scipy.special.softmax(logits / temperature, -1)
+  index = np.argsort(-p, -1)[..., :top_k]
+  return distillation.Targets(
+    probs=jnp.asarray(np.take_along_axis(p, index, -1), jnp.float32),
+    index=jnp.asarray(index, jnp.int32),
+  )
+
+
+def merged(logits, index, temperature):
+  """Probabilities of the stored tokens and, last, of all others together."""
+  p = scipy.special.softmax(logits / temperature, -1)
+  top = np.take_along_axis(p, index, -1)
+  return np.concatenate([top, 1 - top.sum(-1, keepdims=True)], -1)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+@pytest.mark.parametrize('top_k', [1, 4, 22, 23])
+def test_equals_the_closed_form_in_float64(top_k, temperature):
+  teacher, student = make_logits(0), make_logits(1)
+  targets = stored(teacher, temperature, top_k)
+  p = merged(teacher, targets.index, temperature)
+  q = merged(student, targets.index, temperature)
+  want = temperature**2 * scipy.special.rel_entr(p, q).sum(-1)
+  if top_k == 23:
+    full = (
+      scipy.special.softmax(x / temperature, -1) for x in (teacher, student)
+    )
+    want = temperature**2 * scipy.special.rel_entr(*full).sum(-1)
+  got = distillation.divergence(
+    jnp.asarray(student, jnp.float32), targets, temperature
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_more_stored_tokens_see_more_and_never_more_than_all():
+  teacher, student = make_logits(2), make_logits(3)
+  means = [
+    float(
+      distillation.divergence(
+        jnp.asarray(student, jnp.float32), stored(teacher, 1.0, k), 1.0
+      ).mean()
+    )
+    for k in (1, 2, 5, 12, 23)
+  ]
+  assert means == sorted(means)
+  assert means[0] >= 0
+
+
+@pytest.mark.parametrize('top_k', [2, 23])
+def test_the_gradient_is_that_of_the_merged_softmax_and_0_at_the_teacher(top_k):
+  teacher = jnp.asarray(make_logits(4), jnp.float32)
+  targets = stored(np.asarray(teacher, np.float64), 1.0, top_k)
+  grad = jax.grad(lambda x: distillation.divergence(x, targets, 1.0).sum())
+  np.testing.assert_allclose(grad(teacher), 0, atol=1e-5)
+  student = jnp.asarray(make_logits(5), jnp.float32)
+  eps, at = 1e-2, (0, 1, int(targets.index[0, 1, 0]))
+  higher, lower = (
+    float(distillation.divergence(student.at[at].add(e), targets, 1.0).sum())
+    for e in (eps, -eps)
+  )
+  assert float(grad(student)[at]) == pytest.approx(
+    (higher - lower) / (2 * eps), rel=2e-2, abs=2e-3
+  )
+
+
+def test_a_sure_student_has_finite_gradients():
+  """Where all but one probability underflow, in student or teacher."""
+  sure = jnp.zeros((1, 1, 23)).at[0, 0, 3].set(200.0)
+  for teacher in (
+    np.asarray(sure, np.float64),
+    make_logits(6, shape=(1, 1, 23)),
+  ):
+    targets = stored(teacher, 1.0, 4)
+    value, grad = jax.value_and_grad(
+      lambda x, t=targets: distillation.divergence(x, t, 1.0).sum()
+    )(sure)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+def test_targets_are_the_largest_probabilities_of_the_teacher():
+  cfg = conftest.make_config()
+  params, masks = conftest.make_params(cfg), structure.all_alive(cfg)
+  tokens = conftest.make_tokens(cfg)
+  compute = model.Compute(remat=False)
+  targets = distillation.targets(params, masks, tokens, cfg, compute, 2.0, 7)
+  logits, _ = model.forward(params, masks, tokens, cfg, compute)
+  p = scipy.special.softmax(np.asarray(logits, np.float64) / 2, -1)
+  np.testing.assert_allclose(
+    targets.probs, np.sort(p, -1)[..., ::-1][..., :7], rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    targets.probs, np.take_along_axis(p, np.asarray(targets.index), -1), 1e-4
+  )
+  # A model is its own best teacher.
+  divergence = distillation.divergence(logits, targets, 2.0)
+  np.testing.assert_allclose(divergence, 0, atol=1e-5)
