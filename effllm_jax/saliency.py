@@ -1,15 +1,49 @@
-"""Weights and their gradients -> one score per group; the running average.
+"""Weights, gradients, curvature -> one score per group; the running average.
 
-Removing weight w changes the loss by about -g w, with g the gradient of the
-mean loss. `taylor1` adds the absolute first-order changes of a group's members
+Removing weight w changes the loss by about -g w + 1/2 h w^2, with g the
+gradient of the mean loss and h the diagonal of its Hessian. The kinds of score
+(sums run over the weights that belong to a group; nats per token unless a kind
+says else):
 
-    score(group) = sum over members of |g w|            [nats per token]
+    kind               score of a group           source
+    taylor1            sum |g w|                  Molchanov et al. 2017, 2019
+    taylor1_momentum   sum |m w|                  as taylor1; m: see below
+    taylor1_group      |sum g w|                  Ma et al. 2023 (LLM-Pruner)
+    taylor2            sum |-g w + 1/2 h w^2|     Ma et al. 2023
+    taylor2_micro      the same                   Ma et al. 2023
+    obd                sum 1/2 h w^2              LeCun et al. 1990
+    magnitude          sum |w|                    Li et al. 2017
+    activation         mean |a|                   Muralidharan et al. 2024
+    random             uniform                    control
 
-with the very gradient that the optimizer uses, so that scoring needs neither a
-second forward nor a second backward pass. Which parameters are members of which
-group is read from `structure.axes`. The paper (arXiv 2502.06663) names the
-ingredients; this exact formula and its normalisation are our reading of it.
+g is the very gradient that the optimizer uses, so that scoring needs neither a
+second forward nor a second backward pass. With small batches |g w| is mostly
+the noise of g, and an average of absolute values keeps that noise; two kinds
+average signed values first. `taylor1_momentum` takes Adam's bias-corrected
+first moment m for g: the mean over about 1 / (1 - b1) batches, in which each
+was clipped, so that its unit is nats per token times the mean clip factor.
+`taylor1_group` averages the signed sum over all batches and takes the absolute
+value when groups are compared: `PruneState.scores` is signed.
+
+h is the diagonal of the empirical Fisher matrix of a token, E[g_t^2]. Of a
+gradient that is a mean over n tokens E[g^2] is about 1/n of that, so both
+estimates are multiplied by n: `taylor2` and `obd` use Adam's bias-corrected
+second moment, for free, and undo the clip by the factor of the newest batch;
+`taylor2_micro` uses the mean square of the gradients of the micro-batches of
+one update, at the price of one more parameter-sized sum. `obd` leaves the
+first-order term out: where training has ended it is 0 on average, and what one
+small batch shows of it is noise, which outweighs the other term by far.
+
+Which parameters are members of which group is read from `structure.axes`. The
+paper (arXiv 2502.06663) names the ingredients; these formulas and their
+normalisation are our reading of it. Magnitude, activation and random are
+controls for an ablation. They are no changes of a loss; activation and random
+are multiplied by the number of members, so that the price of a group, its
+score per parameter, compares types by mean |a| and not by their size.
 """
+
+from collections.abc import Callable
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,52 +52,146 @@ from effllm_jax import structure
 
 Array = jax.Array
 
+KINDS = (
+  'taylor1', 'taylor1_momentum', 'taylor1_group', 'taylor2', 'taylor2_micro',
+  'obd', 'magnitude', 'activation', 'random',
+)  # fmt: skip
+
 
 def group_scores(
-  params: structure.Params, grads: structure.Params
+  term: Callable[..., Array], params: structure.Params, *rest: structure.Params
 ) -> structure.Groups:
-  """Taylor saliency of every group, float32, nats per token.
+  """Sums `term(w, ...)` over the members of every group, in float32.
 
   Args:
-    params: the parameters at which `grads` was taken.
-    grads: gradient of the mean loss in nats per token, before clipping. A dead
-      group's gradient is exactly zero, and so is its score.
+    term: elementwise, of a float32 weight and what `rest` holds for it.
+    params: the weights.
+    *rest: parameter-shaped trees: the gradient of the mean loss in nats per
+      token, before clipping; the curvature.
 
   Returns:
-    heads [N, K], ffn [N, F], stem [D].
+    heads [N, K], ffn [N, F], stem [D]. Where a term is 0 whenever its gradient
+    is, a dead group's score is exactly 0.
   """
   table = structure.axes(tied=params.unembed is None)
 
-  # One layer at a time: the products |g w| of a layer live in cache-sized
-  # buffers (14 MB instead of 425 MB for SmolLM2-135M, and 1.5x faster than
-  # summing the stacked arrays, 2-core CPU).
-  def layer(stem_D, scanned):
+  # One layer at a time: the terms of a layer live in cache-sized buffers (14 MB
+  # instead of 425 MB for SmolLM2-135M, and 1.5x faster than summing the stacked
+  # arrays, 2-core CPU).
+  def layer(stem_D, trees):
     sums = _sums(
+      term,
       jax.tree.map(lambda letters: letters.removeprefix('N'), table.layers),
-      *scanned,
+      *trees,
     )
     return stem_D + sums['D'], (sums['K'], sums['F'])
 
-  rest = [tree.replace(layers=None) for tree in (table, params, grads)]
+  outside = [tree.replace(layers=None) for tree in (table, params, *rest)]
   stem_D, (heads_NK, ffn_NF) = jax.lax.scan(
-    layer, _sums(*rest)['D'], (params.layers, grads.layers)
+    layer,
+    _sums(term, *outside)['D'],
+    tuple(tree.layers for tree in (params, *rest)),
   )
   return structure.Groups(heads=heads_NK, ffn=ffn_NF, stem=stem_D)
 
 
-def _sums(table, params, grads) -> dict[str, Array]:
-  """Sums of |g w| over all but one axis, by the letter that is kept."""
+def _sums(term, table, *trees) -> dict[str, Array]:
+  """Sums of the terms over all but one axis, by the letter that is kept."""
   sums = {}
 
-  def add(letters, w, g):
-    product = jnp.abs(g.astype(jnp.float32) * w.astype(jnp.float32))
+  def add(letters, *leaves):
+    value = term(*(x.astype(jnp.float32) for x in leaves))
     for letter in structure.PRUNABLE:
       if letter in letters:
         others = [i for i, x in enumerate(letters) if x != letter]
-        sums[letter] = sums.get(letter, 0.0) + product.sum(others)
+        sums[letter] = sums.get(letter, 0.0) + value.sum(others)
 
-  jax.tree.map(add, table, params, grads)
+  jax.tree.map(add, table, *trees)
   return sums
+
+
+def taylor1(params: structure.Params, grads: structure.Params):
+  """Sum of |g w|; g is a gradient or its momentum."""
+  return group_scores(lambda w, g: jnp.abs(g * w), params, grads)
+
+
+def taylor1_group(params: structure.Params, grads: structure.Params):
+  """Sum of g w, signed: minus the first-order change of the loss."""
+  return group_scores(lambda w, g: g * w, params, grads)
+
+
+def taylor2(
+  params: structure.Params, grads: structure.Params, curvature: structure.Params
+):
+  """Sum of |-g w + 1/2 h w^2|, h the Fisher diagonal of a token."""
+  return group_scores(
+    lambda w, g, h: jnp.abs(-g * w + 0.5 * h * w * w), params, grads, curvature
+  )
+
+
+def obd(params: structure.Params, curvature: structure.Params):
+  """Sum of 1/2 h w^2, h the Fisher diagonal of a token."""
+  return group_scores(lambda w, h: 0.5 * h * w * w, params, curvature)
+
+
+def magnitude(params: structure.Params):
+  """Sum of |w|."""
+  return group_scores(jnp.abs, params)
+
+
+def activation(taps, shapes: structure.Params) -> structure.Groups:
+  """Mean magnitude of what a group computes, times its number of members.
+
+  Of a head the mean over tokens of the root mean square of its G outputs of
+  width H, of a feed-forward channel the mean |activation|, of a stem channel
+  the mean over tokens and readers of |normed stream|.
+
+  Args:
+    taps: `model.Taps` of a batch.
+    shapes: arrays or shapes of the parameters.
+  """
+  heads_NBTKGH = taps.heads.astype(jnp.float32)
+  rms_NBTK = jnp.sqrt(jnp.square(heads_NBTKGH).mean((-2, -1)))
+  # Each layer reads the stem twice, the output matrix once.
+  stem = lambda x: jnp.abs(x.astype(jnp.float32))
+  readers_BTD = (
+    stem(taps.attn_in).sum(0) + stem(taps.ffn_in).sum(0) + stem(taps.final)
+  )
+  means = structure.Groups(
+    heads=rms_NBTK.mean((1, 2)),
+    ffn=jnp.abs(taps.ffn.astype(jnp.float32)).mean((1, 2)),
+    stem=readers_BTD.mean((0, 1)) / (2 * len(taps.ffn) + 1),
+  )
+  return jax.tree.map(jnp.multiply, means, _members(shapes))
+
+
+def random(key: Array, shapes: structure.Params) -> structure.Groups:
+  """Uniform in [0, 1), times the number of members."""
+  keys = jax.random.split(key, 3)
+  layers = shapes.layers
+  draws = structure.Groups(
+    heads=jax.random.uniform(keys[0], layers.wo.shape[:2]),
+    ffn=jax.random.uniform(keys[1], layers.w_down.shape[:2]),
+    stem=jax.random.uniform(keys[2], shapes.embed.shape[1:]),
+  )
+  return jax.tree.map(jnp.multiply, draws, _members(shapes))
+
+
+def _members(shapes: structure.Params) -> structure.Groups:
+  """Number of weights in one group of each type, as the arrays are now."""
+  sizes = dict.fromkeys(structure.PRUNABLE, 0)
+
+  def add(letters, leaf):
+    for letter in structure.PRUNABLE:
+      if letter in letters:
+        layers = leaf.shape[0] if letter in 'KF' else 1
+        width = leaf.shape[letters.index(letter)]
+        sizes[letter] += math.prod(leaf.shape) // (layers * width)
+
+  structure.map_axes(add, shapes)
+  return structure.Groups(
+    **{name: sizes[letter] for letter, name in structure.PRUNABLE.items()}
+  )
 
 
 def average(

@@ -27,11 +27,12 @@ def shrunk_config(
   """The architecture after a shrink.
 
   Each width is that of the layer with the most live groups, rounded up to a
-  multiple of the type's `quantum`, but never above what the arrays have now.
+  multiple of the type's `quantum`, but never above what the arrays have now. It
+  is at least 1: where all layers lost a block, a dead slot stays.
   """
 
   def width(mask, step, letter):
-    most = int(np.asarray(mask).sum(-1).max())
+    most = max(int(np.asarray(mask).sum(-1).max()), 1)
     return min(math.ceil(most / step) * step, getattr(cfg, letter))
 
   return dataclasses.replace(
@@ -51,7 +52,8 @@ def kept_indices(
 
   Args:
     masks: live groups.
-    scores: orders the survivors, highest first (ties: lower index first).
+    scores: order the survivors, the largest absolute value first (ties: lower
+      index first); some kinds of saliency are signed.
     cfg: the architecture after the shrink (`shrunk_config`). Where a layer has
       fewer live groups than its width, dead slots fill the end.
 
@@ -60,7 +62,7 @@ def kept_indices(
   """
 
   def best(mask, score, letters):
-    ranked = jnp.argsort(jnp.where(mask, -score, jnp.inf), axis=-1)
+    ranked = jnp.argsort(jnp.where(mask, -jnp.abs(score), jnp.inf), axis=-1)
     return ranked[..., : getattr(cfg, letters[-1])].astype(jnp.int32)
 
   return jax.tree.map(best, masks, scores, structure.GROUP_AXES)

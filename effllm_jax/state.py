@@ -18,10 +18,11 @@ class PruneState:
 
   Attributes:
     masks: bool, True = alive; heads [N, K], ffn [N, F], stem [D].
-    scores: float32 running average of the saliency, nats per token.
+    scores: float32 running average of the saliency, nats per token; groups are
+      compared by its absolute value (see `saliency`).
     count: int32 [], number of batches in `scores`.
-    origin: int32, which group of the source model sits in each slot, so that
-      survivors can be named after any number of shrinks.
+    origin: int32, which group of the run's source model sits in each slot, so
+      that survivors can be named after any number of shrinks.
   """
 
   masks: structure.Groups
@@ -60,13 +61,20 @@ def fresh_state(
   params: structure.Params,
   cfg: structure.ModelConfig,
   tx: optax.GradientTransformation,
+  masks: structure.Groups | None = None,
 ) -> TrainState:
-  """The state before the first step; takes `params` as they are."""
+  """The state before the first step; takes `params` as they are.
+
+  `masks` say what is dead in a source that was pruned before; None: nothing.
+  """
+  prune = fresh_prune_state(cfg)
+  if masks is not None:
+    prune = prune.replace(masks=jax.tree.map(jnp.asarray, masks))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=tx.init(params),
-    prune=fresh_prune_state(cfg),
+    prune=prune,
   )
 
 

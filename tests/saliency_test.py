@@ -30,7 +30,7 @@ def brute_force(params, grads, cfg) -> structure.Groups:
 
 def test_equals_a_walk_over_every_weight(cfg):
   params, grads = conftest.make_params(cfg), conftest.make_params(cfg, seed=1)
-  scores = jax.jit(saliency.group_scores)(params, grads)
+  scores = jax.jit(saliency.taylor1)(params, grads)
   conftest.check_close(scores, brute_force(params, grads, cfg), rtol=1e-5)
   assert {s.dtype for s in jax.tree.leaves(scores)} == {jnp.dtype('float32')}
 
@@ -40,7 +40,7 @@ def test_dead_groups_score_zero_and_live_ones_do_not(cfg):
   _, grads = conftest.loss_and_grad(
     params, masks, conftest.make_tokens(cfg), cfg=cfg
   )
-  scores = saliency.group_scores(params, grads)
+  scores = saliency.taylor1(params, grads)
   jax.tree.map(
     lambda s, m: np.testing.assert_array_equal(np.asarray(s) > 0, m),
     scores,
@@ -57,7 +57,7 @@ def test_a_taylor_score_predicts_the_change_of_the_loss():
   params, tokens = conftest.make_params(cfg), conftest.make_tokens(cfg)
   masks = structure.all_alive(cfg)
   loss, grads = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
-  scores = saliency.group_scores(params, grads)
+  scores = saliency.taylor1(params, grads)
   step = 1e-2
   for channel in range(0, cfg.F, 5):
     scale = jnp.ones(cfg.F).at[channel].set(1 - step)
