@@ -10,11 +10,25 @@ which is the grouped Optimal Brain Surgeon update
 without the inverse of H. Doing nothing is one of the choices that the minimum
 is over, so the error of the layer never rises, damped or not.
 
-These are the transforms only; the training loop does not call them yet.
+`repair_model` does that for every matrix that loses inputs: wo (heads), w_down
+(feed-forward channels), wq wk wv w_gate w_up and an untied output matrix (stem
+channels). A tied output matrix is the embedding: a change that keeps its output
+would change what every token puts into the stem, so it is left alone. Inputs
+are those of the model before the prune, in float32, from one batch.
+
+The optimizer's moments stay as they are. They are averages of gradients, which
+a least-squares step on the weights does not make wrong by more than an ordinary
+update of the same size; zeroing them would bring back the first steps of Adam,
+whose updates are the least trustworthy. What belongs to dead groups is masked
+and goes with the next shrink.
 """
 
+from flax import struct
 import jax
 import jax.numpy as jnp
+
+from effllm_jax import model
+from effllm_jax import structure
 
 Array = jax.Array
 
@@ -32,9 +46,26 @@ def gram(x: Array) -> Array:
   return x_TI.T @ x_TI / x_TI.shape[0]
 
 
+@struct.dataclass
+class Fit:
+  """How one repair went; float32 scalars (stacked for many matrices).
+
+  Attributes:
+    damping: the damping used; 0 where nothing was removed, inf where no damping
+      helped and the survivors are as they were.
+    error_without: mean squared change of an output vector of the matrix when
+      its inputs are only masked.
+    error_with: the same after the repair; never above `error_without`.
+  """
+
+  damping: Array
+  error_without: Array
+  error_with: Array
+
+
 def repair(
   w_IO: Array, gram_II: Array, keep_I: Array, damping: float
-) -> tuple[Array, Array]:
+) -> tuple[Array, Fit]:
   """Moves what removed inputs contributed onto the inputs that stay.
 
   The shape stays [I, O] and the mask is data: one compiled solve serves every
@@ -48,19 +79,18 @@ def repair(
       Cholesky factor does not exist it is raised tenfold, up to 8 times.
 
   Returns:
-    The repaired matrix in the dtype of `w_IO`, and the damping that was used.
-    If no damping helped, the survivors are as they were and it is inf: never a
-    nan.
+    The repaired matrix in the dtype of `w_IO`, and how it went. If no damping
+    helped, the survivors are as they were: never a nan.
   """
   keep_I = keep_I.astype(bool)
   w32_IO = w_IO.astype(jnp.float32)
   kept_w_IO = jnp.where(keep_I[:, None], w32_IO, 0)
+  removed_w_IO = w32_IO - kept_w_IO
   both_II = keep_I[:, None] & keep_I[None, :]
   eye_II = jnp.eye(len(keep_I), dtype=jnp.float32)
-  # S_RP w_P in the rows R; damping is diagonal and does not enter it.
-  lost_IO = jnp.where(
-    keep_I[:, None], gram_II @ jnp.where(keep_I[:, None], 0, w32_IO), 0
-  )
+  # In the rows R this is S_RP w_P; damping is diagonal and does not enter it.
+  image_IO = gram_II @ removed_w_IO
+  lost_IO = jnp.where(keep_I[:, None], image_IO, 0)
   scale = jnp.diagonal(gram_II).mean()
 
   def solve(damping):
@@ -82,5 +112,113 @@ def repair(
     failed, retry, (damping, solve(damping), 0)
   )
   good = jnp.isfinite(change_IO).all()
-  repaired_IO = kept_w_IO + jnp.where(good, change_IO, 0)
-  return repaired_IO.astype(w_IO.dtype), jnp.where(good, damping, jnp.inf)
+  change_IO = jnp.where(good, change_IO, 0)
+  # With (S + lambda I) c = l the error |x_R c - x_P w_P|^2 is
+  # e - 2 l.c + c.S c = e - l.c - lambda c.c, and needs no further product.
+  without = jnp.vdot(removed_w_IO, image_IO)
+  gained = jnp.vdot(lost_IO, change_IO)
+  gained += damping * scale * jnp.vdot(change_IO, change_IO)
+  fit = Fit(
+    damping=jnp.where(good, damping, jnp.inf),
+    error_without=without,
+    error_with=without - gained,
+  )
+  return (kept_w_IO + change_IO).astype(w_IO.dtype), fit
+
+
+def repair_model(
+  params: structure.Params,
+  masks: structure.Groups,
+  new_masks: structure.Groups,
+  tokens_BT: Array,
+  cfg: structure.ModelConfig,
+  damping: float,
+) -> tuple[structure.Params, dict[str, Fit]]:
+  """Repairs every matrix whose inputs are alive in `masks` and then removed.
+
+  One layer after another: what is held at a time are the Gram matrices of one
+  layer, of one matrix unless the compiler overlaps them. A type of which
+  nothing was removed costs neither a Gram matrix nor a solve.
+
+  Args:
+    params: float32.
+    masks: before the prune.
+    new_masks: after it.
+    tokens_BT: the batch whose activations are fitted; more tokens fit better.
+    cfg: the architecture of the arrays.
+    damping: as in `repair`.
+
+  Returns:
+    Parameters of the same shapes, and a `Fit` with leaves [N] for 'attn_in'
+    (wq, wk, wv together), 'heads' (wo), 'ffn_in' (w_gate, w_up), 'ffn'
+    (w_down), and with leaves [] for 'final' if the output matrix is untied.
+  """
+  compute = model.Compute(remat=False)
+  layer = model.block(masks, tokens_BT.shape[1], cfg, compute, taps=True)
+
+  def body(x_BTD, scanned):
+    w, heads_K, ffn_F, new_heads_K, new_ffn_F = scanned
+    x_BTD, (attn_in, heads, ffn_in, ffn) = layer(x_BTD, (w, heads_K, ffn_F))
+    every = jnp.repeat(jnp.stack([heads_K, new_heads_K]), cfg.G * cfg.H, axis=1)
+    fits = {}
+    (wq, wk, wv), fits['attn_in'] = _readers(
+      (w.wq, w.wk, w.wv), attn_in, masks.stem, new_masks.stem, damping
+    )
+    # The inputs of wo are the K G H channels of all heads.
+    flat = heads.reshape(*heads.shape[:2], -1)
+    wo, fits['heads'] = _repaired(
+      w.wo.reshape(-1, cfg.D), flat, *every, damping
+    )
+    (w_gate, w_up), fits['ffn_in'] = _readers(
+      (w.w_gate, w.w_up), ffn_in, masks.stem, new_masks.stem, damping
+    )
+    w_down, fits['ffn'] = _repaired(w.w_down, ffn, ffn_F, new_ffn_F, damping)
+    w = w.replace(
+      wq=wq, wk=wk, wv=wv, wo=wo.reshape(w.wo.shape),
+      w_gate=w_gate, w_up=w_up, w_down=w_down,
+    )  # fmt: skip
+    return x_BTD, (w, fits)
+
+  x_BTD = model.embed(params, masks, tokens_BT, compute)
+  x_BTD, (layers, fits) = jax.lax.scan(
+    body,
+    x_BTD,
+    (params.layers, masks.heads, masks.ffn, new_masks.heads, new_masks.ffn),
+  )
+  repaired = params.replace(layers=layers)
+  if params.unembed is not None:
+    final_BTD = model.final_norm(x_BTD, params, masks, cfg)
+    unembed, fits['final'] = _repaired(
+      params.unembed, final_BTD, masks.stem, new_masks.stem, damping
+    )
+    repaired = repaired.replace(unembed=unembed)
+  return repaired, fits
+
+
+def _readers(matrices, x, alive_D, keep_D, damping):
+  """Matrices that read the same inputs share one Gram matrix and one solve."""
+  flat = [w.reshape(len(w), -1) for w in matrices]
+  joined, fit = _repaired(
+    jnp.concatenate(flat, axis=1), x, alive_D, keep_D, damping
+  )
+  sizes = [w.shape[1] for w in flat]
+  ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+  parts = jnp.split(joined, ends, axis=1)
+  return [
+    part.reshape(w.shape) for part, w in zip(parts, matrices, strict=True)
+  ], fit
+
+
+def _repaired(w_IO, x, alive_I, keep_I, damping):
+  """`repair`, or nothing at all where no live input is removed."""
+
+  def some(w_IO):
+    repaired_IO, fit = repair(w_IO, gram(x), keep_I | ~alive_I, damping)
+    # What was dead before is not touched: its inputs are 0.
+    return repaired_IO, fit
+
+  def none(w_IO):
+    zero = jnp.zeros((), jnp.float32)
+    return w_IO, Fit(zero, zero, zero)
+
+  return jax.lax.cond((alive_I & ~keep_I).any(), some, none, w_IO)

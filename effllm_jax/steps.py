@@ -1,15 +1,18 @@
-"""The jitted transforms of a run: train, evaluate, shrink.
+"""The jitted transforms of a run: teach, train, repair, evaluate, shrink.
 
-They are compiled once per architecture: masks, scores and targets are data.
+They are compiled once per architecture: masks and scores are data.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from effllm_jax import distillation
 from effllm_jax import model
+from effllm_jax import repair
 from effllm_jax import saliency
 from effllm_jax import shrink
 from effllm_jax import state as state_lib
@@ -73,19 +76,74 @@ def optimizer(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a training step does besides the update.
+
+  Attributes:
+    compute: dtype and rematerialisation.
+    saliency: one of `saliency.KINDS`.
+    decay: of the running average of scores, see `saliency.average`.
+    b1, b2: of Adam, to take the bias out of its moments.
+    clip: largest gradient norm, to take the clip out of the second moment.
+    distill: weight of the divergence from the teacher in the loss; the
+      cross-entropy has 1 minus that. 0: no teacher.
+    temperature: of both softmaxes in that divergence.
+    top_k: how many of a teacher's probabilities are stored per token.
+  """
+
+  compute: model.Compute
+  saliency: str
+  decay: float
+  b1: float
+  b2: float
+  clip: float
+  distill: float
+  temperature: float
+  top_k: int
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'recipe'))
+def teach_step(
+  params: structure.Params,
+  masks: structure.Groups,
+  windows_ABT: Array,
+  *,
+  cfg: structure.ModelConfig,
+  recipe: Recipe,
+) -> distillation.Targets:
+  """What the teacher says of a batch; leaves [A, B, T - 1, top_k].
+
+  One micro-batch after another, so that its logits are bounded like those of
+  the student.
+  """
+  return jax.lax.map(
+    lambda windows_BT: distillation.targets(
+      params,
+      masks,
+      windows_BT[:, :-1],
+      cfg,
+      recipe.compute,
+      recipe.temperature,
+      recipe.top_k,
+    ),
+    windows_ABT,
+  )
+
+
 @functools.partial(
   jax.jit,
-  static_argnames=('cfg', 'tx', 'compute', 'decay', 'score'),
+  static_argnames=('cfg', 'tx', 'recipe', 'score'),
   donate_argnames='state',
 )
 def train_step(
   state: state_lib.TrainState,
   windows_ABT: Array,
+  teacher: distillation.Targets | None = None,
   *,
   cfg: structure.ModelConfig,
   tx: optax.GradientTransformation,
-  compute: model.Compute,
-  decay: float,
+  recipe: Recipe,
   score: bool,
 ) -> tuple[state_lib.TrainState, dict[str, Array]]:
   """One optimizer update; scores every group from the same gradient.
@@ -93,47 +151,165 @@ def train_step(
   Args:
     state: donated.
     windows_ABT: int32, A micro-batches whose gradients are averaged.
+    teacher: from `teach_step`; None where `recipe.distill` is 0.
     cfg: architecture of the arrays.
     tx: the optimizer.
-    compute: dtype and rematerialisation.
-    decay: of the running average of scores, see `saliency.average`.
-    score: False once pruning is over; saves the sums over |g w|.
+    recipe: see there.
+    score: False once pruning is over; saves the sums over the groups.
 
   Returns:
-    The new state, and `loss` (nats per token) and `grad_norm` (before the
-    clip), float32 scalars.
+    The new state, and `loss` (cross-entropy, nats per token), `divergence`
+    (from the teacher, if there is one) and `grad_norm` (before the clip),
+    float32 scalars.
   """
-  masks = state.prune.masks
-  loss_and_grads = jax.value_and_grad(model.loss)
+  kind = recipe.saliency if score else None
+  grad = jax.value_and_grad(_objective, has_aux=True)
 
-  def add(total, windows_BT):
-    result = loss_and_grads(state.params, masks, windows_BT, cfg, compute)
-    return jax.tree.map(jnp.add, total, result), None
+  def gradients(batch):
+    (_, aux), grads = grad(
+      state.params, state.prune.masks, *batch, cfg, recipe, kind
+    )
+    squares = None
+    if kind == 'taylor2_micro':
+      squares = jax.tree.map(jnp.square, grads)
+    return grads, squares, aux
 
-  accumulate = windows_ABT.shape[0]
   # The first micro-batch starts the sum: without accumulation no second copy
   # of the gradient is ever held.
-  total = loss_and_grads(state.params, masks, windows_ABT[0], cfg, compute)
+  batches = (windows_ABT, teacher)
+  total = gradients(jax.tree.map(lambda x: x[0], batches))
+  accumulate = windows_ABT.shape[0]
   if accumulate > 1:
-    total, _ = jax.lax.scan(add, total, windows_ABT[1:])
+    total, _ = jax.lax.scan(
+      lambda total, batch: (
+        jax.tree.map(jnp.add, total, gradients(batch)),
+        None,
+      ),
+      total,
+      jax.tree.map(lambda x: x[1:], batches),
+    )
     total = jax.tree.map(lambda x: x / accumulate, total)
-  loss, grads = total
+  grads, squares, (numbers, activations) = total
+  norm = optax.tree.norm(grads)
 
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
   prune = state.prune
   if score:
-    scores = saliency.group_scores(state.params, grads)
+    # Of the parameters at which the gradient was taken.
+    scores = activations
+    if scores is None:
+      scores = _scores(
+        state, grads, squares, opt_state, norm, windows_ABT, recipe
+      )
     prune = prune.replace(
-      scores=saliency.average(prune.scores, scores, prune.count, decay),
+      scores=saliency.average(prune.scores, scores, prune.count, recipe.decay),
       count=prune.count + 1,
     )
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
   state = state.replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     prune=prune,
   )
-  return state, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+  return state, numbers | {'grad_norm': norm}
+
+
+def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
+  """What is minimised; and, not differentiated, numbers and activations."""
+  logits, taps = model.forward(
+    params,
+    masks,
+    windows_BT[:, :-1],
+    cfg,
+    recipe.compute,
+    taps=kind == 'activation',
+  )
+  loss = optax.softmax_cross_entropy_with_integer_labels(
+    logits, windows_BT[:, 1:]
+  ).mean()
+  numbers = {'loss': loss}
+  objective = loss
+  if teacher is not None:
+    divergence = distillation.divergence(
+      logits, teacher, recipe.temperature
+    ).mean()
+    numbers['divergence'] = divergence
+    objective = (1 - recipe.distill) * loss + recipe.distill * divergence
+  activations = None if taps is None else saliency.activation(taps, params)
+  return objective, (numbers, activations)
+
+
+def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
+  """The scores of one update; `squares` are those of the micro-batches."""
+  params, count = state.params, state.step + 1
+  moment = lambda name, decay: optax.tree.bias_correction(
+    optax.tree.get(opt_state, name), decay, count
+  )
+  match recipe.saliency:
+    case 'taylor1':
+      return saliency.taylor1(params, grads)
+    case 'taylor1_momentum':
+      return saliency.taylor1(params, moment('mu', recipe.b1))
+    case 'taylor1_group':
+      return saliency.taylor1_group(params, grads)
+    case 'taylor2' | 'obd':
+      tokens = windows_ABT[..., 1:].size
+      scale = tokens * jnp.maximum(norm / recipe.clip, 1.0) ** 2
+      nu = moment('nu', recipe.b2)
+      curvature = jax.tree.map(lambda v: scale * v, nu)
+      if recipe.saliency == 'obd':
+        return saliency.obd(params, curvature)
+      return saliency.taylor2(params, grads, curvature)
+    case 'taylor2_micro':
+      tokens = windows_ABT[0, :, 1:].size
+      return saliency.taylor2(
+        params, grads, jax.tree.map(lambda x: tokens * x, squares)
+      )
+    case 'magnitude':
+      return saliency.magnitude(params)
+    case 'random':
+      return saliency.random(jax.random.key(state.step), params)
+  raise ValueError(f'saliency {recipe.saliency!r} is not known')
+
+
+@functools.partial(
+  jax.jit, static_argnames=('cfg', 'damping'), donate_argnames='params'
+)
+def repair_step(
+  params: structure.Params,
+  masks: structure.Groups,
+  new_masks: structure.Groups,
+  windows_BT: Array,
+  *,
+  cfg: structure.ModelConfig,
+  damping: float,
+) -> tuple[structure.Params, dict[str, dict[str, Array]]]:
+  """Repairs the survivors of a prune on the activations of one batch.
+
+  Args:
+    params: donated.
+    masks: before the prune.
+    new_masks: after it.
+    windows_BT: int32.
+    cfg: architecture of the arrays.
+    damping: see `repair.repair`.
+
+  Returns:
+    The repaired parameters, and by input ('attn_in', 'heads', 'ffn_in', 'ffn',
+    'final'): `damping` (the largest used), `error_without` and `error_with`
+    (sums over the layers), 0 where nothing was removed.
+  """
+  params, fits = repair.repair_model(
+    params, masks, new_masks, windows_BT[:, :-1], cfg, damping
+  )
+  return params, {
+    name: {
+      'damping': fit.damping.max(),
+      'error_without': fit.error_without.sum(),
+      'error_with': fit.error_with.sum(),
+    }
+    for name, fit in fits.items()
+  }
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute'))

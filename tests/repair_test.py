@@ -36,7 +36,7 @@ def test_equals_the_closed_form_of_optimal_brain_surgeon(seed):
   )
   got, used = REPAIR(w, repair.gram(jnp.asarray(x)), keep, damping)
   np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
-  assert float(used) == pytest.approx(damping)
+  assert float(used.damping) == pytest.approx(damping)
   assert (np.asarray(got)[~keep] == 0).all()
 
 
@@ -71,11 +71,11 @@ def test_a_singular_gram_matrix_is_damped_and_never_a_nan():
   x[:, 0] = 0
   got, used = REPAIR(w, repair.gram(jnp.asarray(x)), keep, 0.0)
   assert np.isfinite(got).all()
-  assert float(used) == np.inf  # Ten times nothing is nothing.
+  assert float(used.damping) == np.inf  # Ten times nothing is nothing.
   np.testing.assert_allclose(got, w * keep[:, None], rtol=1e-6)
   got, used = REPAIR(w, repair.gram(jnp.asarray(x)), keep, 1e-12)
   assert np.isfinite(got).all()
-  assert 1e-12 < float(used) < 1
+  assert 1e-12 < float(used.damping) < 1
   assert error(x, w, got) <= error(x, w, w * keep[:, None])
 
 

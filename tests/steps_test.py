@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,28 @@ def _tx():
   return steps.optimizer(rate, 0.9, 0.95, 0.1, 1.0)
 
 
-def step(state, tokens, cfg, tx, decay=0.5, score=True):
+RECIPE = steps.Recipe(
+  compute=COMPUTE,
+  saliency='taylor1',
+  decay=0.5,
+  b1=0.9,
+  b2=0.95,
+  clip=1.0,
+  distill=0.0,
+  temperature=1.0,
+  top_k=8,
+)
+
+
+def step(state, tokens, cfg, tx, score=True, teacher=None, **changes):
   return steps.train_step(
-    state, tokens, cfg=cfg, tx=tx, compute=COMPUTE, decay=decay, score=score
+    state,
+    tokens,
+    teacher,
+    cfg=cfg,
+    tx=tx,
+    recipe=dataclasses.replace(RECIPE, **changes),
+    score=score,
   )
 
 
@@ -58,7 +79,7 @@ def test_scores_come_from_the_training_gradient(tx):
   # As two micro-batches: the same mean gradient, the same scores.
   state, numbers = step(state, tokens.reshape(2, 2, -1), cfg, tx)
   conftest.check_close(
-    state.prune.scores, saliency.group_scores(params, grads), 1e-3, 1e-6
+    state.prune.scores, saliency.taylor1(params, grads), 1e-3, 1e-6
   )
   np.testing.assert_allclose(numbers['loss'], loss, rtol=1e-5)
   assert int(state.prune.count) == 1
