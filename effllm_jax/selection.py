@@ -1,34 +1,51 @@
-"""Scores -> masks: costs, the greedy choice, and the schedule of the size.
+"""Scores -> masks: costs, prices, the greedy choice, and the schedule.
 
-A group's *cost* is the number of live parameters that its removal saves, its
-*price* is score / cost. `select` removes the cheapest groups, one move after
-another, until the live parameters are within the target; costs follow every
-move (a feed-forward channel costs 3 D_live, so it gets cheaper as the stem
-shrinks). Policy `uniform`: one move takes the lowest head of every layer, or
-the lowest feed-forward channel of every layer, or the lowest stem channel, and
-its price is the mean price of what it takes; all layers keep one width, and the
-result is a plain Llama.
+A group's *cost* is what its removal saves of the budget (`budgets.Cost`:
+parameters, bytes, FLOPs or milliseconds), its *price* is score / cost. `select`
+makes the cheapest move, one after another, until the live groups are within the
+target; costs follow every move (a feed-forward channel costs 3 D_live
+parameters, so it gets cheaper as the stem shrinks).
 
-`multiple_of` holds for the final shape. Rounding at the end would have to take
-up to 63 channels at a stroke or leave the budget unused, so selection keeps an
-eye on it from the first move: a type whose width is not on a multiple is *open*
-and its block will be finished; a further block is opened only while finishing
-the open ones is not enough for the final target, and of the blocks that would
-overshoot it the smallest is taken. The last prune finishes all open blocks.
+Policy `uniform`: one move takes the lowest head of every layer, or the lowest
+feed-forward channel of every layer, or the lowest stem channel, and its price
+is the mean price of what it takes; all layers keep one width, and the result is
+a plain Llama.
+
+Policy `ragged`: one move takes the lowest heads, or feed-forward channels, of
+one layer, as many as `multiple_of` says, wherever their mean price is lowest;
+or the lowest stem channel. So the widths differ from layer to layer but stay on
+multiples all the time, and where the floor is 0 a layer can lose a whole block.
+
+`multiple_of` of the other types (all under `uniform`, the stem under `ragged`:
+64 of its channels are 11 % of a small model, far more than one prune takes)
+holds for the final shape. Rounding at the end would have to take up to 63
+channels at a stroke or leave the budget unused, so selection keeps an eye on it
+from the first move: a type whose width is not on a multiple is *open* and its
+block will be finished; a further block is opened only while finishing the open
+ones is not enough for the final target, and of the blocks that would overshoot
+it the smallest is taken. The last prune finishes all open blocks.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import fractions
 import functools
+import math
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import structure
 
 Array = jax.Array
+
+POLICIES = ('uniform', 'ragged')
+SCHEDULES = ('linear', 'cubic', 'oneshot')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +53,9 @@ class Rules:
   """What selection goes by; per type as (heads, ffn, stem).
 
   Attributes:
+    policy: 'uniform' or 'ragged', see the module's text.
     floors: least number of groups that stay alive in every layer (heads, ffn)
-      or in the model (stem); at least 1.
+      or in the model (stem); at least 1, under 'ragged' 0 for heads and ffn.
     multiple_of: the final widths are multiples of these.
     price_embedding: whether the embeddings count in the price of a stem
       channel. They are most of what it saves (21 % of a 135M model), and their
@@ -45,6 +63,7 @@ class Rules:
       first; in the paper's plots it goes last. The size always counts them.
   """
 
+  policy: str
   floors: tuple[int, int, int]
   multiple_of: tuple[int, int, int]
   price_embedding: bool
@@ -58,12 +77,14 @@ class Rules:
   @classmethod
   def of(
     cls,
+    policy: str,
     floors: Mapping[str, int],
     multiple_of: Mapping[str, int],
     price_embedding: bool,
   ) -> 'Rules':
     """From mappings whose keys are the pruning types, as in a config."""
     return cls(
+      policy=policy,
       floors=tuple(floors[t] for t in structure.TYPES),
       multiple_of=tuple(multiple_of[t] for t in structure.TYPES),
       price_embedding=price_embedding,
@@ -72,55 +93,133 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The size that a run must have reached, as a line in tokens.
+  """The size that a run must have reached, by tokens, in whole budget units.
+
+  The way from `begin` to `end` has `stages` equal stretches in which the size
+  falls, with a rest after each but the last, in which it stays and the model
+  recovers. A rest takes the share `rest` of a stage, so all stretches have one
+  pace, and the target is reached exactly at `end`. The curve is drawn over the
+  falling stretches alone, p being the share of them that has passed:
+
+      linear   size = start - (start - target) p
+      cubic    size = target + (start - target) (1 - p)^3
+      oneshot  the share of a stage goes at once, at its first prune
+
+  Cubic is from Zhu & Gupta, arXiv 1710.01878, there for a share of zeros.
 
   Attributes:
     begin: tokens seen when pruning starts.
     end: tokens seen when the target is reached; recovery follows.
-    start: parameters of the source model.
-    target: parameters at the end.
+    start: size of the source model, units.
+    target: size at the end, units.
+    kind: one of `SCHEDULES`.
+    stages: number of falling stretches, at least 1.
+    rest: share of a stage, in [0, 1); of no effect with one stage.
+
+  Raises:
+    errors.InputError: a kind, a number of stages or a rest out of range.
   """
 
   begin: int
   end: int
   start: int
   target: int
+  kind: str
+  stages: int
+  rest: float
+
+  def __post_init__(self):
+    for key, value, holds, what in (
+      ('schedule', self.kind, self.kind in SCHEDULES,
+       f'one of {", ".join(SCHEDULES)}'),
+      ('stages', self.stages, self.stages >= 1, 'at least 1'),
+      ('rest', self.rest, 0 <= self.rest < 1, 'in [0, 1)'),
+    ):  # fmt: skip
+      if not holds:
+        raise errors.InputError(
+          f'prune.{key} {value!r} is not {what}; set --config.prune.{key}'
+        )
 
   def at(self, tokens: int) -> int:
-    """Most live parameters allowed after `tokens`; exact integers."""
-    if tokens >= self.end:
-      return self.target
-    done = max(tokens - self.begin, 0)
-    drop = (self.start - self.target) * done // (self.end - self.begin)
-    return self.start - drop
+    """Largest size allowed after `tokens`: never rises, exact integers."""
+    passed = self._passed(tokens)
+    done = {
+      'linear': passed,
+      'cubic': 1 - (1 - passed) ** 3,
+      'oneshot': fractions.Fraction(
+        math.ceil(passed * self.stages), self.stages
+      ),
+    }[self.kind]
+    return self.start - math.floor((self.start - self.target) * done)
+
+  def falls(self, since: int, tokens: int) -> bool:
+    """Whether the size falls between two token counts: not during a rest."""
+    return self.at(tokens) < self.at(since)
+
+  def _passed(self, tokens: int) -> fractions.Fraction:
+    """Share of the falling stretches that has passed, in [0, 1]."""
+    span = self.end - self.begin
+    time = fractions.Fraction(min(max(tokens - self.begin, 0), span), span)
+    falling = 1 - fractions.Fraction(self.rest)
+    # In stages; the last one ends before its rest.
+    time *= self.stages - 1 + falling
+    stage = min(math.floor(time), self.stages - 1)
+    fallen = stage + min((time - stage) / falling, 1)
+    return fractions.Fraction(fallen, self.stages)
 
 
-def check_target(cfg: structure.ModelConfig, rules: Rules, target: int) -> None:
-  """Raises InputError unless a model of `cfg` can be pruned to `target`."""
-  widths = tuple(cfg.widths()[t] for t in structure.TYPES)
+def check_target(
+  cfg: structure.ModelConfig, rules: Rules, cost: budgets.Cost, target: int
+) -> None:
+  """Checks that a model of `cfg` can be pruned to `target`, in budget units.
+
+  Raises:
+    errors.InputError: it cannot; the message has the config's key to change.
+  """
+  if rules.policy not in POLICIES:
+    raise errors.InputError(
+      f'prune.policy {rules.policy!r} is not one of {", ".join(POLICIES)}; set '
+      '--config.prune.policy'
+    )
   for i, name in enumerate(structure.TYPES):
-    for key, value in (
-      ('floors', rules.floors[i]),
-      ('multiple_of', rules.multiple_of[i]),
+    width = cfg.widths()[name]
+    floor, multiple = rules.floors[i], rules.multiple_of[i]
+    ragged = rules.policy == 'ragged' and name != 'stem'
+    for key, value, least in (
+      ('floors', floor, 0 if ragged else 1),
+      ('multiple_of', multiple, 1),
     ):
-      if not 1 <= value <= widths[i]:
+      if not least <= value <= width:
         raise errors.InputError(
-          f'prune.{key}.{name} {value} is not between 1 and the source '
-          f"model's {widths[i]}; set --config.prune.{key}.{name}"
+          f'prune.{key}.{name} {value} is not between {least} and the source '
+          f"model's {width}; set --config.prune.{key}.{name}"
         )
-  dense = cfg.num_params()
+    if ragged and width % multiple:
+      raise errors.InputError(
+        f'prune.multiple_of.{name} {multiple} does not divide the source '
+        f"model's {width}, as policy ragged needs; set "
+        f'--config.prune.multiple_of.{name}'
+      )
+    rounded = -(-floor // multiple) * multiple
+    if rounded > width:
+      raise errors.InputError(
+        f'prune.floors.{name} {floor}, rounded up to a multiple of {multiple}, '
+        f"is {rounded}, above the source model's {width}; set "
+        f'--config.prune.floors.{name}'
+      )
+  dense = cost.of_config(cfg)
   heads, ffn, stem = rules.smallest()
-  least = dataclasses.replace(cfg, K=heads, F=ffn, D=stem).num_params()
+  least = cost.of_config(dataclasses.replace(cfg, K=heads, F=ffn, D=stem))
   if target >= dense:
     raise errors.InputError(
-      f"target_params {target:,} is not below the source model's {dense:,}; "
-      'set --config.prune.target_params'
+      f"budget.target {cost.text(target)} is not below the source model's "
+      f'{cost.text(dense)}; set --config.budget.target'
     )
   if target < least:
     raise errors.InputError(
-      f'target_params {target:,} is below {least:,}, the size at the floors '
-      f'(heads {heads}, ffn {ffn}, stem {stem}); raise '
-      '--config.prune.target_params or lower --config.prune.floors'
+      f'budget.target {cost.text(target)} is below {cost.text(least)}, the '
+      f'size at the floors (heads {heads}, ffn {ffn}, stem {stem}); raise '
+      '--config.budget.target or lower --config.prune.floors'
     )
 
 
@@ -135,185 +234,232 @@ def live_widths(masks: structure.Groups) -> dict[str, np.ndarray]:
 
 def live_params(masks: structure.Groups, cfg: structure.ModelConfig) -> int:
   """Exact number of parameters that belong to live groups (on the host)."""
-  live = live_widths(masks)
-  rows = int(live['heads'].sum()) * cfg.head_rows() + 3 * int(live['ffn'].sum())
-  return int(live['stem']) * (rows + cfg.stem_rows())
+  return budgets.params(cfg).live(masks)
 
 
-def costs(
-  masks: structure.Groups, cfg: structure.ModelConfig
-) -> structure.Groups:
-  """Live parameters saved by removing each single group; 0 for dead ones.
+def costs(masks: structure.Groups, cost: budgets.Cost) -> structure.Groups:
+  """Budget units saved by removing each single group; 0 for dead ones.
 
-  int32, shapes of `masks`. Every parameter lies in a row of length D, so a
-  head costs (2G + 2) H D_live, a feed-forward channel 3 D_live, and a stem
-  channel the number of live rows.
+  On the host: numpy int64, shapes of `masks`, exact.
   """
-  live_D = masks.stem.sum()
-  rows = (
-    masks.heads.sum() * cfg.head_rows() + 3 * masks.ffn.sum() + cfg.stem_rows()
-  )
-  return structure.Groups(
-    heads=masks.heads * (live_D * cfg.head_rows()),
-    ffn=masks.ffn * (live_D * 3),
-    stem=masks.stem * rows,
+  alive = jax.tree.map(np.asarray, masks)
+  saved = cost.savings(alive.heads.sum(), alive.ffn.sum(), alive.stem.sum())
+  return jax.tree.map(
+    lambda m, s: m * np.int64(s), alive, structure.Groups(*saved)
   )
 
 
 def prices(
   scores: structure.Groups,
   masks: structure.Groups,
-  cfg: structure.ModelConfig,
   rules: Rules,
+  cost: budgets.Cost,
 ) -> structure.Groups:
-  """Score per saved parameter, float32; 0 for dead groups.
+  """Score per saved budget unit, float32; 0 for dead groups.
 
   With `rules.price_embedding` off, a stem channel's saving leaves out its
-  entries of the embedding and of the output matrix.
+  entries of the embedding and of the output matrix. Where nothing that counts
+  is saved the price is infinite.
   """
-  cost = costs(masks, cfg)
-  unpriced = masks.stem * _unpriced_rows(cfg, rules)
-  return jax.tree.map(
-    # A group that died lately still has a score in the running average.
-    lambda s, c, m: jnp.where(m, s / jnp.maximum(c, 1), 0.0),
-    scores,
-    cost.replace(stem=cost.stem - unpriced),
-    masks,
-  )
+  with jax.enable_x64(True):
+    return _prices(scores, masks, rules, cost)
 
 
-def _unpriced_rows(cfg, rules) -> int:
-  return 0 if rules.price_embedding else cfg.stem_rows() - 2 * cfg.N - 1
-
-
-@functools.partial(jax.jit, static_argnames=('cfg', 'rules'))
 def mean_prices(
   scores: structure.Groups,
   masks: structure.Groups,
-  cfg: structure.ModelConfig,
   rules: Rules,
+  cost: budgets.Cost,
 ) -> structure.Groups:
   """Mean price of the live groups of each type, float32 scalars."""
+  with jax.enable_x64(True):
+    return _mean_prices(scores, masks, rules, cost)
+
+
+def select(
+  scores: structure.Groups,
+  masks: structure.Groups,
+  target: int,
+  final: int,
+  rules: Rules,
+  cost: budgets.Cost,
+) -> structure.Groups:
+  """Masks with the cheapest groups removed.
+
+  A move that saves nothing (a latency fit may say so of a type) is not made.
+  One that saves only what is not priced (see `Rules.price_embedding`) costs
+  more than all others, and is made last.
+
+  Args:
+    scores: float32, nats per token. Ties go to the lower layer, then to the
+      lower index.
+    masks: under 'uniform' all layers have the same number of live heads, and of
+      live channels; under 'ragged' these are multiples of `rules.multiple_of`.
+    target: the result has at most this size, in units of `cost`.
+    final: the size that the run will end with. Where it equals `target` the
+      result has final widths (see the module's text).
+    rules: policy, floors, multiples, and what a price counts.
+    cost: the budget.
+
+  Returns:
+    New masks; dead groups stay dead. A target below the size at
+    `rules.smallest()` gives that shape: check with `check_target` before a run.
+  """
+  # Sizes need more than 32 bits; everything else keeps its type. The switch is
+  # part of jit's key, so the compiled function is found again.
+  with jax.enable_x64(True):
+    return _select(
+      scores, masks, np.int64(target), np.int64(final), rules, cost
+    )
+
+
+class _Moves(NamedTuple):
+  """The moves of one type, in the order in which they can be made.
+
+  Which move is next never depends on how many moves of other types were made,
+  so a counter per type is the whole state of the search. Moves whose groups are
+  dead come first: they have been made.
+
+  Attributes:
+    at: [N, X] int64, position of the move that takes each group.
+    score: [moves + 1] float32, mean score of what a move takes; one entry more,
+      so that there is always a next one to look at.
+    groups: how many groups a move takes.
+  """
+
+  at: Array
+  score: Array
+  groups: int
+
+
+@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
+def _select(scores, masks, target, final, rules, cost):
+  # In moves from here on, which are blocks under 'ragged'. The stem is one
+  # layer, taken channel by channel under both policies.
+  smallest, multiple = list(rules.smallest()), list(rules.multiple_of)
+  moves = []
+  for i, name in enumerate(structure.TYPES):
+    score_NX = jnp.atleast_2d(getattr(scores, name))
+    mask_NX = jnp.atleast_2d(getattr(masks, name))
+    if rules.policy == 'ragged' and name != 'stem':
+      kept = smallest[i] // multiple[i]
+      moves.append(_ragged(score_NX, mask_NX, multiple[i], kept))
+      smallest[i], multiple[i] = len(mask_NX) * kept, 1
+    else:
+      moves.append(_uniform(score_NX, mask_NX))
+  smallest, multiple = jnp.array(smallest), jnp.array(multiple)
+  groups = jnp.array([m.groups for m in moves])
+  total = jnp.array([m.score.size - 1 for m in moves])
+  live = jnp.stack([getattr(masks, t).sum() for t in structure.TYPES])
+
+  def size(left):
+    return cost.size(*jnp.moveaxis(left * groups, -1, 0))
+
+  def price(left):
+    score = jnp.stack(
+      [m.score[total[i] - left[i]] for i, m in enumerate(moves)]
+    )
+    worth = _price(score, jnp.stack(_priced(left * groups, rules, cost)))
+    # Infinity is for what is not allowed.
+    return jnp.minimum(worth, jnp.finfo(worth.dtype).max)
+
+  def allowed(left):
+    open_block = left % multiple != 0
+    landed = left - left % multiple
+    after = size(landed - jnp.diag(multiple))
+    # The next block of an open type is a candidate too: if it is the best one,
+    # nothing else opens until its turn has come.
+    block = (
+      (landed - multiple >= smallest)
+      & (size(landed) > final)
+      & (after < size(landed))
+    )
+    fits = block & (after >= final)
+    mildest = block & (after == jnp.max(jnp.where(block, after, -1)))
+    opens = jnp.where(fits.any(), fits, mildest) & ~open_block
+    return jnp.where(open_block, left - 1 >= smallest, opens)
+
+  def unfinished(left):
+    unaligned = ((left % multiple != 0) & (left > smallest)).any()
+    wanted = (size(left) > target) | ((target == final) & unaligned)
+    return wanted & allowed(left).any()
+
+  def move(left):
+    cheapest = jnp.argmin(jnp.where(allowed(left), price(left), jnp.inf))
+    return left.at[cheapest].add(-1)
+
+  left = jax.lax.while_loop(unfinished, move, live // groups)
+  return structure.Groups(
+    *(
+      getattr(masks, t) & (m.at >= removed).reshape(getattr(masks, t).shape)
+      for t, m, removed in zip(
+        structure.TYPES, moves, total - left, strict=True
+      )
+    )
+  )
+
+
+def _uniform(score_NX, mask_NX) -> _Moves:
+  """Move j takes what has rank j among the slots of each layer."""
+  score_NX = jnp.where(mask_NX, score_NX, -jnp.inf)
+  rank_NX = jnp.argsort(jnp.argsort(score_NX, axis=-1), axis=-1)
+  mean_X = jnp.sort(score_NX, axis=-1).mean(0)
+  return _Moves(rank_NX, jnp.append(mean_X, jnp.inf), len(mask_NX))
+
+
+def _ragged(score_NX, mask_NX, block, kept) -> _Moves:
+  """A move takes a block of one layer; the `kept` best of each come last."""
+  X = mask_NX.shape[-1]
+  score_NX = jnp.where(mask_NX, score_NX, -jnp.inf)
+  # Blocks are counted from the highest score down: a shrink may have left a
+  # width that is not on a multiple, with dead slots at the low end.
+  pad = -X % block
+  rank_NX = jnp.argsort(jnp.argsort(score_NX, axis=-1), axis=-1) + pad
+  sorted_NX = jnp.pad(
+    jnp.sort(score_NX, axis=-1), ((0, 0), (pad, 0)), constant_values=-jnp.inf
+  )
+  mean_NB = sorted_NX.reshape(len(mask_NX), -1, block).mean(-1)
+  # The order in a layer must hold, in whatever order a device adds a block up.
+  mean_NB = jax.lax.cummax(mean_NB, axis=1)
+  best_B = jnp.arange(mean_NB.shape[1]) >= mean_NB.shape[1] - kept
+  key_NB = jnp.where(best_B & (mean_NB > -jnp.inf), jnp.inf, mean_NB)
+  # Stable: ties go to the lower layer, then to the lower block.
+  at_NB = jnp.argsort(jnp.argsort(key_NB, axis=None)).reshape(key_NB.shape)
+  return _Moves(
+    jnp.take_along_axis(at_NB, rank_NX // block, axis=1),
+    jnp.append(jnp.sort(key_NB, axis=None), jnp.inf),
+    block,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
+def _prices(scores, masks, rules, cost):
+  live = [getattr(masks, t).sum() for t in structure.TYPES]
   return jax.tree.map(
-    lambda p, m: p.sum() / jnp.maximum(m.sum(), 1),
-    prices(scores, masks, cfg, rules),
+    # A group that died lately still has a score in the running average.
+    lambda s, c, m: jnp.where(m, _price(s, c), 0.0),
+    scores,
+    structure.Groups(*_priced(live, rules, cost)),
     masks,
   )
 
 
-def split(count: int) -> np.ndarray:
-  """A parameter count as two int32 limbs [high, low], base 2^15.
-
-  Device code has 32-bit integers; this carries targets up to 2^46 exactly.
-  """
-  return np.array([count >> 15, count & (2**15 - 1)], np.int32)
-
-
-@functools.partial(jax.jit, static_argnames=('cfg', 'rules'))
-def select(
-  scores: structure.Groups,
-  masks: structure.Groups,
-  target: Array,
-  final: Array,
-  cfg: structure.ModelConfig,
-  rules: Rules,
-) -> structure.Groups:
-  """Masks with the cheapest groups removed, policy `uniform`.
-
-  Args:
-    scores: float32, nats per token. Ties go to the lower index.
-    masks: all layers have the same number of live heads, and of live channels.
-    target: `split(parameters)`; the result has at most that many live ones.
-    final: `split(parameters)` that the run will end with. Where it equals
-      `target` the result has final widths (see the module's text).
-    cfg: the architecture of the arrays.
-    rules: floors, multiples, and what a price counts.
-
-  Returns:
-    New masks; dead groups stay dead. A target below `smallest_params` gives the
-    smallest shape: check with `check_target` before a run.
-  """
-  # Move j of a type removes what has rank j among all slots (dead ones first),
-  # so three counters are the whole state of the search.
-  order = jax.tree.map(
-    lambda s, m: jnp.sort(jnp.where(m, s, -1.0), axis=-1), scores, masks
-  )
-  victims = (order.heads.mean(0), order.ffn.mean(0), order.stem)
-  size = jnp.array([cfg.K, cfg.F, cfg.D])
-  start = jnp.stack(
-    [masks.heads[0].sum(), masks.ffn[0].sum(), masks.stem.sum()]
-  )
-  floors, multiple = jnp.array(rules.smallest()), jnp.array(rules.multiple_of)
-  last = (target == final).all()
-
-  def rows(width):
-    per_layer = width[0] * cfg.head_rows() + width[1] * 3
-    return cfg.N * per_layer + cfg.stem_rows()
-
-  def above(width, count):
-    return rows(width) > _floor_div(count, jnp.maximum(width[2], 1))
-
-  def price(width):
-    # By the row, like the cost: a head of each layer is N head_rows rows of
-    # D_live; a stem channel is one entry of every row.
-    cost = jnp.stack(
-      [
-        width[2] * cfg.head_rows(),
-        width[2] * 3,
-        rows(width) - _unpriced_rows(cfg, rules),
-      ]
-    ).astype(jnp.float32)
-    score = jnp.stack(
-      [
-        jnp.take(v, size[i] - width[i], mode='clip')
-        for i, v in enumerate(victims)
-      ]
-    )
-    return score / cost
-
-  def allowed(width):
-    open_block = width % multiple != 0
-    landed = width - width % multiple
-    after = jnp.where(jnp.eye(3, dtype=bool), landed - multiple, landed)
-    enough = ~above(landed, final)
-    overshoots = ~jax.vmap(above, (0, None))(after, final)
-    # Rows times width as float: only orders three candidates by size.
-    left = jax.vmap(lambda w: rows(w).astype(jnp.float32) * w[2])(after)
-    # The next block of an open type is a candidate too: if it is the best one,
-    # nothing else opens until its turn has come.
-    block = (landed - multiple >= floors) & ~enough
-    fits = block & ~overshoots
-    smallest = block & (left == jnp.max(jnp.where(block, left, -jnp.inf)))
-    opens = jnp.where(fits.any(), fits, smallest) & ~open_block
-    return jnp.where(open_block, width - 1 >= floors, opens)
-
-  def unfinished(width):
-    aligned = ~((width % multiple != 0) & (width > floors)).any()
-    wanted = above(width, target) | (last & ~aligned)
-    return wanted & allowed(width).any()
-
-  def move(width):
-    cheapest = jnp.argmin(jnp.where(allowed(width), price(width), jnp.inf))
-    return width.at[cheapest].add(-1)
-
-  removed = size - jax.lax.while_loop(unfinished, move, start)
-
-  def cut(score, mask, count):
-    rank = jnp.argsort(jnp.argsort(jnp.where(mask, score, -1.0), axis=-1), -1)
-    return mask & (rank >= count)
-
-  return structure.Groups(
-    heads=cut(scores.heads, masks.heads, removed[0]),
-    ffn=cut(scores.ffn, masks.ffn, removed[1]),
-    stem=cut(scores.stem, masks.stem, removed[2]),
+@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
+def _mean_prices(scores, masks, rules, cost):
+  return jax.tree.map(
+    lambda p, m: p.sum() / jnp.maximum(m.sum(), 1).astype(p.dtype),
+    _prices(scores, masks, rules, cost),
+    masks,
   )
 
 
-def _floor_div(count, divisor):
-  """`split(count) // divisor` for divisor < 2^15, capped to int32 (exact)."""
-  high, low = count[0], count[1]
-  quotient = high // divisor
-  rest = ((high % divisor) << 15) + low
-  cap = jnp.int32(2**31 - 1)
-  exact = (quotient << 15) + rest // divisor
-  return jnp.where(quotient >= 2**16 - 1, cap, exact)
+def _priced(live, rules, cost) -> tuple[Any, Any, Any]:
+  """Units by which one removal of each type is priced; int64 scalars."""
+  head, ffn, stem = cost.savings(*live)
+  unpriced = 0 if rules.price_embedding else cost.unpriced_stem
+  return head, ffn, stem - unpriced
+
+
+def _price(score, units):
+  units = jnp.asarray(units).astype(score.dtype)
+  return jnp.where(units > 0, score / units, jnp.inf)

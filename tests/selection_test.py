@@ -1,112 +1,149 @@
-import dataclasses
+"""Selection against a greedy of plain lists, and the schedule's properties."""
 
+import dataclasses
+import fractions
+import itertools
+
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import selection
 from effllm_jax import structure
+from tests import budgets_test
 from tests import conftest
 
-FREE = selection.Rules((1, 1, 1), (1, 1, 1), price_embedding=True)
+FREE = selection.Rules('uniform', (1, 1, 1), (1, 1, 1), price_embedding=True)
+RAGGED = selection.Rules('ragged', (0, 0, 1), (1, 1, 1), price_embedding=True)
+RULES = {
+  'free': FREE,
+  'multiples': selection.Rules('uniform', (1, 3, 5), (1, 4, 4), False),
+  'odd-multiples': selection.Rules('uniform', (2, 1, 1), (1, 5, 3), True),
+  'ragged': RAGGED,
+  'ragged-multiples': selection.Rules('ragged', (0, 0, 5), (2, 4, 4), False),
+  'ragged-floors': selection.Rules('ragged', (1, 5, 3), (2, 4, 1), True),
+}
+# A fit may say that heads and channels cost a little even without a stem.
+LATENCY = budgets.Cost(
+  kind='ms', unit='ms', per_unit=10**12, head=3 * 10**9, ffn=2 * 10**8,
+  stem=10**10, head_fixed=10**10, ffn_fixed=10**7, fixed=4 * 10**11,
+  unpriced_stem=10**10,
+)  # fmt: skip
+BUDGETS = {
+  'params': budgets.params,
+  'bytes': lambda cfg: budgets.stored_bytes(cfg, 'q4_0'),
+  'flops': lambda cfg: budgets.flops(cfg, 500),
+  'ms': lambda cfg: LATENCY,
+}
 
 
-def count_live(masks, cfg) -> int:
-  """Counts live parameters one by one, out of the axis table."""
-  counts = structure.map_axes(
-    lambda letters, leaf: conftest.alive_entries(
-      letters, leaf.shape, masks
-    ).sum(),
-    structure.shapes(cfg),
-  )
-  return int(sum(jax.tree.leaves(counts)))
-
-
-def greedy(scores, masks, target, final, cfg, rules):
+def greedy(scores, masks, target, final, rules, cost):
   """`select` as a person would write it: lists, Python integers, no rank."""
-  masks = jax.tree.map(np.array, masks)
-  s = jax.tree.map(lambda x: np.asarray(x, np.float64), scores)
+  masks = jax.tree.map(lambda m: np.atleast_2d(np.array(m)), masks)
+  masks = [masks.heads, masks.ffn, masks.stem]
+  s = [
+    np.atleast_2d(np.asarray(getattr(scores, t), np.float64))
+    for t in structure.TYPES
+  ]
   smallest, multiple = rules.smallest(), rules.multiple_of
+  # Whether a move takes a whole block of one layer.
+  blockwise = [rules.policy == 'ragged' and i < 2 for i in range(3)]
 
-  def size(w):
-    rows = cfg.N * (w[0] * cfg.head_rows() + 3 * w[1]) + cfg.stem_rows()
-    return w[2] * rows
+  def lowest(i, n, count):
+    live = np.flatnonzero(masks[i][n])
+    return [(n, x) for x in sorted(live, key=lambda x: s[i][n][x])[:count]]
+
+  def price(i, groups):
+    fewer = list(counts)
+    fewer[i] -= 1
+    saved = cost.size(*counts) - cost.size(*fewer)
+    if i == 2 and not rules.price_embedding:
+      saved -= cost.unpriced_stem
+    return np.mean([s[i][g] for g in groups]) / saved if saved else 1e300
+
+  def best_move(i):
+    """The groups that one move of type i would take, or None."""
+    if not blockwise[i]:
+      groups = [g for n in range(len(masks[i])) for g in lowest(i, n, 1)]
+      return groups if len(masks[i][0].nonzero()[0]) > smallest[i] else None
+    blocks = [
+      lowest(i, n, multiple[i])
+      for n in range(len(masks[i]))
+      if masks[i][n].sum() - multiple[i] >= smallest[i]
+    ]
+    return min(blocks, key=lambda b: price(i, b), default=None)
 
   while True:
-    w = (
-      int(masks.heads[0].sum()),
-      int(masks.ffn[0].sum()),
-      int(masks.stem.sum()),
-    )
-    is_open = [x % m != 0 for x, m in zip(w, multiple, strict=True)]
-    unaligned = any(
-      o and x > f for o, x, f in zip(is_open, w, smallest, strict=True)
-    )
-    if size(w) <= target and not (target == final and unaligned):
-      return masks
-    landed = [x - x % m for x, m in zip(w, multiple, strict=True)]
+    counts = [int(m.sum()) for m in masks]
+    widths = [int(m[0].sum()) for m in masks]
+    is_open = [not blockwise[i] and widths[i] % multiple[i] for i in range(3)]
+    unaligned = any(is_open[i] and widths[i] > smallest[i] for i in range(3))
+    moves = [best_move(i) for i in range(3)]
+    if cost.size(*counts) <= target and not (target == final and unaligned):
+      break
+    landed = list(counts)
+    for i in range(3):
+      if is_open[i]:
+        landed[i] -= len(masks[i]) * (widths[i] % multiple[i])
     blocks = {}
     for i in range(3):
       after = list(landed)
-      after[i] -= multiple[i]
-      if after[i] >= smallest[i]:
-        blocks[i] = size(after)
-    usable = [i for i in range(3) if is_open[i] and w[i] > smallest[i]]
-    if size(landed) > final and blocks:
+      after[i] -= multiple[i] * (1 if blockwise[i] else len(masks[i]))
+      room = (
+        moves[i] if blockwise[i] else after[i] >= smallest[i] * len(masks[i])
+      )
+      if room and cost.size(*after) < cost.size(*landed):
+        blocks[i] = cost.size(*after)
+    usable = [i for i in range(3) if is_open[i] and moves[i]]
+    if cost.size(*landed) > final and blocks:
       fitting = [i for i in blocks if blocks[i] >= final]
       most = max(blocks.values())
       opens = fitting or [i for i in blocks if blocks[i] == most]
       usable += [i for i in opens if not is_open[i]]
     if not usable:
-      return masks
-    moves = {}
-    for i in usable:
-      if i == 2:
-        live = np.flatnonzero(masks.stem)
-        d = live[np.argmin(s.stem[live])]
-        rows = size(w) - size((w[0], w[1], w[2] - 1))
-        if not rules.price_embedding:
-          rows -= cfg.V * (1 if cfg.tied else 2)
-        moves[i] = (s.stem[d] / rows, d)
-      else:
-        mask, score = (masks.heads, s.heads) if i == 0 else (masks.ffn, s.ffn)
-        victims, prices = [], []
-        for n in range(cfg.N):
-          live = np.flatnonzero(mask[n])
-          victim = live[np.argmin(score[n][live])]
-          cost = w[2] * (cfg.head_rows() if i == 0 else 3)
-          victims.append(victim)
-          prices.append(score[n][victim] / cost)
-        moves[i] = (np.mean(prices), victims)
-    best = min(moves, key=lambda i: moves[i][0])
-    victims = moves[best][1]
-    if best == 2:
-      masks.stem[victims] = False
-    else:
-      mask = masks.heads if best == 0 else masks.ffn
-      for n, victim in enumerate(victims):
-        mask[n, victim] = False
+      break
+    best = min(sorted(usable), key=lambda i: price(i, moves[i]))
+    for group in moves[best]:
+      masks[best][group] = False
+  return structure.Groups(heads=masks[0], ffn=masks[1], stem=masks[2][0])
 
 
-def run(scores, masks, target, final, cfg, rules):
-  return selection.select(
-    scores, masks, selection.split(target), selection.split(final), cfg, rules
+def varied_scores(cfg, seed):
+  """So that now one type is the cheapest, now another."""
+  factors = 10.0 ** np.random.default_rng(seed).uniform(-1, 1, 3)
+  return jax.tree.map(
+    lambda s, f: s * f,
+    conftest.make_scores(cfg, seed),
+    structure.Groups(*np.float32(factors)),
   )
 
 
-def test_costs_are_exactly_what_a_removal_saves(cfg):
-  """Invariant 4."""
+def least(cfg, rules, cost) -> int:
+  heads, ffn, stem = rules.smallest()
+  return cost.of_config(dataclasses.replace(cfg, K=heads, F=ffn, D=stem))
+
+
+@pytest.mark.parametrize('kind', BUDGETS)
+def test_costs_are_exactly_what_a_removal_saves(cfg, kind):
+  """Invariant 4; for parameters, counted one by one."""
+  cost = BUDGETS[kind](cfg)
   masks = conftest.make_masks(cfg)
-  before = count_live(masks, cfg)
-  assert selection.live_params(masks, cfg) == before
-  costs = selection.costs(masks, cfg)
+  costs = selection.costs(masks, cost)
+  size = cost.live
+  if kind == 'params':
+    size = lambda m: budgets_test.count_live(m, cfg)
+    assert selection.live_params(masks, cfg) == size(masks)
+  before = size(masks)
   for name in structure.TYPES:
     mask = getattr(masks, name)
     for index in np.ndindex(mask.shape):
       fewer = masks.replace(**{name: mask.at[index].set(False)})
-      saved = before - count_live(fewer, cfg)
+      saved = before - size(fewer)
       assert int(getattr(costs, name)[index]) == saved, (name, index)
 
 
@@ -116,193 +153,470 @@ def test_live_params_of_a_whole_model(cfg):
   )
 
 
-@pytest.mark.parametrize('seed', range(6))
-@pytest.mark.parametrize(
-  'rules',
-  [
-    FREE,
-    selection.Rules((1, 3, 5), (1, 4, 4), price_embedding=False),
-    selection.Rules((2, 1, 1), (1, 5, 3), price_embedding=True),
-  ],
-  ids=['free', 'multiples', 'odd-multiples'],
-)
-def test_equals_the_brute_force_greedy(rules, seed):
-  cfg = conftest.make_config(K=3, G=2, N=3, F=24, D=16)
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('kind', BUDGETS)
+@pytest.mark.parametrize('name', RULES)
+def test_equals_the_brute_force_greedy(name, kind, seed):
+  cfg = conftest.make_config(K=4, G=2, N=3, F=24, D=16)
+  rules, cost = RULES[name], BUDGETS[kind](cfg)
   rng = np.random.default_rng(seed)
-  scores = conftest.make_scores(cfg, seed)
-  # So that now one type is the cheapest, now another.
-  scores = jax.tree.map(
-    lambda s, f: s * f,
-    scores,
-    structure.Groups(*np.float32(10.0 ** rng.uniform(-1, 1, 3))),
-  )
-  heads, ffn, stem = rules.smallest()
-  least = dataclasses.replace(cfg, K=heads, F=ffn, D=stem).num_params()
-  final = int(rng.integers(least, cfg.num_params()))
+  scores = varied_scores(cfg, seed)
+  dense = cost.of_config(cfg)
+  final = int(rng.integers(least(cfg, rules, cost), dense))
+  selection.check_target(cfg, rules, cost, final)
   masks = structure.all_alive(cfg)
-  for target in np.linspace(cfg.num_params(), final, 4)[1:]:
-    want = greedy(scores, masks, int(target), final, cfg, rules)
-    masks = run(scores, masks, int(target), final, cfg, rules)
-    jax.tree.map(np.testing.assert_array_equal, masks, want)
-    # Invariant 5.
-    assert selection.live_params(masks, cfg) <= int(target)
+  for target in np.linspace(dense, final, 4)[1:]:
+    target = final if target == final else int(target)
+    want = greedy(scores, masks, target, final, rules, cost)
+    after = selection.select(scores, masks, target, final, rules, cost)
+    jax.tree.map(np.testing.assert_array_equal, after, want)
+    # Invariants 5 and 3.
+    assert cost.live(after) <= target
+    assert not any(
+      jax.tree.leaves(jax.tree.map(lambda a, b: (a & ~b).any(), after, masks))
+    )
+    masks = after
   widths = selection.live_widths(masks)
-  for name, multiple, floor in zip(
+  for type_, multiple, floor in zip(
     structure.TYPES, rules.multiple_of, rules.smallest(), strict=True
   ):
-    assert (widths[name] % multiple == 0).all()
-    assert (widths[name] >= floor).all()
+    assert (widths[type_] % multiple == 0).all()
+    assert (widths[type_] >= floor).all()
+  if rules.policy == 'uniform':
+    assert len(set(widths['ffn'])) == len(set(widths['heads'])) == 1
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_the_smallest_target_gives_the_floors(name):
+  """And every target above it can be met; nothing is left to take."""
+  cfg = conftest.make_config(K=4, G=2, N=3, F=24, D=16)
+  rules, cost = RULES[name], budgets.flops(cfg, 100)
+  final = least(cfg, rules, cost)
+  masks = selection.select(
+    varied_scores(cfg, 0), structure.all_alive(cfg), final, final, rules, cost
+  )
+  assert cost.live(masks) == final
+  for widths, floor in zip(
+    selection.live_widths(masks).values(), rules.smallest(), strict=True
+  ):
+    assert set(np.ravel(widths)) == {floor}
+
+
+def test_ragged_layers_lose_whole_blocks():
+  """Floor 0: the layer that nothing depends on goes, the others stay."""
+  cfg = conftest.make_config(K=4, G=1, N=3, F=24, D=16)
+  rules = dataclasses.replace(RAGGED, multiple_of=(1, 8, 1))
+  cost = budgets.params(cfg)
+  scores = conftest.make_scores(cfg)
+  scores = structure.Groups(
+    heads=scores.heads.at[1].multiply(1e-3),
+    ffn=scores.ffn.at[2].multiply(1e-3),
+    stem=scores.stem * 1e3,
+  )
+  layer = cfg.D * (cfg.K * cfg.head_rows() + 3 * cfg.F)
+  target = cfg.num_params() - layer
+  masks = selection.select(
+    scores, structure.all_alive(cfg), target, target, rules, cost
+  )
+  widths = selection.live_widths(masks)
+  assert widths['heads'].tolist() == [4, 0, 4]
+  assert widths['ffn'].tolist() == [24, 24, 0]
+  assert cost.live(masks) == target
+  # With floors, the best of these layers stay, in whole blocks.
+  rules = dataclasses.replace(rules, floors=(1, 5, 1))
+  masks = selection.select(
+    scores, structure.all_alive(cfg), target, target, rules, cost
+  )
+  widths = selection.live_widths(masks)
+  assert widths['heads'][1] == 1
+  assert widths['ffn'][2] == 8
+  best = np.argsort(np.asarray(scores.ffn[2]))[-8:]
+  assert np.asarray(masks.ffn[2])[best].all()
+  assert masks.heads[1, np.argmax(scores.heads[1])]
+
+
+def test_ragged_goes_on_after_a_shrink():
+  """Arrays whose width is on no multiple, with dead slots in some layers."""
+  cfg = conftest.make_config(K=3, G=1, N=2, F=10, D=16)
+  rules = dataclasses.replace(RAGGED, multiple_of=(2, 4, 1))
+  cost = budgets.params(cfg)
+  alive = structure.all_alive(cfg)
+  masks = structure.Groups(
+    heads=alive.heads.at[:, 1].set(False),
+    ffn=alive.ffn.at[0, :2].set(False).at[1, 2:8].set(False),
+    stem=alive.stem,
+  )
+  scores = varied_scores(cfg, 1)
+  for share in (0.9, 0.7, 0.5):
+    target = int(cost.live(masks) * share)
+    want = greedy(scores, masks, target, 0, rules, cost)
+    masks = selection.select(scores, masks, target, 0, rules, cost)
+    jax.tree.map(np.testing.assert_array_equal, masks, want)
+    assert cost.live(masks) <= target
+
+
+@pytest.mark.parametrize('policy', selection.POLICIES)
+def test_ties_go_to_the_lower_layer_and_index(policy):
+  cfg = conftest.make_config(K=4, N=3, F=8, D=16)
+  rules = dataclasses.replace(RAGGED, policy=policy, floors=(1, 1, 1))
+  cost = budgets.params(cfg)
+  scores = jax.tree.map(
+    lambda m, s: jnp.full(m.shape, s),
+    structure.all_alive(cfg),
+    structure.Groups(heads=1e3, ffn=1.0, stem=1e3),
+  )
+  target = cfg.num_params() - 9 * 3 * cfg.D
+  masks = selection.select(
+    scores, structure.all_alive(cfg), target, 0, rules, cost
+  )
+  assert cost.live(masks) == target
+  dead = ~np.asarray(masks.ffn)
+  if policy == 'uniform':
+    want = [list(range(3))] * 3
+  else:
+    want = [list(range(7)), [0, 1], []]
+  assert [np.flatnonzero(row).tolist() for row in dead] == want
+
+
+def test_blocks_keep_the_order_of_their_layer():
+  """Equal scores: lowest index first, whatever a block's mean rounds to."""
+  cfg = conftest.make_config(K=2, N=2, F=48, D=16)
+  rules = dataclasses.replace(RAGGED, multiple_of=(1, 12, 1))
+  for value in (0.1, 0.3, 1 / 3, 0.7, 1e-7):
+    scores = jax.tree.map(
+      lambda m, s: jnp.full(m.shape, s, jnp.float32),
+      structure.all_alive(cfg),
+      structure.Groups(heads=1e9, ffn=value, stem=1e9),
+    )
+    target = cfg.num_params() - 36 * 3 * cfg.D
+    masks = selection.select(
+      scores, structure.all_alive(cfg), target, 0, rules, budgets.params(cfg)
+    )
+    ffn = np.asarray(masks.ffn)
+    np.testing.assert_array_equal(ffn[0], np.arange(48) >= 36)
+    assert ffn[1].all()
 
 
 def test_final_size_wastes_less_than_the_smallest_block():
   """SmolLM2-135M lands at or under any target, and not far under it."""
   cfg = conftest.make_config(V=49152, D=576, N=30, K=3, G=3, H=64, F=1536)
-  rules = selection.Rules((1, 64, 64), (1, 64, 64), price_embedding=True)
-  block = cfg.N * 3 * 64 * cfg.D
-  for seed, target in enumerate((128_000_000, 107_600_000, 90_000_000)):
-    masks = run(
-      conftest.make_scores(cfg, seed),
-      structure.all_alive(cfg),
-      target,
-      target,
-      cfg,
-      rules,
-    )
-    live = selection.live_params(masks, cfg)
-    assert target - block < live <= target
-    assert {
-      t: set((w % 64).ravel())
-      for t, w in selection.live_widths(masks).items()
-      if t != 'heads'
-    } == {'ffn': {0}, 'stem': {0}}
+  cost = budgets.params(cfg)
+  for policy, layers in (('uniform', cfg.N), ('ragged', 1)):
+    rules = selection.Rules(policy, (1, 64, 64), (1, 64, 64), True)
+    block = layers * 3 * 64 * cfg.D
+    for seed, target in enumerate((128_000_000, 107_600_000, 90_000_000)):
+      masks = selection.select(
+        conftest.make_scores(cfg, seed),
+        structure.all_alive(cfg),
+        target,
+        target,
+        rules,
+        cost,
+      )
+      assert target - block < cost.live(masks) <= target
+      assert {
+        t: set((w % 64).ravel())
+        for t, w in selection.live_widths(masks).items()
+        if t != 'heads'
+      } == {'ffn': {0}, 'stem': {0}}
 
 
-def test_dead_groups_never_revive(cfg):
+@pytest.mark.parametrize('rules', [FREE, RAGGED], ids=selection.POLICIES)
+def test_dead_groups_never_revive(cfg, rules):
   """Invariant 3, second half: whatever their score says."""
-  masks = conftest.make_masks(cfg, uniform=True)
+  masks = conftest.make_masks(cfg, uniform=rules.policy == 'uniform')
   scores = jax.tree.map(
     lambda s, m: jnp.where(m, s, 100.0), conftest.make_scores(cfg), masks
   )
   target = int(selection.live_params(masks, cfg) * 0.8)
-  after = run(scores, masks, target, target, cfg, FREE)
+  after = selection.select(
+    scores, masks, target, target, rules, budgets.params(cfg)
+  )
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a & ~b, False), after, masks
   )
   assert selection.live_params(after, cfg) <= target
 
 
-def test_targets_do_not_retrace(cfg):
+def test_targets_do_not_retrace_and_callers_keep_their_types(cfg):
   scores, masks = conftest.make_scores(cfg), structure.all_alive(cfg)
-  run(scores, masks, cfg.num_params(), 0, cfg, FREE)
-  size = selection.select._cache_size()
+  cost = budgets.params(cfg)
+  masks = selection.select(scores, masks, cfg.num_params(), 0, FREE, cost)
+  size = selection._select._cache_size()
   for share in (0.9, 0.7, 0.5):
     target = int(share * cfg.num_params())
-    masks = run(scores, masks, target, 0, cfg, FREE)
-  assert selection.select._cache_size() == size
+    # Another budget object of the same numbers is the same budget.
+    cost = budgets.params(cfg)
+    masks = selection.select(scores, masks, target, 0, FREE, cost)
+  assert selection._select._cache_size() == size
+  assert not jax.config.jax_enable_x64
+  assert {m.dtype for m in jax.tree.leaves(masks)} == {jnp.dtype(bool)}
+  assert {s.dtype for s in jax.tree.leaves(scores)} == {jnp.dtype('float32')}
+  assert jnp.arange(3).dtype == masks.ffn.sum().dtype == jnp.int32
 
 
-@pytest.mark.parametrize(
-  'count', [0, 1, 2**15 - 1, 2**15, 134_515_008, 2**31, 8_030_261_248]
-)
-def test_floor_div_is_exact_beyond_32_bits(count):
-  for divisor in (1, 2, 3, 576, 4095, 4096, 32767):
-    got = selection._floor_div(
-      jnp.asarray(selection.split(count)), jnp.int32(divisor)
-    )
-    assert int(got) == min(count // divisor, 2**31 - 1)
-
-
-def test_select_is_exact_above_two_to_the_31():
-  """An 8B model: int32 would overflow; the target is met to one channel."""
+@pytest.mark.parametrize('policy', selection.POLICIES)
+def test_select_is_exact_above_two_to_the_32(policy):
+  """An 8B model: the target is met to one channel."""
   cfg = conftest.make_config(
-    V=128256, D=4096, N=2, K=8, G=4, H=128, F=14336, tied=False
+    V=128256, D=4096, N=32, K=8, G=4, H=128, F=14336, tied=False
   )
-  cfg = dataclasses.replace(cfg, N=32)
+  rules = dataclasses.replace(RAGGED, policy=policy, floors=(1, 1, 1))
   assert cfg.num_params() > 2**32
-  target = cfg.num_params() - 5 * cfg.N * 3 * cfg.D
-  masks = run(
-    jax.tree.map(
-      lambda m, s: jnp.full(m.shape, s),
-      structure.all_alive(cfg),
-      structure.Groups(heads=1e9, ffn=1.0, stem=1e9),
-    ),
+  scores = jax.tree.map(
+    lambda m, s: jnp.full(m.shape, s),
     structure.all_alive(cfg),
-    target,
-    target,
-    cfg,
-    FREE,
+    structure.Groups(heads=1e9, ffn=1.0, stem=1e9),
   )
-  assert selection.live_params(masks, cfg) == target
+  layers = cfg.N if policy == 'uniform' else 1
+  for cost in (budgets.params(cfg), budgets.stored_bytes(cfg, 'q4_0')):
+    channels = cost.ffn * cfg.D * layers
+    target = cost.of_config(cfg) - 5 * channels
+    masks = selection.select(
+      scores, structure.all_alive(cfg), target, target, rules, cost
+    )
+    assert cost.live(masks) == target
+    # One unit less takes one channel more.
+    masks = selection.select(scores, masks, target - 1, 0, rules, cost)
+    assert cost.live(masks) == target - channels
 
 
-def test_the_schedule_is_a_line_in_tokens():
-  line = selection.Schedule(begin=100, end=300, start=1000, target=400)
-  sizes = [line.at(t) for t in (0, 100, 200, 299, 300, 10_000)]
-  assert sizes == [1000, 1000, 700, 403, 400, 400]
+def test_what_saves_nothing_stays():
+  """A latency fit may say that heads are free: they are never taken."""
+  cfg = conftest.make_config(K=4, G=1, N=3, F=24, D=16)
+  cost = dataclasses.replace(LATENCY, head=0, head_fixed=0)
+  scores = conftest.make_scores(cfg).replace(heads=jnp.zeros((3, 4)))
+  for name, above in itertools.product(('multiples', 'ragged'), (0, 1, 10**9)):
+    rules = dataclasses.replace(RULES[name], multiple_of=(1, 4, 4))
+    final = least(cfg, rules, cost) + above
+    masks = selection.select(
+      scores, structure.all_alive(cfg), final, final, rules, cost
+    )
+    assert masks.heads.all()
+    assert cost.live(masks) <= final
+    prices = selection.mean_prices(
+      scores, structure.all_alive(cfg), rules, cost
+    )
+    assert prices.heads == np.inf and np.isfinite(prices.ffn)
 
 
-def test_prices_are_scores_per_saved_parameter(cfg):
+def test_what_saves_only_the_unpriced_goes_last():
+  """A stem channel has no price once nothing else is left, but has a size."""
+  cfg = conftest.make_config(K=2, G=1, N=2, F=8, D=16)
+  cost = budgets.flops(cfg, 64)
+  rules = dataclasses.replace(RAGGED, price_embedding=False)
+  # The last channel is dear, so the stem is untouched until blocks are gone.
+  scores = conftest.make_scores(cfg)
+  scores = scores.replace(stem=scores.stem * 1e6)
+  target = 9 * 2 * cfg.V
+  masks = selection.select(
+    scores, structure.all_alive(cfg), target, target, rules, cost
+  )
+  assert not masks.heads.any() and not masks.ffn.any()
+  assert int(masks.stem.sum()) == 9
+
+
+def test_prices_are_scores_per_saved_unit(cfg):
   masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
-  prices = selection.prices(scores, masks, cfg, FREE)
-  costs = selection.costs(masks, cfg)
-  jax.tree.map(
-    lambda p, s, c, m: np.testing.assert_allclose(
-      np.asarray(p)[np.asarray(m)], (s / jnp.maximum(c, 1))[m], rtol=1e-6
-    ),
-    prices,
-    scores,
-    costs,
-    masks,
+  for make in BUDGETS.values():
+    cost = make(cfg)
+    prices = selection.prices(scores, masks, FREE, cost)
+    jax.tree.map(
+      lambda p, s, c, m: np.testing.assert_allclose(
+        np.asarray(p)[np.asarray(m)],
+        np.asarray(s)[np.asarray(m)] / c[np.asarray(m)],
+        rtol=1e-6,
+      ),
+      prices,
+      scores,
+      selection.costs(masks, cost),
+      masks,
+    )
+    # Scores linger in the running average; the dead have no price.
+    jax.tree.map(
+      lambda p, m: np.testing.assert_array_equal(
+        np.asarray(p)[~np.asarray(m)], 0
+      ),
+      prices,
+      masks,
+    )
+    means = selection.mean_prices(scores, masks, FREE, cost)
+    assert means.ffn.dtype == jnp.float32
+    assert float(means.ffn) == pytest.approx(
+      float(np.asarray(prices.ffn)[np.asarray(masks.ffn)].mean()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize('kind', BUDGETS)
+def test_the_embedding_can_be_left_out_of_the_stem_price(kind):
+  cfg = conftest.make_config()
+  cost = BUDGETS[kind](cfg)
+  masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
+  without = selection.prices(
+    scores, masks, dataclasses.replace(FREE, price_embedding=False), cost
   )
-  # Scores linger in the running average; the dead have no price.
-  jax.tree.map(
-    lambda p, m: np.testing.assert_array_equal(
-      np.asarray(p)[~np.asarray(m)], 0
-    ),
-    prices,
-    masks,
+  counted = selection.prices(scores, masks, FREE, cost)
+  saved = selection.costs(masks, cost).stem.astype(float)
+  alive = np.asarray(masks.stem)
+  np.testing.assert_allclose(
+    np.asarray(without.stem)[alive] / np.asarray(counted.stem)[alive],
+    (saved / (saved - cost.unpriced_stem))[alive],
+    rtol=1e-5,
   )
-  means = selection.mean_prices(scores, masks, cfg, FREE)
-  assert float(means.ffn) == pytest.approx(
-    float(np.asarray(prices.ffn)[np.asarray(masks.ffn)].mean()), rel=1e-5
-  )
+  conftest.check_close(without.ffn, counted.ffn)
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (dict(target=10**9), 'is not below the source model'),
-    (dict(target=1), r'is below [\d,]+, the size at the floors'),
+    (dict(target=10**9), '1,000,000,000 parameters is not below the sou'),
+    (dict(target=1), r'target 1 parameters is below [\d,]+ parameters, the si'),
     (dict(floors=(0, 1, 1)), 'prune.floors.heads 0 is not between 1 and'),
     (dict(multiple_of=(1, 64, 1)), 'prune.multiple_of.ffn 64 is not between'),
+    (dict(multiple_of=(1, 0, 1)), 'prune.multiple_of.ffn 0 is not between 1'),
+    (dict(multiple_of=(1, 1, 0)), 'prune.multiple_of.stem 0 is not between'),
+    (
+      dict(floors=(1, 17, 1), multiple_of=(1, 8, 1)),
+      'floors.ffn 17, rounded up to a multiple of 8, is 24, above the source',
+    ),
+    (dict(policy='free'), "prune.policy 'free' is not one of uniform, ragged"),
+    (
+      dict(policy='ragged', multiple_of=(1, 8, 1)),
+      "prune.multiple_of.ffn 8 does not divide the source model's 20, as",
+    ),
+    (
+      dict(policy='ragged', floors=(0, 0, 0)),
+      'prune.floors.stem 0 is not between 1 and',
+    ),
+    (dict(policy='ragged', floors=(0, -1, 1)), 'floors.ffn -1 is not betw'),
   ],
-)
+)  # fmt: skip
 def test_impossible_targets_are_refused(change, message):
   cfg = conftest.make_config()
   arguments = dict(
+    policy='uniform',
     target=3000,
     floors=(1, 1, 1),
     multiple_of=(1, 1, 1),
     price_embedding=True,
   )
-  arguments |= change
+  cost = budgets.params(cfg)
   target = arguments.pop('target')
+  rules = selection.Rules(**arguments)
+  selection.check_target(cfg, rules, cost, target)
+  target = change.pop('target', target)
+  with pytest.raises(errors.InputError, match=message) as e:
+    selection.check_target(
+      cfg, dataclasses.replace(rules, **change), cost, target
+    )
+  assert '--config.' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_rules_come_from_the_mappings_of_a_config():
+  floors = {'ffn': 2, 'heads': 1, 'stem': 3}
+  rules = selection.Rules.of('ragged', floors, floors | {'stem': 4}, False)
+  assert rules == selection.Rules('ragged', (1, 2, 3), (1, 2, 4), False)
+  assert rules.smallest() == (1, 2, 4)
+
+
+def make_schedule(**changes) -> selection.Schedule:
+  fields = dict(
+    begin=100, end=300, start=1000, target=400,
+    kind='linear', stages=1, rest=0.0,
+  )  # fmt: skip
+  return selection.Schedule(**fields | changes)
+
+
+def test_a_linear_schedule_is_a_line_in_tokens():
+  line = make_schedule()
+  sizes = [line.at(t) for t in (0, 100, 200, 299, 300, 10_000)]
+  assert sizes == [1000, 1000, 700, 403, 400, 400]
+
+
+def test_a_cubic_schedule_is_fast_at_first():
+  cubic = make_schedule(kind='cubic')
+  for tokens in range(100, 301):
+    remaining = 400 + 600 * (1 - (tokens - 100) / 200) ** 3
+    assert cubic.at(tokens) - 1 < remaining + 1e-9 <= cubic.at(tokens) + 1e-6
+
+
+def test_oneshot_goes_at_the_first_prune():
+  oneshot = make_schedule(kind='oneshot')
+  assert [oneshot.at(t) for t in (0, 100, 101, 300)] == [1000, 1000, 400, 400]
+  twice = make_schedule(kind='oneshot', stages=2, rest=0.5)
+  assert [twice.at(t) for t in (100, 101, 233, 234)] == [1000, 700, 700, 400]
+
+
+def test_stages_fall_and_rest():
+  """Three falls of 40 tokens and two rests of 40: 200 tokens."""
+  staged = make_schedule(stages=3, rest=0.5)
+  sizes = [staged.at(100 + 20 * i) for i in range(11)]
+  assert sizes == [1000, 900, 800, 800, 800, 700, 600, 600, 600, 500, 400]
+  rests = [not staged.falls(t, t + 20) for t in range(100, 300, 20)]
+  assert [i for i, rest in enumerate(rests) if rest] == [2, 3, 6, 7]
+
+
+SCHEDULES = st.builds(
+  lambda begin, span, target, drop, kind, stages, rest: selection.Schedule(
+    begin, begin + span, target + drop, target, kind, stages, rest
+  ),
+  begin=st.integers(0, 10**12),
+  span=st.integers(1, 10**12),
+  target=st.integers(1, 2**62),
+  drop=st.integers(1, 2**62),
+  kind=st.sampled_from(selection.SCHEDULES),
+  stages=st.integers(1, 6),
+  rest=st.floats(0, 1, exclude_max=True),
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.given(SCHEDULES, st.lists(st.floats(-0.1, 1.1), max_size=8))
+def test_a_schedule_falls_from_start_to_target(schedule, times):
+  span = schedule.end - schedule.begin
+  tokens = sorted(schedule.begin + int(t * span) for t in times)
+  sizes = [schedule.at(t) for t in tokens]
+  assert all(isinstance(s, int) for s in sizes)
+  assert all(
+    schedule.target <= b <= a <= schedule.start
+    for a, b in itertools.pairwise([schedule.start, *sizes])
+  )
+  assert schedule.at(0) == schedule.at(schedule.begin) == schedule.start
+  assert schedule.at(schedule.end) == schedule.target
+  assert schedule.at(schedule.end + span) == schedule.target
+  if schedule.kind != 'oneshot':
+    # Never before the end.
+    assert schedule.at(schedule.end - 1) > schedule.target
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(SCHEDULES)
+def test_a_stage_takes_an_equal_share_of_the_curve(schedule):
+  """After k of n stages the size is that of the curve at k / n."""
+  plain = dataclasses.replace(
+    schedule, begin=0, end=schedule.stages, stages=1, rest=0.0
+  )
+  stage = (schedule.end - schedule.begin) / (
+    schedule.stages - fractions.Fraction(schedule.rest)
+  )
+  falling = stage * (1 - fractions.Fraction(schedule.rest))
+  for k in range(schedule.stages - 1):
+    last = schedule.begin + k * stage + falling
+    rest = range(-(-last // 1), schedule.begin + (k + 1) * stage // 1 + 1)
+    if schedule.kind == 'oneshot' or not rest:
+      continue
+    assert {schedule.at(rest[0]), schedule.at(rest[-1])} == {plain.at(k + 1)}
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(kind='square'), "prune.schedule 'square' is not one of linear"),
+    (dict(stages=0), 'prune.stages 0 is not at least 1'),
+    (dict(rest=1.0), r'prune.rest 1.0 is not in \[0, 1\); set --config.prune'),
+    (dict(rest=float('nan')), 'prune.rest nan is not in'),
+  ],
+)  # fmt: skip
+def test_what_a_schedule_refuses(change, message):
   with pytest.raises(errors.InputError, match=message):
-    selection.check_target(cfg, selection.Rules(**arguments), target)
-
-
-def test_the_embedding_can_be_left_out_of_the_stem_price():
-  cfg = conftest.make_config()
-  masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
-  without = selection.prices(
-    scores, masks, cfg, dataclasses.replace(FREE, price_embedding=False)
-  )
-  counted = selection.prices(scores, masks, cfg, FREE)
-  cost = np.asarray(selection.costs(masks, cfg).stem, np.float64)
-  alive = np.asarray(masks.stem)
-  np.testing.assert_allclose(
-    np.asarray(without.stem / counted.stem)[alive],
-    (cost / (cost - cfg.V))[alive],
-    rtol=1e-5,
-  )
-  conftest.check_close(without.ffn, counted.ffn)
+    make_schedule(**change)

@@ -1,0 +1,173 @@
+r"""Times the forward pass at several widths: the table of the budget 'ms'.
+
+    python -m experiments.latency \
+      --config=experiments/configs/smollm2_135m.py --out=latency.json
+
+Then `--config.budget.kind=ms --config.budget.table=latency.json` prunes to a
+time on this machine. Measured is the project's own jitted model, batch 1, on
+`--tokens` tokens at once, in the dtype of `config.model.dtype`, with random
+weights in the shapes of the source model and of models pruned from it. The
+shapes take turns, so that a machine that drifts drifts for all of them.
+"""
+
+from collections.abc import Mapping
+import itertools
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file in experiments/configs.', lock_config=True
+)
+_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
+_TOKENS = flags.DEFINE_integer('tokens', 256, 'Tokens a pass.', lower_bound=1)
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds.', lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+  """Measures, writes the table, prints it beside what is fitted to it."""
+  del argv
+  # After the flags have been parsed: these imports take seconds.
+  import dataclasses
+  import os
+  import pathlib
+  import statistics
+  import time
+
+  import jax
+  import jax.numpy as jnp
+  import rich.console
+  import rich.table
+
+  from effllm_jax import budgets
+  from effllm_jax import errors
+  from effllm_jax import model
+  from effllm_jax import shrink
+  from effllm_jax import sources
+  from effllm_jax import structure
+  from effllm_jax import workdir
+
+  config = cli.config(_CONFIG)
+  cfg = sources.load(config.source, cli.CACHE.value, params=False).cfg
+  out = pathlib.Path(_OUT.value)
+  if not out.absolute().parent.is_dir():
+    raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  if _TOKENS.value > cfg.context:
+    raise errors.InputError(
+      f"--tokens {_TOKENS.value} exceeds the source model's context "
+      f'{cfg.context}; set --tokens'
+    )
+  if config.model.dtype not in ('float32', 'bfloat16'):
+    raise errors.InputError(
+      f'model.dtype {config.model.dtype!r} is not one of float32, bfloat16; '
+      'set --config.model.dtype'
+    )
+  shapes = _shapes(cfg.widths(), config.prune.multiple_of)
+  compute = model.Compute(dtype=config.model.dtype, remat=False)
+
+  @jax.jit(static_argnames='cfg')
+  def prefill(params, tokens_BT, cfg):
+    masks = structure.all_alive(cfg)
+    return model.forward(params, masks, tokens_BT, cfg, compute)[0]
+
+  params = model.init(jax.random.key(0), cfg)
+  tokens_BT = jax.random.randint(
+    jax.random.key(1), (1, _TOKENS.value), 0, cfg.V
+  )
+  milliseconds = {shape: [] for shape in shapes}
+  for _ in range(_REPEATS.value):
+    for (heads, ffn, stem), times in milliseconds.items():
+      # Cut out anew each time: all shapes at once need not fit in memory.
+      small = dataclasses.replace(cfg, K=heads, F=ffn, D=stem)
+      kept = structure.Groups(
+        heads=jnp.tile(jnp.arange(heads), (cfg.N, 1)),
+        ffn=jnp.tile(jnp.arange(ffn), (cfg.N, 1)),
+        stem=jnp.arange(stem),
+      )
+      cut = shrink.take_params(params, kept)
+      # The first pass compiles, and fills the caches.
+      jax.block_until_ready(prefill(cut, tokens_BT, small))
+      start = time.perf_counter()
+      jax.block_until_ready(prefill(cut, tokens_BT, small))
+      times.append(1e3 * (time.perf_counter() - start))
+
+  device = jax.devices()[0]
+  median = {k: statistics.median(v) for k, v in milliseconds.items()}
+  record = {
+    'machine': {
+      'device': device.device_kind,
+      'cpus': os.cpu_count(),
+      'jax': jax.__version__,
+      'dtype': compute.dtype,
+      'batch': 1,
+      'tokens': _TOKENS.value,
+      'repeats': _REPEATS.value,
+    },
+    'model': {x: getattr(cfg, x) for x in ('V', 'N', 'G', 'H')},
+    'shapes': [
+      dict(zip((*structure.TYPES, 'ms'), (*shape, ms), strict=True))
+      for shape, ms in median.items()
+    ],
+  }
+  workdir.write_json(out, record)
+
+  cost = budgets.milliseconds(cfg, out)
+  table = rich.table.Table(
+    'heads', 'ffn', 'stem', 'parameters', 'ms, median', 'ms, fitted', 'off'
+  )
+  for (heads, ffn, stem), measured in median.items():
+    small = dataclasses.replace(cfg, K=heads, F=ffn, D=stem)
+    fitted = cost.reported(cost.of_config(small))
+    table.add_row(
+      f'{heads}',
+      f'{ffn}',
+      f'{stem}',
+      f'{small.num_params():,}',
+      f'{measured:.2f}',
+      f'{fitted:.2f}',
+      f'{fitted / measured - 1:+.1%}',
+    )
+  console = rich.console.Console()
+  console.print(
+    f'{device.device_kind}, {os.cpu_count()} cpus, jax {jax.__version__}, '
+    f'{compute.dtype}, {_TOKENS.value} tokens a pass'
+  )
+  console.print(table)
+  # A line, however long the path is.
+  console.print(
+    f'{out}: the fit is at most {cost.fit_error:.1%} off', soft_wrap=True
+  )
+
+
+def _shapes(
+  widths: Mapping[str, int], multiple_of: Mapping[str, int]
+) -> list[tuple[int, int, int]]:
+  """Widths (heads, ffn, stem) whose times settle every coefficient.
+
+  Whole and half of each type in all combinations, and between them three
+  quarters of all; where there is room, on multiples, as a pruned model is.
+  """
+  from effllm_jax import errors
+
+  def part(name, quarters):
+    if widths[name] < 2 or multiple_of[name] < 1:
+      raise errors.InputError(
+        f'{name} {widths[name]} of the source model, on multiples of '
+        f'{multiple_of[name]}, has no half to time; set '
+        f'--config.prune.multiple_of.{name} to at least 1, or another '
+        '--config.budget.kind'
+      )
+    width = widths[name] * quarters // 4
+    return width - width % multiple_of[name] or width
+
+  return [
+    (part('heads', k), part('ffn', f), part('stem', d))
+    for k, f, d in (*itertools.product((4, 2), repeat=3), (3, 3, 3))
+  ]
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'out'])
+  cli.run(main)

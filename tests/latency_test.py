@@ -1,0 +1,82 @@
+"""The latency table: measured on a small model, accepted as a budget."""
+
+import dataclasses
+import json
+
+import pytest
+
+from effllm_jax import budgets
+from effllm_jax import sources
+from experiments import latency
+from tests import conftest
+
+
+@pytest.fixture(scope='module', name='folder')
+def _folder(tmp_path_factory):
+  return conftest.write_model_folder(tmp_path_factory.mktemp('m') / 'model')
+
+
+def run(folder, out, *more):
+  return conftest.command(
+    'latency',
+    conftest.CONFIG_FILE,
+    f'--config.source={folder}',
+    '--config.prune.multiple_of.ffn=8',
+    '--config.prune.multiple_of.stem=8',
+    f'--out={out}',
+    '--tokens=32',
+    *more,
+  )
+
+
+def test_the_table_is_a_budget(folder, tmp_path):
+  out = tmp_path / 'latency.json'
+  done = run(folder, out, '--repeats=2')
+  assert done.returncode == 0, done.stderr
+  assert 'the fit is at most' in done.stdout
+  record = json.loads(out.read_text())
+  cfg = sources.load(folder, tmp_path, params=False).cfg
+  assert record['model'] == {'V': cfg.V, 'N': cfg.N, 'G': cfg.G, 'H': cfg.H}
+  machine = record['machine']
+  assert (machine['tokens'], machine['batch']) == (32, 1)
+  assert machine['device'] and machine['cpus'] and machine['jax']
+  widths = [(s['heads'], s['ffn'], s['stem']) for s in record['shapes']]
+  assert widths[0] == (cfg.K, cfg.F, cfg.D)
+  assert len(set(widths)) == len(widths) == 9
+  assert not list(tmp_path.glob('*.tmp'))
+
+  cost = budgets.make(cfg, 'ms', format='', context=0, table=out)
+  for s in record['shapes']:
+    small = dataclasses.replace(cfg, K=s['heads'], F=s['ffn'], D=s['stem'])
+    fitted = cost.reported(cost.of_config(small))
+    assert abs(fitted / s['ms'] - 1) <= cost.fit_error + 1e-6
+
+
+def test_the_shapes_are_on_multiples_where_there_is_room():
+  shapes = latency._shapes(
+    {'heads': 3, 'ffn': 1536, 'stem': 576}, {'heads': 1, 'ffn': 64, 'stem': 64}
+  )
+  assert shapes[0] == (3, 1536, 576)
+  assert shapes[-2:] == [(1, 768, 256), (2, 1152, 384)]
+  assert latency._shapes(
+    {'heads': 2, 'ffn': 20, 'stem': 16}, {'heads': 2, 'ffn': 16, 'stem': 16}
+  )[-2] == (1, 10, 8)
+
+
+@pytest.mark.parametrize(
+  ('more', 'message'),
+  [
+    (['--tokens=129'], "--tokens 129 exceeds the source model's context 128"),
+    (['--out=nowhere/latency.json'], 'nowhere is not a folder; set --out'),
+    (['--config.model.dtype=int8'], "model.dtype 'int8' is not one of float32"),
+    (
+      ['--config.prune.multiple_of.ffn=0'],
+      'ffn 64 of the source model, on multiples of 0, has no half to time',
+    ),
+  ],
+)
+def test_mistakes_end_in_one_line(folder, tmp_path, more, message):
+  done = run(folder, tmp_path / 'latency.json', *more)
+  assert done.returncode == 2
+  assert message in done.stderr and done.stderr.count('\n') == 1
+  assert not (tmp_path / 'latency.json').exists()
