@@ -5,7 +5,7 @@ Layout of a workdir, one folder per moment, each complete in itself:
     checkpoints/<step>/   rolling, asynchronous; the newest `keep` stay
     events/<index>/       permanent, one per shrink
 
-Each folder holds `arch` (JSON: architecture, step, number of events), `params`,
+Each folder holds `arch` (JSON: architecture, step, events, FLOPs), `params`,
 `prune`, `optimizer` and `data` (the position of the input pipeline), an event
 also `event` (JSON). A resume takes the newest moment of either kind, so nothing
 is written twice at a shrink. Reading goes in two steps, architecture first:
@@ -45,6 +45,7 @@ class Moment:
   step: int
   num_events: int
   cfg: structure.ModelConfig
+  flops: dict[str, int]
 
 
 class Writer:
@@ -70,21 +71,24 @@ class Writer:
     cfg: structure.ModelConfig,
     data: Iterator,
     num_events: int,
+    flops: dict[str, int],
   ) -> None:
     """Starts a rolling checkpoint; returns once the arrays may be reused."""
     step = int(state.step)
     self._check_space(state)
-    self._save(self._rolling, step, _items(state, cfg, data, num_events))
+    items = _items(state, cfg, data, num_events, flops)
+    self._save(self._rolling, step, items)
 
   def save_event(
     self,
     event: events_lib.ShrinkEvent,
     state: state_lib.TrainState,
     data: Iterator,
+    flops: dict[str, int],
   ) -> None:
     """Starts the permanent record of a shrink and of the state after it."""
     self._check_space(state)
-    items = _items(state, event.after, data, event.index + 1)
+    items = _items(state, event.after, data, event.index + 1, flops)
     items['event'] = ocp.args.JsonSave(event.to_json())
     self._save(self._events, event.index, items)
 
@@ -128,11 +132,12 @@ class Writer:
       raise write_error(e) from e
 
 
-def _items(state, cfg, data, num_events) -> dict[str, Any]:
+def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
   arch = {
     'model': dataclasses.asdict(cfg),
     'step': int(state.step),
     'num_events': num_events,
+    'flops': flops,
   }
   return {
     'arch': ocp.args.JsonSave(arch),
@@ -188,6 +193,7 @@ def _moment(path: pathlib.Path) -> Moment:
     step=arch['step'],
     num_events=arch['num_events'],
     cfg=structure.ModelConfig(**arch['model']),
+    flops=arch['flops'],
   )
 
 
@@ -198,7 +204,7 @@ def _read_json(folder: pathlib.Path) -> dict[str, Any]:
 
 def restore_latest(
   workdir: str | os.PathLike, tx: optax.GradientTransformation, data: Iterator
-) -> tuple[state_lib.TrainState, structure.ModelConfig, int] | None:
+) -> tuple[state_lib.TrainState, Moment] | None:
   """The newest readable state of a run; moves `data` to its position.
 
   A damaged moment is set aside into `damaged/`, with a warning, and the one
@@ -206,8 +212,7 @@ def restore_latest(
   yet are deleted: the run will write them again.
 
   Returns:
-    The state, its architecture and its number of events; None for a fresh
-    workdir.
+    The state and the moment that it was saved at; None for a fresh workdir.
 
   Raises:
     errors.InputError: the input pipeline is not the one that was saved, or
@@ -226,7 +231,7 @@ def restore_latest(
     for path in _committed(workdir, _EVENTS):
       if int(path.name) >= moment.num_events:
         shutil.rmtree(path)
-    return state, moment.cfg, moment.num_events
+    return state, moment
   if (pathlib.Path(workdir) / _DAMAGED).exists():
     raise errors.InputError(
       f'no checkpoint in {workdir} can be read (see {_DAMAGED}/ there); start '
@@ -319,18 +324,41 @@ def restore_params(
         f'no event {event} in {workdir}; there are: {names}'
       )
     moment = by_index[event]
-  abstract = state_lib.fresh_prune_state
+  return *read_model(moment), moment.cfg, moment.step
+
+
+def read_moment(path: str | os.PathLike) -> Moment:
+  """What a folder `checkpoints/<step>` or `events/<index>` of a run holds.
+
+  Raises:
+    errors.InputError: it is not such a folder, or it is damaged.
+  """
+  path = pathlib.Path(path).absolute()
+  try:
+    return _moment(path)
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.InputError(
+      f'{path} is not a complete checkpoint or event of a run ({e}); choose '
+      'another one'
+    ) from e
+
+
+def read_model(
+  moment: Moment,
+) -> tuple[structure.Params, state_lib.PruneState]:
+  """Parameters and pruning state of a moment, without the optimizer.
+
+  Raises:
+    errors.InputError: they cannot be read.
+  """
+  abstract = jax.eval_shape(lambda: state_lib.fresh_prune_state(moment.cfg))
   try:
     return (
       _read(moment.path / 'params', structure.shapes(moment.cfg)),
-      _read(
-        moment.path / 'prune', jax.eval_shape(lambda: abstract(moment.cfg))
-      ),
-      moment.cfg,
-      moment.step,
+      _read(moment.path / 'prune', abstract),
     )
   except Exception as e:
     raise errors.InputError(
       f'{moment.path} cannot be read ({" ".join(str(e).split())[:200]}); '
-      'choose another --event, or resume the run to write it again'
+      'choose another event, or resume the run to write it again'
     ) from e

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from effllm_jax import structure
@@ -51,11 +52,29 @@ class ShrinkEvent:
     return cls(**record)
 
 
+def compose(
+  first: structure.Groups | None, then: structure.Groups
+) -> structure.Groups:
+  """Indices into indices: where the groups of `then` sat before `first`.
+
+  Args:
+    first: int arrays, which group sits in each slot; None: its own.
+    then: int arrays, indices into those slots.
+  """
+  if first is None:
+    return then
+  return jax.tree.map(
+    lambda a, b: np.take_along_axis(np.asarray(a), np.asarray(b), -1),
+    first,
+    then,
+  )
+
+
 def lineage(events: Sequence[ShrinkEvent]) -> structure.Groups:
   """Which groups of the source model sit in the slots after all `events`.
 
   Returns:
-    int arrays, indices into the source model: heads [N, K'], ffn [N, F'],
+    int arrays, indices into the run's source model: heads [N, K'], ffn [N, F'],
     stem [D']. Composed from the events alone; equals `PruneState.origin`.
 
   Raises:
@@ -70,10 +89,5 @@ def lineage(events: Sequence[ShrinkEvent]) -> structure.Groups:
         f'event {event.index} at position {i} does not follow its predecessor'
       )
     kept = {t: np.asarray(getattr(event.kept, t)) for t in structure.TYPES}
-    if origin is None:
-      origin = kept
-    else:
-      origin = {
-        t: np.take_along_axis(origin[t], kept[t], -1) for t in structure.TYPES
-      }
-  return structure.Groups(**origin)
+    origin = compose(origin, structure.Groups(**kept))
+  return origin

@@ -45,30 +45,38 @@ def hugging_face(
   """Writes a folder that `AutoModelForCausalLM` opens, and checks that it does.
 
   The folder holds config.json, model.safetensors (float32), the tokenizer,
-  generation_config.json, and pruning.json: what the model is made from. It is
+  generation_config.json, and pruning.json: what the model is made from. Where
+  layers differ in width, a narrower one is filled up with exact zeros: a stock
+  class has one width for all layers, and a head whose rows of `wo` are zero, or
+  a channel whose row of `w_down` is, adds exactly nothing. The folder is
   written beside `out` and opened in transformers there. Only when the logits of
   a real text agree to `TOLERANCE`, the next `NEW_TOKENS` greedy tokens are the
   same and the tokenizer gives the same ids, it is renamed to `out`.
 
   Args:
-    params: float32, as small as the model is: nothing in them is dead.
-    masks: all True.
-    cfg: the architecture.
+    params: float32, as small as the widest layer allows.
+    masks: the stem is alive; heads and ffn may be dead where the arrays of a
+      narrower layer are wider than it, also all of a layer.
+    cfg: the architecture of the arrays.
     out: folder that does not exist yet, or is empty.
     tokenizer_folder: as `sources.save_tokenizer` wrote it.
-    pruning: JSON content of pruning.json; `source` is added to it.
+    pruning: JSON content of pruning.json; `source` and `layer_widths` (live
+      heads and ffn channels of each layer) are added to it.
 
   Returns:
-    `path`, `architecture` (the class), `params` (their number),
-    `max_logit_diff`, `greedy_tokens` (how many were compared), `files` (name ->
-    bytes).
+    `path`, `architecture` (the class), `params` (their number), `padding` (how
+    many of them are zeros that fill up narrower layers), `max_logit_diff`,
+    `greedy_tokens` (how many were compared), `files` (name -> bytes).
 
   Raises:
     errors.InputError: torch is missing, or `out` cannot be written.
-    ValueError: a mask is dead; shrink first.
+    ValueError: the stem or a slot of every layer is dead; shrink first.
     RuntimeError: PyTorch computes something else. Nothing is left behind.
   """
-  if not all(np.asarray(mask).all() for mask in jax.tree.leaves(masks)):
+  masks = jax.tree.map(np.asarray, masks)
+  live = {t: getattr(masks, t).sum(-1) for t in structure.TYPES}
+  # A stock class has no width of 0: one slot stays where all layers lost all.
+  if any(max(1, live[t].max()) < width for t, width in cfg.widths().items()):
     raise ValueError('dead groups in the masks: shrink before the export')
   structure.check_shapes(params, cfg)
   transformers = _transformers()
@@ -77,6 +85,14 @@ def hugging_face(
   out = pathlib.Path(out).expanduser().resolve()
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise errors.InputError(f'{out} exists and is not empty; set another --out')
+  about = {
+    key: getattr(source, key)
+    for key in ('name', 'description', 'licence', 'sha256')
+  }
+  pruning = {
+    'source': about,
+    'layer_widths': {t: live[t].tolist() for t in ('heads', 'ffn')},
+  } | pruning
   config = hf_config.write(cfg) | {
     'dtype': 'float32',
     'transformers_version': transformers.__version__,
@@ -90,7 +106,9 @@ def hugging_face(
     folder = pathlib.Path(tmp) / out.name
     with _one_line(out):
       folder.mkdir()
-      _write(folder, params, config, tokenizer_folder, source, pruning)
+      padded = _padded(params, masks)
+      _write(folder, padded, config, tokenizer_folder, source, pruning)
+    # Against the masked model, not against the zeros that stand for it.
     diff = _verify(folder, params, masks, cfg, source, transformers)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     with _one_line(out):
@@ -99,6 +117,11 @@ def hugging_face(
     'path': str(out),
     'architecture': config['architectures'][0],
     'params': cfg.num_params(),
+    'padding': cfg.D
+    * int(
+      (cfg.K - live['heads']).sum() * cfg.head_rows()
+      + (cfg.F - live['ffn']).sum() * 3
+    ),
     'max_logit_diff': diff,
     'greedy_tokens': NEW_TOKENS,
     'files': files,
@@ -134,6 +157,27 @@ def _one_line(out):
     ) from e
 
 
+def _padded(params, masks):
+  """Params with exact zeros in all that a dead head or channel reads or writes.
+
+  Zeros in `wo` and `w_down` are what makes it dead; the rest is put to zero so
+  that nothing of it leaves with the file.
+  """
+
+  def leaf(letters, x):
+    x = np.asarray(x)
+    for axis, letter in enumerate(letters):
+      mask = getattr(masks, structure.PRUNABLE.get(letter, ''), None)
+      if mask is None or mask.all():
+        continue
+      shape = [1] * x.ndim
+      shape[0], shape[axis] = len(x), mask.shape[-1]
+      x = np.where(mask.reshape(shape), x, np.float32(0))
+    return x
+
+  return structure.map_axes(leaf, params)
+
+
 def _write(folder, params, config, tokenizer_folder, source, pruning):
   """All files of the folder."""
   # None is written too: absent, the ids would be the classes' 1 and 2.
@@ -142,13 +186,9 @@ def _write(folder, params, config, tokenizer_folder, source, pruning):
     'eos_token_id': list(source.eos_ids) or None,
     'pad_token_id': source.pad_id,
   }
-  about = {
-    key: getattr(source, key)
-    for key in ('name', 'description', 'licence', 'sha256')
-  }
   for name, content in (
     ('config.json', config | ids),
-    ('pruning.json', {'source': about} | pruning),
+    ('pruning.json', pruning),
   ):
     text = json.dumps(content, indent=2) + '\n'
     (folder / name).write_text(text, encoding='utf-8')

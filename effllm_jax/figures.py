@@ -8,6 +8,7 @@ import dataclasses
 import io
 
 import matplotlib
+from matplotlib import figure
 from matplotlib import ticker
 import numpy as np
 
@@ -32,11 +33,31 @@ class Figure:
 def draw(run: runlog.Run) -> list[Figure]:
   """All figures of a run, also of one that has only just begun."""
   with matplotlib.rc_context(plots.STYLE):
-    return [f(run) for f in (_size, _price, _loss, _widths, _speed)]
+    drawn = (_size, _price, _loss, _widths, _layers, _speed)
+    return [f(run) for f in drawn]
+
+
+def layer_maps(run: runlog.Run) -> dict[str, np.ndarray]:
+  """What the figure `layers` shows: tokens at removal, inf where alive.
+
+  Returns:
+    float64 arrays: `heads` [N, K] by index in the source model; `ffn` [N, F]
+    with the channels of each layer in the order of their removal, the last one
+    first, so that the live ones come first of all and entry i is when the layer
+    became as narrow as i channels.
+  """
+  return {
+    'heads': run.removed['heads'],
+    'ffn': np.sort(run.removed['ffn'], axis=-1)[:, ::-1],
+  }
 
 
 def _size(run):
-  fig, (ax,) = plots.panels(run, 1, height=4.0)
+  kind, _ = run.budget
+  by_params = kind == 'params'
+  fig, (ax, *others) = plots.panels(
+    run, 1 if by_params else 2, height=4.0 if by_params else 6.4
+  )
   start, live = run.source_params(), run.train['live_params']
   x = [0, *(e['tokens'] for e in run.shrinks), run.tokens[-1]]
   y = [start, *(e['params_after'] for e in run.shrinks), run.array_params()]
@@ -44,8 +65,8 @@ def _size(run):
   if run.shrinks:
     style = {'color': '#2a6ea3', 'mec': 'white', 'ms': 9, 'zorder': 5}
     ax.plot(x[1:-1], y[1:-1], 'v', label='shrink', **style)
-  style = {'color': '#E69F00', 'ls': '--', 'lw': 1.4, 'zorder': 4}
-  plots.line(ax, run, run.train['target_params'], label='target', **style)
+  if by_params:
+    _target(ax, run)
   plots.line(ax, run, live, start, color=plots.INK, label='live')
   ax.yaxis.set_major_formatter(plots.SI)
   ax.set_ylabel('parameters')
@@ -56,16 +77,50 @@ def _size(run):
     if live[-1] < start
     else f'Nothing pruned yet: {tables.si(start)} live parameters',
   )
+  for cost in others:
+    _cost(cost, run, kind)
+  what = 'the live parameters' if by_params else 'the live cost'
+  arrays = 'the widest layer' if run.uneven() else 'what is live'
   return _figure(
     fig,
     'size',
-    'Model size against training tokens: each prune takes the live parameters '
+    f'Model size against training tokens: each prune takes {what} '
     'to the target of the schedule or below, each shrink takes the arrays to '
-    'what is live.',
+    f'{arrays}.',
+  )
+
+
+def _target(ax, run):
+  style = {'color': '#E69F00', 'ls': '--', 'lw': 1.4, 'zorder': 4}
+  plots.line(ax, run, run.train['target_cost'], label='target', **style)
+
+
+def _cost(ax, run, kind):
+  """Live cost against its target, where that is not a number of parameters."""
+  start, live = run.source_cost(), run.train['live_cost']
+  _target(ax, run)
+  plots.line(ax, run, live, start, color=plots.INK, label='live')
+  ax.yaxis.set_major_formatter(
+    ticker.FuncFormatter(lambda x, _: tables.costs(kind, x))
+  )
+  name = tables.BUDGETS.get(kind, kind)
+  ax.set_ylabel(name)
+  before, after = (tables.costs(kind, x) for x in (start, live[-1]))
+  name = name[0].upper() + name[1:]
+  plots.title(
+    ax,
+    f'{name}: {before} to {after} ({tables.change(start, live[-1])})'
+    if live[-1] != start
+    else f'{name}: {after}, nothing pruned yet',
   )
 
 
 def _price(run):
+  unit, saved = (
+    ('parameter', 'the live parameters')
+    if run.budget[0] == 'params'
+    else ('unit of the budget', 'what of the budget')
+  )
   fig, (top, bottom) = plots.panels(run, 2, height=6.4)
   plots.pruning(top, run)
   price = {t: run.train[f'price.{t}'] for t in structure.TYPES}
@@ -92,7 +147,7 @@ def _price(run):
       f'Lowest mean price: {winner}, at {100 * share:.0f}{tables.PERCENT} of '
       'the scored steps',
     )
-    top.set_ylabel(f'price, $10^{{{exponent}}}$ nats per token\nper parameter')
+    top.set_ylabel(f'price, $10^{{{exponent}}}$ nats per token\nper {unit}')
   else:
     plots.empty(top, 'nothing has been scored yet')
     plots.title(top, 'Price of each type', legend=False)
@@ -115,8 +170,8 @@ def _price(run):
     fig,
     'price',
     'Price and pruned share of each pruning type; the price is the score of a '
-    'group (the loss its removal is expected to cost) divided by the live '
-    'parameters its removal saves, here the mean over the live groups of a '
+    'group (the loss its removal is expected to cost) divided by '
+    f'{saved} its removal saves, here the mean over the live groups of a '
     'type.',
   )
 
@@ -186,14 +241,29 @@ def _widths(run):
     style = {'color': COLORS[t], 'alpha': 0.3, 'lw': 4.5}
     ax.plot(x, [*y, y[-1]], drawstyle='steps-post', label='arrays', **style)
     live = run.train[f'widths.{t}']
+    mean = ', mean' if t != 'stem' and run.uneven() else ''
+    if mean:
+      at = np.append(0.0, run.prune_tokens)
+      each = run.layer_widths(t, at)
+      x, low, high = (
+        np.append(v, end)
+        for v, end in (
+          (at, max(at[-1], run.tokens[-1])),
+          (each.min(-1), each[-1].min()),
+          (each.max(-1), each[-1].max()),
+        )
+      )
+      style = {'color': COLORS[t], 'alpha': 0.13, 'lw': 0, 'step': 'post'}
+      ax.fill_between(x, low, high, label='narrowest to widest layer', **style)
     plots.line(ax, run, live, before[t], color=COLORS[t], label='live')
-    ax.set_ylim(0, 1.12 * before[t])
+    # Below 0, or a layer that lost everything would hide behind the axis.
+    ax.set_ylim(-0.03 * before[t], 1.12 * before[t])
     ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
     became = f'to {after[t]:,.6g} ({tables.change(before[t], after[t])})'
     plots.title(
       ax,
-      f'{tables.LABELS[t]}: {before[t]:,.6g} '
+      f'{tables.LABELS[t]}{mean}: {before[t]:,.6g} '
       + (became if after[t] != before[t] else '(nothing pruned)'),
       legend=ax is panels[0],
     )
@@ -203,6 +273,65 @@ def _widths(run):
     'Live width of each pruning type, mean over the layers, and the width of '
     'the arrays that hold it.',
   )
+
+
+def _layers(run):
+  fig = figure.Figure(figsize=(6.6, 6.4), dpi=150, layout='constrained')
+  maps = layer_maps(run) if run.removed else {}
+  rows = maps['heads'].shape[1] if maps else 3
+  share = min(1.0, max(0.3, 0.07 * rows))
+  fig.get_layout_engine().set(hspace=0.06)
+  top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(share, 1))
+  words = {'heads': 'heads', 'ffn': 'ffn channels'}
+  if maps:
+    style = plots.times(run)
+    for ax, (t, values) in zip((top, bottom), maps.items(), strict=True):
+      drawn = plots.grid(ax, values, *style)
+      live = np.isinf(values).sum(-1)
+      plots.lost(ax, np.flatnonzero(live == 0))
+      text = f'{words[t]}: {_spread(live, values.shape[1])}'
+      plots.title(ax, text, space=8 if live.all() else 15)
+    if len(run.prune_tokens):
+      plots.time_bar(fig, drawn, (top, bottom))
+  else:
+    for ax, t in ((top, 'heads'), (bottom, 'ffn')):
+      plots.empty(ax, 'source/source.json does not record the shape')
+      plots.title(ax, f'{words[t]} by layer', legend=False)
+      ax.set_xticks([])
+  top.set_ylabel('head')
+  bottom.set_ylabel('ffn channels')
+  bottom.set_xlabel('layer')
+  return _figure(
+    fig,
+    'layers',
+    'What each layer kept and when the rest went: a column is a layer, the '
+    'colour of a group says after how many training tokens it was removed. The '
+    'heads stand at their index in the source model. The channels of a layer '
+    'are sorted by the time of their removal, the live ones at the bottom: '
+    'their height is the width of the layer now. A cross marks a layer that '
+    'has nothing left.',
+  )
+
+
+def _spread(live, width):
+  """The narrowest and the widest layer, and those that have nothing left."""
+  if live.min() == live.max():
+    left = f'{live[0]:,} of {width:,}' if live[0] < width else f'all {width:,}'
+    return f'{left} alive in every layer'
+  lost, rest = np.flatnonzero(live == 0), live[live > 0]
+  ends = [
+    f'{count:,} ({_named(np.flatnonzero(live == count))})'
+    for count in dict.fromkeys((int(rest.min()), int(rest.max())))
+  ]
+  none = f'none left in {_named(lost)}, elsewhere ' if len(lost) else ''
+  return f'{none}{" to ".join(ends)} of {width:,}'
+
+
+def _named(layers):
+  """A few layers by their index, many by their number."""
+  if len(layers) > 3:
+    return f'{len(layers)} layers'
+  return f'layer{"s" * (len(layers) > 1)} {", ".join(map(str, layers))}'
 
 
 def _speed(run):
@@ -250,6 +379,8 @@ def _figure(fig, name, caption):
   # Without the version of matplotlib: the same run gives the same bytes.
   fig.savefig(buffer, format='png', metadata={'Software': None})
   title = '; '.join(
-    ax.get_title(loc='left').replace('\n', ' ') for ax in fig.axes
+    ax.get_title(loc='left').replace('\n', ' ')
+    for ax in fig.axes
+    if ax.get_title(loc='left')
   )
   return Figure(name, title, caption, buffer.getvalue())

@@ -4,10 +4,14 @@ import dataclasses
 import math
 
 import ml_collections
+import numpy as np
 
+from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import model
+from effllm_jax import saliency
 from effllm_jax import selection
+from effllm_jax import steps
 from effllm_jax import structure
 
 
@@ -19,24 +23,28 @@ class Plan:
     tokens_per_step: training tokens of one optimizer update.
     steps: length of the run.
     every: a prune after every so many steps ("N" in the paper's Figure 2).
-    schedule: target size by tokens.
-    rules: floors, multiples, and what a price counts.
+    cost: the budget, which says what a size is.
+    schedule: target size by tokens, in units of `cost`.
+    rules: policy, floors, multiples, and what a price counts.
     quantum: widths are rounded up to multiples of these at a shrink.
     shrink_threshold: shrink once this share of the arrays' parameters is dead.
     eval_every, checkpoint_every: in steps.
-    compute: dtype and rematerialisation.
+    recipe: what a training step does.
+    damping: of the repair that follows a prune; None: no repair.
   """
 
   tokens_per_step: int
   steps: int
   every: int
+  cost: budgets.Cost
   schedule: selection.Schedule
   rules: selection.Rules
   quantum: structure.Groups
   shrink_threshold: float
   eval_every: int
   checkpoint_every: int
-  compute: model.Compute
+  recipe: steps.Recipe
+  damping: float | None
 
   def tokens(self, step: int) -> int:
     """Training tokens seen after `step`."""
@@ -44,18 +52,20 @@ class Plan:
 
   def scores(self, step: int) -> bool:
     """Whether this step's gradient still scores groups."""
-    return self.tokens(step - 1) < self.schedule.end
+    return self.schedule.at(self.tokens(step - 1)) > self.schedule.target
 
   def prunes(self, step: int) -> bool:
-    """Whether a prune follows this step."""
-    tokens = self.tokens(step)
-    if tokens <= self.schedule.begin or not self.scores(step):
+    """Whether a prune follows this step: not where the size rests."""
+    if not self.scores(step):
       return False
-    return step % self.every == 0 or self.last_prune(step)
+    since = max(step - self.every, 0)
+    falls = self.schedule.falls(self.tokens(since), self.tokens(step))
+    return (step % self.every == 0 and falls) or self.last_prune(step)
 
   def last_prune(self, step: int) -> bool:
     """Whether this is the step after which the target is reached."""
-    return self.scores(step) and self.tokens(step) >= self.schedule.end
+    reached = self.schedule.at(self.tokens(step)) == self.schedule.target
+    return self.scores(step) and reached
 
   def evaluates(self, step: int) -> bool:
     """Whether a held-out evaluation follows this step."""
@@ -69,9 +79,16 @@ class Plan:
 
 
 def make(
-  config: ml_collections.ConfigDict, source: structure.ModelConfig
+  config: ml_collections.ConfigDict,
+  source: structure.ModelConfig,
+  masks: structure.Groups | None = None,
 ) -> Plan:
   """Checks `config` against the source model and lays out the run.
+
+  Args:
+    config: as in `experiments/configs`.
+    source: architecture of the source's arrays.
+    masks: what is alive in a source that was pruned before; None: everything.
 
   Raises:
     errors.InputError: a value that cannot work, with the key to change.
@@ -83,11 +100,33 @@ def make(
       f'{source.context}; set --config.data.seq_len'
     )
   rules = selection.Rules.of(
+    config.prune.policy,
     config.prune.floors,
     config.prune.multiple_of,
     config.prune.price_embedding,
   )
-  selection.check_target(source, rules, config.prune.target_params)
+  cost = budgets.make(
+    source,
+    config.budget.kind,
+    format=config.budget.format,
+    context=config.budget.context,
+    table=config.budget.table,
+  )
+  target = cost.units(config.budget.target)
+  selection.check_target(source, rules, cost, target)
+  start = cost.of_config(source) if masks is None else cost.live(masks)
+  if target >= start:
+    raise errors.InputError(
+      f'budget.target {cost.text(target)} is not below the {cost.text(start)} '
+      'that are alive in the source model; set --config.budget.target'
+    )
+  widths = {} if masks is None else selection.live_widths(masks)
+  ragged = [t for t, w in widths.items() if np.ptp(w)]
+  if ragged and rules.policy == 'uniform':
+    raise errors.InputError(
+      f"prune.policy 'uniform' cannot go on from a source whose layers differ "
+      f'in width ({", ".join(ragged)}); set --config.prune.policy=ragged'
+    )
   per_step = (
     config.train.accumulate * config.data.batch_size * config.data.seq_len
   )
@@ -95,45 +134,61 @@ def make(
     tokens_per_step=per_step,
     steps=math.ceil(config.train.tokens / per_step),
     every=config.prune.every,
+    cost=cost,
     schedule=selection.Schedule(
       begin=config.prune.begin_tokens,
       end=config.prune.end_tokens,
-      start=source.num_params(),
-      target=config.prune.target_params,
+      start=start,
+      target=target,
+      kind=config.prune.schedule,
+      stages=config.prune.stages,
+      rest=config.prune.rest,
     ),
     rules=rules,
     quantum=structure.Groups(**config.shrink.quantum.to_dict()),
     shrink_threshold=config.shrink.threshold,
     eval_every=math.ceil(config.eval.every_tokens / per_step),
     checkpoint_every=config.checkpoint.every_steps,
-    compute=model.Compute(dtype=config.model.dtype, remat=config.model.remat),
+    recipe=steps.Recipe(
+      compute=model.Compute(dtype=config.model.dtype, remat=config.model.remat),
+      saliency=config.prune.saliency,
+      decay=config.prune.ema,
+      b1=config.optimizer.b1,
+      b2=config.optimizer.b2,
+      clip=config.optimizer.clip,
+      distill=config.distill.weight,
+      temperature=config.distill.temperature,
+      top_k=config.distill.top_k,
+    ),
+    damping=config.repair.damping if config.repair.enabled else None,
   )
 
 
 def _check_ranges(config):
   at_least_one = [
     'data.seq_len', 'data.batch_size', 'train.accumulate', 'train.tokens',
-    'train.log_every', 'prune.every', 'prune.target_params',
-    'prune.end_tokens', 'checkpoint.every_steps', 'checkpoint.keep',
-    'eval.every_tokens', 'shrink.quantum.heads', 'shrink.quantum.ffn',
-    'shrink.quantum.stem',
+    'train.log_every', 'prune.every', 'prune.end_tokens',
+    'checkpoint.every_steps', 'checkpoint.keep', 'eval.every_tokens',
+    'shrink.quantum.heads', 'shrink.quantum.ffn', 'shrink.quantum.stem',
+    'distill.top_k',
   ]  # fmt: skip
   for key in at_least_one:
     _require(config, key, lambda v: v >= 1, 'at least 1')
   for key in ('data.workers', 'prune.begin_tokens', 'optimizer.warmup_tokens',
               'optimizer.decay_tokens', 'eval.tokens_per_domain'):  # fmt: skip
     _require(config, key, lambda v: v >= 0, 'at least 0')
-  for key in ('optimizer.peak', 'optimizer.clip'):
+  for key in ('optimizer.peak', 'optimizer.clip', 'distill.temperature',
+              'repair.damping'):  # fmt: skip
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
     _require(config, key, lambda v: 0 <= v < 1, 'in [0, 1)')
+  _require(config, 'distill.weight', lambda v: 0 <= v <= 1, 'in [0, 1]')
   for key in ('optimizer.end', 'optimizer.weight_decay'):
     _require(config, key, lambda v: v >= 0, 'at least 0')
   for key, known in (
     ('optimizer.schedule', ('cosine', 'wsd')),
     ('model.dtype', ('float32', 'bfloat16')),
-    ('prune.policy', ('uniform',)),
-    ('prune.schedule', ('linear',)),
+    ('prune.saliency', saliency.KINDS),
   ):
     _require(config, key, known.__contains__, f'one of {", ".join(known)}')
   prune = config.prune

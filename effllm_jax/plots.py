@@ -1,11 +1,16 @@
 """How the figures of a report look: style, panels, lines and titles."""
 
+from collections.abc import Sequence
 import itertools
 import textwrap
 
+import matplotlib
 from matplotlib import axes
+from matplotlib import colors
 from matplotlib import figure
+from matplotlib import image
 from matplotlib import ticker
+from matplotlib import transforms
 import numpy as np
 
 from effllm_jax import runlog
@@ -126,14 +131,110 @@ def shrinks(ax: axes.Axes, run: runlog.Run) -> None:
     ax.vlines(x, 0, 1, transform=up, **style)
 
 
+def times(run: runlog.Run) -> tuple[colors.Colormap, colors.Normalize]:
+  """Colours of tokens at removal, from the first prune to the last.
+
+  What is alive (inf) is drawn in ink.
+  """
+  shades = matplotlib.colormaps['YlOrRd'](np.linspace(0.08, 0.82, 256))
+  colormap = colors.ListedColormap(shades, bad=INK, over=INK)
+  at = run.prune_tokens
+  first, last = (at[0], at[-1]) if len(at) else (0.0, run.tokens[-1])
+  # One prune only: its colour is the first one.
+  return colormap, colors.Normalize(first, last if last > first else first + 1)
+
+
+def grid(
+  ax: axes.Axes,
+  values: np.ndarray,
+  colormap: colors.Colormap,
+  norm: colors.Normalize,
+) -> image.AxesImage:
+  """Draws [layers, groups], a column per layer, with lines between columns.
+
+  Also between groups, where these are few.
+  """
+  layers, groups = values.shape
+  drawn = ax.imshow(
+    values.T,
+    cmap=colormap,
+    norm=norm,
+    aspect='auto',
+    origin='lower',
+    # As drawn: averaged neighbours would be times at which nothing happened.
+    interpolation='none',
+    extent=(-0.5, layers - 0.5, 0, groups),
+  )
+  ax.grid(False)
+  style = {'color': 'white', 'lw': 1.2 if layers <= 48 else 0.4}
+  thin = style | {'lw': 1.2 if groups <= 8 else 0.6}
+  ax.vlines(np.arange(1, layers) - 0.5, 0, groups, **style)
+  if groups <= 32:
+    ax.hlines(np.arange(1, groups), -0.5, layers - 0.5, **thin)
+    step = -(-groups // 8)
+    ax.set_yticks(np.arange(0, groups, step) + 0.5, range(0, groups, step))
+    ax.tick_params(axis='y', length=0)
+  else:
+    ax.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(12, integer=True))
+  return drawn
+
+
+def lost(ax: axes.Axes, layers: np.ndarray) -> None:
+  """Marks the layers that lost a whole block, above their columns."""
+  if len(layers):
+    up = ax.get_xaxis_transform()
+    # In points above the axes, whatever their height.
+    up += transforms.ScaledTranslation(0, 6 / 72, ax.figure.dpi_scale_trans)
+    style = {'color': '#c0392b', 'ms': 5, 'mew': 1.6, 'clip_on': False}
+    ax.plot(layers, np.ones(len(layers)), 'x', transform=up, **style)
+
+
+def time_bar(
+  fig: figure.Figure, drawn: image.AxesImage, beside: Sequence[axes.Axes]
+) -> None:
+  """The scale of `times`, with the ink of what is alive at its end."""
+  bar = fig.colorbar(
+    drawn,
+    ax=beside,
+    location='bottom',
+    extend='max',
+    extendfrac=0.05,
+    extendrect=True,
+    aspect=46,
+    pad=0.03,
+  )
+  bar.ax.xaxis.set_major_formatter(SI)
+  low, high = drawn.norm.vmin, drawn.norm.vmax
+  ticks = ticker.MaxNLocator(7).tick_values(low, high)
+  # None so late that its label would touch the word beside it.
+  last = high - 0.05 * (high - low)
+  # The scale of a single prune is one token wide.
+  several = high - low > 1
+  bar.set_ticks([x for x in ticks if low <= x <= last] if several else [low])
+  bar.set_label('training tokens at removal')
+  bar.outline.set_visible(False)
+  under = {'ha': 'center', 'va': 'top', 'color': '#444444'}
+  under['transform'] = bar.ax.transAxes + transforms.ScaledTranslation(
+    0, -7 / 72, fig.dpi_scale_trans
+  )
+  bar.ax.text(1.025, 0, 'alive', **under)
+
+
 def empty(ax: axes.Axes, text: str) -> None:
   """Says why there is nothing to see."""
   ax.text(0.5, 0.5, text, transform=ax.transAxes, ha='center', color='#777777')
   ax.set_yticks([])
 
 
-def title(ax: axes.Axes, text: str, legend: bool = True) -> None:
-  """Sets the title, and under it the legend of what has been drawn so far."""
+def title(
+  ax: axes.Axes, text: str, legend: bool = True, space: int = 8
+) -> None:
+  """Sets the title, and under it the legend of what has been drawn so far.
+
+  Without a legend, `space` points are left under the title.
+  """
   handles = ax.get_legend_handles_labels()[0] if legend else []
   if handles:
     ax.legend(
@@ -146,4 +247,4 @@ def title(ax: axes.Axes, text: str, legend: bool = True) -> None:
       columnspacing=1.4,
       fontsize=9,
     )
-  ax.set_title(textwrap.fill(text, 62), pad=24 if handles else 8)
+  ax.set_title(textwrap.fill(text, 62), pad=24 if handles else space)

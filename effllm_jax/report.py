@@ -74,10 +74,17 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
   name = str(about.get('name') or setting('source'))
   start, live = run.source_params(), run.train['live_params'][-1]
   source = [name, about.get('description'), about.get('licence')]
-  target = setting('prune.target_params')
-  if target.isdecimal():
-    share = tables.change(start, int(target))
-    target = f'at most {int(target):,} parameters ({share})'
+  kind, target = run.budget
+  if target is None:
+    target = 'not recorded'
+  else:
+    share = tables.change(run.source_cost(), target)
+    size = (
+      f'{target:,.0f} parameters'
+      if kind == 'params'
+      else tables.costs(kind, target, unit=True)
+    )
+    target = f'at most {size} ({share})'
   progress = (
     f'{"finished" if run.finished else "not finished"}: '
     f'{int(run.train["step"][-1]):,} steps, {int(run.tokens[-1]):,} tokens; '
@@ -113,6 +120,10 @@ _TYPES = (
   'heads are key/value heads with their query heads, ffn are feed-forward '
   'channels, stem is the width of the residual stream.'
 )
+_COST = (
+  'Tokens are those that the model was trained on. Scoring, repair and the '
+  'teacher are what pruning costs on top of plain training.'
+)
 _COMMAND = (
   'Runs the same configuration again, in a new workdir. Every value is written '
   'out, so it does not matter which file they came from.'
@@ -130,6 +141,10 @@ def _summary(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
   ]
   if run.shrinks:
     parts.append(tables.events(run).markdown())
+  parts += [tables.spent(run).markdown(), f'{_COST}\n']
+  layers = tables.layers(run)
+  if layers:
+    parts.append(layers.markdown())
   parts.append('## Figures\n')
   parts += [
     f'![{text(x.title)}]({x.name}.png)\n\n{text(x.caption)}\n' for x in drawn
@@ -157,7 +172,7 @@ def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
     f'<figcaption>{text(x.caption)}</figcaption></figure>\n'
     for x in drawn
   )
-  shrinks = tables.events(run)
+  shrinks, layers = tables.events(run), tables.layers(run)
   return string.Template(_HTML).substitute(
     title=text(title),
     facts=''.join(f'<dt>{text(k)}</dt><dd>{text(v)}</dd>\n' for k, v in facts),
@@ -165,6 +180,14 @@ def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
     compare=compare.html(),
     types=text(_TYPES),
     events=shrinks.html() if run.shrinks else '<p>None yet.</p>',
+    spent=tables.spent(run).html(),
+    cost=text(_COST),
+    layers=(
+      f'<details><summary>{text(layers.title)}</summary>\n{layers.html()}\n'
+      '</details>\n'
+      if layers
+      else ''
+    ),
     figures=pictures,
     config=tables.config(run).html(),
     about=text(_COMMAND),
@@ -224,9 +247,9 @@ tbody tr { border-top: 1px solid var(--line); }
 figure { margin: 0 0 1rem; padding: .8rem; break-inside: avoid; }
 img { display: block; width: 100%; height: auto; }
 figcaption { font-size: .9rem; margin-top: .6rem; }
-details .scroll td { text-align: left; white-space: normal;
+.config .scroll td { text-align: left; white-space: normal;
   overflow-wrap: anywhere; }
-details .scroll thead th { text-align: left; }
+.config .scroll thead th { text-align: left; }
 summary { cursor: pointer; font-weight: 600; font-size: 1.15rem;
   margin: 2rem 0 .6rem; }
 pre { padding: .8rem; overflow-x: auto; font-size: .85rem; }
@@ -264,7 +287,10 @@ $compare
 $figures</div>
 <h2>Shrinks</h2>
 $events
-<details><summary>Configuration</summary>
+<h2>Tokens and FLOPs spent</h2>
+$spent
+<p>$cost</p>
+$layers<details class="config"><summary>Configuration</summary>
 $config
 </details>
 <details><summary>Command</summary>

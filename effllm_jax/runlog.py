@@ -3,15 +3,19 @@
 A line of `metrics.jsonl` is one object whose `kind` says what it holds:
 
     train   step, tokens, loss (nats/token), seconds, tokens_per_second,
-            live_params, array_params, target_params (None before the schedule
-            begins), and per type: widths, price (nats/token per parameter,
-            None while nothing is scored), pruned (share of the source
-            model's groups)
+            live_params, array_params; live_cost and target_cost (None before
+            the schedule begins) in the unit of `budget.kind`; flops, spent
+            since the start of the run, by what they were spent on (FLOPS);
+            and per type: widths (mean over the layers), price (nats/token per
+            parameter, or per unit of the budget; None while nothing is
+            scored), pruned (share of the source model's groups)
     eval    step, tokens, phase, live_params, bits_per_byte, domains
     shrink  event, step, tokens, widths_before, widths_after, params_before,
             params_after, loss_before, loss_after, seconds
 
-`trace.jsonl` has one line per prune, of which only `tokens` is read here.
+`trace.jsonl` has one line per prune, of which `tokens` and `removed` are read:
+the groups that went, by their place in the source model, heads and ffn as
+[layer, index], stem as index.
 """
 
 import array
@@ -30,8 +34,10 @@ from effllm_jax import workdir
 
 _SCALARS = (
   'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
-  'array_params', 'target_params',
+  'array_params', 'live_cost', 'target_cost',
 )  # fmt: skip
+# What FLOPs are spent on.
+FLOPS = ('train', 'score', 'repair', 'teacher')
 _PER_TYPE = ('widths', 'price', 'pruned')
 _EVAL = ('step', 'tokens', 'phase', 'live_params', 'bits_per_byte', 'domains')
 _SHRINK = (
@@ -52,6 +58,9 @@ class Run:
     evals: held-out evaluations.
     shrinks: shrink events.
     prune_tokens: tokens seen at each prune, float64 [prunes].
+    removed: by pruning type, tokens seen when each group of the source model
+      went, inf where it is alive: float64, heads [N, K], ffn [N, F], stem [D].
+      Empty when the shape of the source model is not recorded.
   """
 
   name: str
@@ -61,6 +70,7 @@ class Run:
   evals: list[dict]
   shrinks: list[dict]
   prune_tokens: np.ndarray
+  removed: dict[str, np.ndarray]
 
   @property
   def tokens(self) -> np.ndarray:
@@ -77,6 +87,43 @@ class Run:
     """The newest evaluation of one phase; None before there is one."""
     return next((x for x in reversed(self.evals) if x['phase'] == phase), None)
 
+  @property
+  def budget(self) -> tuple[str, float | None]:
+    """What the target limits (`budget.kind`), and the target, if recorded."""
+    try:
+      budget = self.config['budget']
+      return str(budget['kind']), float(budget['target'])
+    except (KeyError, TypeError, ValueError):
+      return 'params', None
+
+  def source_cost(self) -> float:
+    """Cost of the source model in the unit of the budget; nan if not logged."""
+    if self.budget[0] == 'params':
+      return float(self.source_params())
+    # The first logged step may already have pruned something.
+    pruned = any(self.train[f'pruned.{t}'][0] for t in structure.TYPES)
+    return float('nan') if pruned else float(self.train['live_cost'][0])
+
+  def layer_widths(self, name: str, tokens: np.ndarray) -> np.ndarray:
+    """Live heads or ffn channels of each layer, int64 [len(tokens), N].
+
+    Args:
+      name: 'heads' or 'ffn'; `removed` must have it.
+      tokens: after how many tokens; inf is now.
+    """
+    # An inf counts as alive whatever the tokens are.
+    gone = [np.sort(layer[np.isfinite(layer)]) for layer in self.removed[name]]
+    count = [np.searchsorted(layer, tokens, side='right') for layer in gone]
+    return self.removed[name].shape[1] - np.stack(count, axis=-1)
+
+  def uneven(self) -> bool:
+    """Whether live widths differ by layer."""
+    return any(
+      np.ptp(np.isinf(self.removed[t]).sum(-1)) > 0
+      for t in ('heads', 'ffn')
+      if t in self.removed
+    )
+
   def source_params(self) -> int:
     """Parameters of the source model."""
     if self.shrinks:
@@ -85,6 +132,8 @@ class Run:
 
   def source_widths(self) -> dict[str, float]:
     """Widths of the source model by pruning type."""
+    if self.removed:
+      return {t: float(x.shape[-1]) for t, x in self.removed.items()}
     if self.shrinks:
       return self.shrinks[0]['widths_before']
     # The first logged step may already have pruned something.
@@ -143,6 +192,7 @@ def read(folder: str | os.PathLike) -> Run:
   columns |= {
     f'{x}.{t}': array.array('d') for x in _PER_TYPE for t in structure.TYPES
   }
+  columns |= {f'flops.{x}': array.array('d') for x in FLOPS}
   evals, shrinks, prune_tokens = [], [], array.array('d')
 
   def keep(row):
@@ -154,6 +204,8 @@ def read(folder: str | os.PathLike) -> Run:
         values = row[x] or dict.fromkeys(structure.TYPES)
         for t in structure.TYPES:
           columns[f'{x}.{t}'].append(_number(values[t]))
+      for x in FLOPS:
+        columns[f'flops.{x}'].append(_number(row['flops'][x]))
     elif kind == 'eval':
       evals.append({x: row[x] for x in _EVAL})
     elif kind == 'shrink':
@@ -165,20 +217,47 @@ def read(folder: str | os.PathLike) -> Run:
       f'{folder / "metrics.jsonl"} has no training step yet; run '
       f'experiments.main with --workdir={folder} first'
     )
-  _each(
-    folder / 'trace.jsonl',
-    lambda row: prune_tokens.append(_number(row['tokens'])),
-  )
   source = folder / 'source' / 'source.json'
+  about = _object(source) if source.is_file() else {}
+  removed = _alive(about, source)
+
+  def prune(row):
+    prune_tokens.append(_number(row['tokens']))
+    for t, at in removed.items():
+      index = np.asarray(row['removed'][t], np.int64).reshape(-1, at.ndim)
+      if ((index < 0) | (index >= at.shape)).any():
+        raise ValueError(f'removed.{t}')
+      at[tuple(index.T)] = prune_tokens[-1]
+
+  _each(folder / 'trace.jsonl', prune)
   return Run(
     name=folder.resolve().name,
     config=_object(folder / 'config.json'),
-    source=_object(source) if source.is_file() else {},
+    source=about,
     train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
     evals=evals,
     shrinks=shrinks,
     prune_tokens=np.asarray(prune_tokens),
+    removed=removed,
   )
+
+
+def _alive(about, path) -> dict[str, np.ndarray]:
+  """`Run.removed` before the first prune."""
+  cfg = about.get('cfg')
+  if cfg is None:
+    return {}
+  try:
+    return {
+      t: np.full(
+        [int(cfg[x]) for x in getattr(structure.GROUP_AXES, t)], np.inf
+      )
+      for t in structure.TYPES
+    }
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.InputError(
+      f'{path} lacks or misspells {e} in cfg; restore it'
+    ) from e
 
 
 def _number(value) -> float:

@@ -1,7 +1,8 @@
 """Existing models -> `structure.Params`, and what an export must carry over.
 
 A source is the default below (fetched from its package, which is not
-installed), a GGUF file, or a Hugging Face folder of safetensors.
+installed), a GGUF file, a Hugging Face folder of safetensors, or a model that a
+run has pruned: `events/<index>` or `checkpoints/<step>` of its workdir.
 """
 
 import dataclasses
@@ -11,12 +12,17 @@ import pathlib
 import tempfile
 import zipfile
 
+import jax
+import numpy as np
 import tokenizers
 
+from effllm_jax import checkpoints
 from effllm_jax import errors
+from effllm_jax import events
 from effllm_jax import fetch
 from effllm_jax import gguf_source
 from effllm_jax import hf_source
+from effllm_jax import selection
 from effllm_jax import structure
 from effllm_jax import weights
 
@@ -34,8 +40,8 @@ def load(
   """Loads a model.
 
   Args:
-    source: 'smollm2-135m', a .gguf file, or a folder with config.json,
-      safetensors and tokenizer.json.
+    source: 'smollm2-135m', a .gguf file, a folder with config.json,
+      safetensors and tokenizer.json, or an event or checkpoint of a run.
     cache: folder outside the repository for what is fetched.
     params: also read the weights; without, `Source.params` is None.
 
@@ -57,14 +63,36 @@ def load(
       description='SmolLM2-135M-Instruct, 4-bit Q4_1 GGUF',
     )
   path = pathlib.Path(source).expanduser()
+  if (path / 'arch').is_dir():
+    return _pruned(path, params)
   if path.is_dir():
     return hf_source.read(path, params)
   if path.suffix.lower() == '.gguf' and path.is_file():
     return gguf_source.read(path, params)
   raise errors.InputError(
     f'source {str(source)!r} is not known; set --config.source to {DEFAULT}, '
-    'to an existing .gguf file, or to a Hugging Face folder (config.json and '
-    'safetensors)'
+    'to an existing .gguf file, to a Hugging Face folder (config.json and '
+    "safetensors), or to a run's events/<index> or checkpoints/<step>"
+  )
+
+
+def _pruned(path: pathlib.Path, params: bool) -> Source:
+  """A model of a run, with its masks and its lineage."""
+  moment = checkpoints.read_moment(path)
+  first = load_saved(moment.path.parents[1] / 'source')
+  weights_, prune = checkpoints.read_model(moment)
+  masks, origin = (
+    jax.tree.map(np.asarray, x) for x in (prune.masks, prune.origin)
+  )
+  live = selection.live_params(masks, moment.cfg)
+  return dataclasses.replace(
+    first,
+    description=f'{first.description}, pruned to {live:,} parameters in '
+    f'{moment.step} steps',
+    cfg=moment.cfg,
+    params=jax.tree.map(np.asarray, weights_) if params else None,
+    masks=masks,
+    origin=events.compose(first.origin, origin),
   )
 
 
@@ -100,9 +128,12 @@ def save_tokenizer(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   about = {
     f.name: getattr(source, f.name)
     for f in dataclasses.fields(source)
-    if f.name not in ('tokenizer', 'params')
+    if f.name not in ('tokenizer', 'params', 'masks')
   }
   about['cfg'] = dataclasses.asdict(source.cfg)
+  about['origin'] = source.origin and {
+    t: getattr(source.origin, t).tolist() for t in structure.TYPES
+  }
   try:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / 'tokenizer.json', source.tokenizer.to_str())
@@ -130,6 +161,10 @@ def load_saved(folder: str | os.PathLike) -> Source:
     about = json.loads((folder / 'source.json').read_text(encoding='utf-8'))
     about['cfg'] = structure.ModelConfig(**about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
+    if about['origin']:
+      about['origin'] = structure.Groups(
+        **{t: np.asarray(about['origin'][t]) for t in structure.TYPES}
+      )
     text = (folder / 'tokenizer.json').read_text(encoding='utf-8')
     return Source(
       **about,

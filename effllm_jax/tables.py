@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import rich.box
 import rich.table
 import rich.text
@@ -21,7 +22,21 @@ LABELS = {
 _MINUS = '\N{MINUS SIGN}'
 _NONE = '\N{EN DASH}'
 # A number and its unit stay on one line.
-PERCENT = '\N{NO-BREAK SPACE}%'
+_SPACE = '\N{NO-BREAK SPACE}'
+PERCENT = f'{_SPACE}%'
+# What a budget can limit, by `budget.kind`.
+BUDGETS = {
+  'params': 'parameters',
+  'bytes': 'size',
+  'flops': 'FLOPs per token',
+  'ms': 'time',
+}
+_SPENT = {
+  'train': 'training',
+  'score': 'scoring',
+  'repair': 'repair',
+  'teacher': 'teacher',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +106,22 @@ def compare(run: runlog.Run) -> Table:
   before, after = run.source_widths(), run.widths()
   first, last = run.at_ends('seconds')
   live = run.train['live_params'][-1]
+  kind, _ = run.budget
   rows = [
     ('training tokens', _count, 0, pruned and pruned['tokens'], tokens),
     ('live parameters', _count, params, pruned and pruned['live_params'], live),
     ('parameters in arrays', _count, params, None, run.array_params()),
   ]
+  # Nothing is removed after the last prune: cost and widths of then are those
+  # now.
+  if kind != 'params':
+    cost, show = run.train['live_cost'][-1], lambda x: costs(kind, x)
+    name = BUDGETS.get(kind, kind)
+    rows.append((name, show, run.source_cost(), pruned and cost, cost))
+  mean = ', mean' if run.uneven() else ''
   for t in structure.TYPES:
-    # Nothing is removed after the last prune: the widths of then are those now.
-    rows.append((LABELS[t], _count, before[t], pruned and after[t], after[t]))
+    name = LABELS[t] + (mean if t != 'stem' else '')
+    rows.append((name, _count, before[t], pruned and after[t], after[t]))
   values = [x and x['bits_per_byte'] for x in evals]
   rows.append(('held-out bits per byte', _bits, *values))
   for domain in dict.fromkeys(d for x in evals if x for d in x['domains']):
@@ -148,6 +171,44 @@ def events(run: runlog.Run) -> Table:
   )  # fmt: skip
 
 
+def layers(run: runlog.Run) -> Table | None:
+  """Live widths of each layer; None while all layers have the same."""
+  if not run.uneven():
+    return None
+  heads, ffn = (np.isinf(run.removed[t]).sum(-1) for t in ('heads', 'ffn'))
+  K, F = (run.removed[t].shape[1] for t in ('heads', 'ffn'))
+  return Table(
+    title='Live widths by layer',
+    columns=('layer', f'heads of {K:,}', f'ffn channels of {F:,}'),
+    rows=tuple(
+      (str(n), _count(k), _count(f))
+      for n, (k, f) in enumerate(zip(heads, ffn, strict=True))
+    ),
+  )
+
+
+def spent(run: runlog.Run) -> Table:
+  """Tokens and FLOPs since the start of the run, by what they went into."""
+  last = {x: run.train[f'flops.{x}'][-1] for x in runlog.FLOPS}
+  total = sum(x for x in last.values() if _known(x))
+  tokens = {'train': run.tokens[-1]}
+  share = lambda x: (
+    f'{100 * x / total:.1f}{PERCENT}' if _known(x) and total else _NONE
+  )
+  count = lambda x: si(x) if _known(x) else _NONE
+  return Table(
+    title='Tokens and FLOPs spent',
+    columns=('', 'tokens', 'FLOPs', 'share of FLOPs'),
+    rows=(
+      *(
+        (_SPENT[x], count(tokens.get(x)), flops(y), share(y))
+        for x, y in last.items()
+      ),
+      ('total', count(run.tokens[-1]), flops(total), share(total)),
+    ),
+  )
+
+
 def config(run: runlog.Run) -> Table:
   """Every key of the configuration, as it is set on the command line."""
 
@@ -166,11 +227,36 @@ def config(run: runlog.Run) -> Table:
 
 def si(x: float, digits: int = 4) -> str:
   """A count as people say it: 20k, 134.5M, 1.5B."""
-  for scale, suffix in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-    # Not `>= scale`: 999,999 rounds to 1M, not to 1000k.
-    if abs(x) >= scale * (1 - 0.5 * 10.0**-digits):
-      return f'{x / scale:.{digits}g}{suffix}'
-  return f'{x:.{digits}g}'
+  return ''.join(_scaled(x, digits, 'kMBT'))
+
+
+def flops(x: float | None, digits: int = 4) -> str:
+  """FLOPs with their unit: 12.5 TFLOP."""
+  if not _known(x):
+    return _NONE
+  number, prefix = _scaled(x, digits, 'kMGTPEZY')
+  return f'{number}{_SPACE}{prefix}FLOP'
+
+
+def costs(kind: str, x: float | None, unit: bool = False) -> str:
+  """A cost as people say it: 134.5M, 269 MB, 2.1 GFLOP, 12.5 ms.
+
+  Args:
+    kind: `budget.kind`.
+    x: in the unit of the log.
+    unit: no label says what it is: 134.5M parameters, 2.1 GFLOP per token.
+  """
+  if not _known(x):
+    return _NONE
+  # Four digits at least, and no exponent: 0.1234, 215.2, 12,345.
+  plain = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
+  if kind == 'bytes':
+    return f'{plain(x / 1e6)}{_SPACE}MB'
+  if kind == 'ms':
+    return f'{plain(x)}{_SPACE}ms'
+  if kind == 'flops':
+    return flops(x) + (' per token' if unit else '')
+  return si(x) + (f' {BUDGETS.get(kind, kind)}' if unit else '')
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -184,6 +270,15 @@ def change(before: float | None, after: float | None) -> str:
 def markdown_text(text: str) -> str:
   """Text that Markdown shows as it is, on one line, also inside a table."""
   return re.sub(r'([\\`*|<>\[\]&])', r'\\\1', ' '.join(text.splitlines()))
+
+
+def _scaled(x, digits, suffixes):
+  for power, suffix in reversed([*enumerate(suffixes, 1)]):
+    scale = 1000.0**power
+    # Not `>= scale`: 999,999 rounds to 1M, not to 1000k.
+    if abs(x) >= scale * (1 - 0.5 * 10.0**-digits):
+      return f'{x / scale:.{digits}g}', suffix
+  return f'{x:.{digits}g}', ''
 
 
 def _known(x) -> bool:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from effllm_jax import accounting
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
@@ -29,6 +30,7 @@ from effllm_jax import sources
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
+from effllm_jax import teacher as teacher_lib
 from effllm_jax import workdir as workdir_lib
 
 # A shrink changes no number that matters: float32 sums in another order.
@@ -54,7 +56,7 @@ def run(
   # Everything that can be refused is checked before anything is written.
   workdir_lib.check(workdir, config.to_dict())
   source = sources.load(config.source, cache, params=False)
-  plan = plan_lib.make(config, source.cfg)
+  plan = plan_lib.make(config, source.cfg, source.masks)
   text = corpus.prepare(config.data.text, cache)
   batches = data.train_iterator(
     text,
@@ -75,13 +77,20 @@ def run(
     seq_len=config.data.seq_len,
     tokens_per_domain=config.eval.tokens_per_domain,
   )
+  teacher = None
+  if plan.recipe.distill:
+    teacher = sources.load(config.distill.teacher or config.source, cache)
+    teacher_lib.check(teacher, source)
+    teacher = teacher_lib.Teacher(teacher, plan.recipe)
   workdir_lib.claim(workdir, config.to_dict())
   # Read once and not held on to: the state has its own copy.
   initial = lambda: sources.load(config.source, cache).params
   try:
     if not checkpoints.moments(workdir):
       sources.save_tokenizer(source, workdir / 'source')
-    Run(config, workdir, plan, source.cfg, initial, batches, heldout).train()
+    Run(
+      config, workdir, plan, source, initial, teacher, batches, heldout
+    ).train()
   except OSError as e:
     raise checkpoints.write_error(e) from e
 
@@ -94,14 +103,24 @@ class Run:
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     plan: plan_lib.Plan,
-    source_cfg: structure.ModelConfig,
+    source: sources.Source,
     initial: Callable[[], structure.Params],
+    teacher: teacher_lib.Teacher | None,
     batches: Iterator[np.ndarray],
     heldout: dict[str, data.HeldOut],
   ):
-    """Restores the newest checkpoint of `workdir`, or takes `initial()`."""
+    """Restores the newest checkpoint of `workdir`, or takes `initial()`.
+
+    `source` is without its parameters, which `initial` loads.
+    """
     self.config, self.workdir, self.plan = config, workdir, plan
-    self.source_cfg = source_cfg
+    self.teacher = teacher
+    self.source_widths = {
+      t: float(w.mean())
+      for t, w in selection.live_widths(
+        source.masks or structure.all_alive(source.cfg)
+      ).items()
+    }
     self.batches, self.heldout = batches, heldout
     self.rate = steps.learning_rate(
       config.optimizer.schedule,
@@ -120,16 +139,25 @@ class Run:
     )
     restored = checkpoints.restore_latest(workdir, self.tx, batches)
     if restored:
-      self.state, self.cfg, self.num_events = restored
+      self.state, moment = restored
+      self.cfg, self.num_events = moment.cfg, moment.num_events
     else:
-      self.cfg, self.num_events = source_cfg, 0
+      self.cfg, self.num_events = source.cfg, 0
       params = jax.tree.map(jnp.asarray, initial())
-      self.state = state_lib.fresh_state(params, self.cfg, self.tx)
+      self.state = state_lib.fresh_state(
+        params, self.cfg, self.tx, source.masks
+      )
     self.first_step = int(self.state.step)
     resume = self.first_step if restored else -1
     self.metrics = workdir_lib.Log(workdir / 'metrics.jsonl', resume)
     self.trace = workdir_lib.Log(workdir / 'trace.jsonl', resume)
     self.writer = checkpoints.Writer(workdir, config.checkpoint.keep)
+    self.meter = accounting.Meter(
+      config.data.seq_len,
+      plan.tokens_per_step,
+      plan.recipe.compute.remat,
+      moment.flops if restored else None,
+    )
     self.compiled = {}
 
   def train(self) -> None:
@@ -158,23 +186,26 @@ class Run:
     )
     compile_seconds = self._compile(windows_ABT, plan.scores(step))
     start = time.perf_counter()
+    answers = self.teacher(windows_ABT) if self.teacher else None
     self.state, numbers = self.compiled[plan.scores(step)](
-      self.state, windows_ABT
+      self.state, windows_ABT, answers
+    )
+    self.meter.step(
+      self.cfg, plan.scores(step), self.teacher and self.teacher.cfg
     )
     log = step % self.config.train.log_every == 0 or step == plan.steps
     # Before anything is kept of this step: every checkpoint is a good one.
     if log or plan.prunes(step) or plan.checkpoints(step):
       self._check_finite(step, numbers)
     if plan.prunes(step):
-      self._prune(step)
+      self._prune(step, windows_ABT)
     seconds = time.perf_counter() - start
     row = (
       {
         'kind': 'train',
         'step': step,
         'tokens': plan.tokens(step),
-        'loss': float(numbers['loss']),
-        'grad_norm': float(numbers['grad_norm']),
+        **{name: float(number) for name, number in numbers.items()},
         'learning_rate': float(self.rate(step - 1)),
         # Includes the prune; not the compilation, the input or the shrink.
         'seconds': seconds,
@@ -194,9 +225,15 @@ class Run:
       self._evaluate(step, self._phase(step))
     # Last of all, so that a resume from here has lost nothing of this step.
     if event:
-      self.writer.save_event(event, self.state, self.batches)
+      self.writer.save_event(event, self.state, self.batches, self.meter.spent)
     elif plan.checkpoints(step):
-      self.writer.save(self.state, self.cfg, self.batches, self.num_events)
+      self.writer.save(
+        self.state,
+        self.cfg,
+        self.batches,
+        self.num_events,
+        self.meter.spent,
+      )
 
   def _compile(self, windows_ABT, score: bool) -> float:
     """Compiles the step once per architecture; returns the seconds it took."""
@@ -207,10 +244,10 @@ class Run:
     self.compiled[score] = steps.train_step.lower(
       self.state,
       windows_ABT,
+      self.teacher.compile(windows_ABT) if self.teacher else None,
       cfg=self.cfg,
       tx=self.tx,
-      compute=self.plan.compute,
-      decay=self.config.prune.ema,
+      recipe=self.plan.recipe,
       score=score,
     ).compile()
     # The first calls compile; the times of steps shall not include that.
@@ -228,19 +265,36 @@ class Run:
         'in a new --workdir'
       )
 
-  def _prune(self, step: int) -> None:
+  def _prune(self, step: int, windows_ABT) -> None:
     """Flips mask bits until the schedule's size is reached; logs what went."""
     prune, plan = self.state.prune, self.plan
     target = plan.schedule.at(plan.tokens(step))
     masks = self._select(target)
+    repaired = {}
+    if plan.damping is not None:
+      params, fits = steps.repair_step(
+        self.state.params,
+        prune.masks,
+        masks,
+        windows_ABT.reshape(-1, windows_ABT.shape[-1]),
+        cfg=self.cfg,
+        damping=plan.damping,
+      )
+      self.state = self.state.replace(params=params)
+      repaired = {'repair': jax.tree.map(float, fits)}
+      self.meter.repair(
+        self.cfg, [name for name, fit in fits.items() if fit['damping'] > 0]
+      )
     self.trace.write(
       {
         'step': step,
         'tokens': plan.tokens(step),
-        'target_params': target,
+        'target_cost': plan.cost.reported(target),
+        'live_cost': plan.cost.reported(plan.cost.live(masks)),
         'live_params': selection.live_params(masks, self.cfg),
         'removed': _named(prune.masks, masks, prune.origin),
         'price': self._prices(),
+        **repaired,
       }
     )
     self.state = self.state.replace(prune=prune.replace(masks=masks))
@@ -248,41 +302,50 @@ class Run:
   def _select(self, target: int) -> structure.Groups:
     prune = self.state.prune
     return selection.select(
-      prune.scores,
+      jax.tree.map(jnp.abs, prune.scores),
       prune.masks,
-      selection.split(target),
-      selection.split(self.plan.schedule.target),
-      self.cfg,
+      target,
+      self.plan.schedule.target,
       self.plan.rules,
+      self.plan.cost,
     )
 
   def _prices(self) -> dict[str, float]:
     prune = self.state.prune
     prices = selection.mean_prices(
-      prune.scores, prune.masks, self.cfg, self.plan.rules
+      jax.tree.map(jnp.abs, prune.scores),
+      prune.masks,
+      self.plan.rules,
+      self.plan.cost,
     )
-    return {t: float(getattr(prices, t)) for t in structure.TYPES}
+    # Infinite where a removal saves nothing: no number in JSON.
+    finite = lambda x: x if math.isfinite(x) else None
+    return {t: finite(float(getattr(prices, t))) for t in structure.TYPES}
 
   def _shrinks(self, step: int) -> bool:
-    """Whether enough is dead, or the target has been reached."""
+    """Whether that saves enough, or the target has been reached."""
     if not self.plan.prunes(step):
       return False
-    live = selection.live_params(self.state.prune.masks, self.cfg)
-    dead = 1 - live / self.cfg.num_params()
-    return dead > 0 and (
-      dead >= self.plan.shrink_threshold or self.plan.last_prune(step)
+    small = self._shrunk(step)
+    saved = 1 - small.num_params() / self.cfg.num_params()
+    return saved > 0 and (
+      saved >= self.plan.shrink_threshold or self.plan.last_prune(step)
     )
+
+  def _shrunk(self, step: int) -> structure.ModelConfig:
+    """What the arrays would be after a shrink: as wide as the widest layer."""
+    # In the end every width is real; until then tiles may want multiples.
+    exact = structure.Groups(heads=1, ffn=1, stem=1)
+    quantum = exact if self.plan.last_prune(step) else self.plan.quantum
+    return shrink.shrunk_config(self.state.prune.masks, self.cfg, quantum)
 
   def _shrink(self, step: int, windows_BT) -> events.ShrinkEvent:
     """Makes the arrays smaller; stops the run if that changed the loss."""
     start = time.perf_counter()
     self.progress.phase('shrinking')
     old, masks = self.cfg, self.state.prune.masks
-    # In the end every width is real; until then tiles may want multiples.
-    exact = structure.Groups(heads=1, ffn=1, stem=1)
-    quantum = exact if self.plan.last_prune(step) else self.plan.quantum
-    new = shrink.shrunk_config(masks, old, quantum)
-    compute = dataclasses.replace(self.plan.compute, dtype='float32')
+    new = self._shrunk(step)
+    compute = dataclasses.replace(self.plan.recipe.compute, dtype='float32')
     loss_before = float(
       steps.batch_loss(
         self.state.params, masks, windows_BT, cfg=old, compute=compute
@@ -347,7 +410,7 @@ class Run:
       self.state.prune.masks,
       self.heldout,
       self.cfg,
-      self.plan.compute,
+      self.plan.recipe.compute,
       self.config.data.batch_size,
     )
     self.metrics.write(
@@ -377,16 +440,20 @@ class Run:
     prune, plan = self.state.prune, self.plan
     live = selection.live_widths(prune.masks)
     tokens = plan.tokens(step)
-    source = self.source_cfg.widths()
+    source = self.source_widths
     return {
       'live_params': selection.live_params(prune.masks, self.cfg),
       'array_params': self.cfg.num_params(),
-      'target_params': (
-        plan.schedule.at(tokens) if tokens > plan.schedule.begin else None
+      'live_cost': plan.cost.reported(plan.cost.live(prune.masks)),
+      'target_cost': (
+        plan.cost.reported(plan.schedule.at(tokens))
+        if tokens > plan.schedule.begin
+        else None
       ),
       'widths': {t: float(w.mean()) for t, w in live.items()},
       'pruned': {t: 1 - float(w.mean()) / source[t] for t, w in live.items()},
       'price': self._prices() if plan.scores(step) else None,
+      'flops': dict(self.meter.spent),
     }
 
 

@@ -73,6 +73,10 @@ class Source:
     chat_template: Jinja template, or None.
     tokenizer: text to token ids.
     params: float32 numpy arrays, or None when only the rest was asked for.
+    masks: which groups of a model that a run has pruned are alive, numpy; None:
+      all of them.
+    origin: for a pruned model, which group of the first source sits in each
+      slot, numpy; None: its own.
   """
 
   name: str
@@ -88,6 +92,8 @@ class Source:
   chat_template: str | None
   tokenizer: tokenizers.Tokenizer
   params: structure.Params | None
+  masks: structure.Groups | None = None
+  origin: structure.Groups | None = None
 
 
 def file_shapes(

@@ -60,10 +60,10 @@ def main(argv: list[str]) -> None:
     return steps.train_step.lower(
       state,
       tokens,
+      None,
       cfg=cfg,
       tx=tx,
-      compute=plan.compute,
-      decay=config.prune.ema,
+      recipe=plan.recipe,
       score=score,
     ).compile()
 
@@ -71,10 +71,10 @@ def main(argv: list[str]) -> None:
     return selection.select(
       state.prune.scores,
       state.prune.masks,
-      selection.split(target),
-      selection.split(plan.schedule.target),
-      cfg,
+      target,
+      plan.schedule.target,
       plan.rules,
+      plan.cost,
     )
 
   # One state at a time per shape: a step donates what it gets.
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
   console = rich.console.Console()
   console.print(
     f'{device.device_kind}, jax {jax.__version__}, {plan.tokens_per_step} '
-    f'tokens a step, {jnp.dtype(plan.compute.dtype)}; '
+    f'tokens a step, {jnp.dtype(plan.recipe.compute.dtype)}; '
     f'{cfg.num_params():,} -> {small.num_params():,} parameters '
     f'(heads {small.K}, ffn {small.F}, stem {small.D})'
   )

@@ -2,7 +2,7 @@ r"""Prunes a model while it trains; run again with the same flags to resume.
 
     python -m experiments.main \
       --config=experiments/configs/smollm2_135m.py --workdir=runs/a \
-      [--config.prune.target_params=100_000_000]
+      [--config.budget.target=100e6]
 """
 
 import os

@@ -22,6 +22,7 @@ CFG = conftest.make_config()
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
+FLOPS = {'train': 10**18, 'score': 3}
 
 
 @pytest.fixture(scope='module', name='tx')
@@ -49,7 +50,7 @@ def write(workdir, tx, saved_steps, cfg=CFG):
   writer, data = checkpoints.Writer(workdir, keep=2), make_data()
   for step in range(max(saved_steps) + 1):
     if step in saved_steps:
-      writer.save(make_state(tx, step, cfg), cfg, data, num_events=0)
+      writer.save(make_state(tx, step, cfg), cfg, data, 0, FLOPS)
     next(data)
   writer.close()
 
@@ -64,8 +65,9 @@ def make_event(cfg, index=0, step=4):
 
 def restore(workdir, tx):
   data = make_data()
-  state, cfg, count = checkpoints.restore_latest(workdir, tx, data)
-  return state, cfg, count, next(data)
+  state, moment = checkpoints.restore_latest(workdir, tx, data)
+  assert moment.flops == FLOPS
+  return state, moment.cfg, moment.num_events, next(data)
 
 
 def test_round_trip_is_bit_identical(tmp_path, tx):
@@ -86,7 +88,7 @@ def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
   write(tmp_path, tx, [1, 3])
   writer = checkpoints.Writer(tmp_path, keep=2)
   event = make_event(CFG)
-  writer.save_event(event, make_state(tx, 4), make_data())
+  writer.save_event(event, make_state(tx, 4), make_data(), FLOPS)
   writer.close()
   state, _, count, _ = restore(tmp_path, tx)
   assert (int(state.step), count) == (4, 1)
@@ -105,7 +107,7 @@ def test_events_of_a_lost_future_are_removed(tmp_path, tx):
   writer = checkpoints.Writer(tmp_path, keep=2)
   for index, step in ((0, 4), (1, 6)):
     event = make_event(CFG, index, step)
-    writer.save_event(event, make_state(tx, step), make_data())
+    writer.save_event(event, make_state(tx, step), make_data(), FLOPS)
   writer.close()
   spoil(tmp_path / 'events' / '0')
   spoil(tmp_path / 'events' / '1')
@@ -165,7 +167,7 @@ def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path, tx):
 def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
   writer, data = checkpoints.Writer(tmp_path, keep=2), make_data()
   state = make_state(tx, 7)
-  writer.save(state, CFG, data, num_events=0)
+  writer.save(state, CFG, data, 0, FLOPS)
   overwrite = jax.jit(
     lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0
   )

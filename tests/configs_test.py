@@ -1,13 +1,18 @@
 """Every shipped config: loads, is locked, every key is read, none is unread."""
 
+import functools
 import importlib
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from effllm_jax import errors
 from effllm_jax import plan
+from effllm_jax import state as state_lib
+from effllm_jax import steps
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -18,6 +23,11 @@ NAMES = sorted(
 )
 SMOLLM2 = conftest.make_config(
   V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192
+)
+
+
+SMOLLM_1P7B = conftest.make_config(
+  V=49152, D=2048, N=24, K=32, G=1, H=64, F=8192, context=2048
 )
 
 
@@ -33,7 +43,7 @@ def small(**changes) -> ml_collections.ConfigDict:
 
 @pytest.mark.parametrize('name', NAMES)
 def test_is_a_valid_plan(name):
-  made = plan.make(load(name), SMOLLM2)
+  made = plan.make(load(name), SMOLLM_1P7B if '1p7b' in name else SMOLLM2)
   assert made.steps >= 1
   prunes = [s for s in range(1, made.steps + 1) if made.prunes(s)]
   assert prunes
@@ -72,8 +82,8 @@ def test_no_key_has_a_hidden_default():
     ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
     ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
     ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
-    ({'prune.target_params': 200_000_000}, 'is not below the source model'),
-    ({'prune.target_params': 1_000_000}, 'the size at the floors'),
+    ({'budget.target': 200_000_000.0}, 'is not below the source model'),
+    ({'budget.target': 1_000_000.0}, 'the size at the floors'),
   ],
 )
 def test_values_that_cannot_work_are_refused(change, message):
@@ -87,6 +97,40 @@ def test_pruning_ends_even_between_two_prunes():
   assert len(last) == 1
   assert made.prunes(last[0])
   assert last[0] % 7
+
+
+def test_the_paper_scale_needs_what_its_docstring_says():
+  """By abstract evaluation: no array of that size is ever made."""
+  name = 'smollm_1p7b_to_469m'
+  text = importlib.import_module(f'experiments.configs.{name}').__doc__
+  made = plan.make(load(name), SMOLLM_1P7B)
+  tx = steps.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
+  state = state_lib.abstract_state(SMOLLM_1P7B, tx)
+  size = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+  prunes = sum(made.prunes(s) for s in range(1, made.steps + 1))
+  for said in (
+    f'{SMOLLM_1P7B.num_params():,}',
+    f'{made.schedule.target:,}',
+    f'{made.steps:,} of {made.tokens_per_step:,} tokens; {prunes:,} prunes',
+    f'{size(state) / 1e9:.2f} GB',
+    f'parameters {size(state.params) / 1e9:.2f}',
+    f'moments {size(state.opt_state) / 1e9:.2f}',
+    f'origins {size(state.prune) / 1e6:.1f} MB',
+  ):
+    assert said in text
+  windows = jax.ShapeDtypeStruct((2, 4, 2049), jnp.int32)
+  after, numbers = jax.eval_shape(
+    functools.partial(
+      steps.train_step, cfg=SMOLLM_1P7B, tx=tx, recipe=made.recipe, score=True
+    ),
+    state,
+    windows,
+  )
+  same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+  assert jax.tree.all(jax.tree.map(same, after, state))
+  assert numbers['loss'].shape == ()
 
 
 def _leaves(tree, prefix=''):

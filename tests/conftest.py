@@ -232,7 +232,7 @@ def small_run(model_folder, text_folder, **changes):
     'optimizer.peak': 3e-3,
     'optimizer.warmup_tokens': 128,
     'optimizer.decay_tokens': 256,
-    'prune.target_params': 22_000,
+    'budget.target': 22_000.0,
     'prune.begin_tokens': 128,
     'prune.end_tokens': 18 * 64,
     'prune.floors.ffn': 8,

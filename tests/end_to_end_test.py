@@ -99,7 +99,7 @@ def test_live_parameters_never_exceed_the_schedule(finished):
   """Invariant 5, on the record of a real run."""
   trace = list(workdir_lib.read(finished / 'trace.jsonl'))
   assert len(trace) >= 8
-  assert all(row['live_params'] <= row['target_params'] for row in trace)
+  assert all(row['live_cost'] <= row['target_cost'] for row in trace)
 
 
 def test_one_compile_between_two_shrinks(finished):
@@ -212,8 +212,8 @@ def reached(workdir) -> int:
 
 
 def test_another_config_is_refused_with_the_difference(setting, finished):
-  done = setting.main(finished, **{'prune.target_params': 25_000})
-  refused(done, 'prune.target_params=22000 there, 25000 now', '--workdir')
+  done = setting.main(finished, **{'budget.target': 25_000.0})
+  refused(done, 'budget.target=22000.0 there, 25000.0 now', '--workdir')
 
 
 def test_another_worker_count_is_refused(setting, finished):
@@ -243,14 +243,14 @@ def test_a_corrupted_newest_checkpoint_falls_back(setting, finished):
   ('flag', 'words'),
   [
     (
-      '--config.prune.targt_params=5',
-      ("no key 'prune.targt_params'", "did you mean 'target_params'?"),
+      '--config.budget.targt=5',
+      ("no key 'budget.targt'", "did you mean 'target'?"),
     ),
     ('--config=no/such.py', ('--config cannot be read', 'no/such.py')),
     ('surplus', ("unexpected argument 'surplus'",)),
     ('--config.prune.every=soon', ('every', 'soon')),
-    ('--config.prune.target_params=99999999', ('99,999,999', 'not below')),
-    ('--config.prune.target_params=10', ('target_params 10 ', 'floors')),
+    ('--config.budget.target=99999999', ('99,999,999', 'not below')),
+    ('--config.budget.target=10', ('target 10 ', 'floors')),
     ('--config.source=no/such/model', ('no/such/model', '--config.source')),
     ('--config.data.text=no/such/text', ('no/such/text',)),
     ('--config.data.seq_len=4096', ('4096', '--config.data.seq_len')),

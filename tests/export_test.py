@@ -46,10 +46,10 @@ def _reference():
   return pytest.importorskip('transformers', reason='opens the export')
 
 
-def run(out, folder, cfg=CFG, params=None, pruning=None):
+def run(out, folder, cfg=CFG, params=None, pruning=None, masks=None):
   params = sources_test.random_params(cfg) if params is None else params
-  alive = structure.all_alive(cfg)
-  return export.hugging_face(params, alive, cfg, out, folder, pruning or {})
+  masks = structure.all_alive(cfg) if masks is None else masks
+  return export.hugging_face(params, masks, cfg, out, folder, pruning or {})
 
 
 def refuse(kind, match, tmp_path, folder, out=None):
@@ -182,14 +182,100 @@ def test_disk_that_runs_full(tmp_path, tokenizer_folder, reference):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_dead_groups_are_not_exported(tmp_path, tokenizer_folder):
-  masks = structure.all_alive(CFG)
-  masks = masks.replace(ffn=masks.ffn.at[1, 3].set(False))
-  params = sources_test.random_params(CFG)
+DEAD = {
+  'stem': lambda m: m.replace(stem=m.stem.at[3].set(False)),
+  # A slot that no layer uses is not padding.
+  'heads': lambda m: m.replace(heads=m.heads.at[:, 0].set(False)),
+  'ffn': lambda m: m.replace(ffn=m.ffn.at[0, 3].set(False).at[1, 5].set(False)),
+}
+
+
+@pytest.mark.parametrize('name', DEAD)
+def test_what_a_shrink_takes_out_is_not_exported(
+  tmp_path, tokenizer_folder, name
+):
+  masks = DEAD[name](structure.all_alive(CFG))
   with pytest.raises(ValueError, match='shrink'):
-    export.hugging_face(
-      params, masks, CFG, tmp_path / 'out', tokenizer_folder, {}
-    )
+    run(tmp_path / 'out', tokenizer_folder, masks=masks)
+  assert not (tmp_path / 'out').exists()
+
+
+# Three key/value heads; the stem is and is not a multiple of the query heads.
+RAGGED = {
+  'LlamaForCausalLM': dataclasses.replace(CFG, D=60, N=4, K=3),
+  'MistralForCausalLM': dataclasses.replace(CFG, N=4, K=3, tied=False),
+}
+
+
+def ragged(cfg, seed=0):
+  """Masks of which layer 0 is whole, 1 has no heads, 2 no feed-forward."""
+  masks = conftest.make_masks(cfg, seed)
+  return masks.replace(
+    heads=masks.heads.at[0].set(True).at[1].set(False),
+    ffn=masks.ffn.at[0].set(True).at[2].set(False),
+    stem=jax.numpy.ones_like(masks.stem),
+  )
+
+
+@pytest.mark.parametrize('architecture', RAGGED)
+def test_layers_of_different_widths(
+  tmp_path, tokenizer_folder, reference, architecture
+):
+  cfg = RAGGED[architecture]
+  params, masks = sources_test.random_params(cfg), ragged(cfg)
+  out = tmp_path / 'out'
+  report = run(out, tokenizer_folder, cfg, params, masks=masks)
+  assert report['architecture'] == architecture
+  assert 0 <= report['max_logit_diff'] < 1e-3
+
+  # What a stock class computes from the file, against the masked model.
+  opened = reference.AutoModelForCausalLM.from_pretrained(out)
+  assert type(opened).__name__ == architecture
+  tokens = np.random.default_rng(0).integers(0, cfg.V, (2, 40))
+  import torch
+
+  with torch.no_grad():
+    have = opened(torch.tensor(tokens)).logits.numpy()
+  want, _ = model.forward(params, masks, tokens, cfg)
+  dense, _ = model.forward(params, structure.all_alive(cfg), tokens, cfg)
+  np.testing.assert_allclose(have, want, atol=1e-3)
+  assert np.abs(want - dense).max() > 1
+
+  # Nothing dead is in the file, and everything alive is as it was.
+  saved = sources.load(out, sources_test.CACHE).params
+  dead = 0
+
+  def check(letters, leaf, kept):
+    nonlocal dead
+    alive = conftest.alive_entries(letters, leaf.shape, masks)
+    np.testing.assert_array_equal(kept, np.where(alive, leaf, 0))
+    assert (leaf != 0).all()
+    dead += (~alive).sum()
+
+  structure.map_axes(check, params, saved)
+  assert report['padding'] == dead
+  widths = json.loads((out / 'pruning.json').read_text())['layer_widths']
+  assert widths['heads'] == np.asarray(masks.heads).sum(-1).tolist()
+  assert widths['ffn'] == np.asarray(masks.ffn).sum(-1).tolist()
+  assert widths['heads'][:2] == [3, 0] and widths['ffn'][2] == 0
+
+
+def test_no_layer_has_heads(tmp_path, tokenizer_folder, reference):
+  cfg = dataclasses.replace(CFG, K=1)
+  masks = structure.all_alive(cfg)
+  masks = masks.replace(heads=jax.numpy.zeros_like(masks.heads))
+  report = run(tmp_path / 'out', tokenizer_folder, cfg, masks=masks)
+  assert report['padding'] == cfg.N * cfg.D * cfg.head_rows()
+
+
+def test_live_weights_under_a_wrong_mask_are_not_kept(
+  tmp_path, tokenizer_folder, reference, monkeypatch
+):
+  cfg = RAGGED['LlamaForCausalLM']
+  monkeypatch.setattr(export, '_padded', lambda params, masks: params)
+  with pytest.raises(RuntimeError, match=r'differs.*not kept'):
+    run(tmp_path / 'out', tokenizer_folder, cfg, masks=ragged(cfg))
+  assert not list(tmp_path.iterdir())
 
 
 def test_without_torch(tmp_path, tokenizer_folder, monkeypatch):
@@ -217,27 +303,34 @@ def test_smollm2(tmp_path, reference):
   assert chat.endswith('<|im_start|>user\nHi<|im_end|>\n')
 
 
-def test_command_takes_out_what_is_masked(
-  tmp_path, tokenizer_folder, reference
-):
-  workdir = tmp_path / 'run'
+def write_checkpoint(workdir, tokenizer_folder, edit):
+  """A run's folder after step 5; `edit` makes the masks. Params and masks."""
   source = sources.load_saved(tokenizer_folder)
   sources.save_tokenizer(source, workdir / 'source')
   tx = steps.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(jax.numpy.asarray, sources_test.random_params(CFG))
   state = state_lib.fresh_state(params, CFG, tx)
-  masks = state.prune.masks
-  masks = masks.replace(
-    heads=masks.heads.at[:, 0].set(False), ffn=masks.ffn.at[:, 80:].set(False)
-  )
+  masks = edit(state.prune.masks)
   prune = state.prune.replace(masks=masks)
   state = state.replace(step=jax.numpy.int32(5), prune=prune)
   writer = checkpoints.Writer(workdir, keep=1)
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
-  writer.save(state, CFG, data, num_events=0)
+  writer.save(state, CFG, data, 0, {})
   writer.close()
+  return params, masks
 
-  out = tmp_path / 'out'
+
+def test_command_takes_out_what_is_masked(
+  tmp_path, tokenizer_folder, reference
+):
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  params, masks = write_checkpoint(
+    workdir,
+    tokenizer_folder,
+    lambda m: m.replace(
+      heads=m.heads.at[:, 0].set(False), ffn=m.ffn.at[:, 80:].set(False)
+    ),
+  )
   done = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
   assert done.returncode == 0, done.stderr
   assert str(out) in done.stdout and 'model.safetensors' in done.stdout
@@ -255,3 +348,40 @@ def test_command_takes_out_what_is_masked(
   again = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
   assert again.returncode == 2
   assert again.stderr.strip().count('\n') == 0 and 'not empty' in again.stderr
+
+
+def test_command_fills_up_narrower_layers(
+  tmp_path, tokenizer_folder, reference
+):
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  params, masks = write_checkpoint(
+    workdir,
+    tokenizer_folder,
+    lambda m: m.replace(
+      heads=m.heads.at[0].set(False).at[1, 0].set(False),
+      ffn=m.ffn.at[0, 80:].set(False).at[1, :90].set(False),
+      stem=m.stem.at[5].set(False),
+    ),
+  )
+  done = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  small = sources.load(out, sources_test.CACHE)
+  assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 63)
+  padding = 63 * (small.cfg.head_rows() + 3 * (80 - 6))
+  lines = [' '.join(x.split()) for x in done.stdout.splitlines()]
+  assert f'of them zero padding {padding:,}' in lines
+  assert f'parameters {small.cfg.num_params():,}' in lines
+  tokens = np.arange(40)[None]
+  want, _ = model.forward(params, masks, tokens, CFG)
+  have, _ = model.forward(
+    small.params, structure.all_alive(small.cfg), tokens, small.cfg
+  )
+  np.testing.assert_allclose(have, want, atol=1e-3)
+  pruning = json.loads((out / 'pruning.json').read_text())
+  assert pruning['layer_widths'] == {'heads': [0, 1], 'ffn': [80, 6]}
+  assert pruning['widths'] == {'heads': 1, 'ffn': 80, 'stem': 63}
+  assert pruning['origin']['heads'] == [[-1], [1]]
+  wide, narrow = pruning['origin']['ffn']
+  assert sorted(wide) == list(range(80))
+  assert sorted(narrow[:6]) == list(range(90, 96)) and narrow[6:] == [-1] * 74
+  assert sorted(pruning['origin']['stem']) == [x for x in range(64) if x != 5]

@@ -10,12 +10,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
-  'errors', 'structure', 'model', 'saliency', 'selection', 'repair', 'state',
-  'shrink', 'events', 'steps', 'fetch', 'workdir', 'checkpoints',
+  'errors', 'structure', 'model', 'distillation', 'saliency', 'budgets',
+  'selection', 'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
+  'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
-  'export', 'plan', 'evaluate', 'runlog', 'tables', 'plots', 'figures',
-  'report', 'console', 'train',
+  'teacher', 'export', 'plan', 'evaluate', 'runlog', 'tables', 'plots',
+  'figures', 'report', 'console', 'train',
 ]  # fmt: skip
 # Package -> the only modules of effllm_jax that may import it.
 ONLY = {

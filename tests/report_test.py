@@ -14,6 +14,7 @@ import pytest
 import rich.console
 
 from effllm_jax import errors
+from effllm_jax import figures
 from effllm_jax import plots
 from effllm_jax import report
 from effllm_jax import runlog
@@ -21,18 +22,89 @@ from effllm_jax import tables
 from experiments.configs import smollm2_135m
 
 ROOT = pathlib.Path(__file__).parent.parent
-FIGURES = ('size', 'price', 'loss', 'widths', 'speed')
+FIGURES = ('size', 'price', 'loss', 'widths', 'layers', 'speed')
 
 # Of SmolLM2-135M, which has three key/value heads of three query heads each.
-V, N, G, H = 49152, 30, 3, 64
+CFG = {'V': 49152, 'D': 576, 'N': 30, 'K': 3, 'G': 3, 'H': 64, 'F': 1536}
+N = CFG['N']
+# Cost of a parameter in the unit of each budget.
+UNITS = {'params': 1, 'bytes': 2.0, 'flops': 1.9, 'ms': 1e-7}
+# In a ragged run: layers that lose all of a type.
+NO_HEADS, NO_FFN = (7, 12), (28,)
+
+
+def _rows(heads, ffn):
+  """Rows of length D: `heads` and `ffn` are sums over the layers."""
+  per_head = (2 * CFG['G'] + 2) * CFG['H']
+  return heads * per_head + 3 * ffn + CFG['V'] + 2 * N + 1
 
 
 def _params(widths):
-  per_layer = widths['heads'] * (2 * G + 2) * H + 3 * widths['ffn']
-  return round(widths['stem'] * (N * per_layer + V + 2 * N + 1))
+  """Parameters of arrays with these widths."""
+  return widths['stem'] * _rows(N * widths['heads'], N * widths['ffn'])
 
 
-def write_run(folder, steps=60, until=None, seed=0):
+class _Masks:
+  """What is alive: the bookkeeping of a synthetic run."""
+
+  def __init__(self, rng, ragged):
+    self.rng, self.ragged = rng, ragged
+    self.alive = {
+      'heads': np.ones((N, CFG['K']), bool),
+      'ffn': np.ones((N, CFG['F']), bool),
+      'stem': np.ones(CFG['D'], bool),
+    }
+    self.removed = {}
+    # Layers in the middle get narrower, as they do in real runs.
+    weights = 0.2 + np.exp(-(((np.arange(N) - 14) / 7) ** 2))
+    self.weights = weights / weights.sum()
+
+  def widths(self):
+    """As the log says: means over the layers."""
+    return {t: float(x.sum(-1).mean()) for t, x in self.alive.items()}
+
+  def arrays(self):
+    """Those of the widest layer."""
+    return {t: int(x.sum(-1).max()) for t, x in self.alive.items()}
+
+  def params(self):
+    rows = _rows(*(int(self.alive[t].sum()) for t in ('heads', 'ffn')))
+    return int(self.alive['stem'].sum()) * rows
+
+  def remove(self, t, count, layer=None):
+    live = self.alive[t] if layer is None else self.alive[t][layer]
+    index = self.rng.permutation(np.flatnonzero(live))[:count].tolist()
+    live[index] = False
+    self.removed.setdefault(t, []).extend(
+      index if layer is None else [[layer, i] for i in index]
+    )
+
+  def prune(self, target, progress):
+    """Removes until `target` parameters are left; returns what went."""
+    self.removed = {'heads': [], 'ffn': [], 'stem': []}
+    if self.ragged:
+      # One head after another, the last one late.
+      for layer in NO_HEADS:
+        more = round(4 * progress - layer / 12) - int(
+          (~self.alive['heads'][layer]).sum()
+        )
+        self.remove('heads', max(0, more), layer)
+      for layer in NO_FFN:
+        self.remove('ffn', 400 if progress > 0.5 else 0, layer)
+    while self.params() > target:
+      if self.ragged:
+        self.remove('ffn', 8, int(self.rng.choice(N, p=self.weights)))
+      else:
+        for layer in range(N):
+          self.remove('ffn', 1, layer)
+      if self.rng.random() < (0.02 if self.ragged else 0.1):
+        self.remove('stem', 1)
+    return self.removed
+
+
+def write_run(
+  folder, steps=60, until=None, seed=0, ragged=False, kind='params'
+):
   """Writes the workdir of a run of `steps`, stopped after `until` steps.
 
   The arithmetic of sizes is that of SmolLM2-135M; losses and times are drawn
@@ -43,14 +115,15 @@ def write_run(folder, steps=60, until=None, seed=0):
   begin, end = round(0.1 * steps), round(0.7 * steps)
   full = {'heads': 3, 'ffn': 1536, 'stem': 576}
   dense, goal, per_step = _params(full), 107_600_000, 512
-  arrays, widths, metrics, trace = dict(full), dict(full), [], []
+  unit, masks = UNITS[kind], _Masks(np.random.default_rng(seed), ragged)
+  arrays, metrics, trace = dict(full), [], []
   domains = {'docs': 0.1, 'code': -0.12, 'drama': 0.3, 'verse': 0.21}
+  flops = dict.fromkeys(('train', 'score', 'repair', 'teacher'), 0.0)
 
   def evaluate(step, phase, bits):
-    live = _params(widths)
     metrics.append(
       {'kind': 'eval', 'step': step, 'tokens': step * per_step,
-       'phase': phase, 'live_params': live, 'bits_per_byte': bits,
+       'phase': phase, 'live_params': masks.params(), 'bits_per_byte': bits,
        'domains': {d: bits + x for d, x in domains.items()},
        'nats_per_token': bits * 3, 'bytes': 50_000,
        'seconds': 9.0}
@@ -59,19 +132,20 @@ def write_run(folder, steps=60, until=None, seed=0):
   evaluate(0, 'source', 0.997)
   for step in range(1, until + 1):
     share = min(1.0, max(0.0, (step - begin) / (end - begin)))
-    target = dense - share * (dense - goal) if step > begin else None
+    target = round(dense - share * (dense - goal)) if step > begin else None
     prunes = begin < step <= end and (step % 2 == 0 or step == end)
+    flops['train'] += 6.0 * _params(arrays) * per_step
+    flops['score'] += 5e8 * (step <= end)
     if prunes:
-      before = dict(widths)
-      while _params(widths) > target:
-        widths['ffn' if widths['ffn'] % 9 else 'stem'] -= 1
-        widths['ffn'] -= 1
+      removed = masks.prune(target, share)
+      flops['repair'] += 4e10
       trace.append(
-        {'step': step, 'tokens': step * per_step, 'target_params': target,
-         'live_params': _params(widths), 'price': {},
-         'removed': {'ffn': [[0, i] for i in range(before['ffn'])][:3]}}
+        {'step': step, 'tokens': step * per_step, 'target_cost': target * unit,
+         'live_cost': masks.params() * unit, 'live_params': masks.params(),
+         'price': {}, 'removed': removed}
       )  # fmt: skip
-    drop = 1 - _params(widths) / dense
+    live, widths = masks.params(), masks.widths()
+    drop = 1 - live / dense
     recovered = 0.35 * max(0.0, (step - end) / (steps - end))
     loss = 3.35 + 4.2 * drop * (1 - recovered) + rng.normal(0, 0.12)
     price = 1.6e-7 * (1 + 5 * drop)
@@ -81,16 +155,17 @@ def write_run(folder, steps=60, until=None, seed=0):
       'grad_norm': 1.3, 'learning_rate': 3e-4, 'seconds': seconds,
       'compile_seconds': 0.0, 'data_seconds': 0.001,
       'tokens_per_second': per_step / seconds,
-      'live_params': _params(widths), 'array_params': _params(arrays),
-      'target_params': target, 'widths': dict(widths),
+      'live_params': live, 'array_params': _params(arrays),
+      'live_cost': live * unit, 'target_cost': target and target * unit,
+      'flops': dict(flops), 'widths': widths,
       'pruned': {t: 1 - w / full[t] for t, w in widths.items()},
       'price': {
         t: price * k * rng.lognormal(0, 0.05)
         for t, k in {'heads': 1.4, 'ffn': 1.0, 'stem': 1.1}.items()
       } if step <= end else None,
     }  # fmt: skip
-    smaller = dict(widths)
-    if prunes and (step == end or _params(widths) < 0.93 * _params(arrays)):
+    smaller = masks.arrays()
+    if prunes and (step == end or _params(smaller) < 0.93 * _params(arrays)):
       metrics.append(
         {'kind': 'shrink', 'event': sum(x['kind'] == 'shrink' for x in metrics),
          'step': step, 'tokens': step * per_step, 'widths_before': arrays,
@@ -111,8 +186,9 @@ def write_run(folder, steps=60, until=None, seed=0):
     'source': 'smollm2-135m', 'seed': seed,
     'data': {'text': 'pypi', 'seq_len': 256, 'batch_size': 2, 'weights': {}},
     'optimizer': {'schedule': 'cosine', 'peak': 3e-4, 'warmup_tokens': 1024},
+    'budget': {'kind': kind, 'target': goal * unit},
     'prune': {
-      'target_params': goal, 'policy': 'uniform', 'every': 2,
+      'policy': 'ragged' if ragged else 'uniform', 'every': 2,
       'begin_tokens': begin * per_step, 'end_tokens': end * per_step,
       'schedule': 'linear', 'floors': {'heads': 1, 'ffn': 64, 'stem': 64},
       'multiple_of': {'heads': 1, 'ffn': 64, 'stem': 64}, 'ema': 0.9,
@@ -125,7 +201,9 @@ def write_run(folder, steps=60, until=None, seed=0):
   (folder / 'metrics.jsonl').write_text(lines(metrics))
   (folder / 'trace.jsonl').write_text(lines(trace))
   (folder / 'source' / 'source.json').write_text(
-    json.dumps({'name': 'smollm2-135m', 'description': 'a small Llama'})
+    json.dumps(
+      {'name': 'smollm2-135m', 'description': 'a small Llama', 'cfg': CFG}
+    )
   )
   return metrics
 
@@ -195,11 +273,11 @@ def test_table_has_the_numbers_of_the_run(done):
   )  # fmt: skip
   assert rows['live parameters'] == (
     '134,515,008', f'{pruned["live_params"]:,}', f'{live:,}',
-    '\N{MINUS SIGN}20.1\N{NO-BREAK SPACE}%',
+    '\N{MINUS SIGN}20.0\N{NO-BREAK SPACE}%',
   )  # fmt: skip
   assert rows['parameters in arrays'][2] == f'{live:,}'
   ffn = train[-1]['widths']['ffn']
-  assert rows['ffn channels per layer'][:3] == ('1,536', *2 * [f'{ffn:,}'])
+  assert rows['ffn channels per layer'][:3] == ('1,536', *2 * [f'{ffn:,.0f}'])
   assert rows['heads per layer'] == ('3', '3', '3', 'unchanged')
   bits = [e['bits_per_byte'] for e in (evals[0], pruned, evals[-1])]
   assert rows['held-out bits per byte'][:3] == tuple(f'{x:.4f}' for x in bits)
@@ -229,8 +307,17 @@ def test_all_forms_of_a_table_say_the_same(done):
     assert f'{event["step"]}' in row
 
 
-def test_figures_are_pictures(done):
-  _, out, _ = done
+@pytest.fixture(name='ragged', scope='module')
+def _ragged(tmp_path_factory):
+  """As `done`, of layers with different widths and a budget in bytes."""
+  folder = tmp_path_factory.mktemp('runs') / 'r'
+  metrics = write_run(folder, ragged=True, kind='bytes')
+  return folder, report.build(folder), metrics
+
+
+@pytest.mark.parametrize('which', ['done', 'ragged'])
+def test_figures_are_pictures(which, request):
+  _, out, _ = request.getfixturevalue(which)
   for name in FIGURES:
     pixels = image.imread(out / f'{name}.png')[..., :3]
     height, width, _ = pixels.shape
@@ -241,6 +328,152 @@ def test_figures_are_pictures(done):
     for half in np.split(pixels[: height // 2 * 2], 2):
       for part in np.array_split(half, 2, axis=1):
         assert part.std() > 0.02
+
+
+def replay(folder):
+  """Masks after every prune, by tokens, as the trace tells it."""
+  alive = {
+    'heads': np.ones((N, CFG['K']), bool), 'ffn': np.ones((N, CFG['F']), bool)
+  }  # fmt: skip
+  for line in (folder / 'trace.jsonl').read_text().splitlines():
+    row = json.loads(line)
+    for t, mask in alive.items():
+      for layer, index in row['removed'][t]:
+        assert mask[layer, index]
+        mask[layer, index] = False
+    yield row['tokens'], {t: mask.copy() for t, mask in alive.items()}
+
+
+@pytest.mark.parametrize('which', ['done', 'ragged'])
+def test_layer_maps_are_what_the_trace_says(which, request):
+  folder, _, metrics = request.getfixturevalue(which)
+  run = runlog.read(folder)
+  maps = figures.layer_maps(run)
+  prunes = dict(replay(folder))
+  assert maps['heads'].shape == (N, 3) and maps['ffn'].shape == (N, 1536)
+  for tokens, alive in prunes.items():
+    np.testing.assert_array_equal(maps['heads'] > tokens, alive['heads'])
+    width = alive['ffn'].sum(-1)
+    # The live ones at the bottom, and nothing alive above a dead one.
+    np.testing.assert_array_equal(
+      maps['ffn'] > tokens, np.arange(1536) < width[:, None]
+    )
+    np.testing.assert_array_equal(run.layer_widths('ffn', [tokens])[0], width)
+  gone = maps['ffn'][np.isfinite(maps['ffn'])]
+  assert set(gone.tolist()) <= set(prunes)
+  # Another way to the same widths: the rows of the metrics.
+  for t in ('heads', 'ffn'):
+    means = run.layer_widths(t, run.tokens).mean(-1)
+    np.testing.assert_allclose(means, run.train[f'widths.{t}'], rtol=1e-12)
+    first = run.layer_widths(t, [0])[0]
+    np.testing.assert_array_equal(first, run.source_widths()[t])
+  stem = np.isinf(run.removed['stem']).sum()
+  assert stem == rows_of(metrics, 'train')[-1]['widths']['stem'] < 576
+  live = {t: np.isinf(x).sum(-1) for t, x in maps.items()}
+  if which == 'ragged':
+    assert np.flatnonzero(live['heads'] == 0).tolist() == list(NO_HEADS)
+    assert np.flatnonzero(live['ffn'] == 0).tolist() == list(NO_FFN)
+    assert len(set(maps['heads'][NO_HEADS[0]].tolist())) == 3
+  else:
+    assert (live['heads'] == 3).all() and np.ptp(live['ffn']) == 0
+
+
+def test_layer_maps_before_the_first_prune(tmp_path):
+  write_run(tmp_path / 'a', until=3)
+  run = runlog.read(tmp_path / 'a')
+  assert all(np.isinf(x).all() for x in figures.layer_maps(run).values())
+  summary = (report.build(tmp_path / 'a') / 'summary.md').read_text()
+  assert (
+    '![heads: all 3 alive in every layer; ffn channels: all 1,536 alive in '
+    'every layer](layers.png)'
+  ) in summary
+  # A source model whose shape is not recorded: said so, and no table.
+  edit(tmp_path / 'a/source/source.json', lambda x: x.pop('cfg'))
+  summary = (report.build(tmp_path / 'a') / 'summary.md').read_text()
+  assert '![heads by layer; ffn channels by layer](layers.png)' in summary
+
+
+def test_title_names_the_layers(done, ragged):
+  _, out, _ = ragged
+  live = np.isinf(runlog.read(ragged[0]).removed['ffn']).sum(-1)
+  most, least = int(live.argmax()), int(np.where(live, live, 9999).argmin())
+  summary = (out / 'summary.md').read_text()
+  assert (
+    'heads: none left in layers 7, 12, elsewhere 3 (28 layers) of 3; '
+    f'ffn channels: none left in layer 28, elsewhere {live[least]:,} '
+    f'(layer {least}) to {live[most]:,} (layer {most}) of 1,536'
+  ) in summary
+  summary = (done[1] / 'summary.md').read_text()
+  assert 'heads: all 3 alive in every layer; ffn channels: 1,1' in summary
+  assert 'of 1,536 alive in every layer' in summary
+
+
+def test_table_of_layers_only_where_they_differ(done, ragged):
+  assert tables.layers(runlog.read(done[0])) is None
+  for form in ('index.html', 'summary.md'):
+    assert 'Live widths by layer' not in (done[1] / form).read_text()
+    assert 'Live widths by layer' in (ragged[1] / form).read_text()
+  *_, (_, alive) = replay(ragged[0])
+  page = Page(ragged[1] / 'index.html')
+  for n in range(N):
+    heads, ffn = alive['heads'][n].sum(), alive['ffn'][n].sum()
+    assert [str(n), f'{heads}', f'{ffn:,}'] in page.rows
+  assert ['layer', 'heads of 3', 'ffn channels of 1,536'] in page.rows
+  rows = {r[0] for r in report.table(ragged[0]).rows}
+  assert {'heads per layer, mean', 'stem width'} <= rows
+
+
+def test_table_of_cost(done):
+  folder, out, metrics = done
+  spent = rows_of(metrics, 'train')[-1]['flops']
+  total = sum(spent.values())
+  dash, space = '\N{EN DASH}', '\N{NO-BREAK SPACE}'
+  table = tables.spent(runlog.read(folder))
+  rows = {r[0]: r[1:] for r in table.rows}
+  share = 100 * spent['score'] / total
+  assert rows['scoring'] == (
+    dash, f'{spent["score"] / 1e9:.4g}{space}GFLOP', f'{share:.1f}{space}%',
+  )  # fmt: skip
+  assert rows['training'][:2] == (
+    '30.72k', f'{spent["train"] / 1e12:.4g}{space}TFLOP',
+  )  # fmt: skip
+  assert rows['teacher'] == (dash, f'0{space}FLOP', f'0.0{space}%')
+  assert rows['total'] == (
+    '30.72k', f'{total / 1e12:.4g}{space}TFLOP', f'100.0{space}%',
+  )  # fmt: skip
+  page = Page(out / 'index.html')
+  assert all(list(row) in page.rows for row in (table.columns, *table.rows))
+  assert table.markdown() in (out / 'summary.md').read_text()
+
+
+COSTS = {
+  'bytes': ('size', '269 MB', '215.2 MB', '215.2 MB'),
+  'flops': (
+    'FLOPs per token', '255.6 MFLOP', '204.4 MFLOP', '204.4 MFLOP per token',
+  ),
+  'ms': ('time', '13.45 ms', '10.76 ms', '10.76 ms'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', COSTS)
+def test_budgets_other_than_parameters(tmp_path, kind):
+  name, before, after, target = COSTS[kind]
+  write_run(tmp_path / 'a', kind=kind, ragged=True)
+  spaced = lambda text: text.replace('\N{NO-BREAK SPACE}', ' ')
+  rows = {r[0]: r[1:] for r in report.table(tmp_path / 'a').rows}
+  change = '\N{MINUS SIGN}20.0 %'
+  assert tuple(map(spaced, rows[name])) == (before, after, after, change)
+  summary = spaced((report.build(tmp_path / 'a') / 'summary.md').read_text())
+  assert f'- target: at most {target} ({change}), ragged policy\n' in summary
+  title = f'{name[0].upper()}{name[1:]}: {before} to {after} ({change})'
+  assert f'tokens; {title}](size.png)' in summary
+
+
+def test_budget_of_parameters_is_one_panel(done):
+  text = (done[1] / 'summary.md').read_text()
+  assert 'tokens](size.png)' in text
+  assert '- target: at most 107,600,000 parameters (' in text
+  assert image.imread(done[1] / 'size.png').shape[0] < 700
 
 
 def test_page_is_self_contained(done):
@@ -261,7 +494,7 @@ def test_command_gives_the_same_config(tmp_path):
   write_run(tmp_path / 'a b')
   config = smollm2_135m.get_config()
   config.seed, config.model.remat, config.data.text = 7, True, "my 'own' texts"
-  config.optimizer.peak, config.prune.target_params = 1.25e-4, 99_000_000
+  config.optimizer.peak, config.prune.every = 1.25e-4, 3
   path = tmp_path / 'a b' / 'config.json'
   path.write_text(json.dumps(config.to_dict()))
   page = Page(report.build(tmp_path / 'a b') / 'index.html')
@@ -330,8 +563,9 @@ def test_run_in_progress(tmp_path, until):
   assert ('None yet.' in Page(out / 'index.html').text) == (not shrinks)
 
 
-def test_same_run_same_bytes_and_nothing_left_behind(tmp_path):
-  write_run(tmp_path / 'a', until=30)
+@pytest.mark.parametrize('ragged', [False, True])
+def test_same_run_same_bytes_and_nothing_left_behind(tmp_path, ragged):
+  write_run(tmp_path / 'a', until=30, ragged=ragged)
   digest = lambda: {
     x.name: hashlib.sha256(x.read_bytes()).hexdigest()
     for x in (tmp_path / 'a/report').iterdir()
@@ -362,7 +596,16 @@ BROKEN = {
   "row 4 lacks or misspells 'loss'": lambda f: _swap(
     f, '"step": 3, "tokens": 1536, "loss"', '"step": 3, "tokens": 1536, "lost"'
   ),
+  "row 2 lacks or misspells 'flops'": lambda f: _swap(f, '"flops"', '"flips"'),
   'row 1 lacks or misspells': lambda f: _swap(f, '{', '7\n{'),
+  'trace.jsonl row 1 lacks or misspells removed.heads': lambda f: (
+    f / 'trace.jsonl'
+  ).write_text(
+    '{"tokens": 9, "removed": {"heads": [[0, 3]], "ffn": [], "stem": []}}\n'
+  ),
+  "source.json lacks or misspells 'F' in cfg": lambda f: edit(
+    f / 'source/source.json', lambda x: x['cfg'].pop('F')
+  ),
   'config.json is not a JSON object': lambda f: (f / 'config.json').write_text(
     '[1]'
   ),
@@ -427,6 +670,17 @@ def test_smooth_is_the_mean_of_the_neighbours():
 )  # fmt: skip
 def test_si(x, want):
   assert tables.si(x) == want
+
+
+@pytest.mark.parametrize(
+  ('kind', 'x', 'want'),
+  [('params', 107_600_000, '107.6M'), ('bytes', 25e9, '25,000 MB'),
+   ('bytes', 1.5e6, '1.5 MB'), ('flops', 2.05e9, '2.05 GFLOP'),
+   ('flops', 999_999_999, '1 GFLOP'), ('ms', 0.0123, '0.0123 ms'),
+   ('ms', float('nan'), '\N{EN DASH}')],
+)  # fmt: skip
+def test_costs(kind, x, want):
+  assert tables.costs(kind, x).replace('\N{NO-BREAK SPACE}', ' ') == want
 
 
 def test_numbers_of_a_run_that_pruned_before_its_first_row(tmp_path):

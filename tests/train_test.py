@@ -62,12 +62,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(setting, monkeypatch):
         def compile(self):
           step = lowered.compile()
 
-          def call(state, windows):
+          def call(state, windows, answers):
             if int(state.step) == 6:
               state = state.replace(
                 params=jax.tree.map(lambda x: x * jnp.inf, state.params)
               )
-            return step(state, windows)
+            return step(state, windows, answers)
 
           return call
 

@@ -54,18 +54,36 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip = 1.0  # global gradient norm
 
+  config.budget = ml_collections.ConfigDict()
+  # What the model may cost in the end, and what saliency is divided by:
+  # 'params', 'bytes', 'flops' (of a token's forward pass) or 'ms'.
+  config.budget.kind = 'params'
+  config.budget.target = 107_600_000.0  # at most; 80 % of the source
+  config.budget.format = 'q8_0'  # of 'bytes': f32, bf16, f16, q8_0 or q4_0
+  config.budget.context = 2048  # of 'flops', tokens
+  config.budget.table = ''  # of 'ms': a file of experiments.latency
+
   config.prune = ml_collections.ConfigDict()
+  # 'uniform': all layers keep one width, the result is a plain Llama; 'ragged':
+  # the cheapest group anywhere, widths differ from layer to layer.
   config.prune.policy = 'uniform'
-  config.prune.target_params = 107_600_000  # at most; 80 % of the source
+  # How the size falls from begin to end: 'linear', 'cubic' or 'oneshot'; in so
+  # many stages, of each of which a share is rest (recovery, nothing pruned).
   config.prune.schedule = 'linear'
+  config.prune.stages = 1
+  config.prune.rest = 0.0
   config.prune.begin_tokens = 2_560
   config.prune.end_tokens = 20_480
   config.prune.every = 2  # steps; N in the paper's Figure 2
+  # taylor1, taylor1_momentum, taylor1_group, taylor2, taylor2_micro, obd,
+  # magnitude, activation or random: see effllm_jax/saliency.py.
+  config.prune.saliency = 'taylor1'
   config.prune.ema = 0.9  # of scores; 0 keeps the last batch only
   # Whether the embedding counts in the price of a stem channel. Counted, the
   # stem looks cheap and goes first, which costs this small model dearly.
   config.prune.price_embedding = False
-  # Least groups left: heads and ffn per layer, stem in the model.
+  # Least groups left: heads and ffn per layer (0 under 'ragged': a layer may
+  # lose the whole block), stem in the model.
   config.prune.floors = ml_collections.ConfigDict(
     {'heads': 1, 'ffn': 64, 'stem': 64}
   )
@@ -73,6 +91,21 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.multiple_of = ml_collections.ConfigDict(
     {'heads': 1, 'ffn': 64, 'stem': 64}
   )
+
+  config.repair = ml_collections.ConfigDict()
+  # Variant B: after a prune, refit the surviving inputs of every matrix that
+  # lost some to what it computed before, on the activations of that batch.
+  config.repair.enabled = False
+  # Share of the mean diagonal of the Gram matrix that is added to it; with
+  # fewer tokens in a batch than inputs it decides how much is believed.
+  config.repair.damping = 1e-1
+
+  config.distill = ml_collections.ConfigDict()
+  # Weight of the divergence from the teacher in the loss; 0: no teacher.
+  config.distill.weight = 0.0
+  config.distill.teacher = ''  # as config.source; '' is the source itself
+  config.distill.temperature = 1.0
+  config.distill.top_k = 64  # probabilities stored per token
 
   config.shrink = ml_collections.ConfigDict()
   # Make the arrays smaller once this share of their parameters is dead.

@@ -1,0 +1,83 @@
+"""What a run spends: floating-point operations by purpose.
+
+Counted are the matrix products, two operations per multiply-add, of the arrays
+as they are: masked groups cost what live ones cost until the next shrink. So
+runs can be compared at equal arithmetic and not only at equal tokens:
+
+    train    forward and backward pass, 3 times a forward pass; what
+             rematerialisation computes again; 12 per parameter for Adam
+    score    3 per parameter and update (a product, an absolute value, a sum)
+    repair   a forward pass through the layers of the batch; for I inputs and O
+             outputs the Gram matrix 2 T I^2, its product with the removed rows
+             2 I^2 O, a Cholesky factor I^3 / 3 and two solves 2 I^2 O
+    teacher  its forward pass
+
+A forward pass is `budgets.flops` at the sequence length of the run. Selecting,
+shrinking, evaluating and the check of the loss at a shrink are not counted.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+
+from effllm_jax import budgets
+from effllm_jax import structure
+
+PURPOSES = ('train', 'score', 'repair', 'teacher')
+
+
+class Meter:
+  """Adds up what a run spends; `spent` is an int by purpose."""
+
+  def __init__(
+    self,
+    seq_len: int,
+    tokens_per_step: int,
+    remat: bool,
+    spent: Mapping[str, int] | None = None,
+  ):
+    """Goes on from `spent`, or from nothing."""
+    self._seq_len, self._tokens, self._remat = seq_len, tokens_per_step, remat
+    self.spent = dict(spent or dict.fromkeys(PURPOSES, 0))
+
+  def step(
+    self,
+    cfg: structure.ModelConfig,
+    scores: bool,
+    teacher: structure.ModelConfig | None,
+  ) -> None:
+    """Counts one optimizer update on arrays of `cfg`."""
+    passes = 3 * self._forward(cfg)
+    if self._remat:
+      passes += self._forward(cfg) - self._output(cfg)
+    self.spent['train'] += passes + 12 * cfg.num_params()
+    self.spent['score'] += 3 * cfg.num_params() * scores
+    if teacher:
+      self.spent['teacher'] += self._forward(teacher)
+
+  def repair(self, cfg: structure.ModelConfig, repaired: Iterable[str]) -> None:
+    """Counts one repair of the matrices behind the named inputs.
+
+    The names are those of `repair.repair_model`.
+    """
+    repaired = set(repaired)
+    head = cfg.G * cfg.H
+    matrices = {
+      'attn_in': (cfg.D, cfg.K * (head + 2 * cfg.H), cfg.N),
+      'heads': (cfg.K * head, cfg.D, cfg.N),
+      'ffn_in': (cfg.D, 2 * cfg.F, cfg.N),
+      'ffn': (cfg.F, cfg.D, cfg.N),
+      'final': (cfg.D, cfg.V, 1),
+    }
+    total = self._forward(cfg) - self._output(cfg)
+    for name in repaired:
+      inputs, outputs, copies = matrices[name]
+      total += copies * (
+        2 * self._tokens * inputs**2 + 4 * inputs**2 * outputs + inputs**3 // 3
+      )
+    self.spent['repair'] += total
+
+  def _forward(self, cfg) -> int:
+    return self._tokens * budgets.flops(cfg, self._seq_len).of_config(cfg)
+
+  def _output(self, cfg) -> int:
+    return self._tokens * 2 * cfg.V * cfg.D

@@ -1,0 +1,60 @@
+"""The frozen source model that a run is distilled from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from effllm_jax import distillation
+from effllm_jax import errors
+from effllm_jax import sources
+from effllm_jax import steps
+from effllm_jax import structure
+
+Array = jax.Array
+
+
+class Teacher:
+  """A whole, unpruned model that says what it would answer to a batch.
+
+  Called once per batch: what it returns enters the training step as data.
+  """
+
+  def __init__(self, teacher: sources.Source, recipe: steps.Recipe):
+    """Puts the weights on the device, in the dtype that they compute in."""
+    dtype = jnp.dtype(recipe.compute.dtype)
+    # Never differentiated: there is nothing to recompute.
+    compute = dataclasses.replace(recipe.compute, remat=False)
+    self.cfg = teacher.cfg
+    self._params = jax.tree.map(lambda x: jnp.asarray(x, dtype), teacher.params)
+    self._masks = structure.all_alive(teacher.cfg)
+    self._recipe = dataclasses.replace(recipe, compute=compute)
+    self._compiled = None
+
+  def compile(self, windows_ABT: Array) -> distillation.Targets:
+    """Compiles for batches of this shape; returns the shapes of an answer."""
+    lowered = steps.teach_step.lower(
+      self._params, self._masks, windows_ABT, cfg=self.cfg, recipe=self._recipe
+    )
+    if self._compiled is None:
+      self._compiled = lowered.compile()
+    return lowered.out_info
+
+  def __call__(self, windows_ABT: Array) -> distillation.Targets:
+    """The answer to a batch, leaves [A, B, T - 1, top_k]; see `compile`."""
+    return self._compiled(self._params, self._masks, windows_ABT)
+
+
+def check(teacher: sources.Source, student: sources.Source) -> None:
+  """Raises InputError unless both speak the same tokens."""
+  if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+    raise errors.InputError(
+      f'distill.teacher {teacher.name} has another vocabulary than the source '
+      f'{student.name}; set --config.distill.teacher to a model with the same '
+      'tokenizer'
+    )
+  if teacher.cfg.V < student.cfg.V:
+    raise errors.InputError(
+      f'distill.teacher {teacher.name} has {teacher.cfg.V} logits, the source '
+      f'{student.cfg.V}; set --config.distill.teacher to a larger one'
+    )

@@ -1,0 +1,63 @@
+r"""SmolLM-1.7B to at most 469M parameters: the paper's own scale.
+
+    python -m experiments.main \
+      --config=experiments/configs/smollm_1p7b_to_469m.py \
+      --workdir=runs/469m --config.data.text=<folder of .jsonl files>
+
+What would run on a pod; not run by us. What is checked, by abstract evaluation
+(no array is ever made), is that the plan is valid for this source and what it
+needs (tests/configs_test.py):
+
+    parameters          1,711,376,384 -> at most 469,000,000
+    updates             47,684 of 1,048,576 tokens; 7,666 prunes
+    state               20.54 GB: parameters 6.85, moments 13.69 (float32), and
+                        masks, scores and origins 1.8 MB
+    temporaries         29.7 GB for micro-batches of 4 x 2048 tokens, of which
+                        6.8 GB are the gradient (XLA's own figure for a CPU)
+
+So one device needs 50.2 GB: it fits an 80 GB accelerator whole, and batches are
+split over devices. Parameters and moments are not yet sharded over them.
+
+Sizes and tokens were digitised from the paper's Figure 2 (our inference); peak
+rate and batch are those of the source's own training.
+"""
+
+from experiments.configs import smollm2_135m
+
+
+def get_config():
+  """The base at the scale of the paper's Figure 2."""
+  config = smollm2_135m.get_config()
+  # A Hugging Face folder: hidden 2048, ffn 8192, 32 heads of 64, 24 layers.
+  config.source = 'models/SmolLM-1.7B'
+
+  config.data.seq_len = 2048
+  config.data.batch_size = 4
+  config.data.workers = 8
+  config.model.dtype = 'bfloat16'
+  config.model.remat = True
+  # 512 sequences an update: 1,048,576 tokens, as digitised from the figure.
+  config.train.accumulate = 128
+  config.train.tokens = 50_000_000_000
+  config.train.log_every = 10
+
+  config.optimizer.peak = 5e-4  # of the source's own training
+  config.optimizer.end = 5e-5
+  config.optimizer.warmup_tokens = 524_288_000
+  config.optimizer.decay_tokens = 10_000_000_000
+
+  config.budget.target = 469_000_000.0
+  # Figure 2(c): from 0.5B to 16.6B tokens with N = 2.
+  config.prune.begin_tokens = 524_288_000
+  config.prune.end_tokens = 16_600_000_000
+  config.prune.every = 2
+  config.prune.floors.ffn = 256
+  config.prune.floors.stem = 256
+  config.shrink.quantum.heads = 1
+  config.shrink.quantum.ffn = 256
+  config.shrink.quantum.stem = 128
+
+  config.eval.every_tokens = 1_048_576_000
+  config.eval.tokens_per_domain = 0
+  config.checkpoint.every_steps = 250
+  return config

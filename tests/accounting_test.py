@@ -1,0 +1,94 @@
+import jax
+import pytest
+
+from effllm_jax import accounting
+from effllm_jax import model
+from effllm_jax import structure
+from tests import conftest
+
+CFG = conftest.make_config(V=64, D=16, N=2, K=2, G=2, H=4, F=24)
+T = 8
+
+
+def by_hand(cfg, tokens):
+  """A forward pass, one matrix product after the other."""
+  query, key = cfg.K * cfg.G * cfg.H, cfg.K * cfg.H
+  layer = 0
+  for rows, columns in (
+    (cfg.D, query), (cfg.D, key), (cfg.D, key), (query, cfg.D),
+    (cfg.D, cfg.F), (cfg.D, cfg.F), (cfg.F, cfg.D),
+  ):  # fmt: skip
+    layer += 2 * rows * columns * tokens
+  # Token t sees t + 1 keys; scores and values, 2 G H each.
+  seen = tokens // T * sum(t + 1 for t in range(T))
+  layer += 2 * 2 * query * seen
+  return cfg.N * layer, 2 * cfg.D * cfg.V * tokens
+
+
+def meter(remat=False, tokens=32):
+  return accounting.Meter(T, tokens, remat)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_a_step_is_three_forward_passes_and_adam(remat):
+  layers, output = by_hand(CFG, 32)
+  spent = meter(remat)
+  spent.step(CFG, scores=False, teacher=None)
+  again = layers if remat else 0
+  assert spent.spent == {
+    'train': 3 * (layers + output) + again + 12 * CFG.num_params(),
+    'score': 0,
+    'repair': 0,
+    'teacher': 0,
+  }
+
+
+def test_scores_and_teachers_are_counted_apart():
+  teacher = conftest.make_config(V=64, D=32, N=3, K=4, G=1, H=8, F=48)
+  spent = meter()
+  spent.step(CFG, scores=True, teacher=teacher)
+  spent.step(CFG, scores=False, teacher=teacher)
+  assert spent.spent['score'] == 3 * CFG.num_params()
+  assert spent.spent['teacher'] == 2 * sum(by_hand(teacher, 32))
+
+
+def test_a_repair_is_a_pass_and_what_its_matrices_need():
+  layers, _ = by_hand(CFG, 32)
+  spent = meter()
+  spent.repair(CFG, [])
+  assert spent.spent['repair'] == layers
+  spent.repair(CFG, ['ffn'])
+  F, D = CFG.F, CFG.D
+  one = 2 * 32 * F**2 + 2 * F**2 * D + F**3 // 3 + 2 * F**2 * D
+  assert spent.spent['repair'] == 2 * layers + CFG.N * one
+
+
+def test_counting_goes_on_where_it_stopped():
+  whole, first = meter(), meter()
+  for _ in range(4):
+    whole.step(CFG, scores=True, teacher=None)
+  for _ in range(2):
+    first.step(CFG, scores=True, teacher=None)
+  second = accounting.Meter(T, 32, False, first.spent)
+  for _ in range(2):
+    second.step(CFG, scores=True, teacher=None)
+  assert second.spent == whole.spent
+
+
+def test_agrees_with_what_the_compiler_counts():
+  """Of a model wide enough that entry-by-entry operations do not matter."""
+  cfg = conftest.make_config(V=512, D=256, N=1, K=2, G=1, H=64, F=768)
+  params = structure.shapes(cfg)
+  tokens = jax.ShapeDtypeStruct((4, T), 'int32')
+  forward = jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
+  compiled = forward.lower(
+    params,
+    structure.all_alive(cfg),
+    tokens,
+    cfg=cfg,
+    compute=model.Compute(remat=False),
+  ).compile()
+  layers, output = by_hand(cfg, 32)
+  assert compiled.cost_analysis()['flops'] == pytest.approx(
+    layers + output, rel=0.05
+  )

@@ -1,0 +1,276 @@
+"""Whole runs of every part of the method, in one process, on a small model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from effllm_jax import accounting
+from effllm_jax import budgets
+from effllm_jax import checkpoints
+from effllm_jax import errors
+from effllm_jax import events
+from effllm_jax import report
+from effllm_jax import selection
+from effllm_jax import sources
+from effllm_jax import steps
+from effllm_jax import train
+from effllm_jax import workdir as workdir_lib
+from experiments.configs import smollm2_135m
+from tests import conftest
+
+# Ragged with repair and distillation, priced and measured in FLOPs, falling in
+# two cubic stages, on Adam's momentum.
+ALL = {
+  'budget.kind': 'flops',
+  'budget.context': 32,
+  'budget.target': 60_000.0,
+  'prune.policy': 'ragged',
+  'prune.floors.heads': 0,
+  'prune.floors.ffn': 8,
+  'prune.schedule': 'cubic',
+  'prune.stages': 2,
+  'prune.rest': 0.6,
+  'prune.every': 1,
+  'prune.saliency': 'taylor1_momentum',
+  'repair.enabled': True,
+  'distill.weight': 0.5,
+  'distill.temperature': 2.0,
+  'distill.top_k': 16,
+  'shrink.threshold': 0.15,
+}
+
+
+class Setting:
+  """A small model, a text, and a run in this process."""
+
+  def __init__(self, root):
+    self.root = root
+    self.model = conftest.write_model_folder(root / 'model')
+    self.text = conftest.write_text_folder(root / 'text')
+
+  def run(self, name, **changes):
+    config = smollm2_135m.get_config()
+    changes = {key.replace('__', '.'): x for key, x in changes.items()}
+    config.update_from_flattened_dict(
+      conftest.small_run(self.model, self.text, **changes)
+    )
+    train.run(config, self.root / name, self.root / 'cache')
+    return self.root / name
+
+
+@pytest.fixture(scope='module', name='setting')
+def _setting(tmp_path_factory):
+  return Setting(tmp_path_factory.mktemp('variants'))
+
+
+@pytest.fixture(scope='module', name='everything')
+def _everything(setting):
+  return setting.run('everything', **ALL)
+
+
+def rows(workdir, kind):
+  return [
+    row
+    for row in workdir_lib.read(workdir / 'metrics.jsonl')
+    if row['kind'] == kind
+  ]
+
+
+def trace(workdir):
+  return list(workdir_lib.read(workdir / 'trace.jsonl'))
+
+
+def test_a_ragged_run_keeps_within_its_budget(everything):
+  """Invariant 5, in FLOPs; and the layers differ, on multiples."""
+  for row in trace(everything):
+    assert row['live_cost'] <= row['target_cost']
+  _, prune, cfg, _ = checkpoints.restore_params(everything)
+  cost = budgets.flops(cfg, 32)
+  assert cost.live(prune.masks) <= 60_000
+  assert cost.live(prune.masks) == trace(everything)[-1]['live_cost']
+  widths = selection.live_widths(prune.masks)
+  assert (widths['ffn'] % 8 == 0).all()
+  assert np.ptp(widths['ffn']) > 0
+  # The arrays are as wide as the widest layer.
+  assert widths['ffn'].max() == cfg.F
+  assert widths['stem'] == cfg.D
+
+
+def test_shrinks_of_a_ragged_run_keep_the_loss(everything):
+  """Masked = shrunk, on a real run; `train` would have stopped otherwise."""
+  shrinks = rows(everything, 'shrink')
+  assert shrinks
+  for row in shrinks:
+    assert row['loss_after'] == pytest.approx(row['loss_before'], rel=1e-4)
+
+
+def test_nothing_is_pruned_during_a_rest(everything):
+  """Between the two stages, and again after the second."""
+  tokens = np.array([row['tokens'] for row in trace(everything)])
+  gaps = np.diff(tokens)
+  assert gaps.max() > gaps.min()
+
+
+def test_repair_never_raises_the_error_of_a_layer(everything):
+  repaired = [row['repair'] for row in trace(everything)]
+  worked = [fit for row in repaired for fit in row.values() if fit['damping']]
+  assert worked
+  for fit in worked:
+    assert np.isfinite(fit['damping'])
+    assert 0 <= fit['error_with'] <= fit['error_without'] * (1 + 1e-4)
+  # Pays: not only rounding.
+  assert any(f['error_with'] < 0.9 * f['error_without'] for f in worked)
+
+
+def test_the_divergence_from_the_teacher_is_logged(everything):
+  train_rows = rows(everything, 'train')
+  # Before the first update the student is its own teacher.
+  assert train_rows[0]['divergence'] == pytest.approx(0, abs=1e-5)
+  assert train_rows[-1]['divergence'] > 1e-3
+
+
+def test_flops_are_those_of_the_arrays_of_each_step(everything):
+  """Summed again from the record: architectures, prunes and repairs."""
+  meter = accounting.Meter(32, 64, remat=False)
+  teacher = sources.load(
+    json.loads((everything / 'config.json').read_text())['source'],
+    '', params=False,
+  ).cfg  # fmt: skip
+  record = {e.step: e for e in checkpoints.read_events(everything)}
+  pruned = {row['step']: row for row in trace(everything)}
+  last = max(pruned)
+  cfg = teacher
+  for row in rows(everything, 'train'):
+    step = row['step']
+    meter.step(cfg, step <= last, teacher)
+    if step in pruned:
+      fits = pruned[step]['repair']
+      meter.repair(cfg, [n for n, fit in fits.items() if fit['damping']])
+    assert row['flops'] == meter.spent
+    if step in record:
+      cfg = record[step].after
+  assert all(x > 0 for x in meter.spent.values())
+
+
+def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
+  setting, everything, monkeypatch
+):
+  """Invariant 8 for the whole method: stopped after step 13, and resumed."""
+  good = steps.train_step
+
+  class Stop(BaseException):
+    pass
+
+  def one_step(self, step, original=train.Run._one_step):
+    if step == 14:
+      raise Stop
+    original(self, step)
+
+  monkeypatch.setattr(train.Run, '_one_step', one_step)
+  with pytest.raises(Stop):
+    setting.run('stopped', **ALL)
+  monkeypatch.undo()
+  assert steps.train_step is good
+  stopped = setting.run('stopped', **ALL)
+  for a, b in zip(
+    checkpoints.restore_params(everything)[:2],
+    checkpoints.restore_params(stopped)[:2],
+    strict=True,
+  ):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert trace(everything) == trace(stopped)
+  assert (
+    rows(everything, 'train')[-1]['flops']
+    == (rows(stopped, 'train')[-1]['flops'])
+  )
+
+
+def test_a_report_can_be_drawn(everything):
+  folder = report.build(everything)
+  assert (folder / 'layers.png').stat().st_size > 1000
+
+
+def test_a_family_goes_on_from_an_event(setting, everything):
+  """A second, smaller target; survivors are still named by the first source."""
+  parent = everything / 'events' / '0'
+  child = setting.run(
+    'child',
+    **ALL | {'source': str(parent), 'budget.target': 50_000.0},
+  )
+  params, prune, cfg, _ = checkpoints.restore_params(child)
+  assert budgets.flops(cfg, 32).live(prune.masks) <= 50_000
+  start = sources.load(parent, '')
+  # What the child starts from is what the event recorded, dead groups and all.
+  _, before, _, _ = checkpoints.restore_params(everything, 0)
+  jax.tree.map(np.testing.assert_array_equal, start.masks, before.masks)
+  known = sources.load_saved(child / 'source')
+  jax.tree.map(np.testing.assert_array_equal, known.origin, before.origin)
+  # Every survivor of the child was a survivor of the parent.
+  origin = events.compose(known.origin, prune.origin)
+  alive = np.asarray(prune.masks.ffn)
+  for n in range(cfg.N):
+    mine = set(np.asarray(origin.ffn)[n][alive[n]].tolist())
+    theirs = np.asarray(before.origin.ffn)[n][np.asarray(before.masks.ffn)[n]]
+    assert mine <= set(theirs.tolist())
+  # And still works: an embedding row of the child is made of live channels.
+  assert params.embed.shape == (cfg.V, cfg.D)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'budget.target': 1e9}, 'is not below'),
+    ({'prune.policy': 'uniform', 'prune.floors.heads': 1,
+      'prune.floors.ffn': 8}, "'uniform' cannot go on from a source"),
+  ],
+)  # fmt: skip
+def test_what_cannot_follow_an_event_is_refused(
+  setting, everything, changes, message
+):
+  last = len(checkpoints.read_events(everything)) - 1
+  source = str(everything / 'events' / str(last))
+  with pytest.raises(errors.InputError, match=message):
+    setting.run(
+      'refused',
+      **ALL | {'source': source, 'budget.target': 30_000.0} | changes,
+    )
+  assert not (setting.root / 'refused').exists()
+
+
+def test_a_folder_that_is_no_event_is_refused(setting, everything, tmp_path):
+  (tmp_path / 'arch').mkdir()
+  with pytest.raises(errors.InputError, match='is not a complete checkpoint'):
+    setting.run('no', source=str(tmp_path))
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(setting, tmp_path):
+  cfg = conftest.make_config(V=300, D=16, N=1, K=1, G=1, H=8, F=16)
+  other = conftest.write_model_folder(tmp_path / 'teacher', cfg)
+  with pytest.raises(errors.InputError, match='has another vocabulary'):
+    setting.run('no', **{'distill.weight': 1.0, 'distill.teacher': str(other)})
+
+
+def test_uniform_bytes_and_a_whole_repair(setting):
+  """Variant B as in the paper, in bytes of a block format; one shot."""
+  done = setting.run(
+    'uniform',
+    **{
+      'budget.kind': 'bytes',
+      'budget.format': 'q8_0',
+      'budget.target': 28_000.0,
+      'prune.schedule': 'oneshot',
+      'prune.saliency': 'taylor2',
+      'prune.multiple_of.ffn': 32,
+      'prune.multiple_of.stem': 32,
+      'prune.floors.stem': 32,
+      'repair.enabled': True,
+    },
+  )
+  (row,) = trace(done)
+  assert row['tokens'] == 192
+  assert row['live_cost'] <= 28_000
+  _, prune, cfg, _ = checkpoints.restore_params(done)
+  assert all(m.all() for m in jax.tree.leaves(prune.masks))
+  assert budgets.stored_bytes(cfg, 'q8_0').of_config(cfg) <= 28_000 * 16
