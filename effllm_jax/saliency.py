@@ -18,12 +18,15 @@ says else):
 
 g is the very gradient that the optimizer uses, so that scoring needs neither a
 second forward nor a second backward pass. With small batches |g w| is mostly
-the noise of g, and an average of absolute values keeps that noise; two kinds
-average signed values first. `taylor1_momentum` takes Adam's bias-corrected
-first moment m for g: the mean over about 1 / (1 - b1) batches, in which each
-was clipped, so that its unit is nats per token times the mean clip factor.
-`taylor1_group` averages the signed sum over all batches and takes the absolute
-value when groups are compared: `PruneState.scores` is signed.
+the noise of g, and an average of absolute values keeps that noise.
+`taylor1_momentum` averages signed gradients first: it takes Adam's
+bias-corrected first moment m for g, the mean over about 1 / (1 - b1) batches,
+in which each was clipped, so that its unit is nats per token times the mean
+clip factor. `taylor1_group` lets the terms of a group cancel, in each batch; an
+average of the signed sums over the batches is worse than one of their absolute
+values (Spearman correlation with the true change of the loss 0.39 against 0.95
+for heads): of a finished model the mean gradient is about 0, and what counts is
+its spread.
 
 h is the diagonal of the empirical Fisher matrix of a token, E[g_t^2]. Of a
 gradient that is a mean over n tokens E[g^2] is about 1/n of that, so both
@@ -116,22 +119,37 @@ def taylor1(params: structure.Params, grads: structure.Params):
 
 
 def taylor1_group(params: structure.Params, grads: structure.Params):
-  """Sum of g w, signed: minus the first-order change of the loss."""
-  return group_scores(lambda w, g: g * w, params, grads)
+  """|Sum of g w|: the first-order change of the loss."""
+  sums = group_scores(lambda w, g: g * w, params, grads)
+  return jax.tree.map(jnp.abs, sums)
 
 
 def taylor2(
-  params: structure.Params, grads: structure.Params, curvature: structure.Params
+  params: structure.Params,
+  grads: structure.Params,
+  squares: structure.Params,
+  scale: Array | float = 1.0,
 ):
-  """Sum of |-g w + 1/2 h w^2|, h the Fisher diagonal of a token."""
+  """Sum of |-g w + 1/2 h w^2|, h = scale * squares the Fisher of a token.
+
+  The scale is a scalar of its own so that no scaled copy of the squares is
+  ever held.
+  """
   return group_scores(
-    lambda w, g, h: jnp.abs(-g * w + 0.5 * h * w * w), params, grads, curvature
+    lambda w, g, v: jnp.abs(-g * w + 0.5 * scale * v * w * w),
+    params,
+    grads,
+    squares,
   )
 
 
-def obd(params: structure.Params, curvature: structure.Params):
-  """Sum of 1/2 h w^2, h the Fisher diagonal of a token."""
-  return group_scores(lambda w, h: 0.5 * h * w * w, params, curvature)
+def obd(
+  params: structure.Params,
+  squares: structure.Params,
+  scale: Array | float = 1.0,
+):
+  """Sum of 1/2 h w^2, h = scale * squares the Fisher diagonal of a token."""
+  return group_scores(lambda w, v: 0.5 * scale * v * w * w, params, squares)
 
 
 def magnitude(params: structure.Params):

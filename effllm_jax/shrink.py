@@ -52,8 +52,7 @@ def kept_indices(
 
   Args:
     masks: live groups.
-    scores: order the survivors, the largest absolute value first (ties: lower
-      index first); some kinds of saliency are signed.
+    scores: orders the survivors, highest first (ties: lower index first).
     cfg: the architecture after the shrink (`shrunk_config`). Where a layer has
       fewer live groups than its width, dead slots fill the end.
 
@@ -62,7 +61,7 @@ def kept_indices(
   """
 
   def best(mask, score, letters):
-    ranked = jnp.argsort(jnp.where(mask, -jnp.abs(score), jnp.inf), axis=-1)
+    ranked = jnp.argsort(jnp.where(mask, -score, jnp.inf), axis=-1)
     return ranked[..., : getattr(cfg, letters[-1])].astype(jnp.int32)
 
   return jax.tree.map(best, masks, scores, structure.GROUP_AXES)

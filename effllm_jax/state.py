@@ -18,8 +18,8 @@ class PruneState:
 
   Attributes:
     masks: bool, True = alive; heads [N, K], ffn [N, F], stem [D].
-    scores: float32 running average of the saliency, nats per token; groups are
-      compared by its absolute value (see `saliency`).
+    scores: float32 running average of the saliency, nats per token for most
+      kinds (see `saliency`).
     count: int32 [], number of batches in `scores`.
     origin: int32, which group of the run's source model sits in each slot, so
       that survivors can be named after any number of shrinks.

@@ -242,29 +242,27 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
 def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
   """The scores of one update; `squares` are those of the micro-batches."""
   params, count = state.params, state.step + 1
-  moment = lambda name, decay: optax.tree.bias_correction(
-    optax.tree.get(opt_state, name), decay, count
-  )
+  # Adam's moments start at 0, and are this factor too small.
+  unbiased = lambda decay: 1 / (1 - decay ** count.astype(jnp.float32))
   match recipe.saliency:
     case 'taylor1':
       return saliency.taylor1(params, grads)
     case 'taylor1_momentum':
-      return saliency.taylor1(params, moment('mu', recipe.b1))
+      scores = saliency.taylor1(params, optax.tree.get(opt_state, 'mu'))
+      return jax.tree.map(lambda x: unbiased(recipe.b1) * x, scores)
     case 'taylor1_group':
       return saliency.taylor1_group(params, grads)
     case 'taylor2' | 'obd':
       tokens = windows_ABT[..., 1:].size
       scale = tokens * jnp.maximum(norm / recipe.clip, 1.0) ** 2
-      nu = moment('nu', recipe.b2)
-      curvature = jax.tree.map(lambda v: scale * v, nu)
+      scale *= unbiased(recipe.b2)
+      squares = optax.tree.get(opt_state, 'nu')
       if recipe.saliency == 'obd':
-        return saliency.obd(params, curvature)
-      return saliency.taylor2(params, grads, curvature)
+        return saliency.obd(params, squares, scale)
+      return saliency.taylor2(params, grads, squares, scale)
     case 'taylor2_micro':
       tokens = windows_ABT[0, :, 1:].size
-      return saliency.taylor2(
-        params, grads, jax.tree.map(lambda x: tokens * x, squares)
-      )
+      return saliency.taylor2(params, grads, squares, tokens)
     case 'magnitude':
       return saliency.magnitude(params)
     case 'random':

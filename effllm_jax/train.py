@@ -302,7 +302,7 @@ class Run:
   def _select(self, target: int) -> structure.Groups:
     prune = self.state.prune
     return selection.select(
-      jax.tree.map(jnp.abs, prune.scores),
+      prune.scores,
       prune.masks,
       target,
       self.plan.schedule.target,
@@ -313,7 +313,7 @@ class Run:
   def _prices(self) -> dict[str, float]:
     prune = self.state.prune
     prices = selection.mean_prices(
-      jax.tree.map(jnp.abs, prune.scores),
+      prune.scores,
       prune.masks,
       self.plan.rules,
       self.plan.cost,

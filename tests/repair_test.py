@@ -40,6 +40,37 @@ def test_equals_the_closed_form_of_optimal_brain_surgeon(seed):
   assert (np.asarray(got)[~keep] == 0).all()
 
 
+def output_change(x, before, after):
+  """Mean squared change of an output vector, float64: what `Fit` measures."""
+  return np.square(x @ (before - np.asarray(after, np.float64))).sum(-1).mean()
+
+
+@pytest.mark.parametrize('damping', [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize('seed', range(3))
+def test_the_fit_reports_both_errors_as_they_are(seed, damping):
+  x, w, keep = make_layer(seed)
+  got, fit = REPAIR(w, repair.gram(jnp.asarray(x)), keep, damping)
+  without = output_change(x, w, w * keep[:, None])
+  assert float(fit.error_without) == pytest.approx(without, rel=1e-4)
+  # A difference of two numbers of the size of the first one, in float32.
+  assert float(fit.error_with) == pytest.approx(
+    output_change(x, w, got), rel=1e-3, abs=2e-5 * without
+  )
+  assert float(fit.error_with) <= float(fit.error_without)
+  assert float(fit.damping) == pytest.approx(damping)
+
+
+def test_the_fit_of_a_failed_repair_is_that_of_the_masked_matrix():
+  x, w, keep = make_layer(2, tokens=4)
+  x[:, 0] = 0
+  got, fit = REPAIR(w, repair.gram(jnp.asarray(x)), keep, 0.0)
+  without = output_change(x, w, w * keep[:, None])
+  assert float(fit.damping) == np.inf
+  assert float(fit.error_without) == pytest.approx(without, rel=1e-4)
+  assert float(fit.error_with) == pytest.approx(without, rel=1e-4)
+  assert output_change(x, w, got) == pytest.approx(without, rel=1e-4)
+
+
 @pytest.mark.parametrize('damping', [1e-4, 1e-2, 1.0, 100.0])
 @pytest.mark.parametrize('seed', range(3))
 def test_the_layer_error_falls_and_never_rises(seed, damping):
@@ -54,8 +85,18 @@ def test_the_layer_error_falls_and_never_rises(seed, damping):
 def test_nothing_removed_changes_nothing():
   x, w, keep = make_layer(0)
   w = jnp.asarray(w, jnp.float32)
-  got, _ = REPAIR(w, repair.gram(jnp.asarray(x)), np.ones_like(keep), 1e-2)
+  got, fit = REPAIR(w, repair.gram(jnp.asarray(x)), np.ones_like(keep), 1e-2)
   np.testing.assert_array_equal(got, w)
+  assert float(fit.error_without) == float(fit.error_with) == 0
+
+
+def test_everything_removed_leaves_zeros_and_the_whole_error():
+  x, w, keep = make_layer(0)
+  got, fit = REPAIR(w, repair.gram(jnp.asarray(x)), np.zeros_like(keep), 1e-2)
+  np.testing.assert_array_equal(got, np.zeros_like(w))
+  want = output_change(x, w, np.zeros_like(w))
+  assert float(fit.error_without) == pytest.approx(want, rel=1e-4)
+  assert float(fit.error_with) == pytest.approx(want, rel=1e-4)
 
 
 def test_an_input_that_is_a_sum_of_others_is_replaced_exactly():

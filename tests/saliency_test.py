@@ -1,38 +1,161 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import scipy.stats
 
+from effllm_jax import model
 from effllm_jax import saliency
 from effllm_jax import structure
 from tests import conftest
 
 
-def brute_force(params, grads, cfg) -> structure.Groups:
-  """Walks every single weight and adds |g w| to each group it belongs to."""
+def brute_force(term, cfg, params, *rest) -> structure.Groups:
+  """Walks every single weight; adds `term` to each group it belongs to."""
   scores = {
     'K': np.zeros((cfg.N, cfg.K)),
     'F': np.zeros((cfg.N, cfg.F)),
     'D': np.zeros(cfg.D),
   }
 
-  def walk(letters, w, g):
-    product = np.abs(np.asarray(w, np.float64) * np.asarray(g, np.float64))
-    for index in np.ndindex(product.shape):
+  def walk(letters, *leaves):
+    values = term(*(np.asarray(x, np.float64) for x in leaves))
+    for index in np.ndindex(values.shape):
       at = dict(zip(letters, index, strict=True))
       for letter in 'KFD':
         if letter in at:
           slot = (at[letter],) if letter == 'D' else (at['N'], at[letter])
-          scores[letter][slot] += product[index]
+          scores[letter][slot] += values[index]
 
-  structure.map_axes(walk, params, grads)
+  structure.map_axes(walk, params, *rest)
   return structure.Groups(scores['K'], scores['F'], scores['D'])
 
 
-def test_equals_a_walk_over_every_weight(cfg):
-  params, grads = conftest.make_params(cfg), conftest.make_params(cfg, seed=1)
-  scores = jax.jit(saliency.taylor1)(params, grads)
-  conftest.check_close(scores, brute_force(params, grads, cfg), rtol=1e-5)
+# The scores that are sums over weights, and the term of one weight.
+TERMS = {
+  'taylor1': (2, lambda w, g: np.abs(g * w)),
+  'taylor2': (3, lambda w, g, h: np.abs(-g * w + 0.5 * h * w**2)),
+  'obd': (2, lambda w, h: 0.5 * h * w**2),
+  'magnitude': (1, np.abs),
+}
+
+
+@pytest.mark.parametrize('kind', TERMS)
+def test_equals_a_walk_over_every_weight(cfg, kind):
+  count, term = TERMS[kind]
+  trees = [conftest.make_params(cfg, seed) for seed in range(count)]
+  if kind in ('taylor2', 'obd'):
+    # A curvature is never negative.
+    trees[-1] = jax.tree.map(jnp.square, trees[-1])
+  scores = jax.jit(getattr(saliency, kind))(*trees)
+  conftest.check_close(scores, brute_force(term, cfg, *trees), 1e-5, 2e-5)
   assert {s.dtype for s in jax.tree.leaves(scores)} == {jnp.dtype('float32')}
+
+
+def test_a_group_sum_lets_its_terms_cancel(cfg):
+  trees = [conftest.make_params(cfg, seed) for seed in range(2)]
+  signed = brute_force(lambda w, g: g * w, cfg, *trees)
+  scores = saliency.taylor1_group(*trees)
+  # A sum may cancel: what counts is the size of its terms.
+  conftest.check_close(scores, jax.tree.map(np.abs, signed), 1e-5, 2e-5)
+
+
+def test_a_scale_of_the_curvature_is_one_of_its_entries():
+  cfg = conftest.make_config()
+  params, grads, squares = (conftest.make_params(cfg, s) for s in range(3))
+  squares = jax.tree.map(jnp.square, squares)
+  scaled = jax.tree.map(lambda v: 3 * v, squares)
+  for kind, first in (('obd', ()), ('taylor2', (grads,))):
+    score = getattr(saliency, kind)
+    conftest.check_close(
+      score(params, *first, squares, 3.0), score(params, *first, scaled)
+    )
+
+
+def test_every_kind_but_three_is_a_sum_over_weights():
+  """So that no kind is added without a test of its formula."""
+  own = {'activation', 'random', 'taylor1_group'}
+  # These two are the same functions of other estimates: see steps_test.
+  same = {'taylor1_momentum', 'taylor2_micro'}
+  assert set(saliency.KINDS) == TERMS.keys() | own | same
+
+
+def test_low_precision_weights_are_summed_in_float32():
+  cfg = conftest.make_config()
+  params, grads = (
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16), conftest.make_params(cfg, s))
+    for s in (0, 1)
+  )
+  scores = saliency.taylor1(params, grads)
+  want = brute_force(TERMS['taylor1'][1], cfg, params, grads)
+  conftest.check_close(scores, want, rtol=1e-5)
+
+
+def random_taps(cfg, masks, batch=2, length=5) -> model.Taps:
+  rng = np.random.default_rng(7)
+  draw = lambda *shape: rng.standard_normal((*shape,))
+  lead = (cfg.N, batch, length)
+  alive = jax.tree.map(np.asarray, masks)
+  taps = model.Taps(
+    attn_in=draw(*lead, cfg.D) * alive.stem,
+    heads=draw(*lead, cfg.K, cfg.G, cfg.H)
+    * alive.heads[:, None, None, :, None, None],
+    ffn_in=draw(*lead, cfg.D) * alive.stem,
+    ffn=draw(*lead, cfg.F) * alive.ffn[:, None, None, :],
+    final=draw(batch, length, cfg.D) * alive.stem,
+  )
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taps)
+
+
+def members(cfg) -> dict[str, int]:
+  """Weights of one group, counted one by one."""
+  ones = jax.tree.map(
+    lambda s: np.ones(s.shape, np.float32), structure.shapes(cfg)
+  )
+  counts = brute_force(np.abs, cfg, ones)
+  sizes = {t: np.unique(getattr(counts, t)) for t in structure.TYPES}
+  assert all(len(size) == 1 for size in sizes.values())
+  return {t: int(size[0]) for t, size in sizes.items()}
+
+
+def test_activation_equals_a_walk_over_every_token(cfg):
+  masks = conftest.make_masks(cfg)
+  taps = random_taps(cfg, masks)
+  t64 = jax.tree.map(lambda x: np.asarray(x, np.float64), taps)
+  _, B, T, _ = t64.ffn.shape
+  heads, ffn = np.zeros((cfg.N, cfg.K)), np.zeros((cfg.N, cfg.F))
+  stem, readers = np.zeros(cfg.D), 2 * cfg.N + 1
+  for b, t in np.ndindex(B, T):
+    for n in range(cfg.N):
+      for k in range(cfg.K):
+        out = t64.heads[n, b, t, k]
+        heads[n, k] += np.sqrt((out**2).sum() / (cfg.G * cfg.H)) / (B * T)
+      ffn[n] += np.abs(t64.ffn[n, b, t]) / (B * T)
+      stem += np.abs(t64.attn_in[n, b, t]) / (B * T * readers)
+      stem += np.abs(t64.ffn_in[n, b, t]) / (B * T * readers)
+    stem += np.abs(t64.final[b, t]) / (B * T * readers)
+  size = members(cfg)
+  want = structure.Groups(
+    heads * size['heads'], ffn * size['ffn'], stem * size['stem']
+  )
+  got = jax.jit(saliency.activation)(taps, conftest.make_params(cfg))
+  conftest.check_close(got, want, rtol=1e-5)
+  jax.tree.map(lambda s, m: np.testing.assert_array_equal(s > 0, m), got, masks)
+
+
+def test_random_is_uniform_by_the_member(cfg):
+  shapes = structure.shapes(cfg)
+  draws = [saliency.random(jax.random.key(s), shapes) for s in (0, 0, 1)]
+  conftest.check_close(draws[0], draws[1], rtol=0, atol=0)
+  size = members(cfg)
+  for name in structure.TYPES:
+    first, _, other = (np.ravel(getattr(d, name)) for d in draws)
+    assert (first != other).all()
+    share = first / size[name]
+    assert ((share >= 0) & (share < 1)).all()
+    assert scipy.stats.kstest(share, 'uniform').pvalue > 1e-3
+    shape = getattr(structure.group_shapes(cfg), name)
+    assert getattr(draws[0], name).shape == shape
 
 
 def test_dead_groups_score_zero_and_live_ones_do_not(cfg):

@@ -1,10 +1,13 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from effllm_jax import distillation
 from effllm_jax import model
 from effllm_jax import saliency
 from effllm_jax import state as state_lib
@@ -13,11 +16,26 @@ from effllm_jax import structure
 from tests import conftest
 
 COMPUTE = model.Compute(remat=False)
+B1, B2, CLIP = 0.9, 0.95, 1.02
+
+
+# One layer, and two shapes of a batch: compiles are what takes time.
+CFG = conftest.make_config(N=1)
+
+
+def two_micro_batches(cfg, seed=0):
+  return conftest.make_tokens(cfg, 4, seed=seed).reshape(2, 2, -1)
+
+
+def one_batch(cfg, seed=0):
+  return conftest.make_tokens(cfg, 4, seed=seed)[None]
 
 
 def make_state(cfg, tx, masks=None):
   state = state_lib.fresh_state(conftest.make_params(cfg), cfg, tx)
   if masks is not None:
+    # A copy: a step donates its state.
+    masks = jax.tree.map(jnp.copy, masks)
     state = state.replace(prune=state.prune.replace(masks=masks))
   return state
 
@@ -25,16 +43,16 @@ def make_state(cfg, tx, masks=None):
 @pytest.fixture(scope='module', name='tx')
 def _tx():
   rate = steps.learning_rate('wsd', 1e-2, 1e-4, 2, 4, 12)
-  return steps.optimizer(rate, 0.9, 0.95, 0.1, 1.0)
+  return steps.optimizer(rate, B1, B2, 0.1, CLIP)
 
 
 RECIPE = steps.Recipe(
   compute=COMPUTE,
   saliency='taylor1',
   decay=0.5,
-  b1=0.9,
-  b2=0.95,
-  clip=1.0,
+  b1=B1,
+  b2=B2,
+  clip=CLIP,
   distill=0.0,
   temperature=1.0,
   top_k=8,
@@ -55,9 +73,9 @@ def step(state, tokens, cfg, tx, score=True, teacher=None, **changes):
 
 def test_masks_do_not_retrace_and_dead_groups_keep_score_zero(tx):
   """Invariants 3 and 6."""
-  cfg = conftest.make_config()
+  cfg = CFG
   state = make_state(cfg, tx)
-  tokens = conftest.make_tokens(cfg)[None]
+  tokens = two_micro_batches(cfg)
   before = None
   for seed in range(4):
     masks = conftest.make_masks(cfg, seed)
@@ -70,7 +88,7 @@ def test_masks_do_not_retrace_and_dead_groups_keep_score_zero(tx):
 
 
 def test_scores_come_from_the_training_gradient(tx):
-  cfg = conftest.make_config()
+  cfg = CFG
   masks = conftest.make_masks(cfg)
   state = make_state(cfg, tx, masks)
   tokens = conftest.make_tokens(cfg, 4)
@@ -90,17 +108,368 @@ def test_scores_come_from_the_training_gradient(tx):
     assert (scores[dead] == 0).all()
 
 
+@pytest.fixture(scope='module', name='history')
+def _history(tx):
+  """Three steps by hand: parameters, gradients, Adam's moments, float64.
+
+  One of the three gradients is small and is not clipped.
+  """
+  cfg, masks = CFG, conftest.make_masks(CFG)
+  tokens = [two_micro_batches(cfg, seed) for seed in range(3)]
+  state = make_state(cfg, tx, masks)
+  rows, mu, nu = [], 0.0, 0.0
+  for count, windows in enumerate(tokens, 1):
+    params = jax.tree.map(jnp.copy, state.params)
+    micro = [
+      as64(conftest.loss_and_grad(params, masks, w, cfg=cfg)[1])
+      for w in windows
+    ]
+    grads = jax.tree.map(lambda *g: sum(g) / len(g), *micro)
+    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+    factor = min(1.0, CLIP / norm)
+    clipped = jax.tree.map(lambda g, f=factor: f * g, grads)
+    mu = jax.tree.map(
+      lambda g, m: B1 * m + (1 - B1) * g, clipped, mu or zeros(grads)
+    )
+    nu = jax.tree.map(
+      lambda g, v: B2 * v + (1 - B2) * g**2, clipped, nu or zeros(grads)
+    )
+    rows.append(
+      dict(
+        params=params,
+        micro=micro,
+        grads=grads,
+        norm=norm,
+        mu=jax.tree.map(lambda m, c=count: m / (1 - B1**c), mu),
+        nu=jax.tree.map(lambda v, c=count: v / (1 - B2**c), nu),
+      )
+    )
+    state, _ = step(state, windows, cfg, tx)
+  norms = [row['norm'] for row in rows]
+  assert min(norms) < CLIP < max(norms), norms
+  return cfg, masks, tokens, rows
+
+
+def as64(tree):
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def zeros(tree):
+  return jax.tree.map(np.zeros_like, tree)
+
+
+def want_scores(kind, row, cfg, masks, windows):
+  """The scores of one step from what was computed by hand."""
+  params = row['params']
+  n, n_micro = windows[..., 1:].size, windows[0, :, 1:].size
+  match kind:
+    case 'taylor1':
+      return saliency.taylor1(params, row['grads'])
+    case 'taylor1_momentum':
+      return saliency.taylor1(params, row['mu'])
+    case 'taylor1_group':
+      return saliency.taylor1_group(params, row['grads'])
+    case 'taylor2':
+      scale = n * max(1.0, row['norm'] / CLIP) ** 2
+      h = jax.tree.map(lambda v: scale * v, row['nu'])
+      return saliency.taylor2(params, row['grads'], h)
+    case 'obd':
+      scale = n * max(1.0, row['norm'] / CLIP) ** 2
+      return saliency.obd(params, jax.tree.map(lambda v: scale * v, row['nu']))
+    case 'taylor2_micro':
+      h = jax.tree.map(
+        lambda *g: n_micro * sum(x**2 for x in g) / len(g), *row['micro']
+      )
+      return saliency.taylor2(params, row['grads'], h)
+    case 'magnitude':
+      return saliency.magnitude(params)
+    case 'activation':
+      each = [
+        saliency.activation(
+          conftest.forward(params, masks, w[:, :-1], cfg=cfg, taps=True)[1],
+          params,
+        )
+        for w in windows
+      ]
+      return jax.tree.map(lambda *s: sum(s) / len(s), *each)
+
+
+@pytest.mark.parametrize('kind', sorted(set(saliency.KINDS) - {'random'}))
+def test_every_kind_equals_its_formula_over_three_steps(history, tx, kind):
+  cfg, masks, tokens, rows = history
+  state = make_state(cfg, tx, masks)
+  for windows, row in zip(tokens, rows, strict=True):
+    state, numbers = step(state, windows, cfg, tx, saliency=kind, decay=0.0)
+    want = want_scores(kind, row, cfg, masks, windows)
+    largest = jax.tree.map(lambda s: 1e-4 * float(abs(s).max()), want)
+    jax.tree.map(
+      lambda a, b, atol: np.testing.assert_allclose(a, b, 1e-3, atol),
+      state.prune.scores,
+      want,
+      largest,
+    )
+    np.testing.assert_allclose(numbers['grad_norm'], row['norm'], rtol=1e-4)
+  if kind != 'magnitude':
+    jax.tree.map(
+      lambda s, m: np.testing.assert_array_equal(s != 0, m),
+      state.prune.scores,
+      masks,
+    )
+
+
+def test_random_scores_depend_on_the_step_only(tx):
+  cfg, seen = CFG, []
+  for seed in (0, 1):
+    state, scores = make_state(cfg, tx, conftest.make_masks(cfg, seed)), []
+    for n in range(2):
+      state, _ = step(
+        state, two_micro_batches(cfg, seed + n), cfg, tx, saliency='random',
+        decay=0.0,
+      )  # fmt: skip
+      scores.append(jax.tree.map(np.asarray, state.prune.scores))
+    seen.append(scores)
+  for a, b in zip(*seen, strict=True):
+    conftest.check_close(a, b, rtol=0, atol=0)
+  first, second = seen[0]
+  assert all(
+    (a != b).all()
+    for a, b in zip(
+      jax.tree.leaves(first), jax.tree.leaves(second), strict=True
+    )
+  )
+
+
+# Keeps the gradient that it gets as its state, and updates nothing.
+KEEP = optax.GradientTransformation(
+  lambda params: jax.tree.map(jnp.zeros_like, params),
+  lambda grads, state, params=None: (
+    jax.tree.map(jnp.zeros_like, grads), grads,
+  ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module', name='taught')
+def _taught():
+  """A batch, and what a teacher of another shape says of it."""
+  cfg, big = CFG, conftest.make_config(N=1, D=20, K=3, G=1, F=24)
+  tokens = two_micro_batches(cfg)
+  params, masks = conftest.make_params(big, 5), structure.all_alive(big)
+  recipe = dataclasses.replace(RECIPE, distill=0.3, temperature=2.0)
+  teacher = steps.teach_step(params, masks, tokens, cfg=big, recipe=recipe)
+  return cfg, big, params, tokens, recipe, teacher
+
+
+def test_teach_step_equals_targets_one_by_one(taught):
+  _, big, params, tokens, recipe, teacher = taught
+  targets = jax.jit(distillation.targets, static_argnums=(3, 4, 5, 6))
+  for a, windows in enumerate(tokens):
+    want = targets(
+      params, structure.all_alive(big), windows[:, :-1], big, recipe.compute,
+      recipe.temperature, recipe.top_k,
+    )  # fmt: skip
+    np.testing.assert_array_equal(teacher.index[a], want.index)
+    np.testing.assert_allclose(teacher.probs[a], want.probs, rtol=1e-5)
+    assert want.index.shape == (2, 11, recipe.top_k)
+
+
+def test_distillation_at_weight_0_changes_nothing(tx, taught):
+  cfg, *_, tokens, _, teacher = taught
+  with_teacher, numbers = step(
+    make_state(cfg, tx), tokens, cfg, tx, teacher=teacher
+  )
+  without, plain = step(make_state(cfg, tx), tokens, cfg, tx)
+  conftest.check_close(with_teacher.params, without.params, 1e-4, 1e-5)
+  np.testing.assert_allclose(numbers['loss'], plain['loss'], rtol=1e-5)
+  assert float(numbers['divergence']) > 0
+  assert 'divergence' not in plain
+
+
+def test_distillation_mixes_the_gradients_by_its_weight(taught):
+  """Against the formula on the teacher's own logits, not on what is stored."""
+  cfg, big, teacher_params, tokens, recipe, teacher = taught
+  masks = conftest.make_masks(cfg)
+  state, numbers = step(
+    make_state(cfg, KEEP, masks), tokens, cfg, KEEP, teacher=teacher,
+    distill=0.3, temperature=2.0,
+  )  # fmt: skip
+  T, k = recipe.temperature, recipe.top_k
+  inputs, labels = tokens[..., :-1].reshape(4, -1), tokens[..., 1:]
+  logits, _ = conftest.forward(
+    teacher_params, structure.all_alive(big), inputs, cfg=big
+  )
+  p = jax.nn.softmax(logits / T)
+  top = jnp.argsort(-p, axis=-1)[..., :k]
+
+  def merged(probs):
+    stored = jnp.take_along_axis(probs, top, axis=-1)
+    return jnp.concatenate([stored, 1 - stored.sum(-1, keepdims=True)], -1)
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def objective(params):
+    logits, _ = model.forward(params, masks, inputs, cfg, COMPUTE)
+    log_q = jax.nn.log_softmax(logits)
+    own = labels.reshape(4, -1, 1)
+    ce = -jnp.take_along_axis(log_q, own, axis=-1).mean()
+    p_m, q_m = merged(p), merged(jax.nn.softmax(logits / T))
+    kl = T**2 * (p_m * (jnp.log(p_m) - jnp.log(q_m))).sum(-1).mean()
+    return 0.7 * ce + 0.3 * kl, (ce, kl)
+
+  (_, (ce, kl)), want = jax.jit(objective)(conftest.make_params(cfg))
+  conftest.check_close(state.opt_state, want, 1e-3, 1e-6)
+  np.testing.assert_allclose(numbers['loss'], ce, rtol=1e-4)
+  np.testing.assert_allclose(numbers['divergence'], kl, rtol=1e-3)
+  # What is scored is that very gradient.
+  conftest.check_close(
+    state.prune.scores,
+    saliency.taylor1(conftest.make_params(cfg), want),
+    1e-3,
+    1e-6,
+  )
+
+
+DAMPING = 1e-2
+
+
+def repaired(params, masks, new_masks, tokens, cfg):
+  """`repair_step`, which donates what it gets, as numpy."""
+  params, fits = steps.repair_step(
+    jax.tree.map(jnp.copy, params), masks, new_masks, tokens, cfg=cfg,
+    damping=DAMPING,
+  )  # fmt: skip
+  return jax.tree.map(np.asarray, params), fits
+
+
+def repaired_by_hand(w, x, old, new):
+  """Closed form in float64, over the tokens of a batch.
+
+  Returns:
+    The matrix in its own shape, and the mean squared change of an output
+    vector when its inputs are only masked, and when it is repaired.
+  """
+  flat, x = w.reshape(x.shape[-1], -1).astype(np.float64), as64(x)
+  x = x.reshape(-1, x.shape[-1])
+  gone = old & ~new
+  if not gone.any():
+    return w, 0.0, 0.0
+  S = x.T @ x / len(x)
+  damped = S + DAMPING * np.diag(S).mean() * np.eye(len(S))
+  out = np.where(gone[:, None], 0, flat)
+  without = np.square(x @ (out - flat)).sum(-1).mean()
+  out[~gone] += np.linalg.solve(
+    damped[np.ix_(~gone, ~gone)], S[np.ix_(~gone, gone)] @ flat[gone]
+  )
+  error = np.square(x @ (out - flat)).sum(-1).mean()
+  return out.reshape(w.shape), without, error
+
+
+def model_repaired_by_hand(params, masks, new_masks, tokens, cfg):
+  """Every matrix on the inputs that it has in the model before the prune."""
+  _, taps = conftest.forward(params, masks, tokens[:, :-1], cfg=cfg, taps=True)
+  params, old, new = jax.tree.map(np.asarray, (params, masks, new_masks))
+  layers = jax.tree.map(np.copy, params.layers)
+  names = ('attn_in', 'heads', 'ffn_in', 'ffn')
+  errors = {name: np.zeros(2) for name in names}
+
+  def fix(name, weights, n, x, old, new):
+    for matrix in weights:
+      w = getattr(layers, matrix)
+      # Rows first: wo has three axes of inputs, the others one.
+      rows = x.reshape(*tokens[:, :-1].shape, -1)
+      w[n], *pair = repaired_by_hand(w[n], rows, old, new)
+      errors[name] += pair
+
+  wide = lambda mask: np.repeat(mask, cfg.G * cfg.H)
+  for n in range(cfg.N):
+    stem = (old.stem, new.stem)
+    fix('attn_in', ('wq', 'wk', 'wv'), n, taps.attn_in[n], *stem)
+    fix('heads', ('wo',), n, taps.heads[n],
+        wide(old.heads[n]), wide(new.heads[n]))  # fmt: skip
+    fix('ffn_in', ('w_gate', 'w_up'), n, taps.ffn_in[n], *stem)
+    fix('ffn', ('w_down',), n, taps.ffn[n], old.ffn[n], new.ffn[n])
+  params = params.replace(layers=layers)
+  if params.unembed is not None:
+    unembed, *pair = repaired_by_hand(
+      params.unembed, taps.final, old.stem, new.stem
+    )
+    errors['final'] = np.array(pair)
+    params = params.replace(unembed=unembed)
+  return params, errors
+
+
+def further(cfg, masks, only=None):
+  """Removes more from masks, of every type or of one; ragged by layer."""
+  more = jax.tree.map(jnp.logical_and, masks, conftest.make_masks(cfg, 9))
+  return more if only is None else masks.replace(**{only: getattr(more, only)})
+
+
+@pytest.fixture(scope='module', params=list(conftest.CONFIGS), name='prune')
+def _prune(request):
+  cfg = conftest.make_config(**conftest.CONFIGS[request.param])
+  # The first layer keeps all heads: there is something to remove.
+  masks = conftest.make_masks(cfg, 3)
+  masks = masks.replace(heads=masks.heads.at[0].set(True))
+  return cfg, conftest.make_params(cfg), masks, conftest.make_tokens(cfg, 4)
+
+
+def test_a_repair_of_nothing_keeps_every_bit(prune):
+  cfg, params, masks, tokens = prune
+  for some in (masks, structure.all_alive(cfg)):
+    got, fits = repaired(params, some, some, tokens, cfg)
+    conftest.check_close(got, params, rtol=0, atol=0)
+    assert {float(x) for x in jax.tree.leaves(fits)} == {0.0}
+
+
+@pytest.mark.parametrize('only', [None, *structure.TYPES])
+def test_repair_step_equals_the_closed_form_of_every_matrix(prune, only):
+  cfg, params, masks, tokens = prune
+  new_masks = further(cfg, masks, only)
+  got, fits = repaired(params, masks, new_masks, tokens, cfg)
+  want, errors = model_repaired_by_hand(params, masks, new_masks, tokens, cfg)
+  conftest.check_close(got, want, 5e-3, 5e-4)
+  assert fits.keys() == errors.keys()
+  assert ('final' in fits) == (not cfg.tied)
+  reads = {
+    'heads': {'heads'},
+    'ffn': {'ffn'},
+    'stem': {'attn_in', 'ffn_in', 'final'},
+  }
+  for name, (without, error) in errors.items():
+    fit = {key: float(x) for key, x in fits[name].items()}
+    assert fit['error_without'] == pytest.approx(without, rel=1e-3)
+    assert fit['error_with'] == pytest.approx(
+      error, rel=1e-2, abs=1e-3 * without
+    )
+    assert fit['error_with'] <= fit['error_without']
+    touched = only is None or name in reads[only]
+    assert (fit['error_without'] > 0) == touched
+    assert fit['damping'] == pytest.approx(DAMPING if touched else 0.0)
+  if only in ('heads', 'ffn'):
+    same = 'w_down' if only == 'heads' else 'wo'
+    for name in ('wq', 'wk', 'wv', 'w_gate', 'w_up', same):
+      before, after = getattr(params.layers, name), getattr(got.layers, name)
+      np.testing.assert_array_equal(before, after)
+  np.testing.assert_array_equal(got.embed, params.embed)
+
+
+def test_one_compile_repairs_after_every_prune(prune):
+  cfg, params, masks, tokens = prune
+  repaired(params, masks, masks, tokens, cfg)
+  size = steps.repair_step._cache_size()
+  for only in structure.TYPES:
+    repaired(params, masks, further(cfg, masks, only), tokens, cfg)
+  assert steps.repair_step._cache_size() == size
+
+
 def test_accumulation_equals_one_large_batch(tx):
-  cfg = conftest.make_config()
-  tokens = conftest.make_tokens(cfg, 6)
-  one, _ = step(make_state(cfg, tx), tokens[None], cfg, tx)
-  three, _ = step(make_state(cfg, tx), tokens.reshape(3, 2, -1), cfg, tx)
-  conftest.check_close(one.params, three.params, 1e-3, 1e-4)
+  cfg = CFG
+  one, _ = step(make_state(cfg, tx), one_batch(cfg), cfg, tx)
+  two, _ = step(make_state(cfg, tx), two_micro_batches(cfg), cfg, tx)
+  conftest.check_close(one.params, two.params, 1e-3, 1e-4)
 
 
 def test_without_scoring_the_update_is_the_same(tx):
-  cfg = conftest.make_config()
-  tokens = conftest.make_tokens(cfg)[None]
+  cfg = CFG
+  tokens = two_micro_batches(cfg)
   scored, _ = step(make_state(cfg, tx), tokens, cfg, tx)
   plain, _ = step(make_state(cfg, tx), tokens, cfg, tx, score=False)
   conftest.check_close(scored.params, plain.params, 1e-5, 1e-6)
@@ -108,8 +477,8 @@ def test_without_scoring_the_update_is_the_same(tx):
 
 
 def test_training_lowers_the_loss(tx):
-  cfg = conftest.make_config()
-  tokens = conftest.make_tokens(cfg, 4)[None]
+  cfg = CFG
+  tokens = one_batch(cfg)
   state = make_state(cfg, tx)
   losses = []
   for _ in range(12):
@@ -119,11 +488,11 @@ def test_training_lowers_the_loss(tx):
 
 
 def test_norm_scales_are_not_decayed():
-  cfg = conftest.make_config()
+  cfg = CFG
   tx = steps.optimizer(lambda _: 0.1, 0.9, 0.95, 0.5, 1.0)
   params = conftest.make_params(cfg)
   zero = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = tx.update(zero, tx.init(params), params)
+  updates, _ = jax.jit(tx.update)(zero, jax.jit(tx.init)(params), params)
   conftest.check_close(updates.final_norm, zero.final_norm)
   conftest.check_close(updates.layers.ffn_norm, zero.layers.ffn_norm)
   conftest.check_close(updates.layers.wq, -0.05 * params.layers.wq)
@@ -145,12 +514,14 @@ def test_learning_rates():
 
 
 def test_sum_losses_counts_weighted_tokens_only():
-  cfg = conftest.make_config()
+  cfg = CFG
   params, masks = conftest.make_params(cfg), structure.all_alive(cfg)
   tokens = conftest.make_tokens(cfg)
   weight = np.zeros((2, 11), np.float32)
   weight[0, 3] = weight[1, 10] = 1
-  losses = model.token_losses(params, masks, tokens, cfg)
+  losses = jax.jit(model.token_losses, static_argnums=3)(
+    params, masks, tokens, cfg
+  )
   got = steps.sum_losses(
     params, masks, tokens, weight, cfg=cfg, compute=COMPUTE
   )
