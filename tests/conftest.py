@@ -222,7 +222,7 @@ def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
 
 
 def small_run(model_folder, text_folder, **changes):
-  """The shipped config, on a small model and text: 24 steps, 3 shrinks."""
+  """The paper's variant A, on a small model and text: 24 steps, 3 shrinks."""
   return {
     'source': str(model_folder),
     'data.text': str(text_folder),
@@ -233,6 +233,12 @@ def small_run(model_folder, text_folder, **changes):
     'optimizer.warmup_tokens': 128,
     'optimizer.decay_tokens': 256,
     'budget.target': 22_000.0,
+    'prune.policy': 'uniform',
+    'prune.saliency': 'taylor1',
+    'prune.every': 2,
+    'prune.floors.heads': 1,
+    'repair.enabled': False,
+    'distill.weight': 0.0,
     'prune.begin_tokens': 128,
     'prune.end_tokens': 18 * 64,
     'prune.floors.ffn': 8,

@@ -7,10 +7,12 @@ A teacher costs one more forward pass a step: a third more arithmetic. The
 metrics count it (`flops.teacher`), so that runs compare at equal FLOPs.
 """
 
+import ml_collections
+
 from experiments.configs import efficientllm_a
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
   """Variant A and a teacher, during pruning and in recovery."""
   config = efficientllm_a.get_config()
   config.distill.weight = 0.5

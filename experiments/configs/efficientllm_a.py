@@ -2,22 +2,54 @@ r"""Variant A of EfficientLLM: pruning-aware pretraining without weight repair.
 
     python -m experiments.main \
       --config=experiments/configs/efficientllm_a.py --workdir=runs/a
+    python -m experiments.sweep \
+      --config=experiments/configs/efficientllm_a.py --workdir=runs/variants
 
 The paper's headline rows, as we read them: uniform widths, first-order Taylor
 saliency from the training gradient, a linear schedule, no repair and no
-teacher. Everything else is the shipped base, so that the presets beside this
-one compare at equal tokens and equal size.
+teacher. The result is a plain Llama of 104,655,168 parameters. Everything else
+is the shipped base, so that the presets compare at equal tokens and size.
 """
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
 
 from experiments.configs import smollm2_135m
 
 
-def get_config():
-  """The base with every part of the method stated that variant A is about."""
+def get_config() -> ml_collections.ConfigDict:
+  """The base with every part stated that variant A is about."""
   config = smollm2_135m.get_config()
   config.prune.policy = 'uniform'
+  config.prune.floors.heads = 1
+  config.prune.floors.ffn = 64
   config.prune.saliency = 'taylor1'
   config.prune.schedule = 'linear'
+  config.prune.every = 2
+  config.prune.end_tokens = 30_720
   config.repair.enabled = False
   config.distill.weight = 0.0
   return config
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+  """A, then one change at a time: see BENCHMARKS.md."""
+  ragged = {
+    'prune.policy': 'ragged',
+    'prune.floors.heads': 0,
+    'prune.floors.ffn': 0,
+    'prune.saliency': 'obd',
+  }
+  yield {}
+  yield {'prune.saliency': 'taylor1_momentum'}
+  yield {'repair.enabled': True, 'repair.damping': 0.1}
+  yield {'repair.enabled': True, 'prune.every': 4}
+  yield {'distill.weight': 0.5}
+  yield ragged
+  yield ragged | {
+    'repair.enabled': True,
+    'distill.weight': 0.5,
+    'prune.every': 4,
+  }

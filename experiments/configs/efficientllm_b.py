@@ -7,10 +7,12 @@ After each prune the surviving inputs of every matrix that lost some are refit,
 by least squares, to what the matrix computed before (effllm_jax/repair.py).
 """
 
+import ml_collections
+
 from experiments.configs import efficientllm_a
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
   """Variant A and the repair."""
   config = efficientllm_a.get_config()
   config.repair.enabled = True

@@ -22,12 +22,14 @@ Sizes and tokens were digitised from the paper's Figure 2 (our inference); peak
 rate and batch are those of the source's own training.
 """
 
-from experiments.configs import smollm2_135m
+import ml_collections
+
+from experiments.configs import efficientllm_a
 
 
-def get_config():
-  """The base at the scale of the paper's Figure 2."""
-  config = smollm2_135m.get_config()
+def get_config() -> ml_collections.ConfigDict:
+  """Variant A at the scale of the paper's Figure 2."""
+  config = efficientllm_a.get_config()
   # A Hugging Face folder: hidden 2048, ffn 8192, 32 heads of 64, 24 layers.
   config.source = 'models/SmolLM-1.7B'
 
