@@ -97,7 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.repair.enabled = True
   # Share of the mean diagonal of the Gram matrix that is added to it; with
   # fewer tokens in a batch than inputs it decides how much is believed.
-  config.repair.damping = 3.0
+  config.repair.damping = 10.0
 
   config.distill = ml_collections.ConfigDict()
   # Weight of the divergence from the teacher in the loss; 0: no teacher.
