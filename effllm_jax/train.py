@@ -250,6 +250,15 @@ class Run:
       recipe=self.plan.recipe,
       score=score,
     ).compile()
+    if score and self.plan.damping is not None:
+      self.repair = steps.repair_step.lower(
+        self.state.params,
+        self.state.prune.masks,
+        self.state.prune.masks,
+        _flat(windows_ABT),
+        cfg=self.cfg,
+        damping=self.plan.damping,
+      ).compile()
     # The first calls compile; the times of steps shall not include that.
     self._select(self.plan.schedule.start)
     self._prices()
@@ -272,13 +281,8 @@ class Run:
     masks = self._select(target)
     repaired = {}
     if plan.damping is not None:
-      params, fits = steps.repair_step(
-        self.state.params,
-        prune.masks,
-        masks,
-        windows_ABT.reshape(-1, windows_ABT.shape[-1]),
-        cfg=self.cfg,
-        damping=plan.damping,
+      params, fits = self.repair(
+        self.state.params, prune.masks, masks, _flat(windows_ABT)
       )
       self.state = self.state.replace(params=params)
       repaired = {'repair': jax.tree.map(float, fits)}
@@ -310,13 +314,10 @@ class Run:
       self.plan.cost,
     )
 
-  def _prices(self) -> dict[str, float]:
+  def _prices(self) -> dict[str, float | None]:
     prune = self.state.prune
     prices = selection.mean_prices(
-      prune.scores,
-      prune.masks,
-      self.plan.rules,
-      self.plan.cost,
+      prune.scores, prune.masks, self.plan.rules, self.plan.cost
     )
     # Infinite where a removal saves nothing: no number in JSON.
     finite = lambda x: x if math.isfinite(x) else None
@@ -455,6 +456,11 @@ class Run:
       'price': self._prices() if plan.scores(step) else None,
       'flops': dict(self.meter.spent),
     }
+
+
+def _flat(windows_ABT):
+  """All micro-batches as one batch."""
+  return windows_ABT.reshape(-1, windows_ABT.shape[-1])
 
 
 def _named(before, after, origin) -> dict[str, list]:

@@ -45,11 +45,17 @@ def sweep() -> Iterator[dict[str, Any]]:
   yield {}
   yield {'prune.saliency': 'taylor1_momentum'}
   yield {'repair.enabled': True, 'repair.damping': 0.1}
-  yield {'repair.enabled': True, 'prune.every': 4}
   yield {'distill.weight': 0.5}
+  yield {
+    'distill.weight': 0.9,
+    'optimizer.peak': 2e-4,
+    'optimizer.end': 2e-5,
+    'prune.floors.heads': 3,
+  }
   yield ragged
   yield ragged | {
     'repair.enabled': True,
+    'repair.damping': 3.0,
     'distill.weight': 0.5,
     'prune.every': 4,
   }
