@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt requirements-torch.txt requirements-dev.txt
 JOBS ?= 2
+CONFIG ?= experiments/configs/smollm2_135m.py
 RUN ?= runs/quickstart
 OUT ?= out/quickstart
 PY = $(VENV)/bin/python
@@ -13,8 +14,7 @@ PY = $(VENV)/bin/python
 .PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/.ready
-	$(PY) -m experiments.main --workdir=$(RUN) \
-	  --config=experiments/configs/smollm2_135m.py
+	$(PY) -m experiments.main --workdir=$(RUN) --config=$(CONFIG)
 	@[ -e $(OUT)/config.json ] || \
 	  $(PY) -m experiments.export --workdir=$(RUN) --out=$(OUT)
 	$(PY) -m experiments.report --workdir=$(RUN)
