@@ -1,4 +1,4 @@
-"""The frozen source model that a run is distilled from."""
+"""The frozen model, by default its own source, that a run is distilled from."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class Teacher:
-  """A whole, unpruned model that says what it would answer to a batch.
+  """A frozen model that says what it would answer to a batch.
 
   Called once per batch: what it returns enters the training step as data.
   """
@@ -27,7 +27,8 @@ class Teacher:
     compute = dataclasses.replace(recipe.compute, remat=False)
     self.cfg = teacher.cfg
     self._params = jax.tree.map(lambda x: jnp.asarray(x, dtype), teacher.params)
-    self._masks = structure.all_alive(teacher.cfg)
+    # A teacher may itself be an event of a run, with dead groups in its arrays.
+    self._masks = teacher.masks or structure.all_alive(teacher.cfg)
     self._recipe = dataclasses.replace(recipe, compute=compute)
     self._compiled = None
 

@@ -285,10 +285,12 @@ class Run:
         self.state.params, prune.masks, masks, _flat(windows_ABT)
       )
       self.state = self.state.replace(params=params)
-      repaired = {'repair': jax.tree.map(float, fits)}
+      fits = jax.tree.map(float, fits)
       self.meter.repair(
         self.cfg, [name for name, fit in fits.items() if fit['damping'] > 0]
       )
+      self._say_damping(step, fits)
+      repaired = {'repair': jax.tree.map(_finite, fits)}
     self.trace.write(
       {
         'step': step,
@@ -302,6 +304,18 @@ class Run:
       }
     )
     self.state = self.state.replace(prune=prune.replace(masks=masks))
+
+  def _say_damping(self, step: int, fits: dict[str, dict[str, float]]) -> None:
+    """Tells of every matrix that did not take the damping it was given."""
+    for name, fit in fits.items():
+      # Tenfold at a time; float32 on the way back is not equal to the bit.
+      if fit['damping'] > 2 * self.plan.damping:
+        how = (
+          f'needed damping {fit["damping"]:g}'
+          if math.isfinite(fit['damping'])
+          else 'found no damping that works and left some layers as they were'
+        )
+        self.progress.say(f'repair after step {step}: {name} {how}')
 
   def _select(self, target: int) -> structure.Groups:
     prune = self.state.prune
@@ -319,9 +333,8 @@ class Run:
     prices = selection.mean_prices(
       prune.scores, prune.masks, self.plan.rules, self.plan.cost
     )
-    # Infinite where a removal saves nothing: no number in JSON.
-    finite = lambda x: x if math.isfinite(x) else None
-    return {t: finite(float(getattr(prices, t))) for t in structure.TYPES}
+    # Infinite where a removal saves nothing.
+    return {t: _finite(float(getattr(prices, t))) for t in structure.TYPES}
 
   def _shrinks(self, step: int) -> bool:
     """Whether that saves enough, or the target has been reached."""
@@ -456,6 +469,11 @@ class Run:
       'price': self._prices() if plan.scores(step) else None,
       'flops': dict(self.meter.spent),
     }
+
+
+def _finite(x: float) -> float | None:
+  """JSON has no infinity."""
+  return x if math.isfinite(x) else None
 
 
 def _flat(windows_ABT):

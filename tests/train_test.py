@@ -1,5 +1,8 @@
 """What the loop does when something inside it goes wrong."""
 
+import math
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -77,3 +80,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(setting, monkeypatch):
   with pytest.raises(errors.InputError, match='step 7 is not finite; the last'):
     run('nan')
   assert checkpoints.moments(root / 'nan')[0].step == 5
+
+
+def test_a_repair_that_needed_more_damping_is_told():
+  said = []
+  run = types.SimpleNamespace(
+    plan=types.SimpleNamespace(damping=1e-3),
+    progress=types.SimpleNamespace(say=said.append),
+  )
+  fits = {'attn_in': 0.0, 'heads': 1e-3, 'ffn_in': 0.1, 'ffn': math.inf}
+  train.Run._say_damping(run, 7, {k: {'damping': v} for k, v in fits.items()})
+  assert len(said) == 2
+  assert said[0] == 'repair after step 7: ffn_in needed damping 0.1'
+  assert 'ffn found no damping that works' in said[1]
