@@ -45,6 +45,7 @@ def sweep() -> Iterator[dict[str, Any]]:
   yield {}
   yield {'prune.saliency': 'taylor1_momentum'}
   yield {'repair.enabled': True, 'repair.damping': 0.1}
+  yield {'repair.enabled': True}
   yield {'distill.weight': 0.5}
   yield {
     'distill.weight': 0.9,
