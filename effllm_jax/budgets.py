@@ -34,7 +34,7 @@ FORMATS = {
   'q4_0': 18 * 16 // 32,
 }
 # The letters that pruning leaves alone: a latency table holds for these.
-_FIXED = ('V', 'N', 'G', 'H')
+FIXED = ('V', 'N', 'G', 'H')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
     )
   try:
     raw = json.loads(path.read_text(encoding='utf-8'))
-    model = {letter: raw['model'][letter] for letter in _FIXED}
+    model = {letter: raw['model'][letter] for letter in FIXED}
     columns = np.array(
       [[s[t] for t in (*structure.TYPES, 'ms')] for s in raw['shapes']], float
     ).T

@@ -324,7 +324,7 @@ def restore_params(
         f'no event {event} in {workdir}; there are: {names}'
       )
     moment = by_index[event]
-  return *read_model(moment), moment.cfg, moment.step
+  return read_params(moment), read_prune(moment), moment.cfg, moment.step
 
 
 def read_moment(path: str | os.PathLike) -> Moment:
@@ -343,20 +343,20 @@ def read_moment(path: str | os.PathLike) -> Moment:
     ) from e
 
 
-def read_model(
-  moment: Moment,
-) -> tuple[structure.Params, state_lib.PruneState]:
-  """Parameters and pruning state of a moment, without the optimizer.
+def read_params(moment: Moment) -> structure.Params:
+  """The parameters of a moment; raises InputError if they are damaged."""
+  return _read_part(moment, 'params', structure.shapes(moment.cfg))
 
-  Raises:
-    errors.InputError: they cannot be read.
-  """
+
+def read_prune(moment: Moment) -> state_lib.PruneState:
+  """The pruning state of a moment; raises InputError if it is damaged."""
   abstract = jax.eval_shape(lambda: state_lib.fresh_prune_state(moment.cfg))
+  return _read_part(moment, 'prune', abstract)
+
+
+def _read_part(moment, name, abstract):
   try:
-    return (
-      _read(moment.path / 'params', structure.shapes(moment.cfg)),
-      _read(moment.path / 'prune', abstract),
-    )
+    return _read(moment.path / name, abstract)
   except Exception as e:
     raise errors.InputError(
       f'{moment.path} cannot be read ({" ".join(str(e).split())[:200]}); '

@@ -99,6 +99,11 @@ def make(
       f"data.seq_len {config.data.seq_len} exceeds the source model's context "
       f'{source.context}; set --config.data.seq_len'
     )
+  if config.distill.weight and config.distill.top_k > source.V:
+    raise errors.InputError(
+      f'distill.top_k {config.distill.top_k} exceeds the {source.V} tokens of '
+      'the vocabulary; set --config.distill.top_k'
+    )
   rules = selection.Rules.of(
     config.prune.policy,
     config.prune.floors,

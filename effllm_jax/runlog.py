@@ -5,7 +5,7 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
     train   step, tokens, loss (nats/token), seconds, tokens_per_second,
             live_params, array_params; live_cost and target_cost (None before
             the schedule begins) in the unit of `budget.kind`; flops, spent
-            since the start of the run, by what they were spent on (FLOPS);
+            since the start of the run, by purpose (`accounting.PURPOSES`);
             and per type: widths (mean over the layers), price (nats/token per
             parameter, or per unit of the budget; None while nothing is
             scored), pruned (share of the source model's groups)
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from effllm_jax import accounting
 from effllm_jax import errors
 from effllm_jax import structure
 from effllm_jax import workdir
@@ -36,8 +37,6 @@ _SCALARS = (
   'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
   'array_params', 'live_cost', 'target_cost',
 )  # fmt: skip
-# What FLOPs are spent on.
-FLOPS = ('train', 'score', 'repair', 'teacher')
 _PER_TYPE = ('widths', 'price', 'pruned')
 _EVAL = ('step', 'tokens', 'phase', 'live_params', 'bits_per_byte', 'domains')
 _SHRINK = (
@@ -192,7 +191,7 @@ def read(folder: str | os.PathLike) -> Run:
   columns |= {
     f'{x}.{t}': array.array('d') for x in _PER_TYPE for t in structure.TYPES
   }
-  columns |= {f'flops.{x}': array.array('d') for x in FLOPS}
+  columns |= {f'flops.{x}': array.array('d') for x in accounting.PURPOSES}
   evals, shrinks, prune_tokens = [], [], array.array('d')
 
   def keep(row):
@@ -204,7 +203,7 @@ def read(folder: str | os.PathLike) -> Run:
         values = row[x] or dict.fromkeys(structure.TYPES)
         for t in structure.TYPES:
           columns[f'{x}.{t}'].append(_number(values[t]))
-      for x in FLOPS:
+      for x in accounting.PURPOSES:
         columns[f'flops.{x}'].append(_number(row['flops'][x]))
     elif kind == 'eval':
       evals.append({x: row[x] for x in _EVAL})

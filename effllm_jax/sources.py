@@ -80,7 +80,7 @@ def _pruned(path: pathlib.Path, params: bool) -> Source:
   """A model of a run, with its masks and its lineage."""
   moment = checkpoints.read_moment(path)
   first = load_saved(moment.path.parents[1] / 'source')
-  weights_, prune = checkpoints.read_model(moment)
+  prune = checkpoints.read_prune(moment)
   masks, origin = (
     jax.tree.map(np.asarray, x) for x in (prune.masks, prune.origin)
   )
@@ -90,7 +90,9 @@ def _pruned(path: pathlib.Path, params: bool) -> Source:
     description=f'{first.description}, pruned to {live:,} parameters in '
     f'{moment.step} steps',
     cfg=moment.cfg,
-    params=jax.tree.map(np.asarray, weights_) if params else None,
+    params=jax.tree.map(np.asarray, checkpoints.read_params(moment))
+    if params
+    else None,
     masks=masks,
     origin=events.compose(first.origin, origin),
   )

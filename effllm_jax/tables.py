@@ -11,6 +11,7 @@ import rich.box
 import rich.table
 import rich.text
 
+from effllm_jax import accounting
 from effllm_jax import runlog
 from effllm_jax import structure
 
@@ -189,7 +190,7 @@ def layers(run: runlog.Run) -> Table | None:
 
 def spent(run: runlog.Run) -> Table:
   """Tokens and FLOPs since the start of the run, by what they went into."""
-  last = {x: run.train[f'flops.{x}'][-1] for x in runlog.FLOPS}
+  last = {x: run.train[f'flops.{x}'][-1] for x in accounting.PURPOSES}
   total = sum(x for x in last.values() if _known(x))
   tokens = {'train': run.tokens[-1]}
   share = lambda x: (

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
       'tokens': _TOKENS.value,
       'repeats': _REPEATS.value,
     },
-    'model': {x: getattr(cfg, x) for x in ('V', 'N', 'G', 'H')},
+    'model': {x: getattr(cfg, x) for x in budgets.FIXED},
     'shapes': [
       dict(zip((*structure.TYPES, 'ms'), (*shape, ms), strict=True))
       for shape, ms in median.items()
