@@ -10,6 +10,7 @@ from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import model
 from effllm_jax import saliency
+from effllm_jax import schedules
 from effllm_jax import selection
 from effllm_jax import steps
 from effllm_jax import structure
@@ -37,7 +38,7 @@ class Plan:
   steps: int
   every: int
   cost: budgets.Cost
-  schedule: selection.Schedule
+  schedule: schedules.Schedule
   rules: selection.Rules
   quantum: structure.Groups
   shrink_threshold: float
@@ -140,7 +141,7 @@ def make(
     steps=math.ceil(config.train.tokens / per_step),
     every=config.prune.every,
     cost=cost,
-    schedule=selection.Schedule(
+    schedule=schedules.Schedule(
       begin=config.prune.begin_tokens,
       end=config.prune.end_tokens,
       start=start,

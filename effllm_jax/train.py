@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import math
 import os
 import pathlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +21,16 @@ from effllm_jax import data
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import events
+from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
+from effllm_jax import pruning
 from effllm_jax import selection
-from effllm_jax import shrink
 from effllm_jax import sources
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from effllm_jax import workdir as workdir_lib
-
-# A shrink changes no number that matters: float32 sums in another order.
-SHRINK_TOLERANCE = 1e-4
 
 
 def run(
@@ -122,7 +118,7 @@ class Run:
       ).items()
     }
     self.batches, self.heldout = batches, heldout
-    self.rate = steps.learning_rate(
+    self.rate = optimizers.learning_rate(
       config.optimizer.schedule,
       config.optimizer.peak,
       config.optimizer.end,
@@ -130,7 +126,7 @@ class Run:
       config.optimizer.decay_tokens // plan.tokens_per_step,
       plan.steps,
     )
-    self.tx = steps.optimizer(
+    self.tx = optimizers.optimizer(
       self.rate,
       config.optimizer.b1,
       config.optimizer.b2,
@@ -211,12 +207,15 @@ class Run:
         'seconds': seconds,
         'compile_seconds': compile_seconds,
         'data_seconds': waited,
-        **self._sizes(step),
+        **pruning.sizes(
+          self.state.prune, self.cfg, plan, step, self.source_widths
+        ),
+        'flops': dict(self.meter.spent),
       }
       if log
       else None
     )
-    event = self._shrink(step, windows_ABT[0]) if self._shrinks(step) else None
+    event = self._shrink(step, windows_ABT[0])
     if row:
       row['tokens_per_second'] = plan.tokens_per_step / seconds
       self.metrics.write(row)
@@ -260,8 +259,8 @@ class Run:
         damping=self.plan.damping,
       ).compile()
     # The first calls compile; the times of steps shall not include that.
-    self._select(self.plan.schedule.start)
-    self._prices()
+    pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
+    pruning.prices(self.state.prune, self.plan)
     self.progress.phase('pruning' if score else 'recovery')
     return time.perf_counter() - start
 
@@ -278,7 +277,7 @@ class Run:
     """Flips mask bits until the schedule's size is reached; logs what went."""
     prune, plan = self.state.prune, self.plan
     target = plan.schedule.at(plan.tokens(step))
-    masks = self._select(target)
+    masks = pruning.select(prune, plan, target)
     repaired = {}
     if plan.damping is not None:
       params, fits = self.repair(
@@ -290,7 +289,7 @@ class Run:
         self.cfg, [name for name, fit in fits.items() if fit['damping'] > 0]
       )
       self._say_damping(step, fits)
-      repaired = {'repair': jax.tree.map(_finite, fits)}
+      repaired = {'repair': jax.tree.map(pruning.finite, fits)}
     self.trace.write(
       {
         'step': step,
@@ -298,8 +297,8 @@ class Run:
         'target_cost': plan.cost.reported(target),
         'live_cost': plan.cost.reported(plan.cost.live(masks)),
         'live_params': selection.live_params(masks, self.cfg),
-        'removed': _named(prune.masks, masks, prune.origin),
-        'price': self._prices(),
+        'removed': pruning.removed(prune, masks),
+        'price': pruning.prices(prune, plan),
         **repaired,
       }
     )
@@ -317,81 +316,16 @@ class Run:
         )
         self.progress.say(f'repair after step {step}: {name} {how}')
 
-  def _select(self, target: int) -> structure.Groups:
-    prune = self.state.prune
-    return selection.select(
-      prune.scores,
-      prune.masks,
-      target,
-      self.plan.schedule.target,
-      self.plan.rules,
-      self.plan.cost,
-    )
-
-  def _prices(self) -> dict[str, float | None]:
-    prune = self.state.prune
-    prices = selection.mean_prices(
-      prune.scores, prune.masks, self.plan.rules, self.plan.cost
-    )
-    # Infinite where a removal saves nothing.
-    return {t: _finite(float(getattr(prices, t))) for t in structure.TYPES}
-
-  def _shrinks(self, step: int) -> bool:
-    """Whether that saves enough, or the target has been reached."""
-    if not self.plan.prunes(step):
-      return False
-    small = self._shrunk(step)
-    saved = 1 - small.num_params() / self.cfg.num_params()
-    return saved > 0 and (
-      saved >= self.plan.shrink_threshold or self.plan.last_prune(step)
-    )
-
-  def _shrunk(self, step: int) -> structure.ModelConfig:
-    """What the arrays would be after a shrink: as wide as the widest layer."""
-    # In the end every width is real; until then tiles may want multiples.
-    exact = structure.Groups(heads=1, ffn=1, stem=1)
-    quantum = exact if self.plan.last_prune(step) else self.plan.quantum
-    return shrink.shrunk_config(self.state.prune.masks, self.cfg, quantum)
-
-  def _shrink(self, step: int, windows_BT) -> events.ShrinkEvent:
-    """Makes the arrays smaller; stops the run if that changed the loss."""
+  def _shrink(self, step: int, windows_BT) -> events.ShrinkEvent | None:
+    """Makes the arrays smaller, where the plan wants that after this step."""
+    old, masks = self.cfg, self.state.prune.masks
+    new = pruning.shrunk(masks, old, self.plan, step)
+    if new is None:
+      return None
     start = time.perf_counter()
     self.progress.phase('shrinking')
-    old, masks = self.cfg, self.state.prune.masks
-    new = self._shrunk(step)
-    compute = dataclasses.replace(self.plan.recipe.compute, dtype='float32')
-    loss_before = float(
-      steps.batch_loss(
-        self.state.params, masks, windows_BT, cfg=old, compute=compute
-      )
-    )
-    self.state, kept = steps.shrink_step(
-      self.state, cfg=old, new_cfg=new, tx=self.tx
-    )
-    loss_after = float(
-      steps.batch_loss(
-        self.state.params,
-        self.state.prune.masks,
-        windows_BT,
-        cfg=new,
-        compute=compute,
-      )
-    )
-    if not abs(loss_after - loss_before) <= SHRINK_TOLERANCE * loss_before:
-      raise RuntimeError(
-        f'shrink {self.num_events} changed the loss on one batch from '
-        f'{loss_before} to {loss_after} nats per token; nothing of it was '
-        'saved, the last checkpoint is intact; please report this'
-      )
-    event = events.ShrinkEvent(
-      index=self.num_events,
-      step=step,
-      tokens=self.plan.tokens(step),
-      before=old,
-      after=new,
-      kept=jax.tree.map(lambda x: np.asarray(x).tolist(), kept),
-      loss_before=loss_before,
-      loss_after=loss_after,
+    self.state, event = pruning.shrink(
+      self.state, windows_BT, old, new, self.plan, self.tx, self.num_events
     )
     self.cfg, self.num_events, self.compiled = new, self.num_events + 1, {}
     seconds = time.perf_counter() - start
@@ -405,8 +339,8 @@ class Run:
         'widths_after': new.widths(),
         'params_before': old.num_params(),
         'params_after': new.num_params(),
-        'loss_before': loss_before,
-        'loss_after': loss_after,
+        'loss_before': event.loss_before,
+        'loss_after': event.loss_after,
         'seconds': seconds,
       }
     )
@@ -449,51 +383,7 @@ class Run:
       return 'pruned'
     return 'pruning' if self.plan.scores(step) else 'recovery'
 
-  def _sizes(self, step: int) -> dict[str, Any]:
-    """Live size, widths, prices and pruned shares, for the metrics."""
-    prune, plan = self.state.prune, self.plan
-    live = selection.live_widths(prune.masks)
-    tokens = plan.tokens(step)
-    source = self.source_widths
-    return {
-      'live_params': selection.live_params(prune.masks, self.cfg),
-      'array_params': self.cfg.num_params(),
-      'live_cost': plan.cost.reported(plan.cost.live(prune.masks)),
-      'target_cost': (
-        plan.cost.reported(plan.schedule.at(tokens))
-        if tokens > plan.schedule.begin
-        else None
-      ),
-      'widths': {t: float(w.mean()) for t, w in live.items()},
-      'pruned': {t: 1 - float(w.mean()) / source[t] for t, w in live.items()},
-      'price': self._prices() if plan.scores(step) else None,
-      'flops': dict(self.meter.spent),
-    }
-
-
-def _finite(x: float) -> float | None:
-  """JSON has no infinity."""
-  return x if math.isfinite(x) else None
-
 
 def _flat(windows_ABT):
   """All micro-batches as one batch."""
   return windows_ABT.reshape(-1, windows_ABT.shape[-1])
-
-
-def _named(before, after, origin) -> dict[str, list]:
-  """What a prune removed, by index in the source model.
-
-  heads and ffn as [layer, index], stem as index.
-  """
-  removed = {}
-  for name in structure.TYPES:
-    gone = np.asarray(getattr(before, name)) & ~np.asarray(getattr(after, name))
-    index = np.asarray(getattr(origin, name))[gone].tolist()
-    if gone.ndim == 2:
-      index = [
-        list(pair)
-        for pair in zip(*(np.nonzero(gone)[0].tolist(), index), strict=True)
-      ]
-    removed[name] = index
-  return removed

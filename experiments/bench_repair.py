@@ -40,17 +40,19 @@ def main(argv: list[str]) -> None:
   """Measures every seed and prints one table."""
   del argv
   # After the flags have been parsed: these imports take seconds.
+  import dataclasses
+
   import jax
   import jax.numpy as jnp
   import numpy as np
-  import optax
 
   from effllm_jax import budgets
   from effllm_jax import corpus
   from effllm_jax import data
   from effllm_jax import errors
   from effllm_jax import evaluate
-  from effllm_jax import model
+  from effllm_jax import optimizers
+  from effllm_jax import plan as plan_lib
   from effllm_jax import selection
   from effllm_jax import sources
   from effllm_jax import state as state_lib
@@ -73,23 +75,19 @@ def main(argv: list[str]) -> None:
     seq_len=config.data.seq_len,
     tokens_per_domain=_TOKENS.value,
   )
-  recipe = steps.Recipe(
-    compute=model.Compute(config.model.dtype, config.model.remat),
-    saliency='taylor1', decay=0.9, b1=0.9, b2=0.95, clip=1.0, distill=0.0,
-    temperature=1.0, top_k=1,
-  )  # fmt: skip
-  rules = selection.Rules(
-    policy='uniform',
-    floors=tuple(config.prune.floors[t] for t in structure.TYPES),
-    multiple_of=(1, 1, 1),
-    price_embedding=config.prune.price_embedding,
+  plan = plan_lib.make(config, cfg)
+  recipe = dataclasses.replace(plan.recipe, distill=0.0)
+  rules = dataclasses.replace(
+    plan.rules, policy='uniform', multiple_of=(1, 1, 1)
   )
   cost = budgets.params(cfg)
   target = int(cfg.num_params() * (1 - _SHARE.value))
 
   def score(batches):
-    # No optimizer, no moments: the parameters stay as they are.
-    tx = optax.set_to_zero()
+    # At rate 0 the moments move and the parameters do not.
+    tx = optimizers.optimizer(
+      lambda _: 0.0, recipe.b1, recipe.b2, 0.0, recipe.clip
+    )
     state = state_lib.fresh_state(jax.tree.map(jnp.copy, params), cfg, tx)
     for windows in batches:
       state, _ = steps.train_step(

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
   import jax.numpy as jnp
 
   from effllm_jax import model
+  from effllm_jax import optimizers
   from effllm_jax import plan as plan_lib
   from effllm_jax import selection
   from effllm_jax import shrink
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     rope_theta=1e5, norm_eps=1e-5, tied=True,
   )  # fmt: skip
   plan = plan_lib.make(config, cfg)
-  tx = steps.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
+  tx = optimizers.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
   tokens = jax.random.randint(
     jax.random.key(0),
     (config.train.accumulate, config.data.batch_size, config.data.seq_len + 1),

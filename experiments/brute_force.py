@@ -24,6 +24,7 @@ import tokenizers
 from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import model
+from effllm_jax import optimizers
 from effllm_jax import saliency
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -118,10 +119,10 @@ def train_small(
   seed: int,
 ) -> structure.Params:
   """A small model trained from scratch, the rate decayed to 1 % at the end."""
-  rate = steps.learning_rate(
+  rate = optimizers.learning_rate(
     'wsd', 6e-3, 6e-5, num_steps // 20, num_steps // 3, num_steps
   )
-  tx = steps.optimizer(rate, B1, B2, 0.1, CLIP)
+  tx = optimizers.optimizer(rate, B1, B2, 0.1, CLIP)
   state = state_lib.fresh_state(model.init(jax.random.key(seed), cfg), cfg, tx)
   for _ in range(num_steps):
     state, _ = steps.train_step(
@@ -164,7 +165,7 @@ def scores(
 @functools.cache
 def _frozen():
   """The optimizer of a run, at rate 0: its moments move, the weights do not."""
-  return steps.optimizer(lambda _: 0.0, B1, B2, 0.0, CLIP)
+  return optimizers.optimizer(lambda _: 0.0, B1, B2, 0.0, CLIP)
 
 
 def draw_groups(

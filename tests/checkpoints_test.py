@@ -12,8 +12,8 @@ import pytest
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
+from effllm_jax import optimizers
 from effllm_jax import state as state_lib
-from effllm_jax import steps
 from effllm_jax import structure
 from tests import conftest
 
@@ -27,7 +27,7 @@ FLOPS = {'train': 10**18, 'score': 3}
 
 @pytest.fixture(scope='module', name='tx')
 def _tx():
-  return steps.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
+  return optimizers.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
 
 
 def make_data():

@@ -10,6 +10,7 @@ import ml_collections
 import pytest
 
 from effllm_jax import errors
+from effllm_jax import optimizers
 from effllm_jax import plan
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -105,7 +106,7 @@ def test_the_paper_scale_needs_what_its_docstring_says():
   name = 'smollm_1p7b_to_469m'
   text = importlib.import_module(f'experiments.configs.{name}').__doc__
   made = plan.make(load(name), SMOLLM_1P7B)
-  tx = steps.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
+  tx = optimizers.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
   state = state_lib.abstract_state(SMOLLM_1P7B, tx)
   size = lambda tree: sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)

@@ -16,9 +16,9 @@ from effllm_jax import errors
 from effllm_jax import export
 from effllm_jax import hf_config
 from effllm_jax import model
+from effllm_jax import optimizers
 from effllm_jax import sources
 from effllm_jax import state as state_lib
-from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import weights
 from tests import conftest
@@ -307,7 +307,7 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   """A run's folder after step 5; `edit` makes the masks. Params and masks."""
   source = sources.load_saved(tokenizer_folder)
   sources.save_tokenizer(source, workdir / 'source')
-  tx = steps.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
+  tx = optimizers.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(jax.numpy.asarray, sources_test.random_params(CFG))
   state = state_lib.fresh_state(params, CFG, tx)
   masks = edit(state.prune.masks)

@@ -11,12 +11,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
   'errors', 'structure', 'model', 'distillation', 'saliency', 'budgets',
-  'selection', 'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
+  'selection', 'schedules', 'optimizers', 'repair', 'state', 'shrink',
+  'events', 'steps', 'accounting',
   'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
-  'teacher', 'export', 'plan', 'evaluate', 'runlog', 'tables', 'plots',
-  'figures', 'report', 'console', 'train',
+  'teacher', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
+  'plots', 'figures', 'report', 'console', 'train',
 ]  # fmt: skip
 # Package -> the only modules of effllm_jax that may import it.
 ONLY = {

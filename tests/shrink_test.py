@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from effllm_jax import optimizers
 from effllm_jax import shrink
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -14,8 +15,8 @@ ONE = structure.Groups(heads=1, ffn=1, stem=1)
 
 
 def make_optimizer():
-  rate = steps.learning_rate('cosine', 1e-2, 1e-3, 2, 0, 10)
-  return steps.optimizer(rate, 0.9, 0.95, 0.1, 0.5)
+  rate = optimizers.learning_rate('cosine', 1e-2, 1e-3, 2, 0, 10)
+  return optimizers.optimizer(rate, 0.9, 0.95, 0.1, 0.5)
 
 
 def test_survivors_are_ordered_by_descending_score(cfg):

@@ -1,0 +1,60 @@
+"""AdamW and its learning rate, re-warmed for a finished checkpoint."""
+
+import optax
+
+from effllm_jax import structure
+
+
+def learning_rate(
+  kind: str, peak: float, end: float, warmup: int, decay: int, total: int
+) -> optax.Schedule:
+  """Learning rate by step.
+
+  The source is a finished, decayed checkpoint, so the rate always warms up
+  again.
+
+  Args:
+    kind: `cosine` (warm-up, then half a cosine down to `end`) or `wsd`
+      (warm-up, stable, then linear decay to `end` over the last `decay` steps).
+    peak: highest rate.
+    end: rate at the last step.
+    warmup: steps of warm-up.
+    decay: steps of decay of `wsd`.
+    total: steps of the run.
+  """
+  rise = optax.linear_schedule(0.0, peak, warmup)
+  if kind == 'cosine':
+    fall = optax.cosine_decay_schedule(
+      peak, max(total - warmup, 1), alpha=end / peak
+    )
+    rate = optax.join_schedules([rise, fall], [warmup])
+  elif kind == 'wsd':
+    fall = optax.linear_schedule(peak, end, decay)
+    stable = optax.constant_schedule(peak)
+    rate = optax.join_schedules([rise, stable, fall], [warmup, total - decay])
+  else:
+    raise ValueError(f'schedule {kind!r} is neither cosine nor wsd')
+  # Optax counts finished updates: a rate of 0 would waste the first one.
+  return lambda count: rate(count + 1)
+
+
+def optimizer(
+  rate: optax.Schedule, b1: float, b2: float, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+  """AdamW behind a clip of the global gradient norm.
+
+  Weight decay skips norm scales. Every part is elementwise, apart from the
+  norm, to which dead groups add exactly zero: an update commutes with a shrink.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(clip),
+    optax.adamw(
+      rate,
+      b1=b1,
+      b2=b2,
+      weight_decay=weight_decay,
+      mask=lambda params: structure.map_axes(
+        lambda letters, _: letters not in ('D', 'ND'), params
+      ),
+    ),
+  )

@@ -1,0 +1,177 @@
+"""One prune and one shrink of a run's state, and what to say of them.
+
+The host side of `steps`: what a plan asks for at a step, carried out, checked
+and put into plain numbers. Nothing here knows of files or of the order of
+events in a run.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from effllm_jax import events
+from effllm_jax import plan as plan_lib
+from effllm_jax import selection
+from effllm_jax import shrink as shrink_lib
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+
+# A shrink changes no number that matters: float32 sums in another order.
+TOLERANCE = 1e-4
+
+
+def select(
+  prune: state_lib.PruneState, plan: plan_lib.Plan, target: int
+) -> structure.Groups:
+  """Masks within `target`, in units of the plan's budget."""
+  return selection.select(
+    prune.scores,
+    prune.masks,
+    target,
+    plan.schedule.target,
+    plan.rules,
+    plan.cost,
+  )
+
+
+def prices(
+  prune: state_lib.PruneState, plan: plan_lib.Plan
+) -> dict[str, float | None]:
+  """Mean price of the live groups by type; None where a removal saves nothing.
+
+  Nats per token and unit of the budget.
+  """
+  means = selection.mean_prices(
+    prune.scores, prune.masks, plan.rules, plan.cost
+  )
+  return {t: finite(float(getattr(means, t))) for t in structure.TYPES}
+
+
+def finite(x: float) -> float | None:
+  """JSON has no infinity."""
+  return x if math.isfinite(x) else None
+
+
+def removed(
+  prune: state_lib.PruneState, masks: structure.Groups
+) -> dict[str, list]:
+  """What new masks remove, by its index in the source model.
+
+  heads and ffn as [layer, index], stem as index.
+  """
+  found = {}
+  for name in structure.TYPES:
+    before, after, origin = (
+      np.asarray(getattr(tree, name))
+      for tree in (prune.masks, masks, prune.origin)
+    )
+    gone = before & ~after
+    index = origin[gone].tolist()
+    if gone.ndim == 2:
+      index = [
+        list(pair)
+        for pair in zip(*(np.nonzero(gone)[0].tolist(), index), strict=True)
+      ]
+    found[name] = index
+  return found
+
+
+def sizes(
+  prune: state_lib.PruneState,
+  cfg: structure.ModelConfig,
+  plan: plan_lib.Plan,
+  step: int,
+  source_widths: dict[str, float],
+) -> dict[str, Any]:
+  """Live size, widths, prices and pruned shares, for the metrics."""
+  widths = {
+    t: float(w.mean()) for t, w in selection.live_widths(prune.masks).items()
+  }
+  tokens = plan.tokens(step)
+  return {
+    'live_params': selection.live_params(prune.masks, cfg),
+    'array_params': cfg.num_params(),
+    'live_cost': plan.cost.reported(plan.cost.live(prune.masks)),
+    'target_cost': (
+      plan.cost.reported(plan.schedule.at(tokens))
+      if tokens > plan.schedule.begin
+      else None
+    ),
+    'widths': widths,
+    'pruned': {t: 1 - w / source_widths[t] for t, w in widths.items()},
+    'price': prices(prune, plan) if plan.scores(step) else None,
+  }
+
+
+def shrunk(
+  masks: structure.Groups,
+  cfg: structure.ModelConfig,
+  plan: plan_lib.Plan,
+  step: int,
+) -> structure.ModelConfig | None:
+  """What to shrink the arrays to after this step; None: leave them.
+
+  They are as wide as the widest layer afterwards. It takes a prune, and enough
+  to be saved or the target to be reached.
+  """
+  if not plan.prunes(step):
+    return None
+  # In the end every width is real; until then tiles may want multiples.
+  exact = structure.Groups(heads=1, ffn=1, stem=1)
+  last = plan.last_prune(step)
+  small = shrink_lib.shrunk_config(masks, cfg, exact if last else plan.quantum)
+  saved = 1 - small.num_params() / cfg.num_params()
+  wanted = saved > 0 and (saved >= plan.shrink_threshold or last)
+  return small if wanted else None
+
+
+def shrink(
+  state: state_lib.TrainState,
+  windows_BT: jax.Array,
+  cfg: structure.ModelConfig,
+  new: structure.ModelConfig,
+  plan: plan_lib.Plan,
+  tx: optax.GradientTransformation,
+  index: int,
+) -> tuple[state_lib.TrainState, events.ShrinkEvent]:
+  """Gathers the survivors into arrays of `new`; `state` is used up.
+
+  Returns:
+    The smaller state, and the record of shrink number `index`.
+
+  Raises:
+    RuntimeError: the loss on `windows_BT` is not what it was before.
+  """
+  compute = dataclasses.replace(plan.recipe.compute, dtype='float32')
+
+  def loss(state, cfg):
+    return float(
+      steps.batch_loss(
+        state.params, state.prune.masks, windows_BT, cfg=cfg, compute=compute
+      )
+    )
+
+  before, step = loss(state, cfg), int(state.step)
+  state, kept = steps.shrink_step(state, cfg=cfg, new_cfg=new, tx=tx)
+  after = loss(state, new)
+  if not abs(after - before) <= TOLERANCE * before:
+    raise RuntimeError(
+      f'shrink {index} changed the loss on one batch from {before} to {after} '
+      'nats per token; nothing of it was saved, the last checkpoint is intact; '
+      'please report this'
+    )
+  return state, events.ShrinkEvent(
+    index=index,
+    step=step,
+    tokens=plan.tokens(step),
+    before=cfg,
+    after=new,
+    kept=jax.tree.map(lambda x: np.asarray(x).tolist(), kept),
+    loss_before=before,
+    loss_after=after,
+  )

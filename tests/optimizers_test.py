@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effllm_jax import optimizers
+from tests import conftest
+
+
+def test_norm_scales_are_not_decayed():
+  cfg = conftest.make_config()
+  tx = optimizers.optimizer(lambda _: 0.1, 0.9, 0.95, 0.5, 1.0)
+  params = conftest.make_params(cfg)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = jax.jit(tx.update)(zero, jax.jit(tx.init)(params), params)
+  conftest.check_close(updates.final_norm, zero.final_norm)
+  conftest.check_close(updates.layers.ffn_norm, zero.layers.ffn_norm)
+  conftest.check_close(updates.layers.wq, -0.05 * params.layers.wq)
+
+
+def test_learning_rates():
+  wsd = optimizers.learning_rate('wsd', 1.0, 0.1, 4, 5, 20)
+  np.testing.assert_allclose(
+    [wsd(s) for s in (0, 1, 3, 13, 14, 19)],
+    [0.25, 0.5, 1, 1, 1, 0.1],
+    rtol=1e-6,
+  )
+  cosine = optimizers.learning_rate('cosine', 1.0, 0.1, 4, 0, 20)
+  np.testing.assert_allclose(
+    [cosine(s) for s in (0, 3, 11, 19)], [0.25, 1, 0.55, 0.1], rtol=1e-6
+  )
+  with pytest.raises(ValueError, match='triangle'):
+    optimizers.learning_rate('triangle', 1.0, 0.1, 4, 5, 20)
