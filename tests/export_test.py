@@ -320,29 +320,38 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   return params, masks
 
 
-def test_command_takes_out_what_is_masked(
-  tmp_path, tokenizer_folder, reference
-):
+def exported(tmp_path, tokenizer_folder, edit):
+  """Exports by the command, to tmp_path / 'out', and compares the logits.
+
+  Returns the finished command, the model as it is read back, pruning.json.
+  """
   workdir, out = tmp_path / 'run', tmp_path / 'out'
-  params, masks = write_checkpoint(
-    workdir,
-    tokenizer_folder,
-    lambda m: m.replace(
-      heads=m.heads.at[:, 0].set(False), ffn=m.ffn.at[:, 80:].set(False)
-    ),
-  )
+  params, masks = write_checkpoint(workdir, tokenizer_folder, edit)
   done = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
   assert done.returncode == 0, done.stderr
-  assert str(out) in done.stdout and 'model.safetensors' in done.stdout
   small = sources.load(out, sources_test.CACHE)
-  assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 64)
   tokens = np.arange(40)[None]
   want, _ = model.forward(params, masks, tokens, CFG)
   have, _ = model.forward(
     small.params, structure.all_alive(small.cfg), tokens, small.cfg
   )
   np.testing.assert_allclose(have, want, atol=1e-3)
-  pruning = json.loads((out / 'pruning.json').read_text())
+  return done, small, json.loads((out / 'pruning.json').read_text())
+
+
+def test_command_takes_out_what_is_masked(
+  tmp_path, tokenizer_folder, reference
+):
+  done, small, pruning = exported(
+    tmp_path,
+    tokenizer_folder,
+    lambda m: m.replace(
+      heads=m.heads.at[:, 0].set(False), ffn=m.ffn.at[:, 80:].set(False)
+    ),
+  )
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  assert str(out) in done.stdout and 'model.safetensors' in done.stdout
+  assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 64)
   assert pruning['origin']['heads'] == [[1], [1]] and pruning['step'] == 5
 
   again = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
@@ -353,9 +362,8 @@ def test_command_takes_out_what_is_masked(
 def test_command_fills_up_narrower_layers(
   tmp_path, tokenizer_folder, reference
 ):
-  workdir, out = tmp_path / 'run', tmp_path / 'out'
-  params, masks = write_checkpoint(
-    workdir,
+  done, small, pruning = exported(
+    tmp_path,
     tokenizer_folder,
     lambda m: m.replace(
       heads=m.heads.at[0].set(False).at[1, 0].set(False),
@@ -363,21 +371,11 @@ def test_command_fills_up_narrower_layers(
       stem=m.stem.at[5].set(False),
     ),
   )
-  done = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
-  assert done.returncode == 0, done.stderr
-  small = sources.load(out, sources_test.CACHE)
   assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 63)
   padding = 63 * (small.cfg.head_rows() + 3 * (80 - 6))
   lines = [' '.join(x.split()) for x in done.stdout.splitlines()]
   assert f'of them zero padding {padding:,}' in lines
   assert f'parameters {small.cfg.num_params():,}' in lines
-  tokens = np.arange(40)[None]
-  want, _ = model.forward(params, masks, tokens, CFG)
-  have, _ = model.forward(
-    small.params, structure.all_alive(small.cfg), tokens, small.cfg
-  )
-  np.testing.assert_allclose(have, want, atol=1e-3)
-  pruning = json.loads((out / 'pruning.json').read_text())
   assert pruning['layer_widths'] == {'heads': [0, 1], 'ffn': [80, 6]}
   assert pruning['widths'] == {'heads': 1, 'ffn': 80, 'stem': 63}
   assert pruning['origin']['heads'] == [[-1], [1]]
