@@ -87,9 +87,9 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
   if not wrong:
     return text
   key = wrong[0].partition('=')[0].removeprefix('--config.')
-  hint = f'did you mean {near.group(1)!r}? ' if near else ''
+  hint = f'did you mean {near.group(1)!r}? All' if near else 'all'
   return (
-    f'the config has no key {key!r}; {hint}All keys are in the file given as '
+    f'the config has no key {key!r}; {hint} keys are in the file given as '
     '--config'
   )
 
