@@ -18,9 +18,11 @@ class ShrinkEvent:
     index: 0 for the first shrink of a run.
     step: finished optimizer updates.
     tokens: training tokens seen.
-    before, after: the architecture on either side.
+    before, after: the arrays on either side. Where layers differ in width they
+      are as wide as the widest, and may stay what they were.
+    live: how many groups are alive: heads [N], ffn [N], stem.
     kept: int lists, indices into the axes *before* this shrink:
-      heads [N][K'], ffn [N][F'], stem [D'].
+      heads [N][K'], ffn [N][F'], stem [D']; the live ones first.
     loss_before, loss_after: mean loss in nats per token on one and the same
       batch; equal up to rounding, or the run would have stopped.
   """
@@ -30,6 +32,7 @@ class ShrinkEvent:
   tokens: int
   before: structure.ModelConfig
   after: structure.ModelConfig
+  live: structure.Groups
   kept: structure.Groups
   loss_before: float
   loss_after: float
@@ -39,7 +42,8 @@ class ShrinkEvent:
     record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     for name in ('before', 'after'):
       record[name] = dataclasses.asdict(record[name])
-    record['kept'] = {t: getattr(self.kept, t) for t in structure.TYPES}
+    for name in ('live', 'kept'):
+      record[name] = {t: getattr(record[name], t) for t in structure.TYPES}
     return record
 
   @classmethod
@@ -48,7 +52,8 @@ class ShrinkEvent:
     record = dict(record)
     for name in ('before', 'after'):
       record[name] = structure.ModelConfig(**record[name])
-    record['kept'] = structure.Groups(**record['kept'])
+    for name in ('live', 'kept'):
+      record[name] = structure.Groups(**record[name])
     return cls(**record)
 
 

@@ -116,8 +116,10 @@ def shrunk(
 ) -> structure.ModelConfig | None:
   """What to shrink the arrays to after this step; None: leave them.
 
-  They are as wide as the widest layer afterwards. It takes a prune, and enough
-  to be saved or the target to be reached.
+  They are as wide as the widest layer afterwards, which may be what they are
+  now: the survivors of narrower layers move to the front, where kernels need
+  not go further. It takes a prune, and enough to be saved or the target to be
+  reached.
   """
   if not plan.prunes(step):
     return None
@@ -125,9 +127,19 @@ def shrunk(
   exact = structure.Groups(heads=1, ffn=1, stem=1)
   last = plan.last_prune(step)
   small = shrink_lib.shrunk_config(masks, cfg, exact if last else plan.quantum)
-  saved = 1 - small.num_params() / cfg.num_params()
+  live, reached = selection.live_widths(masks), selection.extents(masks)
+  saved = max(
+    1 - small.num_params() / cfg.num_params(),
+    1 - _covered(live, cfg) / _covered(reached, cfg),
+  )
   wanted = saved > 0 and (saved >= plan.shrink_threshold or last)
   return small if wanted else None
+
+
+def _covered(widths: dict[str, np.ndarray], cfg: structure.ModelConfig) -> int:
+  """Parameters of a model whose layers have these widths."""
+  per_layer = widths['heads'] * cfg.head_rows() + 3 * widths['ffn']
+  return int(widths['stem']) * (int(per_layer.sum()) + cfg.stem_rows())
 
 
 def shrink(
@@ -157,6 +169,7 @@ def shrink(
     )
 
   before, step = loss(state, cfg), int(state.step)
+  live = selection.live_widths(state.prune.masks)
   state, kept = steps.shrink_step(state, cfg=cfg, new_cfg=new, tx=tx)
   after = loss(state, new)
   if not abs(after - before) <= TOLERANCE * before:
@@ -171,6 +184,7 @@ def shrink(
     tokens=plan.tokens(step),
     before=cfg,
     after=new,
+    live=structure.Groups(**{t: w.tolist() for t, w in live.items()}),
     kept=jax.tree.map(lambda x: np.asarray(x).tolist(), kept),
     loss_before=before,
     loss_after=after,

@@ -10,8 +10,9 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
             parameter, or per unit of the budget; None while nothing is
             scored), pruned (share of the source model's groups)
     eval    step, tokens, phase, live_params, bits_per_byte, domains
-    shrink  event, step, tokens, widths_before, widths_after, params_before,
-            params_after, loss_before, loss_after, seconds
+    shrink  event, step, tokens, widths_before, widths_after, params_before and
+            params_after of the arrays; live_params, and widths_live, the least
+            and the most of a layer; loss_before, loss_after, seconds
 
 `trace.jsonl` has one line per prune, of which `tokens` and `removed` are read:
 the groups that went, by their place in the source model, heads and ffn as
@@ -40,8 +41,9 @@ _SCALARS = (
 _PER_TYPE = ('widths', 'price', 'pruned')
 _EVAL = ('step', 'tokens', 'phase', 'live_params', 'bits_per_byte', 'domains')
 _SHRINK = (
-  'event', 'step', 'tokens', 'widths_before', 'widths_after', 'params_before',
-  'params_after', 'loss_before', 'loss_after', 'seconds',
+  'event', 'step', 'tokens', 'widths_before', 'widths_after', 'widths_live',
+  'params_before', 'params_after', 'live_params', 'loss_before', 'loss_after',
+  'seconds',
 )  # fmt: skip
 
 

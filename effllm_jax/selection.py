@@ -152,6 +152,16 @@ def live_widths(masks: structure.Groups) -> dict[str, np.ndarray]:
   }
 
 
+def extents(masks: structure.Groups) -> dict[str, np.ndarray]:
+  """1 + the last live slot of every axis, on the host; see `live_widths`."""
+
+  def extent(mask):
+    slots = np.arange(1, mask.shape[-1] + 1)
+    return np.where(np.asarray(mask), slots, 0).max(-1)
+
+  return {t: extent(getattr(masks, t)) for t in structure.TYPES}
+
+
 def live_params(masks: structure.Groups, cfg: structure.ModelConfig) -> int:
   """Exact number of parameters that belong to live groups (on the host)."""
   return budgets.params(cfg).live(masks)

@@ -152,7 +152,7 @@ def events(run: runlog.Run) -> Table:
     title='Shrinks',
     columns=(
       'event', 'step', 'tokens', *(LABELS[t] for t in structure.TYPES),
-      'parameters', 'loss, nats per token', 'seconds',
+      'parameters of the arrays', 'alive', 'loss, nats per token', 'seconds',
     ),
     rows=tuple(
       (
@@ -160,10 +160,11 @@ def events(run: runlog.Run) -> Table:
         _count(e['step']),
         _count(e['tokens']),
         *(
-          arrow(_count, e['widths_before'][t], e['widths_after'][t])
+          arrow(str, _count(e['widths_before'][t]), _span(e['widths_live'][t]))
           for t in structure.TYPES
         ),
         arrow(_count, e['params_before'], e['params_after']),
+        _count(e['live_params']),
         arrow(_bits, e['loss_before'], e['loss_after']),
         _seconds(e['seconds']),
       )
@@ -284,6 +285,11 @@ def _scaled(x, digits, suffixes):
 
 def _known(x) -> bool:
   return x is not None and math.isfinite(x)
+
+
+def _span(ends: list[float]) -> str:
+  """`448 to 1,536`; one number where both ends are the same."""
+  return ' to '.join(dict.fromkeys(map(_count, ends)))
 
 
 def _count(x: float | None) -> str:

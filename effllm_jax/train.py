@@ -327,8 +327,16 @@ class Run:
     self.state, event = pruning.shrink(
       self.state, windows_BT, old, new, self.plan, self.tx, self.num_events
     )
-    self.cfg, self.num_events, self.compiled = new, self.num_events + 1, {}
+    if new != old:
+      self.cfg, self.compiled = new, {}
+    self.num_events += 1
     seconds = time.perf_counter() - start
+    # Least and most of a layer.
+    live = {
+      t: [int(w.min()), int(w.max())]
+      for t, w in selection.live_widths(masks).items()
+    }
+    live_params = selection.live_params(masks, old)
     self.metrics.write(
       {
         'kind': 'shrink',
@@ -337,6 +345,8 @@ class Run:
         'tokens': event.tokens,
         'widths_before': old.widths(),
         'widths_after': new.widths(),
+        'widths_live': live,
+        'live_params': live_params,
         'params_before': old.num_params(),
         'params_after': new.num_params(),
         'loss_before': event.loss_before,
@@ -344,10 +354,13 @@ class Run:
         'seconds': seconds,
       }
     )
+    spans = {t: ' to '.join(dict.fromkeys(map(str, live[t]))) for t in live}
+    widths = ', '.join(
+      f'{t} {before} -> {spans[t]}' for t, before in old.widths().items()
+    )
     self.progress.say(
-      f'shrink {event.index} at step {step}: {old.num_params():,} -> '
-      f'{new.num_params():,} parameters, heads {old.K} -> {new.K}, '
-      f'ffn {old.F} -> {new.F}, stem {old.D} -> {new.D}'
+      f'shrink {event.index} at step {step}: arrays {old.num_params():,} -> '
+      f'{new.num_params():,} parameters, {live_params:,} alive: {widths}'
     )
     return event
 

@@ -60,7 +60,10 @@ def make_event(cfg, index=0, step=4):
     lambda m: np.broadcast_to(np.arange(m.shape[-1]), m.shape).tolist(),
     structure.all_alive(cfg),
   )
-  return events.ShrinkEvent(index, step, 64 * step, cfg, cfg, kept, 3.0, 3.0)
+  live = structure.Groups([cfg.K] * cfg.N, [cfg.F] * cfg.N, cfg.D)
+  return events.ShrinkEvent(
+    index, step, 64 * step, cfg, cfg, live, kept, 3.0, 3.0
+  )
 
 
 def restore(workdir, tx):

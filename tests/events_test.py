@@ -22,8 +22,12 @@ def make_events():
     heads=[[1], [0]], ffn=[[0, 2], [3, 1]], stem=[0, 3, 1]
   )
   return [
-    events.ShrinkEvent(0, 10, 640, a, b, first, 3.5, 3.5),
-    events.ShrinkEvent(1, 20, 1280, b, c, second, 3.25, 3.25),
+    events.ShrinkEvent(
+      0, 10, 640, a, b, structure.Groups([2, 1], [4, 4], 4), first, 3.5, 3.5
+    ),
+    events.ShrinkEvent(
+      1, 20, 1280, b, c, structure.Groups([1, 1], [2, 2], 3), second, 3.25, 3.25
+    ),
   ]
 
 

@@ -67,6 +67,11 @@ class _Masks:
     """Those of the widest layer."""
     return {t: int(x.sum(-1).max()) for t, x in self.alive.items()}
 
+  def spans(self):
+    """Least and most of a layer."""
+    counts = {t: np.atleast_1d(x.sum(-1)) for t, x in self.alive.items()}
+    return {t: [int(n.min()), int(n.max())] for t, n in counts.items()}
+
   def params(self):
     rows = _rows(*(int(self.alive[t].sum()) for t in ('heads', 'ffn')))
     return int(self.alive['stem'].sum()) * rows
@@ -169,8 +174,9 @@ def write_run(
       metrics.append(
         {'kind': 'shrink', 'event': sum(x['kind'] == 'shrink' for x in metrics),
          'step': step, 'tokens': step * per_step, 'widths_before': arrays,
-         'widths_after': smaller, 'params_before': _params(arrays),
-         'params_after': _params(smaller), 'loss_before': loss,
+         'widths_after': smaller, 'widths_live': masks.spans(),
+         'params_before': _params(arrays), 'params_after': _params(smaller),
+         'live_params': masks.params(), 'loss_before': loss,
          'loss_after': loss * (1 + 1e-7), 'seconds': 4.2}
       )  # fmt: skip
       arrays = smaller
@@ -286,6 +292,20 @@ def test_table_has_the_numbers_of_the_run(done):
   first = next(x for x in metrics if x['kind'] == 'shrink')['tokens']
   before = np.median([x['seconds'] for x in train if x['tokens'] <= first])
   assert rows['seconds per step'][0] == f'{before:.3g}'
+
+
+def test_a_shrink_names_the_widths_that_are_alive(ragged):
+  _, out, metrics = ragged
+  event = rows_of(metrics, 'shrink')[-1]
+  least, most = event['widths_live']['ffn']
+  assert least < most
+  row = next(
+    r for r in Page(out / 'index.html').rows if r[:1] == [str(event['event'])]
+  )
+  before = event['widths_before']['ffn']
+  arrow = '\N{RIGHTWARDS ARROW}'
+  assert f'{before:,} {arrow} {least:,} to {most:,}' in row
+  assert f'{event["live_params"]:,}' in row
 
 
 def test_all_forms_of_a_table_say_the_same(done):

@@ -106,6 +106,17 @@ def test_shrinks_of_a_ragged_run_keep_the_loss(everything):
     assert row['loss_after'] == pytest.approx(row['loss_before'], rel=1e-4)
 
 
+def test_survivors_of_every_layer_move_to_the_front(everything):
+  """After the last shrink an extent is a width: kernels go no further."""
+  _, prune, _, _ = checkpoints.restore_params(everything)
+  live = selection.live_widths(prune.masks)
+  reached = selection.extents(prune.masks)
+  for t in live:
+    np.testing.assert_array_equal(live[t], reached[t])
+  event = checkpoints.read_events(everything)[-1]
+  assert event.live.ffn == live['ffn'].tolist()
+
+
 def test_nothing_is_pruned_during_a_rest(everything):
   """Between the two stages, and again after the second."""
   tokens = np.array([row['tokens'] for row in trace(everything)])
