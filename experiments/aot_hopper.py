@@ -1,0 +1,236 @@
+r"""Compiles the Hopper kernels for real, on a machine without a GPU.
+
+    python3.13 -m venv .venv-cuda
+    .venv-cuda/bin/pip install jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 \
+      absl-py ml_collections rich
+    .venv-cuda/bin/python -m experiments.aot_hopper
+
+Every form of product, with the default blocks, in the shapes of the linear
+layers of SmolLM2-135M and SmolLM2-1.7B, through XLA, LLVM and ptxas to machine
+code for sm_90a. Takes 10 seconds. The plugin brings a ptxas of its own; where
+nvidia-cuda-nvcc is installed, as with jax[cuda13], that one is used. Exits 1,
+with one line, where a kernel does not compile, spills registers, has its wgmma
+serialized, or takes more shared memory than an SM lends; 2 where the wheels are
+not installed.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import re
+import sys
+import tempfile
+
+from experiments import cli
+
+# (D, F, tokens): see effllm_jax.structure. The heads together are as wide as D.
+SHAPES = {
+  'SmolLM2-135M': (576, 1536, 512),
+  'SmolLM2-1.7B': (2048, 8192, 8192),
+}
+_SHARED_BYTES = 227 * 1024
+# What the compiler asks of a device, here of an H100 SXM.
+_TARGET = """
+  gpu_device_info {
+    cuda_compute_capability {
+      major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES
+    }
+    core_count: 132
+    threads_per_warp: 32
+    threads_per_block_limit: 1024
+    threads_per_core_limit: 2048
+    registers_per_block_limit: 65536
+    registers_per_core_limit: 65536
+    shared_memory_per_block: 49152
+    shared_memory_per_block_optin: 232448
+    shared_memory_per_core: 233472
+    block_dim_limit_x: 2147483647
+    block_dim_limit_y: 65535
+    block_dim_limit_z: 65535
+    fpus_per_core: 128
+    l2_cache_size: 52428800
+    clock_rate_ghz: 1.98
+    memory_bandwidth: 3352320000000
+    device_memory_size: 84942979072
+  }
+  platform_name: "CUDA"
+  dnn_version_info { major: 9 minor: 10 }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler said of one kernel."""
+
+  registers: int
+  spilled_bytes: int
+  shared_bytes: int
+  remarks: frozenset[str]
+
+  def faults(self) -> list[str]:
+    """Why it would be slow, or not start."""
+    faults = []
+    if self.spilled_bytes:
+      faults.append(f'spills {self.spilled_bytes} bytes')
+    if self.shared_bytes > _SHARED_BYTES:
+      faults.append(
+        f'takes {self.shared_bytes} bytes of shared memory of {_SHARED_BYTES}'
+      )
+    return faults + sorted(x for x in self.remarks if 'serialized' in x)
+
+
+def main(argv: list[str]) -> None:
+  """Compiles everything, prints a table."""
+  del argv
+  from effllm_jax import errors
+
+  if _version('jax-cuda13-plugin') is None:
+    raise errors.InputError(
+      'no CUDA plugin of jax here; run pip install jax==0.12.0.1 '
+      'jax-cuda13-plugin==0.12.0.1 on Python 3.13'
+    )
+  # Before jax is imported. The plugin compiles; nothing looks for a GPU.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ['MOSAIC_GPU_DUMP_PTXAS'] = '1'
+  os.environ['MOSAIC_GPU_DUMP_RESOURCES'] = '1'
+
+  import jax
+  import jax.numpy as jnp
+  import rich.console
+  import rich.table
+
+  from kernels import forms
+  from kernels import pallas_hopper
+
+  sharding = _device_of_no_machine()
+  table = rich.table.Table(
+    'model', 'form', 'm', 'n', 'k', 'tile', 'stages', 'registers',
+    'spilled', 'shared KiB', 'remarks',
+  )  # fmt: skip
+  faults = []
+  for model, (d, f, tokens) in SHAPES.items():
+    for form in forms.FORMS:
+      for width_in, width_out in (d, d), (d, f), (f, d):
+        sizes = {
+          'nn': dict(m=tokens, n=width_out, k=width_in),
+          'nt': dict(m=tokens, n=width_in, k=width_out),
+          'tn': dict(m=width_in, n=width_out, k=tokens),
+        }[form]
+        dtype = jnp.float32 if form == 'tn' else jnp.bfloat16
+        blocks = pallas_hopper.default_blocks(form, **sizes, dtype=dtype)
+
+        def run(a, b, m, n, k, form=form, dtype=dtype, blocks=blocks):
+          extents = forms.Extents(m, n, k)
+          return pallas_hopper.product(a, b, form, extents, dtype, blocks)
+
+        arrays = [
+          jax.ShapeDtypeStruct(
+            [sizes[x] for x in axes], jnp.bfloat16, sharding=sharding
+          )
+          for axes in forms.AXES[form]
+        ]
+        extent = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+        lower = functools.partial(jax.jit(run).lower, *arrays, *[extent] * 3)
+        name = f'{model} {form} m, n, k = {tuple(sizes.values())} {blocks}'
+        try:
+          log = _said(lambda lower=lower: lower().compile())
+        except Exception as e:
+          _fail(f'{name} does not compile: {str(e).splitlines()[0]}')
+        compiled = parse(log)
+        faults += [f'{name}: {x}' for x in compiled.faults()]
+        table.add_row(
+          model,
+          form,
+          *map(str, sizes.values()),
+          ' x '.join(map(str, blocks.tile().values())),
+          f'{blocks.stages}',
+          f'{compiled.registers}',
+          f'{compiled.spilled_bytes}',
+          f'{compiled.shared_bytes / 1024:.1f} of {_SHARED_BYTES // 1024}',
+          ' '.join(sorted(re.findall(r'C\d+', ' '.join(compiled.remarks)))),
+        )
+  console = rich.console.Console()
+  console.print(table)
+  ptxas = _version('nvidia-cuda-nvcc') or 'of the plugin'
+  console.print(f'sm_90a, jax {jax.__version__}, ptxas {ptxas}')
+  if faults:
+    _fail(faults[0])
+
+
+def parse(log: str) -> Compiled:
+  """Reads what Mosaic and ptxas print about one kernel.
+
+  Raises:
+    ValueError: they said something else.
+  """
+  patterns = {
+    'scratch': r'smem_scratch_bytes=(\d+)',
+    'registers': r'Used (\d+) registers',
+    'stores': r'(\d+) bytes spill stores',
+    'loads': r'(\d+) bytes spill loads',
+    'static': r'(\d+) bytes smem',
+  }
+  found = {x: re.search(pattern, log) for x, pattern in patterns.items()}
+  if missing := [x for x, match in found.items() if not match]:
+    raise ValueError(f'no {", ".join(missing)} in the log: {log!r}')
+  number = {x: int(match[1]) for x, match in found.items()}
+  # A barrier takes 8 bytes.
+  barriers = sum(
+    int(each) * int(times)
+    for each, times in re.findall(r'num_barriers=(\d+)[^)]*\): (\d+)', log)
+  )
+  return Compiled(
+    registers=number['registers'],
+    spilled_bytes=number['stores'] + number['loads'],
+    shared_bytes=number['scratch'] + 8 * barriers + number['static'],
+    remarks=frozenset(re.findall(r'\(C\d+\) .*', log)),
+  )
+
+
+def _device_of_no_machine():
+  """A sharding on one H100 that exists for the compiler only."""
+  import jax
+  from jax.experimental import topologies
+  import numpy as np
+
+  topology = topologies.get_topology_desc(
+    '', 'cuda', topology='1x1x1', target_config=_TARGET
+  )
+  mesh = jax.sharding.Mesh(np.asarray(topology.devices), ('device',))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _said(action: Callable[[], object]) -> str:
+  """What an action prints, libraries in C++ included."""
+  with tempfile.TemporaryFile() as file:
+    kept = {fd: os.dup(fd) for fd in (1, 2)}
+    sys.stdout.flush()
+    try:
+      for fd in kept:
+        os.dup2(file.fileno(), fd)
+      action()
+    finally:
+      sys.stdout.flush()
+      for fd, copy in kept.items():
+        os.dup2(copy, fd)
+        os.close(copy)
+    file.seek(0)
+    return file.read().decode(errors='replace')
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _fail(line: str) -> None:
+  print(line, file=sys.stderr)
+  sys.exit(1)
+
+
+if __name__ == '__main__':
+  cli.run(main)

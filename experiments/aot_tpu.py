@@ -1,0 +1,170 @@
+"""Compiles the TPU kernel for real, on a machine without a TPU.
+
+    python3 -m venv .venv-tpu
+    .venv-tpu/bin/pip install 'jax[tpu]' absl-py ml-collections rich
+    .venv-tpu/bin/python -m experiments.aot_tpu
+
+Every form of product, layer and dtype, with the default blocks and traced
+extents, for a TPU v5e and a v6e, by the compiler in the wheel libtpu. It
+refuses what lowering lets pass: a layout that Mosaic lacks, more VMEM than
+there is. Nothing is run. Printed is what the compiler reports; float32 also in
+the precision 'highest', which takes the most VMEM. Ends with 1 where a compile
+fails, with 2 where libtpu is missing. Three minutes on one core.
+"""
+
+import os
+import sys
+
+from experiments import cli
+
+CHIPS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2'}
+# dtype, precision
+ARITHMETIC = (
+  ('bfloat16', 'default'),
+  ('float32', 'default'),
+  ('float32', 'highest'),
+)
+# tokens, in, out
+LAYERS = {
+  '135M attention': (512, 576, 576),
+  '135M up': (512, 576, 1536),
+  '135M down': (512, 1536, 576),
+  '1.7B attention': (8192, 2048, 2048),
+  '1.7B up': (8192, 2048, 8192),
+  '1.7B down': (8192, 8192, 2048),
+  'ragged': (1000, 1100, 2100),
+}
+# No chip is asked for, so none need be found; others may compile meanwhile.
+ENVIRONMENT = {
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'JAX_PLATFORMS': 'cpu',
+  'TF_CPP_MIN_LOG_LEVEL': '3',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+}
+
+
+def main(argv: list[str]) -> None:
+  """Compiles all, prints one table; exits with 1 if any failed."""
+  del argv
+  os.environ |= ENVIRONMENT
+  # After the environment is set: jax and libtpu read it.
+  import importlib.metadata
+  import itertools
+  import time
+
+  import jax
+  from jax.experimental import topologies
+  import rich.console
+  import rich.table
+
+  from effllm_jax import errors
+  from kernels import forms
+  from kernels import pallas_tpu
+
+  try:
+    libtpu = importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError as e:
+    raise errors.InputError(
+      "libtpu is not installed; pip install 'jax[tpu]' in a venv of its own"
+    ) from e
+  table = rich.table.Table(
+    'chip', 'layer', 'form', 'm n k', 'dtype', 'precision', 'blocks',
+    'VMEM MiB', 'HBM MiB', 'code KiB', 'seconds',
+  )  # fmt: skip
+  failed = []
+  for chip, topology in CHIPS.items():
+    device = topologies.get_topology_desc(topology, 'tpu').devices[0]
+    for layer, form, (dtype, precision) in itertools.product(
+      LAYERS, forms.FORMS, ARITHMETIC
+    ):
+      size = _size(form, *LAYERS[layer])
+      start = time.perf_counter()
+      try:
+        with jax.default_matmul_precision(precision):
+          figures = _figures(_compile(form, size, dtype, device))
+      except Exception as e:
+        # Of whatever class: lowering, Mosaic and XLA have one each.
+        figures = ['failed', '', '']
+        failed.append(f'{chip} {form} {size} {dtype} {precision}: {e}')
+      blocks = pallas_tpu.default_blocks(form, *size, dtype)
+      table.add_row(
+        chip,
+        layer,
+        form,
+        ' '.join(map(str, size)),
+        dtype,
+        precision,
+        f'{blocks.m} {blocks.n} {blocks.k}',
+        *figures,
+        f'{time.perf_counter() - start:.1f}',
+      )
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
+  console.print(f'jax {jax.__version__}, libtpu {libtpu}')
+  console.print(table)
+  if failed:
+    first = ' '.join(failed[0].split())
+    print(
+      f'error: {len(failed)} of {table.row_count} do not compile; the first: '
+      f'{first[:400]}',
+      file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+def _size(
+  form: str, tokens: int, width_in: int, width_out: int
+) -> tuple[int, int, int]:
+  """(m, n, k) of the layer's output, of dx or of dw."""
+  return {
+    'nn': (tokens, width_out, width_in),
+    'nt': (tokens, width_in, width_out),
+    'tn': (width_in, width_out, tokens),
+  }[form]
+
+
+def _compile(form, size, dtype, device):
+  import jax
+  import jax.numpy as jnp
+
+  from kernels import forms
+  from kernels import pallas_tpu
+
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  named = dict(zip('mnk', size, strict=True))
+  a, b = (
+    jax.ShapeDtypeStruct([named[i] for i in letters], dtype, sharding=sharding)
+    for letters in forms.AXES[form]
+  )
+  extent = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+  # As in a linear layer: dw is float32 whatever x and dy are.
+  out = 'float32' if form == 'tn' else dtype
+
+  def fn(a, b, m, n, k):
+    return pallas_tpu.product(a, b, form, forms.Extents(m, n, k), out)
+
+  return jax.jit(fn).lower(a, b, extent, extent, extent).compile()
+
+
+def _figures(compiled) -> list[str]:
+  """VMEM of the kernel and HBM beside its arrays in MiB, code in KiB."""
+  import re
+
+  # The compiler notes the VMEM of each operation in its text alone.
+  (kernel,) = (
+    line
+    for line in compiled.as_text().splitlines()
+    if 'custom_call_target="tpu_custom_call"' in line
+  )
+  vmem = re.search(r'"used_scoped_memory_configs":\[.*?"size":"(\d+)"', kernel)
+  memory = compiled.memory_analysis()
+  return [
+    f'{int(vmem[1]) / 2**20:.1f}',
+    f'{memory.temp_size_in_bytes / 2**20:.1f}',
+    f'{memory.generated_code_size_in_bytes / 2**10:.0f}',
+  ]
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,81 @@
+"""The three products behind a masked matmul and its gradients.
+
+    form   product              in a layer y = x w    m       n     k
+    nn     a[m,k] b[k,n]        y  = x w              tokens  out   in
+    nt     a[m,k] b[n,k]^T      dx = dy w^T           tokens  in    out
+    tn     a[k,m]^T b[k,n]      dw = x^T dy           in      out   tokens
+
+Every implementation is a module with
+
+    product(a, b, form, extents, dtype, blocks=None) -> c[m, n] in `dtype`
+    FILLS            whether c is zero beyond the extents where a or b is
+
+and, apart from `xla`, a frozen dataclass `Blocks`, the `default_blocks` of a
+form and size, and `candidates` to time. An extent is 1 + the last live index of
+an axis: a traced int32 scalar, or an int where the axis is not masked. The
+contract:
+
+- c is right, with float32 accumulation, within the extents; beyond them it is
+  unspecified (zero, left-over or NaN), and the caller masks it;
+- nothing is read beyond the extents rounded up to the blocks: NaN there does
+  no harm;
+- between an extent of k and that rounding, one of a and b is zero and the other
+  finite: the caller masks its activations. So no implementation needs a mask in
+  its main loop;
+- an extent of k of 0 gives zeros; an extent of m or n of 0 gives nothing;
+- extents are data: one trace and one compile serve all.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+FORMS = ('nn', 'nt', 'tn')
+_SPECS = {'nn': 'mk,kn->mn', 'nt': 'mk,nk->mn', 'tn': 'km,kn->mn'}
+# Which axis of a and of b is m, n or k.
+AXES = {
+  form: (spec[:2], spec[3:5]) for form, spec in _SPECS.items()
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Extents:
+  """How far each axis of a product is alive.
+
+  Each is an int32 scalar, traced or not; an int that is the whole size says
+  that the axis is not masked.
+  """
+
+  m: int | jax.Array
+  n: int | jax.Array
+  k: int | jax.Array
+
+
+def sizes(a: jax.Array, b: jax.Array, form: str) -> tuple[int, int, int]:
+  """(m, n, k) of the arrays.
+
+  Raises:
+    ValueError: unknown form, or shapes that do not belong together.
+  """
+  if form not in FORMS:
+    raise ValueError(f'form {form!r} is not one of {", ".join(FORMS)}')
+  left, right = AXES[form]
+  if a.ndim != 2 or b.ndim != 2:
+    raise ValueError(f'{form} of shapes {a.shape} and {b.shape}: not matrices')
+  size = dict(zip(left, a.shape, strict=True))
+  for letter, length in zip(right, b.shape, strict=True):
+    if size.setdefault(letter, length) != length:
+      raise ValueError(
+        f'{form} of shapes {a.shape} and {b.shape}: {letter} differs'
+      )
+  return size['m'], size['n'], size['k']
+
+
+def dense(
+  a: jax.Array, b: jax.Array, form: str, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+  """The whole product by XLA, accumulated in float32."""
+  return jnp.einsum(
+    _SPECS[form], a, b, preferred_element_type=jnp.float32
+  ).astype(dtype)

@@ -1,0 +1,307 @@
+"""Masked matmul, SwiGLU and attention: value and gradient, every kernel."""
+
+import functools
+import importlib
+import inspect
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+
+# Kernels that a CPU runs; the last one where jax has its simulator.
+ON_CPU = ('xla', 'xla_loop', 'bucket', 'pallas_tpu')
+D, F, K, G, H = 24, 96, 3, 2, 4
+B, T = 2, 6
+
+
+@pytest.fixture(params=ON_CPU, name='name')
+def _name(request, monkeypatch):
+  interpret(monkeypatch, request.param, True)
+  return request.param
+
+
+def interpret(monkeypatch, name, how):
+  """Lets this CPU run a kernel of another machine."""
+  module = importlib.import_module(f'kernels.{name}')
+  if 'interpret' in inspect.signature(module.product).parameters:
+    monkeypatch.setattr(
+      module, 'product', functools.partial(module.product, interpret=how)
+    )
+
+
+def draw(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape) * 0.5
+
+
+def matmul(x, w, keep_in, keep_out, implementation=None):
+  if implementation:
+    return kernels.masked_matmul(
+      x, w, keep_in, keep_out, implementation=implementation
+    )
+  return (x * keep_in) @ w * keep_out
+
+
+def swiglu(x, w_gate, w_up, w_down, keep, implementation=None):
+  if implementation:
+    return kernels.masked_swiglu(
+      x, w_gate, w_up, w_down, keep, implementation=implementation
+    )
+  gate = x @ w_gate
+  return (gate / (1 + jnp.exp(-gate)) * (x @ w_up) * keep) @ w_down
+
+
+ANGLES = np.arange(T)[:, None] * np.array([1.0, 0.3])
+
+
+def attention(x, wq, wk, wv, wo, keep, implementation=None):
+  if implementation:
+    return kernels.masked_attention(
+      x, wq, wk, wv, wo, keep, jnp.asarray(ANGLES, jnp.float32),
+      implementation=implementation,
+    )  # fmt: skip
+
+  def rotate(z):
+    a, b = z[..., : H // 2], z[..., H // 2 :]
+    shape = (T, *(1,) * (z.ndim - 3), H // 2)
+    cos, sin = np.cos(ANGLES).reshape(shape), np.sin(ANGLES).reshape(shape)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+  q = rotate(jnp.einsum('btd,dkgh->btkgh', x, wq))
+  k = rotate(jnp.einsum('btd,dkh->btkh', x, wk))
+  v = jnp.einsum('btd,dkh->btkh', x, wv)
+  score = jnp.einsum('btkgh,bskh->bkgts', q, k) / H**0.5
+  score = jnp.where(np.tri(T, dtype=bool), score, -jnp.inf)
+  out = jnp.einsum('bkgts,bskh->btkgh', jax.nn.softmax(score), v)
+  return jnp.einsum('btkgh,kghd->btd', out * keep[:, None, None], wo)
+
+
+# Op, its arrays, its masks.
+OPS = {
+  'matmul': (
+    matmul, [draw(B, T, D), draw(D, F, seed=1)], [('in', D), ('out', F)],
+  ),
+  'swiglu': (
+    swiglu,
+    [draw(B, T, D), draw(D, F, seed=1), draw(D, F, seed=2), draw(F, D, seed=3)],
+    [('out', F)],
+  ),
+  'attention': (
+    attention,
+    [
+      draw(B, T, D), draw(D, K, G, H, seed=1), draw(D, K, H, seed=2),
+      draw(D, K, H, seed=3), draw(K, G, H, D, seed=4),
+    ],
+    [('out', K)],
+  ),
+}  # fmt: skip
+
+
+def masks(op):
+  """All, none, the first, all but the last, and scattered ones."""
+  sizes = [size for _, size in OPS[op][2]]
+  rng = np.random.default_rng(7)
+  for pick in (
+    lambda n: np.ones(n, bool),
+    lambda n: np.zeros(n, bool),
+    lambda n: np.arange(n) == 0,
+    lambda n: np.arange(n) < n - 1,
+    lambda n: np.arange(n) < n // 2,
+    lambda n: rng.random(n) < 0.5,
+  ):
+    yield tuple(pick(n) for n in sizes)
+
+
+def graded(op, implementation):
+  """Value and gradient by every array, for a weighted sum of the result."""
+  weights = draw(B, T, F if op == 'matmul' else D, seed=9)
+
+  def loss(arrays, keeps):
+    y = OPS[op][0](*arrays, *keeps, implementation=implementation)
+    return (y * jnp.asarray(weights, y.dtype)).sum(), y
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize('op', OPS)
+def test_value_and_gradient_against_float64(op, name):
+  """Also: dead outputs and gradients exactly zero, one trace for all masks."""
+  arrays = OPS[op][1]
+  run = graded(op, name)
+  for keeps in masks(op):
+    with jax.enable_x64(True):
+      (_, want), wants = graded(op, None)(arrays, keeps)
+    (_, y), grads = run([jnp.asarray(x, jnp.float32) for x in arrays], keeps)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+    for grad, expected in zip(grads, wants, strict=True):
+      np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)
+      # The reference multiplies by the mask: what is dead is exactly zero.
+      assert not np.any(np.asarray(grad)[np.asarray(expected) == 0])
+    assert not np.any(np.asarray(y)[np.asarray(want) == 0])
+  assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize('op', OPS)
+def test_nan_beyond_the_extent_does_no_harm(op, name):
+  """In weights and in what comes from above, far beyond any block."""
+  if name in ('xla', 'pallas_tpu') or (name, op) == ('xla_loop', 'attention'):
+    pytest.skip('reads this small an axis whole')
+  arrays = [np.asarray(x, np.float32) for x in OPS[op][1]]
+  keeps = [np.arange(n) < 1 for _, n in OPS[op][2]]
+  clean = graded(op, name)(arrays, keeps)
+  poisoned = [arrays[0], *(np.array(x) for x in arrays[1:])]
+  for w in poisoned[1:]:
+    for axis, size in enumerate(w.shape):
+      if size == keeps[-1].size:
+        index = [slice(None)] * w.ndim
+        index[axis] = slice(size // 2 + 1, None)
+        w[tuple(index)] = np.nan
+  (_, y), grads = graded(op, name)(poisoned, keeps)
+  np.testing.assert_array_equal(y, clean[0][1])
+  for grad, want in zip(grads, clean[1], strict=True):
+    np.testing.assert_array_equal(grad, want)
+
+
+def test_a_mask_of_groups_is_one_of_their_channels(name):
+  x, w = (jnp.asarray(a, jnp.float32) for a in OPS['matmul'][1])
+  groups_in, groups_out = np.array([1, 0, 1, 1], bool), np.arange(8) < 5
+  few = matmul(x, w, groups_in, groups_out, name)
+  many = matmul(x, w, groups_in.repeat(D // 4), groups_out.repeat(F // 8), name)
+  np.testing.assert_array_equal(few, many)
+  assert np.any(few)
+
+
+def test_master_weights_get_a_float32_gradient(name):
+  """bfloat16 activations: dw is what float32 makes of them, not rounded."""
+  x = jnp.asarray(draw(64, D), jnp.bfloat16)
+  w = jnp.asarray(draw(D, F, seed=1), jnp.float32)
+  keep = jnp.arange(F) < F // 2
+
+  def loss(w):
+    y = kernels.masked_matmul(x, w, keep_out=keep, implementation=name)
+    assert y.dtype == jnp.bfloat16
+    return y.astype(jnp.float32).sum()
+
+  dw = jax.grad(loss)(w)
+  assert dw.dtype == jnp.float32
+  exact = np.asarray(x, np.float64).sum(0)[:, None] * np.asarray(keep)
+  np.testing.assert_allclose(dw, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('op', ['swiglu', 'attention'])
+@pytest.mark.parametrize('remat', [False, True])
+def test_a_width_for_each_layer_of_a_scan(op, remat, name):
+  """Stacked weights, one mask a layer, the gradient through it all."""
+  _, arrays, [(_, size)] = OPS[op]
+  x = jnp.asarray(arrays[0], jnp.float32)
+  stack = [
+    jnp.asarray(np.stack([w, w[::-1], -w]), jnp.float32) for w in arrays[1:]
+  ]
+  keeps = np.array([np.arange(size) < n for n in (size, 1, size // 2)])
+
+  def loss(stack, keeps, implementation):
+    def layer(x, scanned):
+      w, keep = scanned
+      y = OPS[op][0](x, *w, keep, implementation=implementation)
+      return x + y / (1 + jnp.square(y).mean()), None
+
+    layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    x_last, _ = jax.lax.scan(layer, x, (stack, keeps))
+    return jnp.square(x_last).mean()
+
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+  (value, grads), (want, wants) = (
+    run(stack, keeps, name),
+    run(stack, keeps, None),
+  )
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  for a, b in zip(grads, wants, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('op', ['swiglu', 'attention'])
+def test_hidden_is_what_the_last_product_reads(op, name):
+  fn = getattr(kernels, f'masked_{op}')
+  arrays = [jnp.asarray(x, jnp.float32) for x in OPS[op][1]]
+  keep = jnp.arange(OPS[op][2][0][1]) < 2
+  extra = [jnp.asarray(ANGLES, jnp.float32)] if op == 'attention' else []
+  y, h = fn(*arrays, keep, *extra, implementation=name, hidden=True)
+  w = arrays[-1].reshape(-1, D)
+  np.testing.assert_allclose(h.reshape(B, T, -1) @ w, y, rtol=1e-5, atol=1e-6)
+  dead = h[..., 2:] if op == 'swiglu' else h[:, :, 2:]
+  assert not np.any(dead) and np.any(h)
+
+  # And its gradient counts too.
+  def loss(implementation):
+    def value(arrays):
+      y, h = fn(
+        *arrays, keep, *extra, implementation=implementation, hidden=True
+      )
+      return jnp.square(h).sum() + y.sum()
+
+    return jax.grad(value)(arrays)
+
+  for a, b in zip(loss(name), loss('xla'), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+  not hasattr(plgpu, 'InterpretGPUParams'), reason='no simulator in this jax'
+)
+def test_the_hopper_kernel_in_the_simulator(monkeypatch):
+  """A whole block and its gradient, races looked for; widths it can take."""
+  how = plgpu.InterpretGPUParams(detect_races=True)
+  interpret(monkeypatch, 'pallas_hopper', how)
+  width, hidden, tokens = 64, 192, 64
+  x = jnp.asarray(draw(tokens, width), jnp.bfloat16)
+  weights = [
+    jnp.asarray(draw(*shape, seed=i) / 4, jnp.float32)
+    for i, shape in enumerate(
+      [(width, hidden), (width, hidden), (hidden, width)]
+    )
+  ]
+  keep = jnp.arange(hidden) < 100
+
+  def loss(weights, implementation):
+    y = kernels.masked_swiglu(x, *weights, keep, implementation=implementation)
+    return jnp.square(y.astype(jnp.float32)).mean()
+
+  got, want = (
+    jax.grad(loss)(weights, name) for name in ('pallas_hopper', 'xla')
+  )
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-4)
+    np.testing.assert_array_equal(a == 0, b == 0)
+
+
+def test_what_is_chosen_for_a_platform(monkeypatch):
+  assert kernels.resolve(None) == 'bucket'
+  for name in kernels.IMPLEMENTATIONS:
+    assert kernels.resolve(name) == name
+  # Measured nowhere else yet.
+  for platform in ('gpu', 'tpu'):
+    monkeypatch.setattr(jax, 'default_backend', lambda p=platform: p)
+    assert kernels.resolve(None) == 'xla'
+
+
+def test_bad_arguments():
+  x, w = jnp.zeros((2, D)), jnp.zeros((D, F))
+  with pytest.raises(ValueError, match="'cuda' is not one of xla, xla_loop"):
+    kernels.masked_matmul(x, w, implementation='cuda')
+  with pytest.raises(ValueError, match=r'keep_out is bool\[7\]; .* divides 96'):
+    kernels.masked_matmul(x, w, keep_out=jnp.ones(7, bool))
+  with pytest.raises(ValueError, match='keep_in is float32'):
+    kernels.masked_matmul(x, w, keep_in=jnp.ones(D))
+
+
+@pytest.mark.parametrize('name', ['pallas_tpu', 'pallas_hopper'])
+def test_a_kernel_of_another_machine_fails_loudly(name):
+  """Without the simulator: no quiet fallback."""
+  x = jnp.zeros((64, 64), jnp.bfloat16)
+  with pytest.raises(Exception, match=r'(?i)interpret|cpu|platform'):
+    jax.block_until_ready(
+      kernels.masked_matmul(x, jnp.zeros((64, 64)), implementation=name)
+    )

@@ -1,0 +1,209 @@
+"""The contract of `kernels.forms`, for what runs on every platform."""
+
+import functools
+import importlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import bucket
+from kernels import forms
+from kernels import xla_loop
+
+SIZES = {'m': 24, 'n': 40, 'k': 32}
+STEP = 8
+BLOCKS = {
+  'xla': None,
+  'xla_loop': xla_loop.Blocks(STEP, STEP, STEP),
+  'bucket': bucket.Blocks(STEP, STEP, STEP),
+}
+# Which axes a layer masks: its outputs, its inputs, or both.
+MASKED = {
+  'nn': ('n', 'k', 'nk'),
+  'nt': ('k', 'n', 'nk'),
+  'tn': ('n', 'm', 'mn'),
+}
+CASES = [(f, axes) for f in forms.FORMS for axes in MASKED[f]]
+
+
+def operands(form, dtype=np.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  left, right = forms.AXES[form]
+  return (
+    rng.standard_normal([SIZES[x] for x in left]).astype(dtype),
+    rng.standard_normal([SIZES[x] for x in right]).astype(dtype),
+  )
+
+
+def beyond(x, letters, limits, value):
+  """x with `value` wherever one of its axes is beyond its limit."""
+  x = np.array(x)
+  for axis, letter in enumerate(letters):
+    index = [slice(None)] * 2
+    index[axis] = slice(limits[letter], None)
+    x[tuple(index)] = value
+  return x
+
+
+def rounded(extents, name):
+  if name == 'xla':
+    return SIZES
+  return {x: min(-(-e // STEP) * STEP, SIZES[x]) for x, e in extents.items()}
+
+
+def product(name, form, dtype=jnp.float32):
+  """The jitted product, of a dict of extents; and how often it was traced."""
+  module = importlib.import_module(f'kernels.{name}')
+  traces = []
+
+  @jax.jit
+  def run(a, b, extents):
+    traces.append(1)
+    return module.product(
+      a, b, form, forms.Extents(**(SIZES | extents)), dtype, BLOCKS[name]
+    )
+
+  return run, traces
+
+
+def values(size):
+  return sorted({0, 1, STEP - 1, STEP, STEP + 1, size})
+
+
+@pytest.mark.parametrize(('form', 'axes'), CASES)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_every_extent(name, form, axes):
+  """Value within the extents, NaN beyond the blocks, one trace for all."""
+  run, traces = product(name, form)
+  left, right = forms.AXES[form]
+  a, b = operands(form)
+  for chosen in itertools.product(*(values(SIZES[x]) for x in axes)):
+    extents = SIZES | dict(zip(axes, chosen, strict=True))
+    limits = rounded(extents, name)
+    # Of k, one side is zero beyond its extent: the caller masks activations.
+    x = beyond(a, left, {'m': 99, 'k': extents['k']}, 0)
+    want = np.einsum(
+      f'{left},{right}->mn', x.astype(np.float64), b.astype(np.float64)
+    )
+    x, y = beyond(x, left, limits, np.nan), beyond(b, right, limits, np.nan)
+    c = run(x, y, {z: jnp.int32(extents[z]) for z in axes})
+    inside = np.s_[: extents['m'], : extents['n']]
+    np.testing.assert_allclose(c[inside], want[inside], rtol=1e-4, atol=1e-5)
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_an_extent_that_is_too_small_is_noticed(name):
+  """The test above can fail: one block short is another result."""
+  if name == 'xla':
+    pytest.skip('reads everything')
+  run, _ = product(name, 'nn')
+  a, b = operands('nn')
+  c = run(a, b, {'k': jnp.int32(SIZES['k'] - STEP)})
+  assert np.abs(c - a @ b).max() > 0.1
+
+
+@pytest.mark.parametrize(('form', 'axes'), CASES)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_accumulates_in_float32(name, form, axes):
+  """bfloat16 operands, whose sums bfloat16 would round away."""
+  run, _ = product(name, form, jnp.float32)
+  a, b = (jnp.asarray(x, jnp.bfloat16) for x in operands(form))
+  c = run(a, b, {x: jnp.int32(SIZES[x]) for x in axes})
+  assert c.dtype == jnp.float32
+  left, right = forms.AXES[form]
+  want = np.einsum(
+    f'{left},{right}->mn', np.asarray(a, np.float64), np.asarray(b, np.float64)
+  )
+  np.testing.assert_allclose(c, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('form', 'axes'), CASES)
+@pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
+def test_the_same_bits_as_arrays_cut_to_a_block(name, form, axes):
+  width = 2 * STEP
+  run, _ = product(name, form)
+  left, right = forms.AXES[form]
+  a, b = operands(form)
+  cut = lambda x, letters: x[
+    tuple(slice(width if z in axes else None) for z in letters)
+  ]
+  a, b = cut(a, left), cut(b, right)
+  whole = lambda x, letters: np.pad(
+    x, [(0, SIZES[z] - x.shape[i]) for i, z in enumerate(letters)]
+  )
+  c = run(whole(a, left), whole(b, right), {z: jnp.int32(width) for z in axes})
+  module = importlib.import_module(f'kernels.{name}')
+  small = SIZES | dict.fromkeys(axes, width)
+  # Masked too: a loop adds up k in chunks, one product of it all does not.
+  extents = SIZES | {z: jnp.int32(width) for z in axes}
+  want = jax.jit(
+    lambda a, b: module.product(
+      a, b, form, forms.Extents(**extents), jnp.float32, BLOCKS[name]
+    )
+  )(a, b)
+  np.testing.assert_array_equal(c[: small['m'], : small['n']], want)
+
+
+@pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
+def test_less_is_computed_where_less_is_alive(name):
+  """What saves time: NaN in a block that is not read does not come through,
+  and does in the next extent."""
+  run, _ = product(name, 'nn')
+  a, b = operands('nn')
+  b = beyond(b, 'kn', {'k': STEP, 'n': 99}, np.nan)
+  assert np.isfinite(run(a, b, {'k': jnp.int32(STEP)})).all()
+  assert np.isnan(run(a, b, {'k': jnp.int32(STEP + 1)})).all()
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_default_blocks_take_any_size(name):
+  module = importlib.import_module(f'kernels.{name}')
+  rng = np.random.default_rng(0)
+  for m, n, k in ((1, 1, 1), (7, 1409, 13), (3, 192, 576)):
+    a = rng.standard_normal((m, k)).astype(np.float32)
+    b = rng.standard_normal((k, n)).astype(np.float32)
+    c = module.product(
+      a, b, 'nn', forms.Extents(m, jnp.int32(n), jnp.int32(k)), jnp.float32
+    )
+    np.testing.assert_allclose(c, a @ b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
+def test_candidates_are_right(name):
+  module = importlib.import_module(f'kernels.{name}')
+  a, b = operands('nn')
+  found = module.candidates('nn', SIZES['m'], SIZES['n'], SIZES['k'], a.dtype)
+  assert found
+  for blocks in found:
+    c = module.product(
+      a, b, 'nn', forms.Extents(SIZES['m'], jnp.int32(9), SIZES['k']),
+      jnp.float32, blocks,
+    )  # fmt: skip
+    np.testing.assert_allclose(c[:, :9], (a @ b)[:, :9], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('a', 'b', 'form', 'message'),
+  [
+    ((2, 3), (4, 5), 'nn', 'k differs'),
+    ((2, 3), (3, 5), 'tt', "form 'tt' is not one of nn, nt, tn"),
+    ((2, 3, 1), (3, 5), 'nn', 'not matrices'),
+  ],
+)
+def test_shapes_that_do_not_belong_together(a, b, form, message):
+  with pytest.raises(ValueError, match=message):
+    forms.sizes(jnp.zeros(a), jnp.zeros(b), form)
+
+
+def test_blocks_that_do_not_fit():
+  a, b = operands('nn')
+  extents = forms.Extents(SIZES['m'], SIZES['n'], jnp.int32(3))
+  bad = functools.partial(xla_loop.product, a, b, 'nn', extents, jnp.float32)
+  with pytest.raises(ValueError, match='a chunk of 7 does not divide k 32'):
+    bad(xla_loop.Blocks(8, 8, 7))
+  with pytest.raises(ValueError, match='k: widths 0 apart'):
+    bucket.product(a, b, 'nn', extents, jnp.float32, bucket.Blocks(8, 8, 0))
