@@ -1,8 +1,9 @@
 """What a run spends: floating-point operations by purpose.
 
-Counted are the matrix products, two operations per multiply-add, of the arrays
-as they are: masked groups cost what live ones cost until the next shrink. So
-runs can be compared at equal arithmetic and not only at equal tokens:
+Counted are the matrix products, two operations per multiply-add, so that runs
+can be compared at equal arithmetic and not only at equal tokens. Masked groups
+cost what live ones cost, until the next shrink, but for a training step whose
+kernels stop at the last live group of a layer:
 
     train    forward and backward pass, 3 times a forward pass; what
              rematerialisation computes again; 12 per parameter for Adam
@@ -18,6 +19,8 @@ shrinking, evaluating and the check of the loss at a shrink are not counted.
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+
+import numpy as np
 
 from effllm_jax import budgets
 from effllm_jax import structure
@@ -44,11 +47,20 @@ class Meter:
     cfg: structure.ModelConfig,
     scores: bool,
     teacher: structure.ModelConfig | None,
+    extents: Mapping[str, np.ndarray] | None = None,
   ) -> None:
-    """Counts one optimizer update on arrays of `cfg`."""
-    passes = 3 * self._forward(cfg)
+    """Counts one optimizer update on arrays of `cfg`.
+
+    Args:
+      cfg: architecture of the arrays.
+      scores: whether every group is scored.
+      teacher: architecture of the teacher, if there is one.
+      extents: by type, where the kernels stop; None: at the end.
+    """
+    forward = self._forward(cfg, extents)
+    passes = 3 * forward
     if self._remat:
-      passes += self._forward(cfg) - self._output(cfg)
+      passes += forward - self._output(cfg)
     self.spent['train'] += passes + 12 * cfg.num_params()
     self.spent['score'] += 3 * cfg.num_params() * scores
     if teacher:
@@ -76,8 +88,13 @@ class Meter:
       )
     self.spent['repair'] += total
 
-  def _forward(self, cfg) -> int:
-    return self._tokens * budgets.flops(cfg, self._seq_len).of_config(cfg)
+  def _forward(self, cfg, extents=None) -> int:
+    cost = budgets.flops(cfg, self._seq_len)
+    if extents is None:
+      return self._tokens * cost.of_config(cfg)
+    heads, ffn = (int(extents[t].sum()) for t in ('heads', 'ffn'))
+    # The stem is not skipped: every layer reads all of it.
+    return self._tokens * cost.size(heads, ffn, cfg.D)
 
   def _output(self, cfg) -> int:
     return self._tokens * 2 * cfg.V * cfg.D

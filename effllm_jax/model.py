@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from effllm_jax import structure
+import kernels
 
 Array = jax.Array
 
@@ -31,10 +32,13 @@ class Compute:
       parameters, norms, softmax and the loss stay float32.
     remat: recompute each layer in the backward pass (`jax.checkpoint`) instead
       of keeping its activations. Costs a third more arithmetic.
+    kernels: one of `kernels.IMPLEMENTATIONS`: how products skip what is dead.
+      None is the choice for this platform, see `kernels.resolve`.
   """
 
   dtype: str = 'float32'
   remat: bool = True
+  kernels: str | None = 'xla'
 
 
 @struct.dataclass
@@ -154,26 +158,29 @@ def block(
   dtype = jnp.dtype(compute.dtype)
   stem_D = masks.stem.astype(dtype)
   norm = functools.partial(_rms_norm, stem_D=masks.stem, eps=cfg.norm_eps)
-  rope = functools.partial(
-    _rotate, angles_TH=_angles(length, cfg.H, cfg.rope_theta)
+  angles_TH = _angles(length, cfg.H, cfg.rope_theta)
+
+  attention, swiglu = (
+    functools.partial(op, implementation=compute.kernels, hidden=taps)
+    for op in (kernels.masked_attention, kernels.masked_swiglu)
   )
 
+  # The stem is not masked inside the products: what they read of it is zero
+  # where it is dead, and its width is the same in every layer, so that a shrink
+  # takes off all that an extent could.
   def layer(x_BTD, scanned):
     w, heads_K, ffn_F = scanned
-    w = jax.tree.map(lambda leaf: leaf.astype(dtype), w)
-    attn_in_BTD = norm(x_BTD, w.attn_norm)
-    q_BTKGH = rope(jnp.einsum('BTD,DKGH->BTKGH', attn_in_BTD, w.wq))
-    k_BTKH = rope(jnp.einsum('BTD,DKH->BTKH', attn_in_BTD, w.wk))
-    v_BTKH = jnp.einsum('BTD,DKH->BTKH', attn_in_BTD, w.wv)
-    heads_BTKGH = _attention(q_BTKGH, k_BTKH, v_BTKH)
-    heads_BTKGH *= heads_K.astype(dtype)[:, None, None]
-    x_BTD += jnp.einsum('BTKGH,KGHD->BTD', heads_BTKGH, w.wo) * stem_D
+    attn_in_BTD = norm(x_BTD, w.attn_norm.astype(dtype))
+    out_BTD = attention(attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, angles_TH)
+    if taps:
+      out_BTD, heads_BTKGH = out_BTD
+    x_BTD += out_BTD * stem_D
 
-    ffn_in_BTD = norm(x_BTD, w.ffn_norm)
-    gate_BTF = jnp.einsum('BTD,DF->BTF', ffn_in_BTD, w.w_gate)
-    up_BTF = jnp.einsum('BTD,DF->BTF', ffn_in_BTD, w.w_up)
-    ffn_BTF = jax.nn.silu(gate_BTF) * up_BTF * ffn_F.astype(dtype)
-    x_BTD += jnp.einsum('BTF,FD->BTD', ffn_BTF, w.w_down) * stem_D
+    ffn_in_BTD = norm(x_BTD, w.ffn_norm.astype(dtype))
+    out_BTD = swiglu(ffn_in_BTD, w.w_gate, w.w_up, w.w_down, ffn_F)
+    if taps:
+      out_BTD, ffn_BTF = out_BTD
+    x_BTD += out_BTD * stem_D
     tapped = (attn_in_BTD, heads_BTKGH, ffn_in_BTD, ffn_BTF) if taps else None
     return x_BTD, tapped
 
@@ -250,25 +257,3 @@ def _angles(length, width, theta):
   """Rotary angles [T, H/2], float32: position times theta^(-2i/H)."""
   inverse = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
   return jnp.arange(length, dtype=jnp.float32)[:, None] * inverse
-
-
-def _rotate(x, angles_TH):
-  """Rotary embedding of [B, T, ..., H]; pairs channel i with i + H/2."""
-  shape = angles_TH.shape[:1] + (1,) * (x.ndim - 3) + angles_TH.shape[1:]
-  cos, sin = (
-    jnp.cos(angles_TH).reshape(shape),
-    jnp.sin(angles_TH).reshape(shape),
-  )
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
-    x.dtype
-  )
-
-
-def _attention(q_BTKGH, k_BTKH, v_BTKH):
-  """Causal softmax attention; every key/value head serves G query heads."""
-  B, T, K, G, H = q_BTKGH.shape
-  out = jax.nn.dot_product_attention(
-    q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, is_causal=True
-  )
-  return out.reshape(q_BTKGH.shape)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -14,6 +15,7 @@ from effllm_jax import schedules
 from effllm_jax import selection
 from effllm_jax import steps
 from effllm_jax import structure
+import kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,11 @@ def make(
     eval_every=math.ceil(config.eval.every_tokens / per_step),
     checkpoint_every=config.checkpoint.every_steps,
     recipe=steps.Recipe(
-      compute=model.Compute(dtype=config.model.dtype, remat=config.model.remat),
+      compute=model.Compute(
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        kernels=_kernels(config),
+      ),
       saliency=config.prune.saliency,
       decay=config.prune.ema,
       b1=config.optimizer.b1,
@@ -168,6 +174,32 @@ def make(
     ),
     damping=config.repair.damping if config.repair.enabled else None,
   )
+
+
+def _kernels(config) -> str:
+  """The implementation to use; 'auto' is the choice for this platform."""
+  name = config.model.kernels
+  if name == 'auto':
+    return kernels.resolve(None)
+  known = ('auto', *kernels.IMPLEMENTATIONS)
+  _require(config, 'model.kernels', known.__contains__,
+           f'one of {", ".join(known)}')  # fmt: skip
+  here, needs = jax.default_backend(), kernels.PLATFORMS.get(name)
+  if needs not in (None, here):
+    raise errors.InputError(
+      f'model.kernels {name!r} needs a {needs}, this machine has a {here}; set '
+      '--config.model.kernels=auto'
+    )
+  if name == 'pallas_hopper':
+    _require(config, 'model.dtype', 'bfloat16'.__eq__,
+             'bfloat16, which pallas_hopper takes')  # fmt: skip
+    # Channels are counted in rows of 128 bytes.
+    multiple = lambda v: v % 64 == 0
+    for key in ('ffn', 'stem'):
+      for step in (f'shrink.quantum.{key}', f'prune.multiple_of.{key}'):
+        _require(config, step, multiple,
+                 'a multiple of 64, which pallas_hopper takes')  # fmt: skip
+  return name
 
 
 def _check_ranges(config):

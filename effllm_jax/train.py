@@ -155,6 +155,7 @@ class Run:
       moment.flops if restored else None,
     )
     self.compiled = {}
+    self.extents = self._extents()
 
   def train(self) -> None:
     """Runs every step that is left, then waits for the last checkpoint."""
@@ -164,6 +165,9 @@ class Run:
       if first:
         progress.say(f'resuming {self.workdir} after step {first}')
       else:
+        progress.say(
+          f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
+        )
         self._evaluate(0, 'source')
       with contextlib.ExitStack() as stack:
         # Also on the way out of an error: what was started gets finished.
@@ -187,7 +191,10 @@ class Run:
       self.state, windows_ABT, answers
     )
     self.meter.step(
-      self.cfg, plan.scores(step), self.teacher and self.teacher.cfg
+      self.cfg,
+      plan.scores(step),
+      self.teacher and self.teacher.cfg,
+      self.extents,
     )
     log = step % self.config.train.log_every == 0 or step == plan.steps
     # Before anything is kept of this step: every checkpoint is a good one.
@@ -303,6 +310,13 @@ class Run:
       }
     )
     self.state = self.state.replace(prune=prune.replace(masks=masks))
+    self.extents = self._extents()
+
+  def _extents(self) -> dict[str, np.ndarray] | None:
+    """Where the kernels of a training step stop; None: they do not."""
+    if self.plan.recipe.compute.kernels == 'xla':
+      return None
+    return selection.extents(self.state.prune.masks)
 
   def _say_damping(self, step: int, fits: dict[str, dict[str, float]]) -> None:
     """Tells of every matrix that did not take the damping it was given."""
@@ -330,6 +344,7 @@ class Run:
     if new != old:
       self.cfg, self.compiled = new, {}
     self.num_events += 1
+    self.extents = self._extents()
     seconds = time.perf_counter() - start
     # Least and most of a layer.
     live = {

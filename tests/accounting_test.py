@@ -1,4 +1,7 @@
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
 from effllm_jax import accounting
@@ -41,6 +44,17 @@ def test_a_step_is_three_forward_passes_and_adam(remat):
     'repair': 0,
     'teacher': 0,
   }
+
+
+def test_kernels_stop_at_the_last_live_group():
+  """As of a model whose layers are as wide as that, in half of which it is."""
+  reach = {'heads': np.array([1, 2]), 'ffn': np.array([8, 24])}
+  spent, dense = meter(), meter()
+  spent.step(CFG, scores=False, teacher=None, extents=reach)
+  dense.step(CFG, scores=False, teacher=None)
+  narrow = dataclasses.replace(CFG, K=1, F=8)
+  less = (by_hand(CFG, 32)[0] - by_hand(narrow, 32)[0]) // CFG.N
+  assert dense.spent['train'] - spent.spent['train'] == 3 * less
 
 
 def test_scores_and_teachers_are_counted_apart():

@@ -80,6 +80,8 @@ def test_no_key_has_a_hidden_default():
     ({'prune.ema': 1.0}, r'prune.ema 1.0 is not in \[0, 1\)'),
     ({'prune.policy': 'magic'}, "prune.policy 'magic' is not one of uniform"),
     ({'model.dtype': 'int8'}, "model.dtype 'int8' is not one of float32"),
+    ({'model.kernels': 'cuda'}, "'cuda' is not one of auto, xla, xla_loop"),
+    ({'model.kernels': 'pallas_tpu'}, "'pallas_tpu' needs a tpu, .* has a cpu"),
     ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
     ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
     ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
@@ -91,6 +93,35 @@ def test_no_key_has_a_hidden_default():
 def test_values_that_cannot_work_are_refused(change, message):
   with pytest.raises(errors.InputError, match=message):
     plan.make(small(**change), SMOLLM2)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({}, "model.dtype 'float32' is not bfloat16"),
+    ({'model.dtype': 'bfloat16'}, 'shrink.quantum.ffn 1 is not a multiple'),
+    (
+      {
+        'model.dtype': 'bfloat16',
+        'shrink.quantum.ffn': 64,
+        'shrink.quantum.stem': 64,
+        'prune.multiple_of.stem': 16,
+      },
+      'prune.multiple_of.stem 16 is not a multiple of 64',
+    ),
+  ],
+)
+def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  with pytest.raises(errors.InputError, match=message):
+    plan.make(small(**{'model.kernels': 'pallas_hopper'} | change), SMOLLM2)
+
+
+def test_kernels_are_named_in_the_plan():
+  """Never a choice that is made later, or on another machine."""
+  for name, want in (('auto', 'bucket'), ('xla', 'xla')):
+    made = plan.make(small(**{'model.kernels': name}), SMOLLM2)
+    assert made.recipe.compute.kernels == want
 
 
 def test_pruning_ends_even_between_two_prunes():

@@ -164,6 +164,25 @@ def test_remat_changes_nothing(cfg):
   conftest.check_close(kept, recomputed, 1e-4, 1e-6)
 
 
+@pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
+def test_kernels_change_nothing(cfg, name):
+  """A mask for each layer, under scan and remat; gradients exactly zero too."""
+  args = (
+    conftest.make_params(cfg),
+    conftest.make_masks(cfg),
+    conftest.make_tokens(cfg),
+  )
+  (want, wants), (value, grads) = (
+    conftest.loss_and_grad(*args, cfg=cfg, compute=model.Compute(kernels=k))
+    for k in ('xla', name)
+  )
+  conftest.check_close(value, want, 1e-5)
+  conftest.check_close(grads, wants, 1e-4, 1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), grads, wants
+  )
+
+
 def test_bfloat16_is_near_float32_and_keeps_float32_gradients(cfg):
   args = (
     conftest.make_params(cfg),

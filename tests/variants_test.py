@@ -70,6 +70,12 @@ def _everything(setting):
   return setting.run('everything', **ALL)
 
 
+@pytest.fixture(scope='module', name='reference')
+def _reference(setting):
+  """The same run with the dense products of XLA."""
+  return setting.run('reference', **ALL | {'model.kernels': 'xla'})
+
+
 def rows(workdir, kind):
   return [
     row
@@ -142,18 +148,18 @@ def test_the_divergence_from_the_teacher_is_logged(everything):
   assert train_rows[-1]['divergence'] > 1e-3
 
 
-def test_flops_are_those_of_the_arrays_of_each_step(everything):
+def test_flops_are_those_of_the_arrays_of_each_step(reference):
   """Summed again from the record: architectures, prunes and repairs."""
   meter = accounting.Meter(32, 64, remat=False)
   teacher = sources.load(
-    json.loads((everything / 'config.json').read_text())['source'],
+    json.loads((reference / 'config.json').read_text())['source'],
     '', params=False,
   ).cfg  # fmt: skip
-  record = {e.step: e for e in checkpoints.read_events(everything)}
-  pruned = {row['step']: row for row in trace(everything)}
+  record = {e.step: e for e in checkpoints.read_events(reference)}
+  pruned = {row['step']: row for row in trace(reference)}
   last = max(pruned)
   cfg = teacher
-  for row in rows(everything, 'train'):
+  for row in rows(reference, 'train'):
     step = row['step']
     meter.step(cfg, step <= last, teacher)
     if step in pruned:
@@ -163,6 +169,37 @@ def test_flops_are_those_of_the_arrays_of_each_step(everything):
     if step in record:
       cfg = record[step].after
   assert all(x > 0 for x in meter.spent.values())
+
+
+def test_kernels_prune_the_same_groups(everything, reference):
+  """Ragged, the whole method: the choice for this CPU against plain XLA."""
+  check_same_run(everything, reference)
+  spent, dense = (
+    [row['flops']['train'] for row in rows(run, 'train')]
+    for run in (everything, reference)
+  )
+  # Until the first prune all is alive; later what is dead is skipped.
+  assert spent[0] == dense[0] and spent[-1] < dense[-1]
+
+
+def check_same_run(a, b):
+  """Bits differ, and so does the order in which a prune lists its groups."""
+  for left, right in zip(trace(a), trace(b), strict=True):
+    for t in left['removed']:
+      assert sorted(left['removed'][t]) == sorted(right['removed'][t])
+  losses = [[row['loss'] for row in rows(run, 'train')] for run in (a, b)]
+  np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
+def test_kernels_prune_the_same_groups_uniformly(setting, name):
+  """Variant A, where the arrays shrink as well."""
+  plain = setting.root / 'plain'
+  if not plain.exists():
+    setting.run('plain', **{'model.kernels': 'xla'})
+  done = setting.run(f'plain-{name}', **{'model.kernels': name})
+  assert rows(done, 'shrink')
+  check_same_run(done, plain)
 
 
 def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
