@@ -31,6 +31,7 @@ from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from effllm_jax import workdir as workdir_lib
+import kernels
 
 
 def run(
@@ -53,6 +54,7 @@ def run(
   workdir_lib.check(workdir, config.to_dict())
   source = sources.load(config.source, cache, params=False)
   plan = plan_lib.make(config, source.cfg, source.masks)
+  _use_blocks(config.model.blocks)
   text = corpus.prepare(config.data.text, cache)
   batches = data.train_iterator(
     text,
@@ -89,6 +91,16 @@ def run(
     ).train()
   except OSError as e:
     raise checkpoints.write_error(e) from e
+
+
+def _use_blocks(path: str) -> None:
+  try:
+    kernels.autotune.use(path or None)
+  except (OSError, ValueError) as e:
+    raise errors.InputError(
+      f'model.blocks {path!r} cannot be used: {e}; set --config.model.blocks '
+      'to a file of experiments.bench_kernels'
+    ) from e
 
 
 class Run:

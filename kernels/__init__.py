@@ -1,5 +1,6 @@
 """Masked matrix products; imports nothing from effllm_jax."""
 
+from kernels import autotune
 from kernels.ops import IMPLEMENTATIONS
 from kernels.ops import masked_attention
 from kernels.ops import masked_matmul
@@ -10,6 +11,7 @@ from kernels.ops import resolve
 __all__ = [
   'IMPLEMENTATIONS',
   'PLATFORMS',
+  'autotune',
   'masked_attention',
   'masked_matmul',
   'masked_swiglu',

@@ -19,6 +19,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 
+from kernels import autotune
 from kernels import bucket
 from kernels import forms
 
@@ -369,8 +370,10 @@ def _module(name):
   return importlib.import_module(f'kernels.{name}')
 
 
-def _product(name, *args):
-  return _module(name).product(*args)
+def _product(name, a, b, form, extents, dtype):
+  size = forms.sizes(a, b, form)
+  blocks = autotune.choice(name, form, *size, a.dtype)
+  return _module(name).product(a, b, form, extents, dtype, blocks)
 
 
 def _mask(x, keep):

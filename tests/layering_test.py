@@ -30,7 +30,7 @@ ONLY = {
   'transformers': {'export'},
   'absl': {'data'},
   'experiments': set(),
-  'kernels': {'model', 'plan'},
+  'kernels': {'model', 'plan', 'train'},
 }
 
 

@@ -21,9 +21,11 @@ def _setting(tmp_path_factory):
   model = conftest.write_model_folder(root / 'model')
   text = conftest.write_text_folder(root / 'text')
 
-  def run(workdir):
+  def run(workdir, **changes):
     config = smollm2_135m.get_config()
-    config.update_from_flattened_dict(conftest.small_run(model, text))
+    config.update_from_flattened_dict(
+      conftest.small_run(model, text, **changes)
+    )
     train.run(config, root / workdir, root / 'cache')
 
   return run, root
@@ -49,6 +51,18 @@ def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
   monkeypatch.undo()
   run('shrink')
   assert checkpoints.moments(root / 'shrink')[0].step == 24
+
+
+@pytest.mark.parametrize('text', [None, '{', '[1]'])
+def test_blocks_that_cannot_be_used_are_refused(setting, text):
+  run, root = setting
+  path = root / 'blocks.json'
+  path.unlink(missing_ok=True)
+  if text:
+    path.write_text(text)
+  with pytest.raises(errors.InputError, match=r'model\.blocks .* cannot'):
+    run('refused', **{'model.blocks': str(path)})
+  assert not (root / 'refused').exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(setting, monkeypatch):

@@ -39,6 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
   # How matrix products skip what is dead: 'auto' (what was measured best on
   # this platform), or one of xla, xla_loop, bucket, pallas_tpu, pallas_hopper.
   config.model.kernels = 'auto'
+  # Their block sizes: a file of experiments.bench_kernels; '': the defaults.
+  config.model.blocks = ''
 
   config.train = ml_collections.ConfigDict()
   config.train.tokens = 61_440

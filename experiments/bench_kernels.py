@@ -1,0 +1,237 @@
+r"""Masked products against XLA's own on arrays cut to the same width.
+
+    python -m experiments.bench_kernels
+    python -m experiments.bench_kernels --model=1.7b --tokens=8192 \
+      --dtype=bfloat16
+    python -m experiments.bench_kernels --tune=blocks.json
+
+For every product of a feed-forward layer and of its gradients, at several live
+widths: the time of XLA's product on arrays that are physically that narrow, and
+what share of that speed each implementation reaches on the whole arrays. `xla`
+is the padded product. The roofline is the least time that this device's own
+best product and copy, measured first, allow. Implementations take turns, so
+that a machine that drifts drifts for all of them; medians.
+
+With --tune, the candidate blocks of every product are timed as well, and the
+best kept in a file for `--config.model.blocks`.
+"""
+
+from absl import flags
+
+from experiments import cli
+
+_MODEL = flags.DEFINE_enum(
+  'model', '135m', ['135m', '1.7b'], 'Whose layer: SmolLM2-135M or -1.7B.'
+)
+_TOKENS = flags.DEFINE_integer('tokens', 512, 'Tokens a step.', lower_bound=1)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Of the operands.'
+)
+_LIVE = flags.DEFINE_list(
+  'live', ['1', '0.75', '0.5', '0.25'], 'Live shares of the channels.'
+)
+_IMPLEMENTATIONS = flags.DEFINE_list(
+  'implementations', [], 'Which to time; empty: all that run here.'
+)
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed rounds.', lower_bound=1)
+_TUNE = flags.DEFINE_string(
+  'tune', '', 'JSON file for the best blocks; empty: the default blocks.'
+)
+
+# Stem and feed-forward width.
+SHAPES = {'135m': (576, 1536), '1.7b': (2048, 8192)}
+
+
+def main(argv: list[str]) -> None:
+  """Times everything, prints one table."""
+  del argv
+  # After the flags have been parsed: these imports take seconds.
+  import functools
+  import statistics
+  import sys
+
+  import jax
+  import jax.numpy as jnp
+  import rich.console
+  import rich.progress
+  import rich.table
+
+  from effllm_jax import errors
+  from kernels import autotune
+  from kernels import forms
+
+  names, live = _names(), _shares()
+  dtype = jnp.dtype(_DTYPE.value)
+  d, f = SHAPES[_MODEL.value]
+  cases = _cases(d, f, _TOKENS.value)
+  if _TUNE.value:
+    try:
+      autotune.store(_TUNE.value, [])
+      for name in [x for x in names if x != 'xla']:
+        for form, _, size, masked in cases:
+          row = autotune.tune(name, form, **size, dtype=dtype, masked=masked)
+          autotune.store(_TUNE.value, [row])
+      autotune.use(_TUNE.value)
+    except (OSError, ValueError) as e:
+      raise errors.InputError(f'--tune: {e}') from e
+  dense = jax.jit(forms.dense, static_argnums=(2, 3))
+  peak, bandwidth = _peak(dense, dtype)
+  table = rich.table.Table(
+    'product', 'what', 'm n k', 'live', 'XLA cut, ms', 'roofline', *names
+  )
+  with rich.progress.Progress(
+    console=rich.console.Console(stderr=True), transient=True
+  ) as progress:
+    for form, what, size, masked in progress.track(cases):
+      left, right = forms.AXES[form]
+      out = jnp.float32 if form == 'tn' else dtype
+      a, b = (
+        jax.random.normal(jax.random.key(i), [size[x] for x in letters], dtype)
+        for i, letters in enumerate((left, right))
+      )
+      runs = {name: _masked(name, form, size, masked, out) for name in names}
+      for share in live:
+        width = round(size[masked] * share)
+        cut = [
+          jnp.asarray(
+            x[tuple(slice(width if y == masked else None) for y in letters)]
+          )
+          for x, letters in ((a, left), (b, right))
+        ]
+        extent = jnp.int32(width)
+        calls = {'cut': functools.partial(dense, *cut, form, out)}
+        for name, run in runs.items():
+          calls[name] = functools.partial(run, a, b, extent)
+        seconds = {name: [] for name in calls}
+        for _ in range(_REPEATS.value + 1):
+          for name, call in calls.items():
+            seconds[name].append(_time(call))
+        median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
+        small = size | {masked: width}
+        flops = 2 * small['m'] * small['n'] * small['k']
+        moved = sum(x.size * x.dtype.itemsize for x in cut)
+        moved += small['m'] * small['n'] * jnp.dtype(out).itemsize
+        ideal = max(flops / peak, moved / bandwidth)
+        table.add_row(
+          form,
+          what,
+          ' '.join(f'{size[x]}' for x in 'mnk'),
+          f'{masked} {share:.0%}',
+          f'{1e3 * median["cut"]:.3f}',
+          f'{ideal / median["cut"]:.0%}',
+          *(f'{median["cut"] / median[name]:.0%}' for name in names),
+        )
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+  console.print(
+    f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}, '
+    f'{_TOKENS.value} tokens, {"tuned" if _TUNE.value else "default"} blocks; '
+    f'best product {peak / 1e12:.3g} TFLOP/s, best copy '
+    f'{bandwidth / 1e9:.3g} GB/s'
+  )
+  console.print(table)
+  console.print(
+    'Shares are of the speed of XLA on arrays cut to the live width; the '
+    'roofline column is what XLA itself reaches there.'
+  )
+
+
+def _cases(d: int, f: int, tokens: int) -> list[tuple]:
+  """(form, what it is in the layer, sizes, which of them is masked)."""
+  up = {'nn': 'n', 'nt': 'k', 'tn': 'n'}
+  down = {'nn': 'k', 'nt': 'n', 'tn': 'm'}
+  found = []
+  for layer, masked, (width_in, width_out) in (
+    ('gate, up', up, (d, f)),
+    ('down', down, (f, d)),
+  ):
+    for form, gradient, m, n, k in (
+      ('nn', '', tokens, width_out, width_in),
+      ('nt', ', dx', tokens, width_in, width_out),
+      ('tn', ', dw', width_in, width_out, tokens),
+    ):
+      size = {'m': m, 'n': n, 'k': k}
+      found.append((form, layer + gradient, size, masked[form]))
+  return found
+
+
+def _names() -> list[str]:
+  import jax
+
+  from effllm_jax import errors
+  import kernels
+
+  here = jax.default_backend()
+  runs = [
+    x for x in kernels.IMPLEMENTATIONS if kernels.PLATFORMS.get(x, here) == here
+  ]
+  if _DTYPE.value == 'float32':
+    runs = [x for x in runs if x != 'pallas_hopper']
+  for name in _IMPLEMENTATIONS.value:
+    if name not in runs:
+      raise errors.InputError(
+        f'{name!r} does not run on this {here} in {_DTYPE.value}; set '
+        f'--implementations to some of {", ".join(runs)}'
+      )
+  return _IMPLEMENTATIONS.value or runs
+
+
+def _shares() -> list[float]:
+  from effllm_jax import errors
+
+  try:
+    shares = [float(x) for x in _LIVE.value]
+  except ValueError:
+    shares = []
+  if not shares or not all(0 < x <= 1 for x in shares):
+    raise errors.InputError(
+      f'--live={",".join(_LIVE.value)} are not shares above 0 and up to 1'
+    )
+  return shares
+
+
+def _masked(name, form, size, masked, out):
+  """The jitted product by one implementation, of a traced extent."""
+  import importlib
+
+  import jax
+
+  from kernels import autotune
+  from kernels import forms
+
+  module = importlib.import_module(f'kernels.{name}')
+
+  @jax.jit
+  def run(a, b, extent):
+    extents = forms.Extents(**size | {masked: extent})
+    blocks = autotune.choice(name, form, *size.values(), a.dtype)
+    return module.product(a, b, form, extents, out, blocks)
+
+  return run
+
+
+def _time(call) -> float:
+  import time
+
+  import jax
+
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def _peak(dense, dtype) -> tuple[float, float]:
+  """FLOP/s of a large square product, bytes/s of a large copy; the best."""
+  import jax
+  import jax.numpy as jnp
+
+  n = 1024 if jax.default_backend() == 'cpu' else 8192
+  a = jnp.ones((n, n), dtype)
+  long = jnp.ones(2**26 if n == 1024 else 2**29, jnp.float32)
+  double = jax.jit(lambda x: x + 1)
+  product = min(_time(lambda: dense(a, a, 'nn', dtype)) for _ in range(8))
+  copy = min(_time(lambda: double(long)) for _ in range(5))
+  return 2 * n**3 / product, 2 * long.nbytes / copy
+
+
+if __name__ == '__main__':
+  cli.run(main)

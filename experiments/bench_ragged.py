@@ -1,0 +1,170 @@
+r"""A training step of a ragged model whose arrays have not shrunk.
+
+    python -m experiments.bench_ragged \
+      --config=experiments/configs/smollm2_135m.py [--repeats=7]
+
+Between two shrinks the arrays of a ragged model stay as wide as its widest
+layer. How much cheaper does a step get as heads and feed-forward channels die?
+Random weights in the shape of SmolLM2-135M, batch and compute as in the config.
+Layers differ in width around the live share. For comparison, models without
+masks that are physically that narrow in every layer; their number of heads is
+whole, so it is the mean of models with 1, 2 or 3, weighted as the layers are.
+
+The variants take turns, so that a machine that drifts drifts for all of them;
+printed are medians and ratios to the dense model.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file in experiments/configs.', lock_config=True
+)
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed rounds.', lower_bound=1)
+_IMPLEMENTATIONS = flags.DEFINE_list(
+  'implementations', ['xla', 'xla_loop', 'bucket'], 'Which to time.'
+)
+
+# Live share -> heads of four layers in a row, of the 3 that SmolLM2-135M has.
+HEADS = {1.0: (3, 3, 3, 3), 0.75: (2, 3, 2, 2), 0.5: (1, 2, 1, 2),
+         0.25: (1, 1, 0, 1)}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+  """Times the variants and prints one table."""
+  del argv
+  # After the flags have been parsed: these imports take seconds.
+  import dataclasses
+  import statistics
+  import sys
+  import time
+
+  import jax
+  import jax.numpy as jnp
+  import rich.console
+  import rich.table
+
+  from effllm_jax import errors
+  from effllm_jax import model
+  from effllm_jax import optimizers
+  from effllm_jax import plan as plan_lib
+  from effllm_jax import selection
+  from effllm_jax import state as state_lib
+  from effllm_jax import steps
+  from effllm_jax import structure
+  import kernels
+
+  config = cli.config(_CONFIG)
+  for name in _IMPLEMENTATIONS.value:
+    if name not in kernels.IMPLEMENTATIONS:
+      raise errors.InputError(
+        f'--implementations names {name!r}; known are '
+        f'{", ".join(kernels.IMPLEMENTATIONS)}'
+      )
+  cfg = structure.ModelConfig(
+    V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192,
+    rope_theta=1e5, norm_eps=1e-5, tied=True,
+  )  # fmt: skip
+  plan = plan_lib.make(config, cfg)
+  tx = optimizers.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
+  tokens = jax.random.randint(
+    jax.random.key(0),
+    (config.train.accumulate, config.data.batch_size, config.data.seq_len + 1),
+    0,
+    cfg.V,
+  )
+
+  def fresh(cfg):
+    return state_lib.fresh_state(model.init(jax.random.key(1), cfg), cfg, tx)
+
+  def compiled(state, cfg, name):
+    compute = dataclasses.replace(plan.recipe.compute, kernels=name)
+    return steps.train_step.lower(
+      state,
+      tokens,
+      None,
+      cfg=cfg,
+      tx=tx,
+      recipe=dataclasses.replace(plan.recipe, compute=compute, distill=0.0),
+      score=False,
+    ).compile()
+
+  # A step donates its state, the masks in it too.
+  states = {cfg: fresh(cfg)}
+  runs = {name: compiled(states[cfg], cfg, name) for name in dict.fromkeys(
+    ('xla', *_IMPLEMENTATIONS.value)
+  )}  # fmt: skip
+  variants = {}
+  for share in HEADS:
+    masks = _masks(cfg, share)
+    for name, step in runs.items():
+      if name in _IMPLEMENTATIONS.value or share == 1:
+        variants[share, name] = cfg, step, masks
+    for heads in set(HEADS[share]) - {0}:
+      # Arrays without a head there are not: of layers like that, no model.
+      small = dataclasses.replace(cfg, K=heads, F=round(cfg.F * share))
+      if small != cfg:
+        states[small] = states.get(small) or fresh(small)
+        variants[share, heads] = (
+          small, compiled(states[small], small, 'xla'), None,
+        )  # fmt: skip
+  seconds = {key: [] for key in variants}
+  for _ in range(_REPEATS.value + 1):
+    for key, (shape, step, masks) in variants.items():
+      state = states[shape]
+      if masks is not None:
+        masks = jax.tree.map(jnp.copy, masks)
+        state = state.replace(prune=state.prune.replace(masks=masks))
+      start = time.perf_counter()
+      states[shape], numbers = step(state, tokens, None)
+      jax.block_until_ready((states[shape], numbers))
+      seconds[key].append(time.perf_counter() - start)
+
+  median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
+  dense = median[1.0, 'xla']
+  table = rich.table.Table(
+    'live heads and ffn', 'live parameters', 'seconds dense',
+    *_IMPLEMENTATIONS.value, 'physically shrunk',
+  )  # fmt: skip
+  for share in HEADS:
+    ratios = [median[share, x] / dense for x in _IMPLEMENTATIONS.value]
+    narrow = [median[share, k] for k in HEADS[share] if (share, k) in median]
+    whole = len(narrow) == len(HEADS[share])
+    table.add_row(
+      f'{share:.0%}',
+      f'{selection.live_params(_masks(cfg, share), cfg):,}',
+      f'{dense:.3f}' if share == 1 else '',
+      *(f'{x:.3f}' for x in ratios),
+      f'{statistics.mean(narrow) / dense:.3f}' if whole else '',
+    )
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+  console.print(
+    f'{jax.devices()[0].device_kind}, jax {jax.__version__}, '
+    f'{plan.tokens_per_step} tokens a step, {plan.recipe.compute.dtype}; '
+    'ratios to the dense model'
+  )
+  console.print(table)
+
+
+def _masks(cfg, share: float):
+  """Layers of many widths, on multiples of 64, `share` on average."""
+  import jax.numpy as jnp
+  import numpy as np
+
+  from effllm_jax import structure
+
+  slope = np.linspace(-1, 1, cfg.N) * min(share, 1 - share) / 2
+  ffn = np.round(cfg.F * (share + slope) / 64) * 64
+  heads = np.array(HEADS[share])[np.arange(cfg.N) % 4]
+  return structure.Groups(
+    heads=jnp.arange(cfg.K) < heads[:, None],
+    ffn=jnp.arange(cfg.F) < ffn[:, None],
+    stem=jnp.ones(cfg.D, bool),
+  )
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  cli.run(main)

@@ -1,0 +1,157 @@
+"""Times the candidate blocks of a product on this device and keeps the best.
+
+A choice is one row of a JSON file: device, implementation, form, sizes, dtype,
+blocks. `use` makes a file's rows for this device known to `choice`, which the
+ops ask when they are traced; without one the default blocks hold. Blocks change
+the order in which float32 sums are formed, so a run keeps its file.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import forms
+
+# Rounds of timing; the least of them counts, since noise only adds.
+_ROUNDS = 5
+_KEY = ('device', 'implementation', 'form', 'm', 'n', 'k', 'dtype')
+# What `use` has read: key -> blocks.
+_choices: dict[tuple, Any] = {}
+
+
+def tune(
+  implementation: str,
+  form: str,
+  m: int,
+  n: int,
+  k: int,
+  dtype: jax.typing.DTypeLike,
+  masked: str,
+  timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, Any]:
+  """The row of the fastest candidate, at three quarters of the masked axis.
+
+  Args:
+    implementation: one that has `candidates`.
+    form: one of `forms.FORMS`.
+    m, n, k: sizes of the arrays.
+    dtype: of the operands.
+    masked: the axis that is masked: 'm', 'n' or 'k'.
+    timer: seconds that a call takes; None: the least of five calls.
+
+  Raises:
+    ValueError: no candidate runs here.
+  """
+  module = importlib.import_module(f'kernels.{implementation}')
+  size = {'m': m, 'n': n, 'k': k}
+  left, right = forms.AXES[form]
+  a, b = (
+    jax.random.normal(jax.random.key(i), [size[x] for x in letters], dtype)
+    for i, letters in enumerate((left, right))
+  )
+  out = jnp.float32 if form == 'tn' else dtype
+  extent = jnp.int32(size[masked] * 3 // 4)
+  seconds, failures = {}, []
+  for blocks in module.candidates(form, m, n, k, dtype):
+
+    @jax.jit
+    def run(a, b, extent, blocks=blocks):
+      extents = forms.Extents(**size | {masked: extent})
+      return module.product(a, b, form, extents, out, blocks)
+
+    call = lambda run=run: jax.block_until_ready(run(a, b, extent))
+    try:
+      call()
+    except (ValueError, jax.errors.JaxRuntimeError) as e:
+      failures.append(f'{blocks}: {e}')
+      continue
+    seconds[blocks] = (timer or _least)(call)
+  if not seconds:
+    raise ValueError(
+      f'no blocks of {implementation} run {form} of m, n, k = {m}, {n}, {k} '
+      f'here; the first fails with {failures[:1]}'
+    )
+  best = min(seconds, key=seconds.get)
+  return dict(
+    zip(_KEY, _key(implementation, form, m, n, k, dtype), strict=True)
+  ) | {'blocks': dataclasses.asdict(best), 'seconds': seconds[best]}
+
+
+def store(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
+  """Adds rows to a file, atomically, in place of those for the same product.
+
+  Raises:
+    ValueError: the file is none of ours.
+  """
+  path = pathlib.Path(path)
+  old = _parse(path) if path.exists() else []
+  kept = {tuple(row[x] for x in _KEY): row for row in [*old, *rows]}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'.{path.name}.{os.getpid()}')
+  partial.write_text(json.dumps([*kept.values()], indent=1) + '\n')
+  partial.replace(path)
+
+
+def use(path: str | os.PathLike | None) -> int:
+  """Forgets all choices, takes those of a file for this device; how many.
+
+  Args:
+    path: a file of `store`; None: the default blocks, for everything.
+
+  Raises:
+    ValueError: the file is none of ours.
+    OSError: it cannot be read.
+  """
+  _choices.clear()
+  if path is None:
+    return 0
+  for row in _parse(pathlib.Path(path)):
+    module = importlib.import_module(f'kernels.{row["implementation"]}')
+    if row['device'] == jax.devices()[0].device_kind:
+      key = tuple(row[x] for x in _KEY)
+      _choices[key] = module.Blocks(**row['blocks'])
+  return len(_choices)
+
+
+def choice(
+  implementation: str,
+  form: str,
+  m: int,
+  n: int,
+  k: int,
+  dtype: jax.typing.DTypeLike,
+) -> Any | None:
+  """The blocks to use here; None: nothing was timed."""
+  return _choices.get(_key(implementation, form, m, n, k, dtype))
+
+
+def _key(implementation, form, m, n, k, dtype) -> tuple:
+  device = jax.devices()[0].device_kind
+  return device, implementation, form, m, n, k, jnp.dtype(dtype).name
+
+
+def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    rows = json.loads(path.read_text())
+    for row in rows:
+      _ = [row[x] for x in (*_KEY, 'blocks')]
+  except (ValueError, TypeError, KeyError) as e:
+    raise ValueError(f'{path} is not a file of tuned blocks; delete it') from e
+  return rows
+
+
+def _least(call: Callable[[], Any]) -> float:
+  seconds = []
+  for _ in range(_ROUNDS):
+    start = time.perf_counter()
+    call()
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)

@@ -1,0 +1,124 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import autotune
+from kernels import bucket
+from kernels import forms
+from kernels import masked_matmul
+from kernels import xla_loop
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+  yield
+  assert autotune.use(None) == 0
+
+
+def slowest_first():
+  """A clock on which every candidate is faster than the one before."""
+  ticks = iter(range(100, 0, -1))
+  return lambda call: next(ticks)
+
+
+def test_the_fastest_is_stored_and_used(tmp_path, monkeypatch):
+  sizes = (32, 256, 64)
+  row = autotune.tune(
+    'xla_loop', 'nn', *sizes, 'float32', 'n', timer=slowest_first()
+  )
+  best = xla_loop.candidates('nn', *sizes, 'float32')[-1]
+  assert row['blocks'] == {'m': best.m, 'n': best.n, 'k': best.k}
+  assert best != xla_loop.default_blocks('nn', *sizes, 'float32')
+  path = tmp_path / 'deep' / 'blocks.json'
+  autotune.store(path, [row])
+  assert autotune.use(path) == 1
+  assert autotune.choice('xla_loop', 'nn', *sizes, 'float32') == best
+  assert autotune.choice('xla_loop', 'nn', *sizes, 'bfloat16') is None
+  # And the ops ask for it.
+  seen = []
+  product = xla_loop.product
+  monkeypatch.setattr(
+    xla_loop,
+    'product',
+    lambda *args: seen.append(args[-1]) or product(*args),
+  )
+  masked_matmul(
+    jnp.ones((32, 64)), jnp.ones((64, 256)), keep_out=jnp.arange(256) < 9,
+    implementation='xla_loop',
+  )  # fmt: skip
+  assert seen == [best]
+
+
+def test_the_clock_is_a_clock():
+  row = autotune.tune('bucket', 'tn', 64, 64, 32, 'float32', 'm')
+  assert 0 < row['seconds'] < 10
+  assert bucket.Blocks(**row['blocks']) in bucket.candidates(
+    'tn', 64, 64, 32, 'float32'
+  )
+
+
+def test_a_newer_row_replaces_an_older_one(tmp_path):
+  path = tmp_path / 'blocks.json'
+  row = autotune.tune('bucket', 'nn', 32, 64, 32, 'float32', 'n')
+  other = row | {'m': 64}
+  autotune.store(path, [row, other])
+  autotune.store(path, [row | {'blocks': {'m': 1, 'n': 2, 'k': 3}}])
+  rows = json.loads(path.read_text())
+  assert len(rows) == 2
+  assert rows[0]['blocks'] == {'m': 1, 'n': 2, 'k': 3}
+  assert not [p for p in tmp_path.iterdir() if p != path]
+
+
+def test_another_device_decides_nothing_here(tmp_path):
+  path = tmp_path / 'blocks.json'
+  row = autotune.tune('bucket', 'nn', 32, 64, 32, 'float32', 'n')
+  autotune.store(path, [row | {'device': 'NVIDIA H100'}])
+  assert autotune.use(path) == 0
+
+
+@pytest.mark.parametrize('text', ['{', '[{"device": "cpu"}]', '[1]'])
+def test_a_file_of_something_else(tmp_path, text):
+  path = tmp_path / 'blocks.json'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=r'blocks\.json is not a file of tuned'):
+    autotune.use(path)
+  with pytest.raises(ValueError, match='delete it'):
+    autotune.store(path, [])
+  assert path.read_text() == text
+
+
+def test_candidates_that_do_not_run_are_passed_over(monkeypatch):
+  """And it says so when none is left."""
+  good = xla_loop.candidates('nn', 32, 64, 32, 'float32')
+  bad = xla_loop.Blocks(32, 7, 32)
+  monkeypatch.setattr(xla_loop, 'candidates', lambda *a: [bad, *good])
+  row = autotune.tune(
+    'xla_loop', 'nn', 32, 64, 32, 'float32', 'n', timer=lambda call: 1.0
+  )
+  assert xla_loop.Blocks(**row['blocks']) == good[0]
+  monkeypatch.setattr(xla_loop, 'candidates', lambda *a: [bad])
+  with pytest.raises(ValueError, match=r'no blocks of xla_loop .* 7 does not'):
+    autotune.tune('xla_loop', 'nn', 32, 64, 32, 'float32', 'n')
+
+
+def test_the_result_is_the_same_whatever_the_blocks(tmp_path):
+  x = jax.random.normal(jax.random.key(0), (32, 64))
+  w = jax.random.normal(jax.random.key(1), (64, 256))
+  keep = jnp.arange(256) < 77
+  run = lambda: masked_matmul(x, w, None, keep, implementation='xla_loop')
+  before = run()
+  path = tmp_path / 'blocks.json'
+  autotune.store(
+    path,
+    [
+      autotune.tune(
+        'xla_loop', 'nn', 32, 256, 64, 'float32', 'n', slowest_first()
+      )
+    ],
+  )
+  assert autotune.use(path) == 1
+  np.testing.assert_allclose(run(), before, rtol=1e-5, atol=1e-6)
+  assert forms.sizes(x, w, 'nn') == (32, 256, 64)
