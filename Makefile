@@ -1,6 +1,7 @@
 # make quickstart   venv, requirements, source model, text, run, export, report
 # make test         the whole suite
 # make lint         ruff
+# make kernels-aot  compiles the kernels for TPU and Hopper; needs neither
 # make clean        removes the virtual environments, never a run
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +11,10 @@ CONFIG ?= experiments/configs/smollm2_135m.py
 RUN ?= runs/quickstart
 OUT ?= out/quickstart
 PY = $(VENV)/bin/python
+# The compiler for Hopper comes with a jax that needs it.
+PYTHON_CUDA ?= python3.13
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint kernels-aot clean
 
 quickstart: $(VENV)/.ready
 	$(PY) -m experiments.main --workdir=$(RUN) --config=$(CONFIG)
@@ -27,8 +30,22 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
+	.venv-tpu/bin/python -m experiments.aot_tpu
+	.venv-cuda/bin/python -m experiments.aot_hopper
+
+.venv-tpu/.ready: AOT_PYTHON = $(PYTHON)
+.venv-tpu/.ready: AOT_WHEELS = 'jax[tpu]'
+.venv-cuda/.ready: AOT_PYTHON = $(PYTHON_CUDA)
+.venv-cuda/.ready: AOT_WHEELS = jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1
+.venv-tpu/.ready .venv-cuda/.ready:
+	$(AOT_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  $(AOT_WHEELS) absl-py ml-collections rich
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu .venv-cuda .pytest_cache .ruff_cache
 
 $(VENV)/.ready: $(REQUIREMENTS)
 	@rm -f $@
