@@ -12,6 +12,7 @@ says else):
     taylor2            sum |-g w + 1/2 h w^2|     Ma et al. 2023
     taylor2_micro      the same                   Ma et al. 2023
     obd                sum 1/2 h w^2              LeCun et al. 1990
+    fisher             1/2 n (sum g w)^2          Theis et al. 2018
     magnitude          sum |w|                    Li et al. 2017
     activation         mean |a|                   Muralidharan et al. 2024
     random             uniform                    control
@@ -37,6 +38,17 @@ one update, at the price of one more parameter-sized sum. `obd` leaves the
 first-order term out: where training has ended it is 0 on average, and what one
 small batch shows of it is noise, which outweighs the other term by far.
 
+`fisher` is what `obd` is to one weight for a group as a whole: the curvature in
+the direction in which all its members fall together, terms between weights and
+between tokens included. Of a mask on what the group computes that curvature is
+E[(dL/dm)^2], and dL/dm is the sum of g w over the weights that compute it: `wo`
+of a head, `w_down` of a feed-forward channel, and the embedding, `wo` and
+`w_down` of a stem channel. One square per micro-batch of n tokens: small ones
+say more, single tokens less (a channel goes for all tokens at once). SmolLM2
+cut at one stroke from 134.5M to 105M by the scores of 48 sequences, ragged, has
+held-out bits per byte of 1.472; of 1.492 with sums over all members of a group,
+1.517 with `obd`, 1.542 with the squares of single tokens.
+
 Which parameters are members of which group is read from `structure.axes`. The
 paper (arXiv 2502.06663) names the ingredients; these formulas and their
 normalisation are our reading of it. Magnitude, activation and random are
@@ -57,7 +69,7 @@ Array = jax.Array
 
 KINDS = (
   'taylor1', 'taylor1_momentum', 'taylor1_group', 'taylor2', 'taylor2_micro',
-  'obd', 'magnitude', 'activation', 'random',
+  'obd', 'fisher', 'magnitude', 'activation', 'random',
 )  # fmt: skip
 
 
@@ -150,6 +162,33 @@ def obd(
 ):
   """Sum of 1/2 h w^2, h = scale * squares the Fisher diagonal of a token."""
   return group_scores(lambda w, v: 0.5 * scale * v * w * w, params, squares)
+
+
+def fisher(params: structure.Params, grads: structure.Params, tokens: int):
+  """1/2 tokens (sum of g w)^2 over the weights that compute a group's output.
+
+  Args:
+    params: the weights.
+    grads: of the mean loss of one micro-batch.
+    tokens: in that micro-batch.
+  """
+  half = 0.5 * tokens
+
+  def product(w, g):
+    return w.astype(jnp.float32) * g.astype(jnp.float32)
+
+  wo, w_down = (
+    product(getattr(params.layers, x), getattr(grads.layers, x))
+    for x in ('wo', 'w_down')
+  )
+  slopes = structure.Groups(
+    heads=wo.sum((2, 3, 4)),
+    ffn=w_down.sum(2),
+    stem=product(params.embed, grads.embed).sum(0)
+    + wo.sum((0, 1, 2, 3))
+    + w_down.sum((0, 1)),
+  )
+  return jax.tree.map(lambda x: half * jnp.square(x), slopes)
 
 
 def magnitude(params: structure.Params):

@@ -117,6 +117,8 @@ def train_step(
     squares = None
     if kind == 'taylor2_micro':
       squares = jax.tree.map(jnp.square, grads)
+    elif kind == 'fisher':
+      squares = saliency.fisher(state.params, grads, windows_ABT[0, :, 1:].size)
     return grads, squares, aux
 
   # The first micro-batch starts the sum: without accumulation no second copy
@@ -185,7 +187,7 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
 
 
 def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
-  """The scores of one update; `squares` are those of the micro-batches."""
+  """The scores of one update; `squares` are means over the micro-batches."""
   params, count = state.params, state.step + 1
   # Adam's moments start at 0, and are this factor too small.
   unbiased = lambda decay: 1 / (1 - decay ** count.astype(jnp.float32))
@@ -208,6 +210,8 @@ def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
     case 'taylor2_micro':
       tokens = windows_ABT[0, :, 1:].size
       return saliency.taylor2(params, grads, squares, tokens)
+    case 'fisher':
+      return squares
     case 'magnitude':
       return saliency.magnitude(params)
     case 'random':

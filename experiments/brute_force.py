@@ -34,7 +34,9 @@ COMPUTE = model.Compute(remat=False)
 # As in experiments/configs/smollm2_135m.py.
 DECAY, B1, B2, CLIP = 0.9, 0.9, 0.95, 1.0
 # Kinds that estimate a change of the loss: only they compare types.
-NATS = tuple(k for k in saliency.KINDS if k.startswith(('taylor', 'obd')))
+NATS = tuple(
+  k for k in saliency.KINDS if k.startswith(('taylor', 'obd', 'fisher'))
+)
 
 
 @dataclasses.dataclass(frozen=True)

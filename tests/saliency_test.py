@@ -60,6 +60,31 @@ def test_a_group_sum_lets_its_terms_cancel(cfg):
   conftest.check_close(scores, jax.tree.map(np.abs, signed), 1e-5, 2e-5)
 
 
+def test_fisher_is_the_squared_slope_of_a_mask(cfg):
+  """A factor on what a group computes: its derivative, by autodiff."""
+  params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
+  tokens = conftest.make_tokens(cfg, 2)
+
+  def loss(factor):
+    layers = params.layers
+    wo = layers.wo * factor.heads[:, :, None, None, None] * factor.stem
+    w_down = layers.w_down * factor.ffn[:, :, None] * factor.stem
+    scaled = params.replace(
+      embed=params.embed * factor.stem,
+      layers=layers.replace(wo=wo, w_down=w_down),
+    )
+    return model.loss(scaled, masks, tokens, cfg)
+
+  slopes = jax.grad(loss)(jax.tree.map(lambda m: jnp.ones(m.shape), masks))
+  want = jax.tree.map(lambda x: 0.5 * 22 * jnp.square(x), slopes)
+  _, grads = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
+  scores = saliency.fisher(params, grads, 22)
+  conftest.check_close(scores, want, 1e-3, 1e-7)
+  jax.tree.map(
+    lambda s, m: np.testing.assert_array_equal(s[~m], 0), scores, masks
+  )
+
+
 def test_a_scale_of_the_curvature_is_one_of_its_entries():
   cfg = conftest.make_config()
   params, grads, squares = (conftest.make_params(cfg, s) for s in range(3))
@@ -72,9 +97,9 @@ def test_a_scale_of_the_curvature_is_one_of_its_entries():
     )
 
 
-def test_every_kind_but_three_is_a_sum_over_weights():
+def test_every_kind_but_four_is_a_sum_over_weights():
   """So that no kind is added without a test of its formula."""
-  own = {'activation', 'random', 'taylor1_group'}
+  own = {'activation', 'random', 'taylor1_group', 'fisher'}
   # These two are the same functions of other estimates: see steps_test.
   same = {'taylor1_momentum', 'taylor2_micro'}
   assert set(saliency.KINDS) == TERMS.keys() | own | same

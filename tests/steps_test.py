@@ -182,6 +182,9 @@ def want_scores(kind, row, cfg, masks, windows):
         lambda *g: n_micro * sum(x**2 for x in g) / len(g), *row['micro']
       )
       return saliency.taylor2(params, row['grads'], h)
+    case 'fisher':
+      each = [saliency.fisher(params, g, n_micro) for g in row['micro']]
+      return jax.tree.map(lambda *s: sum(s) / len(s), *each)
     case 'magnitude':
       return saliency.magnitude(params)
     case 'activation':

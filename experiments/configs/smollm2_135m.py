@@ -80,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.end_tokens = 20_480
   config.prune.every = 4  # steps; N in the paper's Figure 2
   # taylor1, taylor1_momentum, taylor1_group, taylor2, taylor2_micro, obd,
-  # magnitude, activation or random: see effllm_jax/saliency.py.
+  # fisher, magnitude, activation or random: see effllm_jax/saliency.py.
   config.prune.saliency = 'obd'
   config.prune.ema = 0.9  # of scores; 0 keeps the last batch only
   # Whether the embedding counts in the price of a stem channel. Counted, the
