@@ -10,8 +10,8 @@ Layers differ in width around the live share. For comparison, models without
 masks that are physically that narrow in every layer; their number of heads is
 whole, so it is the mean of models with 1, 2 or 3, weighted as the layers are.
 
-The variants take turns, so that a machine that drifts drifts for all of them;
-printed are medians and ratios to the dense model.
+The variants take turns, in another order each round, so that a machine that
+drifts drifts for all of them; printed are medians and ratios to the dense one.
 """
 
 from absl import flags
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
   del argv
   # After the flags have been parsed: these imports take seconds.
   import dataclasses
+  import random
   import statistics
   import sys
   import time
@@ -111,8 +112,11 @@ def main(argv: list[str]) -> None:
           small, compiled(states[small], small, 'xla'), None,
         )  # fmt: skip
   seconds = {key: [] for key in variants}
+  order = random.Random(0)
   for _ in range(_REPEATS.value + 1):
-    for key, (shape, step, masks) in variants.items():
+    # Shuffled: what runs after a small model finds its memory given back.
+    for key in order.sample(sorted(variants, key=str), len(variants)):
+      shape, step, masks = variants[key]
       state = states[shape]
       if masks is not None:
         masks = jax.tree.map(jnp.copy, masks)
