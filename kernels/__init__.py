@@ -1,12 +1,27 @@
-"""Masked matrix products; imports nothing from effllm_jax."""
+"""Masked matmul, SwiGLU and attention: cost follows what is alive.
+
+Imports nothing from effllm_jax.
+
+A *keep* is a bool mask, True = alive, over an axis of channels; one of length
+c over an axis of length c * u says of each u neighbours at a time whether they
+live (a head and its channels). What is computed is the product over the live
+channels; outputs of dead ones, and the gradients of dead entries, are exactly
+zero. Only the *extent* of a mask, 1 + its last live index, saves time: order
+survivors to the front.
+
+Masks are data: they may differ from layer to layer inside a `lax.scan`, and one
+compile serves all. The gradients are products of the same implementation, with
+float32 accumulation; that of a weight has the dtype of the weight, so float32
+master weights get a float32 gradient from bfloat16 activations.
+"""
 
 from kernels import autotune
-from kernels.ops import IMPLEMENTATIONS
-from kernels.ops import masked_attention
-from kernels.ops import masked_matmul
-from kernels.ops import masked_swiglu
-from kernels.ops import PLATFORMS
-from kernels.ops import resolve
+from kernels.attention import masked_attention
+from kernels.dispatch import IMPLEMENTATIONS
+from kernels.dispatch import PLATFORMS
+from kernels.dispatch import resolve
+from kernels.matmul import masked_matmul
+from kernels.swiglu import masked_swiglu
 
 __all__ = [
   'IMPLEMENTATIONS',

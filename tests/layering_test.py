@@ -19,6 +19,10 @@ ORDER = [
   'teacher', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
   'plots', 'figures', 'report', 'console', 'train',
 ]  # fmt: skip
+KERNELS = [
+  'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
+  'autotune', 'dispatch', 'matmul', 'swiglu', 'attention',
+]  # fmt: skip
 # Package -> the only modules of effllm_jax that may import it.
 ONLY = {
   'orbax': {'checkpoints'},
@@ -63,6 +67,16 @@ def test_imports_go_one_way(name):
     assert package not in ONLY or name in ONLY[package], (
       f'{name} imports {imported}'
     )
+
+
+def test_kernels_go_one_way():
+  found = {p.stem for p in (ROOT / 'kernels').glob('*.py')} - {'__init__'}
+  assert sorted(KERNELS) == sorted(found)
+  for i, name in enumerate(KERNELS):
+    for imported in imports(ROOT / 'kernels' / f'{name}.py'):
+      package, _, rest = imported.partition('.')
+      if package == 'kernels':
+        assert rest.partition('.')[0] in KERNELS[:i], (name, imported)
 
 
 def test_kernels_know_nothing_of_the_method():
