@@ -22,10 +22,13 @@ from experiments.configs import smollm2_135m
 def get_config() -> ml_collections.ConfigDict:
   """The base with every part stated that variant A is about."""
   config = smollm2_135m.get_config()
+  config.data.batch_size = 2
+  config.train.accumulate = 1
   config.prune.policy = 'uniform'
   config.prune.floors.heads = 1
   config.prune.floors.ffn = 64
   config.prune.saliency = 'taylor1'
+  config.prune.ema = 0.9
   config.prune.schedule = 'linear'
   config.prune.every = 2
   config.prune.end_tokens = 30_720
@@ -54,9 +57,17 @@ def sweep() -> Iterator[dict[str, Any]]:
     'prune.floors.heads': 3,
   }
   yield ragged
-  yield ragged | {
+  whole = ragged | {
     'repair.enabled': True,
-    'repair.damping': 3.0,
     'distill.weight': 0.5,
     'prune.every': 4,
+  }
+  yield whole | {'repair.damping': 3.0}
+  yield whole | {'prune.end_tokens': 20_480}
+  yield whole | {
+    'prune.end_tokens': 20_480,
+    'prune.saliency': 'fisher',
+    'prune.ema': 0.95,
+    'data.batch_size': 1,
+    'train.accumulate': 2,
   }

@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   # 'pypi', 'debian' (needs apt-get), or a folder of .txt or .jsonl files.
   config.data.text = 'pypi'
   config.data.seq_len = 256
-  config.data.batch_size = 2  # sequences per micro-batch
+  config.data.batch_size = 1  # sequences per micro-batch
   config.data.workers = 0  # processes; 0 reads in a thread of this one
   # Sampling weight by domain, as in ConfigDict({'drama': 2.0, 'wiki': 1.0});
   # empty: every window of the text once per epoch.
@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.train = ml_collections.ConfigDict()
   config.train.tokens = 61_440
-  config.train.accumulate = 1  # micro-batches per optimizer update
+  config.train.accumulate = 2  # micro-batches per optimizer update
   config.train.log_every = 1  # steps
 
   config.optimizer = ml_collections.ConfigDict()
@@ -81,8 +81,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.every = 4  # steps; N in the paper's Figure 2
   # taylor1, taylor1_momentum, taylor1_group, taylor2, taylor2_micro, obd,
   # fisher, magnitude, activation or random: see effllm_jax/saliency.py.
-  config.prune.saliency = 'obd'
-  config.prune.ema = 0.9  # of scores; 0 keeps the last batch only
+  config.prune.saliency = 'fisher'
+  config.prune.ema = 0.95  # of scores; 0 keeps the last batch only
   # Whether the embedding counts in the price of a stem channel. Counted, the
   # stem looks cheap and goes first, which costs this small model dearly.
   config.prune.price_embedding = False
