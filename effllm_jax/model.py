@@ -33,12 +33,11 @@ class Compute:
     remat: recompute each layer in the backward pass (`jax.checkpoint`) instead
       of keeping its activations. Costs a third more arithmetic.
     kernels: one of `kernels.IMPLEMENTATIONS`: how products skip what is dead.
-      None is the choice for this platform, see `kernels.resolve`.
   """
 
   dtype: str = 'float32'
   remat: bool = True
-  kernels: str | None = 'xla'
+  kernels: str = 'xla'
 
 
 @struct.dataclass

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from effllm_jax import budgets
 from effllm_jax import events
 from effllm_jax import plan as plan_lib
 from effllm_jax import selection
@@ -127,19 +128,15 @@ def shrunk(
   exact = structure.Groups(heads=1, ffn=1, stem=1)
   last = plan.last_prune(step)
   small = shrink_lib.shrunk_config(masks, cfg, exact if last else plan.quantum)
-  live, reached = selection.live_widths(masks), selection.extents(masks)
+  reached = budgets.params(cfg).size(
+    *(int(x.sum()) for x in selection.extents(masks).values())
+  )
   saved = max(
     1 - small.num_params() / cfg.num_params(),
-    1 - _covered(live, cfg) / _covered(reached, cfg),
+    1 - selection.live_params(masks, cfg) / reached,
   )
   wanted = saved > 0 and (saved >= plan.shrink_threshold or last)
   return small if wanted else None
-
-
-def _covered(widths: dict[str, np.ndarray], cfg: structure.ModelConfig) -> int:
-  """Parameters of a model whose layers have these widths."""
-  per_layer = widths['heads'] * cfg.head_rows() + 3 * widths['ffn']
-  return int(widths['stem']) * (int(per_layer.sum()) + cfg.stem_rows())
 
 
 def shrink(

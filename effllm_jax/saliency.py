@@ -74,7 +74,10 @@ KINDS = (
 
 
 def group_scores(
-  term: Callable[..., Array], params: structure.Params, *rest: structure.Params
+  term: Callable[..., Array],
+  params: structure.Params,
+  *rest: structure.Params,
+  members: Callable[[str], bool] = lambda letters: True,
 ) -> structure.Groups:
   """Sums `term(w, ...)` over the members of every group, in float32.
 
@@ -83,6 +86,7 @@ def group_scores(
     params: the weights.
     *rest: parameter-shaped trees: the gradient of the mean loss in nats per
       token, before clipping; the curvature.
+    members: which parameters count, by their axis letters without N.
 
   Returns:
     heads [N, K], ffn [N, F], stem [D]. Where a term is 0 whenever its gradient
@@ -96,6 +100,7 @@ def group_scores(
   def layer(stem_D, trees):
     sums = _sums(
       term,
+      members,
       jax.tree.map(lambda letters: letters.removeprefix('N'), table.layers),
       *trees,
     )
@@ -104,17 +109,19 @@ def group_scores(
   outside = [tree.replace(layers=None) for tree in (table, params, *rest)]
   stem_D, (heads_NK, ffn_NF) = jax.lax.scan(
     layer,
-    _sums(term, *outside)['D'],
+    _sums(term, members, *outside)['D'],
     tuple(tree.layers for tree in (params, *rest)),
   )
   return structure.Groups(heads=heads_NK, ffn=ffn_NF, stem=stem_D)
 
 
-def _sums(term, table, *trees) -> dict[str, Array]:
+def _sums(term, members, table, *trees) -> dict[str, Array]:
   """Sums of the terms over all but one axis, by the letter that is kept."""
   sums = {}
 
   def add(letters, *leaves):
+    if not members(letters):
+      return
     value = term(*(x.astype(jnp.float32) for x in leaves))
     for letter in structure.PRUNABLE:
       if letter in letters:
@@ -172,23 +179,11 @@ def fisher(params: structure.Params, grads: structure.Params, tokens: int):
     grads: of the mean loss of one micro-batch.
     tokens: in that micro-batch.
   """
-  half = 0.5 * tokens
-
-  def product(w, g):
-    return w.astype(jnp.float32) * g.astype(jnp.float32)
-
-  wo, w_down = (
-    product(getattr(params.layers, x), getattr(grads.layers, x))
-    for x in ('wo', 'w_down')
-  )
-  slopes = structure.Groups(
-    heads=wo.sum((2, 3, 4)),
-    ffn=w_down.sum(2),
-    stem=product(params.embed, grads.embed).sum(0)
-    + wo.sum((0, 1, 2, 3))
-    + w_down.sum((0, 1)),
-  )
-  return jax.tree.map(lambda x: half * jnp.square(x), slopes)
+  # What writes to the stem: the embedding, wo and w_down, of which the last two
+  # also compute heads and channels. A norm scale has no other axis.
+  writes = lambda letters: letters[-1] == 'D' and len(letters) > 1
+  slopes = group_scores(lambda w, g: g * w, params, grads, members=writes)
+  return jax.tree.map(lambda x: 0.5 * tokens * jnp.square(x), slopes)
 
 
 def magnitude(params: structure.Params):

@@ -359,10 +359,10 @@ class Run:
     self.extents = self._extents()
     seconds = time.perf_counter() - start
     # Least and most of a layer.
-    live = {
-      t: [int(w.min()), int(w.max())]
-      for t, w in selection.live_widths(masks).items()
-    }
+    live = {}
+    for t in structure.TYPES:
+      widths = np.atleast_1d(getattr(event.live, t)).tolist()
+      live[t] = [min(widths), max(widths)]
     live_params = selection.live_params(masks, old)
     self.metrics.write(
       {

@@ -48,55 +48,24 @@ def main(argv: list[str]) -> None:
   import rich.table
 
   from effllm_jax import errors
-  from effllm_jax import model
-  from effllm_jax import optimizers
-  from effllm_jax import plan as plan_lib
   from effllm_jax import selection
-  from effllm_jax import state as state_lib
-  from effllm_jax import steps
-  from effllm_jax import structure
+  from experiments import step_bench
   import kernels
 
-  config = cli.config(_CONFIG)
   for name in _IMPLEMENTATIONS.value:
     if name not in kernels.IMPLEMENTATIONS:
       raise errors.InputError(
         f'--implementations names {name!r}; known are '
         f'{", ".join(kernels.IMPLEMENTATIONS)}'
       )
-  cfg = structure.ModelConfig(
-    V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192,
-    rope_theta=1e5, norm_eps=1e-5, tied=True,
-  )  # fmt: skip
-  plan = plan_lib.make(config, cfg)
-  tx = optimizers.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
-  tokens = jax.random.randint(
-    jax.random.key(0),
-    (config.train.accumulate, config.data.batch_size, config.data.seq_len + 1),
-    0,
-    cfg.V,
-  )
-
-  def fresh(cfg):
-    return state_lib.fresh_state(model.init(jax.random.key(1), cfg), cfg, tx)
-
-  def compiled(state, cfg, name):
-    compute = dataclasses.replace(plan.recipe.compute, kernels=name)
-    return steps.train_step.lower(
-      state,
-      tokens,
-      None,
-      cfg=cfg,
-      tx=tx,
-      recipe=dataclasses.replace(plan.recipe, compute=compute, distill=0.0),
-      score=False,
-    ).compile()
-
+  bench = step_bench.make(cli.config(_CONFIG))
+  cfg, plan = bench.cfg, bench.plan
   # A step donates its state, the masks in it too.
-  states = {cfg: fresh(cfg)}
-  runs = {name: compiled(states[cfg], cfg, name) for name in dict.fromkeys(
-    ('xla', *_IMPLEMENTATIONS.value)
-  )}  # fmt: skip
+  states = {cfg: bench.fresh(cfg)}
+  runs = {
+    name: bench.step(states[cfg], cfg, kernels=name)
+    for name in dict.fromkeys(('xla', *_IMPLEMENTATIONS.value))
+  }
   variants = {}
   for share in HEADS:
     masks = _masks(cfg, share)
@@ -107,9 +76,9 @@ def main(argv: list[str]) -> None:
       # Arrays without a head there are not: of layers like that, no model.
       small = dataclasses.replace(cfg, K=heads, F=round(cfg.F * share))
       if small != cfg:
-        states[small] = states.get(small) or fresh(small)
+        states[small] = states.get(small) or bench.fresh(small)
         variants[share, heads] = (
-          small, compiled(states[small], small, 'xla'), None,
+          small, bench.step(states[small], small, kernels='xla'), None,
         )  # fmt: skip
   seconds = {key: [] for key in variants}
   order = random.Random(0)
@@ -122,7 +91,7 @@ def main(argv: list[str]) -> None:
         masks = jax.tree.map(jnp.copy, masks)
         state = state.replace(prune=state.prune.replace(masks=masks))
       start = time.perf_counter()
-      states[shape], numbers = step(state, tokens, None)
+      states[shape], numbers = step(state)
       jax.block_until_ready((states[shape], numbers))
       seconds[key].append(time.perf_counter() - start)
 

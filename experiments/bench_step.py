@@ -29,44 +29,15 @@ def main(argv: list[str]) -> None:
   del argv
   # After the flags have been parsed: these imports take seconds.
   import jax
-  import jax.numpy as jnp
 
-  from effllm_jax import model
-  from effllm_jax import optimizers
-  from effllm_jax import plan as plan_lib
   from effllm_jax import selection
   from effllm_jax import shrink
-  from effllm_jax import state as state_lib
   from effllm_jax import steps
   from effllm_jax import structure
+  from experiments import step_bench
 
-  config = cli.config(_CONFIG)
-  cfg = structure.ModelConfig(
-    V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192,
-    rope_theta=1e5, norm_eps=1e-5, tied=True,
-  )  # fmt: skip
-  plan = plan_lib.make(config, cfg)
-  tx = optimizers.optimizer(lambda _: 1e-4, 0.9, 0.95, 0.1, 1.0)
-  tokens = jax.random.randint(
-    jax.random.key(0),
-    (config.train.accumulate, config.data.batch_size, config.data.seq_len + 1),
-    0,
-    cfg.V,
-  )
-
-  def fresh(cfg):
-    return state_lib.fresh_state(model.init(jax.random.key(1), cfg), cfg, tx)
-
-  def compiled(state, cfg, score):
-    return steps.train_step.lower(
-      state,
-      tokens,
-      None,
-      cfg=cfg,
-      tx=tx,
-      recipe=plan.recipe,
-      score=score,
-    ).compile()
+  bench = step_bench.make(cli.config(_CONFIG))
+  cfg, plan = bench.cfg, bench.plan
 
   def select(state, target):
     return selection.select(
@@ -79,16 +50,16 @@ def main(argv: list[str]) -> None:
     )
 
   # One state at a time per shape: a step donates what it gets.
-  states = {cfg: fresh(cfg)}
-  states[cfg], _ = compiled(states[cfg], cfg, True)(states[cfg], tokens)
+  states = {cfg: bench.fresh(cfg)}
+  states[cfg], _ = bench.step(states[cfg], cfg, score=True)(states[cfg])
   masks = select(states[cfg], plan.schedule.target)
   small = shrink.shrunk_config(masks, cfg, structure.Groups(1, 1, 1))
   pruned = states[cfg].replace(prune=states[cfg].prune.replace(masks=masks))
-  shrunk, _ = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=tx)
-  states['shrunk'], states['built'] = shrunk, fresh(small)
+  shrunk, _ = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=bench.tx)
+  states['shrunk'], states['built'] = shrunk, bench.fresh(small)
   del pruned, shrunk
   variants = {
-    name: (key, compiled(states[key], shape, score))
+    name: (key, bench.step(states[key], shape, score))
     for name, key, shape, score in (
       ('step', cfg, cfg, False),
       ('step that scores', cfg, cfg, True),
@@ -101,7 +72,7 @@ def main(argv: list[str]) -> None:
   for _ in range(_REPEATS.value + 1):
     for name, (key, step) in variants.items():
       start = time.perf_counter()
-      states[key], numbers = step(states[key], tokens)
+      states[key], numbers = step(states[key])
       jax.block_until_ready((states[key], numbers))
       seconds[name].append(time.perf_counter() - start)
     start = time.perf_counter()
@@ -116,7 +87,7 @@ def main(argv: list[str]) -> None:
   console = rich.console.Console()
   console.print(
     f'{device.device_kind}, jax {jax.__version__}, {plan.tokens_per_step} '
-    f'tokens a step, {jnp.dtype(plan.recipe.compute.dtype)}; '
+    f'tokens a step, {plan.recipe.compute.dtype}; '
     f'{cfg.num_params():,} -> {small.num_params():,} parameters '
     f'(heads {small.K}, ffn {small.F}, stem {small.D})'
   )
