@@ -228,7 +228,7 @@ def _version(package: str) -> str | None:
 
 
 def _fail(line: str) -> None:
-  print(line, file=sys.stderr)
+  print(f'error: {line}', file=sys.stderr)
   sys.exit(1)
 
 

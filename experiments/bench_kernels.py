@@ -161,9 +161,7 @@ def _names() -> list[str]:
   import kernels
 
   here = jax.default_backend()
-  runs = [
-    x for x in kernels.IMPLEMENTATIONS if kernels.PLATFORMS.get(x, here) == here
-  ]
+  runs = kernels.runnable()
   if _DTYPE.value == 'float32':
     runs = [x for x in runs if x != 'pallas_hopper']
   for name in _IMPLEMENTATIONS.value:

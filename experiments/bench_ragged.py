@@ -52,24 +52,25 @@ def main(argv: list[str]) -> None:
   from experiments import step_bench
   import kernels
 
+  runs = kernels.runnable()
   for name in _IMPLEMENTATIONS.value:
-    if name not in kernels.IMPLEMENTATIONS:
+    if name not in runs:
       raise errors.InputError(
-        f'--implementations names {name!r}; known are '
-        f'{", ".join(kernels.IMPLEMENTATIONS)}'
+        f'--implementations names {name!r}, which does not run on this '
+        f'{jax.default_backend()}; those that do are {", ".join(runs)}'
       )
   bench = step_bench.make(cli.config(_CONFIG))
   cfg, plan = bench.cfg, bench.plan
   # A step donates its state, the masks in it too.
   states = {cfg: bench.fresh(cfg)}
-  runs = {
+  steps = {
     name: bench.step(states[cfg], cfg, kernels=name)
     for name in dict.fromkeys(('xla', *_IMPLEMENTATIONS.value))
   }
   variants = {}
   for share in HEADS:
     masks = _masks(cfg, share)
-    for name, step in runs.items():
+    for name, step in steps.items():
       if name in _IMPLEMENTATIONS.value or share == 1:
         variants[share, name] = cfg, step, masks
     for heads in set(HEADS[share]) - {0}:

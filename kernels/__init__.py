@@ -20,6 +20,7 @@ from kernels.attention import masked_attention
 from kernels.dispatch import IMPLEMENTATIONS
 from kernels.dispatch import PLATFORMS
 from kernels.dispatch import resolve
+from kernels.dispatch import runnable
 from kernels.matmul import masked_matmul
 from kernels.swiglu import masked_swiglu
 
@@ -31,4 +32,5 @@ __all__ = [
   'masked_matmul',
   'masked_swiglu',
   'resolve',
+  'runnable',
 ]

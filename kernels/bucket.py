@@ -4,8 +4,6 @@ Inside a branch the library's own product runs at full speed; an extent between
 two widths pays for the next one up.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -13,19 +11,7 @@ from kernels import forms
 
 # Whether c is zero beyond the extents where one of the operands is.
 FILLS = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Distance between two widths of a masked axis; each has a branch.
-
-  Attributes:
-    m, n, k: channels; the last width is that of the array.
-  """
-
-  m: int
-  n: int
-  k: int
+Blocks = forms.Blocks
 
 
 def default_blocks(
@@ -33,7 +19,7 @@ def default_blocks(
 ) -> Blocks:
   """About a dozen widths, on multiples of 64 where there is room."""
   del form, dtype
-  return Blocks(*(_step(size, 12) for size in (m, n, k)))
+  return forms.in_parts(_step, m, n, k, 12)[0]
 
 
 def candidates(
@@ -41,10 +27,7 @@ def candidates(
 ) -> list[Blocks]:
   """What is worth timing: about 6, 12 and 24 widths."""
   del form, dtype
-  found = [
-    Blocks(*(_step(size, parts) for size in (m, n, k))) for parts in (6, 12, 24)
-  ]
-  return list(dict.fromkeys(found))
+  return forms.in_parts(_step, m, n, k, 6, 12, 24)
 
 
 def product(
@@ -62,14 +45,12 @@ def product(
   """
   m, n, k = forms.sizes(a, b, form)
   blocks = blocks or default_blocks(form, m, n, k, a.dtype)
-  axes = []
-  for axis, size in (('m', m), ('n', n), ('k', k)):
-    step, extent = getattr(blocks, axis), getattr(extents, axis)
-    if step < 1:
-      raise ValueError(f'{axis}: widths {step} apart; take at least 1')
-    if not isinstance(extent, int):
-      axes.append((axis, widths(size, step), extent))
-  return _narrow(a, b, form, axes, dtype)
+  for axis in 'mnk':
+    if getattr(blocks, axis) < 1:
+      raise ValueError(
+        f'{axis}: widths {getattr(blocks, axis)} apart; take at least 1'
+      )
+  return _narrow(a, b, form, forms.masked(extents, blocks), dtype)
 
 
 def step(size: int, unit: int = 1) -> int:
@@ -92,8 +73,9 @@ def _narrow(a, b, form, axes, dtype):
   """Branches over the widths of the first axis, in each those of the rest."""
   if not axes:
     return forms.dense(a, b, form, dtype)
-  (axis, options, extent), *rest = axes
-  shape = forms.sizes(a, b, form)[:2]
+  (axis, step, extent), *rest = axes
+  m, n, k = forms.sizes(a, b, form)
+  shape, options = (m, n), widths({'m': m, 'n': n, 'k': k}[axis], step)
   left, right = forms.AXES[form]
 
   def branch(width):

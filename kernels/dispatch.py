@@ -39,6 +39,12 @@ def resolve(implementation: str | None) -> str:
   return implementation
 
 
+def runnable() -> list[str]:
+  """The implementations that this platform can run."""
+  here = jax.default_backend()
+  return [x for x in IMPLEMENTATIONS if PLATFORMS.get(x, here) == here]
+
+
 def forward(
   name: str, x: Array, w: Array, keep_in: Array | None, keep_out: Array | None
 ) -> Array:

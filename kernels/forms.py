@@ -26,6 +26,7 @@ contract:
 - extents are data: one trace and one compile serve all.
 """
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -50,6 +51,37 @@ class Extents:
   m: int | jax.Array
   n: int | jax.Array
   k: int | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Lengths along the axes by which `xla_loop` and `bucket` round extents up.
+
+  Unused where an axis is not masked.
+  """
+
+  m: int
+  n: int
+  k: int
+
+
+def in_parts(
+  length: Callable[[int, int], int], m: int, n: int, k: int, *parts: int
+) -> list[Blocks]:
+  """Different blocks: `length(size, part)` of all axes, for each of `parts`."""
+  found = [Blocks(*(length(size, p) for size in (m, n, k))) for p in parts]
+  return list(dict.fromkeys(found))
+
+
+def masked(
+  extents: Extents, blocks: Blocks
+) -> list[tuple[str, int, jax.Array]]:
+  """(axis, block, extent) of every axis that is masked, m before n before k."""
+  return [
+    (axis, getattr(blocks, axis), getattr(extents, axis))
+    for axis in 'mnk'
+    if not isinstance(getattr(extents, axis), int)
+  ]
 
 
 def sizes(a: jax.Array, b: jax.Array, form: str) -> tuple[int, int, int]:

@@ -4,8 +4,6 @@ The trip count is data, so the cost follows the extents; XLA cannot
 differentiate such a loop, which is why the gradients are products of their own.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -13,21 +11,7 @@ from kernels import forms
 
 # Whether c is zero beyond the extents where one of the operands is.
 FILLS = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Chunk lengths, each a divisor of its axis; unused where nothing is masked.
-
-  Attributes:
-    m, n: each chunk is computed and written on its own.
-    k: each chunk is added to the whole of c in float32, which is read and
-      written again: better few and large.
-  """
-
-  m: int
-  n: int
-  k: int
+Blocks = forms.Blocks
 
 
 def default_blocks(
@@ -43,10 +27,7 @@ def candidates(
 ) -> list[Blocks]:
   """What is worth timing: 4, 8 or 16 chunks of every axis."""
   del form, dtype
-  found = [
-    Blocks(*(_chunk(size, parts) for size in (m, n, k))) for parts in (4, 8, 16)
-  ]
-  return list(dict.fromkeys(found))
+  return forms.in_parts(_chunk, m, n, k, 4, 8, 16)
 
 
 def product(
@@ -64,13 +45,11 @@ def product(
   """
   m, n, k = forms.sizes(a, b, form)
   blocks = blocks or default_blocks(form, m, n, k, a.dtype)
-  loops = []
   for axis, size in (('m', m), ('n', n), ('k', k)):
-    chunk, extent = getattr(blocks, axis), getattr(extents, axis)
+    chunk = getattr(blocks, axis)
     if size % chunk:
       raise ValueError(f'a chunk of {chunk} does not divide {axis} {size}')
-    if not isinstance(extent, int):
-      loops.append((axis, chunk, extent))
+  loops = forms.masked(extents, blocks)
   return _loop(a, b, form, loops, jnp.float32).astype(dtype)
 
 

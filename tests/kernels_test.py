@@ -279,6 +279,7 @@ def test_the_hopper_kernel_in_the_simulator(monkeypatch):
 
 def test_what_is_chosen_for_a_platform(monkeypatch):
   assert kernels.resolve(None) == 'bucket'
+  assert kernels.runnable() == ['xla', 'xla_loop', 'bucket']
   for name in kernels.IMPLEMENTATIONS:
     assert kernels.resolve(name) == name
   # Measured nowhere else yet.
