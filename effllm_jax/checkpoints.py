@@ -192,7 +192,7 @@ def _moment(path: pathlib.Path) -> Moment:
     path=path,
     step=arch['step'],
     num_events=arch['num_events'],
-    cfg=structure.ModelConfig(**arch['model']),
+    cfg=structure.ModelConfig.from_dict(arch['model']),
     flops=arch['flops'],
   )
 

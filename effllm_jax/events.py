@@ -51,7 +51,7 @@ class ShrinkEvent:
     """The event that `to_json` wrote."""
     record = dict(record)
     for name in ('before', 'after'):
-      record[name] = structure.ModelConfig(**record[name])
+      record[name] = structure.ModelConfig.from_dict(record[name])
     for name in ('live', 'kept'):
       record[name] = structure.Groups(**record[name])
     return cls(**record)

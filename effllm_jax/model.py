@@ -57,17 +57,18 @@ class Taps:
 
 
 def init(key: Array, cfg: structure.ModelConfig) -> structure.Params:
-  """Random float32 parameters: normal with deviation 0.02, norm scales 1."""
-  leaves, treedef = jax.tree.flatten(structure.axes(cfg.tied))
+  """Random float32 parameters: deviation 0.02; norm scales 1, biases 0."""
+  leaves, treedef = jax.tree.flatten(structure.axes(cfg))
   keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
 
   def leaf(letters, key):
     shape = tuple(getattr(cfg, x) for x in letters)
-    if letters in ('D', 'ND'):
-      return jnp.ones(shape)
-    return 0.02 * jax.random.normal(key, shape)
+    if structure.is_matrix(letters):
+      return 0.02 * jax.random.normal(key, shape)
+    # A bias ends as a head does, and has its axis.
+    return jnp.zeros(shape) if 'K' in letters else jnp.ones(shape)
 
-  return jax.tree.map(leaf, structure.axes(cfg.tied), keys)
+  return jax.tree.map(leaf, structure.axes(cfg), keys)
 
 
 def forward(

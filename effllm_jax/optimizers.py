@@ -43,8 +43,9 @@ def optimizer(
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global gradient norm.
 
-  Weight decay skips norm scales. Every part is elementwise, apart from the
-  norm, to which dead groups add exactly zero: an update commutes with a shrink.
+  Weight decay skips norm scales and biases. Every part is elementwise, apart
+  from the norm, to which dead groups add exactly zero: an update commutes with
+  a shrink.
   """
   return optax.chain(
     optax.clip_by_global_norm(clip),
@@ -54,7 +55,7 @@ def optimizer(
       b2=b2,
       weight_decay=weight_decay,
       mask=lambda params: structure.map_axes(
-        lambda letters, _: letters not in ('D', 'ND'), params
+        lambda letters, _: structure.is_matrix(letters), params
       ),
     ),
   )

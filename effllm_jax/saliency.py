@@ -92,7 +92,7 @@ def group_scores(
     heads [N, K], ffn [N, F], stem [D]. Where a term is 0 whenever its gradient
     is, a dead group's score is exactly 0.
   """
-  table = structure.axes(tied=params.unembed is None)
+  table = structure.axes_of(params)
 
   # One layer at a time: the terms of a layer live in cache-sized buffers (14 MB
   # instead of 425 MB for SmolLM2-135M, and 1.5x faster than summing the stacked

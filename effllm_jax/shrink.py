@@ -105,7 +105,7 @@ def take_groups(
 def take_opt_state(
   tx: optax.GradientTransformation,
   opt_state: Any,
-  tied: bool,
+  cfg: structure.ModelConfig,
   kept: structure.Groups,
 ) -> Any:
   """Survivors of every parameter-shaped subtree of an optimizer state.
@@ -114,5 +114,5 @@ def take_opt_state(
   the bias correction of the moments go on as if nothing had happened.
   """
   return optax.tree.map_params(
-    tx, lambda x, s: take(s, x, kept), opt_state, structure.axes(tied)
+    tx, lambda x, s: take(s, x, kept), opt_state, structure.axes(cfg)
   )

@@ -161,7 +161,7 @@ def load_saved(folder: str | os.PathLike) -> Source:
   folder = pathlib.Path(folder)
   try:
     about = json.loads((folder / 'source.json').read_text(encoding='utf-8'))
-    about['cfg'] = structure.ModelConfig(**about['cfg'])
+    about['cfg'] = structure.ModelConfig.from_dict(about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
     if about['origin']:
       about['origin'] = structure.Groups(

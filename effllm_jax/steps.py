@@ -304,7 +304,7 @@ def shrink_step(
   kept = shrink.kept_indices(prune.masks, prune.scores, new_cfg)
   small = state.replace(
     params=shrink.take_params(state.params, kept),
-    opt_state=shrink.take_opt_state(tx, state.opt_state, cfg.tied, kept),
+    opt_state=shrink.take_opt_state(tx, state.opt_state, cfg, kept),
     prune=prune.replace(
       masks=shrink.take_groups(prune.masks, kept),
       scores=shrink.take_groups(prune.scores, kept),

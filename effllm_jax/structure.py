@@ -15,6 +15,7 @@ saliency, costs, shrinking) reads that table and nothing else.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -27,6 +28,26 @@ Array = jax.Array
 TYPES = ('heads', 'ffn', 'stem')
 # Axis letter -> pruning type. Every other letter keeps its size.
 PRUNABLE = {'K': 'heads', 'F': 'ffn', 'D': 'stem'}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's change of the rotary frequencies for longer contexts.
+
+  Wave lengths below original_context / high_freq_factor stay, those above
+  original_context / low_freq_factor are stretched by `factor`, between the two
+  the frequency is a linear mix.
+
+  Attributes:
+    factor: by which the slow frequencies are divided.
+    low_freq_factor, high_freq_factor: ends of the mix.
+    original_context: tokens of the first pretraining.
+  """
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_context: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +69,10 @@ class ModelConfig:
     rope_theta: base of the rotary embedding.
     norm_eps: added to the mean square in RMSNorm.
     tied: whether the output matrix is the transposed embedding.
+    qkv_bias: whether q, k and v have a bias (Qwen2, Qwen2.5).
+    qk_norm: whether q and k of each head go through an RMSNorm of width H
+      before the rotary embedding (Qwen3).
+    rope_scaling: how the rotary frequencies are stretched; None: not at all.
   """
 
   V: int
@@ -61,6 +86,15 @@ class ModelConfig:
   rope_theta: float
   norm_eps: float
   tied: bool
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  rope_scaling: 'RopeScaling | None' = None
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
+    """The inverse of `dataclasses.asdict`."""
+    scaling = fields.get('rope_scaling')
+    return cls(**{**fields, 'rope_scaling': scaling and RopeScaling(**scaling)})
 
   def widths(self) -> dict[str, int]:
     """Widths of the arrays by pruning type."""
@@ -69,11 +103,23 @@ class ModelConfig:
   def num_params(self) -> int:
     """Number of parameters in arrays of this size."""
     per_layer = self.K * self.head_rows() + 3 * self.F
-    return self.D * (self.N * per_layer + self.stem_rows())
+    return (
+      self.D * (self.N * per_layer + self.stem_rows())
+      + self.N * self.K * self.head_biases()
+      + self.norm_scales()
+    )
 
   def head_rows(self) -> int:
     """Rows of length D in one head: q and o (G each), k and v, times H."""
     return (2 * self.G + 2) * self.H
+
+  def head_biases(self) -> int:
+    """Biases of one head: of q (G), k and v, times H."""
+    return (self.G + 2) * self.H * self.qkv_bias
+
+  def norm_scales(self) -> int:
+    """Norm scales without a prunable axis: of q and k in every layer."""
+    return 2 * self.N * self.H * self.qk_norm
 
   def stem_rows(self) -> int:
     """Rows of length D outside heads and ffn: embeddings and norm scales."""
@@ -82,7 +128,10 @@ class ModelConfig:
 
 @struct.dataclass
 class Layers:
-  """Parameters of all layers, stacked on a leading axis N for `lax.scan`."""
+  """Parameters of all layers, stacked on a leading axis N for `lax.scan`.
+
+  What a block does not have is None: biases of q, k and v, norms of q and k.
+  """
 
   attn_norm: Any
   wq: Any
@@ -93,6 +142,11 @@ class Layers:
   w_gate: Any
   w_up: Any
   w_down: Any
+  bq: Any = None
+  bk: Any = None
+  bv: Any = None
+  q_norm: Any = None
+  k_norm: Any = None
 
 
 @struct.dataclass
@@ -124,30 +178,70 @@ class Groups:
 GROUP_AXES = Groups(heads='NK', ffn='NF', stem='D')
 
 
-def axes(tied: bool) -> Params:
-  """The axis letters of every parameter, as a tree of strings."""
-  return Params(
-    embed='VD',
-    layers=Layers(
-      attn_norm='ND',
-      wq='NDKGH',
-      wk='NDKH',
-      wv='NDKH',
-      wo='NKGHD',
-      ffn_norm='ND',
-      w_gate='NDF',
-      w_up='NDF',
-      w_down='NFD',
-    ),
-    final_norm='D',
-    unembed=None if tied else 'DV',
+_AXES = Params(
+  embed='VD',
+  layers=Layers(
+    attn_norm='ND',
+    wq='NDKGH',
+    wk='NDKH',
+    wv='NDKH',
+    wo='NKGHD',
+    ffn_norm='ND',
+    w_gate='NDF',
+    w_up='NDF',
+    w_down='NFD',
+    bq='NKGH',
+    bk='NKH',
+    bv='NKH',
+    q_norm='NH',
+    k_norm='NH',
+  ),
+  final_norm='D',
+  unembed='DV',
+)
+
+
+def axes(cfg: ModelConfig) -> Params:
+  """The axis letters of every parameter of `cfg`, as a tree of strings."""
+  absent = [
+    *([] if cfg.qkv_bias else ['bq', 'bk', 'bv']),
+    *([] if cfg.qk_norm else ['q_norm', 'k_norm']),
+  ]
+  return _AXES.replace(
+    layers=_AXES.layers.replace(**dict.fromkeys(absent)),
+    unembed=None if cfg.tied else _AXES.unembed,
   )
+
+
+def is_matrix(letters: str) -> bool:
+  """Whether a parameter is a matrix or the embedding; not a norm, a bias."""
+  return 'D' in letters and len(letters.removeprefix('N')) > 1
+
+
+def axes_of(tree: Params) -> Params:
+  """The axis letters of what a parameter-shaped tree holds."""
+  return present(_AXES, tree)
+
+
+def present(table: Params, tree: Params) -> Params:
+  """A parameter-shaped table without the entries that `tree` does not have."""
+
+  def keep(entry, node):
+    if node is None:
+      return None
+    if not dataclasses.is_dataclass(entry):
+      return entry
+    names = [f.name for f in dataclasses.fields(entry)]
+    return entry.replace(
+      **{x: keep(getattr(entry, x), getattr(node, x)) for x in names}
+    )
+
+  return keep(table, tree)
 
 
 def map_axes(fn: Callable[..., Any], tree: Params, *rest: Params) -> Params:
   """Maps `fn(letters, leaf, *leaves)` over parameter-shaped trees."""
-  table = axes(tied=tree.unembed is None)
-  return jax.tree.map(fn, table, tree, *rest)
+  return jax.tree.map(fn, axes_of(tree), tree, *rest)
 
 
 def shapes(cfg: ModelConfig) -> Params:
@@ -156,7 +250,7 @@ def shapes(cfg: ModelConfig) -> Params:
     lambda letters: jax.ShapeDtypeStruct(
       tuple(getattr(cfg, x) for x in letters), jax.numpy.float32
     ),
-    axes(cfg.tied),
+    axes(cfg),
   )
 
 
@@ -188,9 +282,15 @@ def check_shapes(params: Params, cfg: ModelConfig) -> None:
         f'the architecture says {want} ({letters})'
       )
 
-  if (params.unembed is None) != cfg.tied:
-    raise ValueError(
-      f'tied={cfg.tied} but unembed is '
-      f'{"absent" if params.unembed is None else "present"}'
+  present, expected = (
+    {jax.tree_util.keystr(path) for path, _ in leaves}
+    for leaves in map(
+      jax.tree_util.tree_leaves_with_path, (axes_of(params), axes(cfg))
     )
-  jax.tree_util.tree_map_with_path(check, axes(cfg.tied), params)
+  )
+  for path in sorted(present ^ expected):
+    raise ValueError(
+      f'params{path} is {"present" if path in present else "absent"}, '
+      'the architecture says otherwise'
+    )
+  jax.tree_util.tree_map_with_path(check, axes(cfg), params)

@@ -33,6 +33,11 @@ HUGGING_FACE = structure.Params(
     w_gate='model.layers.{n}.mlp.gate_proj.weight',
     w_up='model.layers.{n}.mlp.up_proj.weight',
     w_down='model.layers.{n}.mlp.down_proj.weight',
+    bq='model.layers.{n}.self_attn.q_proj.bias',
+    bk='model.layers.{n}.self_attn.k_proj.bias',
+    bv='model.layers.{n}.self_attn.v_proj.bias',
+    q_norm='model.layers.{n}.self_attn.q_norm.weight',
+    k_norm='model.layers.{n}.self_attn.k_norm.weight',
   ),
   final_norm='model.norm.weight',
   unembed='lm_head.weight',
@@ -49,6 +54,11 @@ GGUF = structure.Params(
     w_gate='blk.{n}.ffn_gate.weight',
     w_up='blk.{n}.ffn_up.weight',
     w_down='blk.{n}.ffn_down.weight',
+    bq='blk.{n}.attn_q.bias',
+    bk='blk.{n}.attn_k.bias',
+    bv='blk.{n}.attn_v.bias',
+    q_norm='blk.{n}.attn_q_norm.weight',
+    k_norm='blk.{n}.attn_k_norm.weight',
   ),
   final_norm='output_norm.weight',
   unembed='output.weight',
@@ -100,12 +110,8 @@ def file_shapes(
   cfg: structure.ModelConfig, names: structure.Params
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
   """Yields the name and the file's shape of every tensor of a model."""
-  for letters, name in _table(cfg.tied, names):
-    shape = tuple(getattr(cfg, x) for x in letters.removeprefix('N'))
-    if _is_matrix(letters):
-      stem_first = _reads_stem(letters)
-      other = math.prod(shape[1:] if stem_first else shape[:-1])
-      shape = (other, cfg.D) if stem_first else (cfg.D, other)
+  for letters, name in _table(structure.axes(cfg), names):
+    shape = _file_shape(letters, *(getattr(cfg, x) for x in letters))
     layers = range(cfg.N) if letters[0] == 'N' else [0]
     yield from ((name.format(n=n), shape) for n in layers)
 
@@ -114,15 +120,13 @@ def views(
   params: structure.Params, names: structure.Params
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the name of every tensor and a writable view as the file has it."""
-  table = _table(params.unembed is None, names)
+  table = _table(structure.axes_of(params), names)
   for (letters, name), leaf in zip(table, jax.tree.leaves(params), strict=True):
+    shape = _file_shape(letters, *leaf.shape)
     layers = enumerate(leaf) if letters[0] == 'N' else [(0, leaf)]
     for n, array in layers:
-      if _is_matrix(letters):
-        width = leaf.shape[letters.index('D')]
-        shape = (width, -1) if _reads_stem(letters) else (-1, width)
-        array = array.reshape(shape).T
-      yield name.format(n=n), array
+      flat = array.reshape(shape[::-1] if _is_transposed(letters) else shape)
+      yield name.format(n=n), flat.T if _is_transposed(letters) else flat
 
 
 def check_tensors(
@@ -202,18 +206,31 @@ def separator(
   return eos_ids[0] if token is None else token
 
 
-def _table(tied, names):
+def _table(axes, names):
   """Pairs of axis letters and name, in the order of the leaves."""
-  axes = structure.axes(tied)
-  names = names.replace(unembed=None) if tied else names
-  return zip(jax.tree.leaves(axes), jax.tree.leaves(names), strict=True)
+  return zip(
+    jax.tree.leaves(axes),
+    jax.tree.leaves(structure.present(names, axes)),
+    strict=True,
+  )
 
 
-def _is_matrix(letters):
-  """Whether files store it `[out, in]`: all but norms and the lookup table."""
-  return letters not in ('D', 'ND', 'VD')
+def _file_shape(letters, *sizes):
+  """The shape in a file, from the sizes of the axes here."""
+  letters, sizes = letters.removeprefix('N'), sizes[letters[0] == 'N' :]
+  if not structure.is_matrix(letters):
+    return (math.prod(sizes),)
+  stem = sizes[letters.index('D')]
+  other = math.prod(sizes) // stem
+  # `[out, in]`; the embedding is looked up, and has tokens first.
+  return (other, stem) if _reads_stem(letters) else (stem, other)
+
+
+def _is_transposed(letters):
+  """Whether files store it the other way round: all but vectors and table."""
+  return structure.is_matrix(letters) and letters != 'VD'
 
 
 def _reads_stem(letters):
-  """Whether the stem is a matrix's input; otherwise it is its output."""
-  return letters.removeprefix('N').startswith('D')
+  """Whether rows of a file's matrix are as long as the stem."""
+  return letters.removeprefix('N').startswith('D') or letters == 'VD'

@@ -16,7 +16,7 @@ ORDER = [
   'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
-  'teacher', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
+  'teacher', 'widths', 'agreement', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
   'plots', 'figures', 'report', 'console', 'train',
 ]  # fmt: skip
 KERNELS = [

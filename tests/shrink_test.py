@@ -70,7 +70,7 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
     params, opt_state = update(params, opt_state, grads)
 
   small_params = shrink.take_params(params, kept)
-  small_opt = shrink.take_opt_state(tx, opt_state, cfg.tied, kept)
+  small_opt = shrink.take_opt_state(tx, opt_state, cfg, kept)
   for seed in range(2, 4):
     params, opt_state = update(
       params, opt_state, grad(params, masks, cfg, seed)
@@ -83,7 +83,7 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
     shrink.take_params(params, kept), small_params, 1e-3, 2e-5
   )
   conftest.check_close(
-    shrink.take_opt_state(tx, opt_state, cfg.tied, kept), small_opt, 5e-3, 1e-5
+    shrink.take_opt_state(tx, opt_state, cfg, kept), small_opt, 5e-3, 1e-5
   )
 
 

@@ -1,0 +1,136 @@
+"""How far a runtime may be from our own logits, and how far it is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effllm_jax import model
+from effllm_jax import structure
+from effllm_jax import widths
+
+NEW_TOKENS = 32
+# Digits, capitals, punctuation and runs of white space on purpose: it also
+# compares the tokenizers.
+TEXT = """The lighthouse at Skerryvore was first lit in 1844. It stands on a
+reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
+"two of blasting, four of building." Its 4,308 tons of granite    were cut on
+the island of Mull \u2013 each block fitted by hand before it was shipped."""
+
+_forward = jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """What is asked of a format.
+
+  Attributes:
+    relative: largest difference of a log-probability, as a share of the largest
+      logit.
+    kl: mean divergence of its distributions from ours, nats per token.
+    top1: share of tokens after which the most likely one is the same.
+    greedy: whether the greedy continuation through its cache is the same.
+  """
+
+  relative: float = float('inf')
+  kl: float = float('inf')
+  top1: float = 0.0
+  greedy: bool = False
+
+
+# Runtimes round activations of 8-bit products too, so greedy tokens part ways
+# there. A model in 4 bits is compared with its own dequantised weights: what
+# the rounding of the weights costs is measured in bits per byte.
+LEVELS = {
+  'float32': Level(relative=1e-4, greedy=True),
+  'f16': Level(kl=1e-3, top1=0.98),
+  'q8_0': Level(kl=0.02, top1=0.9),
+  'q4_0': Level(kl=0.02, top1=0.9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """Our own answers to a text.
+
+  Attributes:
+    prompt: token ids of the text.
+    continuation: the `NEW_TOKENS` most likely ids after it, one by one.
+    logits_TV: float32, after every token of prompt and continuation.
+  """
+
+  prompt: list[int]
+  continuation: list[int]
+  logits_TV: np.ndarray
+
+  @property
+  def tokens(self) -> list[int]:
+    """Prompt and continuation."""
+    return [*self.prompt, *self.continuation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+  """How near a runtime came; the fields of `Level`, measured."""
+
+  relative: float
+  kl: float
+  top1: float
+  greedy: bool
+
+
+def reference(
+  params: structure.Params,
+  masks: structure.Groups | None,
+  cfg: structure.ModelConfig,
+  prompt: list[int],
+) -> Reference:
+  """What the masked model answers, float32."""
+  masks = widths.whole(masks, cfg)
+  continuation = model.greedy(params, masks, prompt, NEW_TOKENS, cfg)
+  tokens_BT = jnp.asarray([[*prompt, *continuation]], jnp.int32)
+  logits_BTV, _ = _forward(
+    params, masks, tokens_BT, cfg, model.Compute(remat=False)
+  )
+  return Reference(list(prompt), continuation, np.asarray(logits_BTV[0]))
+
+
+def compare(
+  want: Reference, have_TV: np.ndarray, continuation: list[int] | None
+) -> Agreement:
+  """Measures a runtime against the reference.
+
+  Args:
+    want: our answers.
+    have_TV: its logits or log-probabilities after every token of `want.tokens`.
+    continuation: its own greedy tokens after the prompt; None: not asked for.
+  """
+  ours, theirs = (
+    np.asarray(jax.nn.log_softmax(np.asarray(x, np.float32), axis=-1))
+    for x in (want.logits_TV, have_TV)
+  )
+  return Agreement(
+    relative=float(np.abs(ours - theirs).max() / np.abs(want.logits_TV).max()),
+    kl=float((np.exp(ours) * (ours - theirs)).sum(-1).mean()),
+    top1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+    greedy=continuation == want.continuation,
+  )
+
+
+def check(found: Agreement, level: Level, what: str) -> None:
+  """Raises RuntimeError, naming `what`, where a format is further away."""
+  # Written so that a NaN is refused as well.
+  for name, value, bound, ok in (
+    ('log-probability, relative', found.relative, level.relative,
+     found.relative <= level.relative),
+    ('KL divergence', found.kl, level.kl, found.kl <= level.kl),
+    ('share of equal top tokens', found.top1, level.top1,
+     found.top1 >= level.top1),
+    ('greedy tokens', found.greedy, True, found.greedy or not level.greedy),
+  ):  # fmt: skip
+    if not ok:
+      raise RuntimeError(
+        f'{what} differs from the model: {name} {value:.3g}, asked for '
+        f'{bound:.3g}; the export is not kept'
+      )
