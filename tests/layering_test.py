@@ -16,7 +16,8 @@ ORDER = [
   'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
-  'teacher', 'widths', 'agreement', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
+  'teacher', 'widths', 'agreement', 'llama_cpp', 'gguf_export', 'export',
+  'plan', 'pruning', 'evaluate', 'runlog', 'tables',
   'plots', 'figures', 'report', 'console', 'train',
 ]  # fmt: skip
 KERNELS = [
@@ -28,7 +29,8 @@ ONLY = {
   'orbax': {'checkpoints'},
   'grain': {'checkpoints', 'data'},
   'tensorflow_datasets': {'corpus'},
-  'gguf': {'gguf_source'},
+  'gguf': {'gguf_source', 'gguf_export'},
+  'xllamacpp': {'llama_cpp'},
   'matplotlib': {'plots', 'figures'},
   'torch': {'export'},
   'transformers': {'export'},
