@@ -211,6 +211,30 @@ def spent(run: runlog.Run) -> Table:
   )
 
 
+def edge(run: runlog.Run) -> Table:
+  """Size, speed and quality of source and pruned model in other runtimes."""
+  record = run.edge
+  return Table(
+    title=f'On the edge: {record["machine"]}',
+    columns=(
+      'format', 'model', 'MB', 'prefill, tokens/s', 'decode, tokens/s',
+      'peak memory, MB', 'bits per byte',
+    ),
+    rows=tuple(
+      (
+        row['format'],
+        row['model'],
+        _tenths(row['bytes'] / 1e6),
+        _tenths(row['prefill']),
+        _tenths(row['decode']),
+        _tenths(row['memory'] / 1e6),
+        _bits(row['bits_per_byte']),
+      )
+      for row in record['rows']
+    ),
+  )  # fmt: skip
+
+
 def config(run: runlog.Run) -> Table:
   """Every key of the configuration, as it is set on the command line."""
 
@@ -301,6 +325,10 @@ def _count(x: float | None) -> str:
 
 def _bits(x: float | None) -> str:
   return f'{x:.4f}' if _known(x) else _NONE
+
+
+def _tenths(x: float | None) -> str:
+  return f'{x:,.1f}' if _known(x) else _NONE
 
 
 def _seconds(x: float | None) -> str:

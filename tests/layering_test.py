@@ -16,8 +16,10 @@ ORDER = [
   'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
-  'teacher', 'widths', 'agreement', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
-  'plots', 'figures', 'report', 'console', 'train',
+  'teacher', 'runlog', 'tables', 'widths', 'agreement', 'hf_trimmed',
+  'hf_export', 'llama_cpp', 'gguf_export', 'onnx_export', 'model_card',
+  'export', 'finished', 'plan', 'pruning', 'evaluate', 'plots', 'figures',
+  'report', 'console', 'train',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',

@@ -347,8 +347,8 @@ def test_default_source_talks_unless_its_rows_stay_permuted(monkeypatch):
 def test_saved_source_comes_back_without_its_weights(tmp_path):
   path = write_gguf(tmp_path / 'a.gguf')
   source = sources.load(path, CACHE)
-  folder = sources.save_tokenizer(source, tmp_path / 'run' / 'source')
-  sources.save_tokenizer(source, folder)  # A resume writes it again.
+  folder = sources.save(source, tmp_path / 'run' / 'source')
+  sources.save(source, folder)  # A resume writes it again.
   path.unlink()
   saved = sources.load_saved(folder)
   for field in dataclasses.fields(source):
@@ -370,7 +370,7 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
 def test_saved_tokenizer_opens_in_transformers(tmp_path):
   transformers = pytest.importorskip('transformers', reason='opens it')
   source = sources.load(write_gguf(tmp_path / 'a.gguf'), CACHE)
-  folder = sources.save_tokenizer(source, tmp_path / 'source')
+  folder = sources.save(source, tmp_path / 'source')
   opened = transformers.AutoTokenizer.from_pretrained(folder)
   for text in (TEXT, DARWIN, 'a<|im_end|>b'):
     assert opened(text)['input_ids'] == source.tokenizer.encode(text).ids
@@ -635,4 +635,4 @@ def test_unwritable_folder(tmp_path):
   source = sources.load(hugging_face(tmp_path / 'a'), CACHE)
   (tmp_path / 'file').touch()
   with pytest.raises(errors.InputError, match='cannot write'):
-    sources.save_tokenizer(source, tmp_path / 'file' / 'source')
+    sources.save(source, tmp_path / 'file' / 'source')
