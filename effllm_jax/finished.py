@@ -11,6 +11,7 @@ from effllm_jax import checkpoints
 from effllm_jax import events
 from effllm_jax import model_card
 from effllm_jax import runlog
+from effllm_jax import selection
 from effllm_jax import shrink
 from effllm_jax import sources
 from effllm_jax import structure
@@ -91,6 +92,7 @@ def read(
   }
   return model, model_card.Made(
     step=step,
+    params=selection.live_params(model.masks, model.cfg),
     pruning=pruning,
     run=runlog.read(workdir),
   )

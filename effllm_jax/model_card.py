@@ -31,11 +31,13 @@ class Made:
 
   Attributes:
     step: of the run, when the model was as it is.
+    params: live parameters, without what an export pads.
     pruning: JSON content of pruning.json.
     run: the record of the run.
   """
 
   step: int
+  params: int
   pruning: dict[str, Any]
   run: runlog.Run
 
@@ -49,7 +51,7 @@ def text(
   """The card; the same inputs give the same bytes."""
   plain = tables.markdown_text
   run = made.run
-  name = f'{model.name}, pruned to {tables.si(_params(made))} parameters'
+  name = f'{model.name}, pruned to {tables.si(made.params)} parameters'
   parts = [
     _front_matter(model),
     f'# {plain(name)}\n',
@@ -67,12 +69,6 @@ def text(
     parts.append(tables.edge(run).markdown())
   parts.append(f'## Use\n\n{_use(agreements)}')
   return '\n'.join(parts)
-
-
-def _params(made) -> int:
-  rows = made.run.train
-  at = rows['step'].searchsorted(made.step, 'right') - 1
-  return int(rows['live_params'][max(at, 0)])
 
 
 def _front_matter(model) -> str:
@@ -100,6 +96,8 @@ def _is_word(text: str) -> bool:
 def _facts(model, made) -> tables.Table:
   run = made.run
   kind, target = run.budget
+  # All steps have the same number of tokens.
+  tokens = round(made.step * run.tokens[-1] / run.train['step'][-1])
   masks = widths.of_layers(model.masks)
   span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
   settings = dict(tables.config(run).rows)
@@ -115,8 +113,8 @@ def _facts(model, made) -> tables.Table:
         'not recorded' if target is None
         else f'at most {tables.costs(kind, target, unit=True)}',
       ),
-      ('parameters', f'{_params(made):,} of {run.source_params():,}'),
-      ('training', f'{made.step:,} steps, {_tokens(made):,} tokens'),
+      ('parameters', f'{made.params:,} of {run.source_params():,}'),
+      ('training', f'{made.step:,} steps, {tokens:,} tokens'),
       ('saliency', settings.get('prune.saliency', 'not recorded')),
       ('heads per layer', span(masks['heads'])),
       ('ffn channels per layer', span(masks['ffn'])),
@@ -124,12 +122,6 @@ def _facts(model, made) -> tables.Table:
       ('shrink events', f'{len(made.pruning["events"]):,}'),
     ),
   )  # fmt: skip
-
-
-def _tokens(made) -> int:
-  rows = made.run.train
-  at = rows['step'].searchsorted(made.step, 'right') - 1
-  return int(made.run.tokens[at]) if at >= 0 else 0
 
 
 def _quality(run, made) -> tables.Table:

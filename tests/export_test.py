@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from effllm_jax import accounting
 from effllm_jax import agreement
 from effllm_jax import checkpoints
 from effllm_jax import errors
@@ -56,6 +57,7 @@ def made(step=7, **config):
   train = dict(zip(columns, (step, 10 * step, 900, 1000), strict=True))
   return model_card.Made(
     step=step,
+    params=900,
     pruning={'step': step, 'events': []},
     run=runlog.Run(
       name='run',
@@ -360,6 +362,16 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
   writer.save(state, CFG, data, 0, {})
   writer.close()
+  per_type = dict.fromkeys(structure.TYPES, 0.5)
+  row = dict.fromkeys(
+    ('loss', 'seconds', 'tokens_per_second', 'live_cost', 'target_cost'), 1.0
+  ) | {
+    'kind': 'train', 'step': 5, 'tokens': 50, 'live_params': 900,
+    'array_params': 1000, 'widths': per_type, 'price': per_type,
+    'pruned': per_type, 'flops': dict.fromkeys(accounting.PURPOSES, 1),
+  }  # fmt: skip
+  (workdir / 'metrics.jsonl').write_text(json.dumps(row) + '\n')
+  (workdir / 'config.json').write_text('{}')
   return params, masks
 
 
@@ -417,8 +429,8 @@ def test_command_fills_up_narrower_layers(
   assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 63)
   padding = 63 * (small.cfg.head_rows() + 3 * (80 - 6))
   lines = [' '.join(x.split()) for x in done.stdout.splitlines()]
-  assert f'of them zero padding {padding:,}' in lines
-  assert f'parameters {small.cfg.num_params():,}' in lines
+  assert f'zeros beside them, hf {padding:,}' in lines
+  assert f'parameters {small.cfg.num_params() - padding:,}' in lines
   assert pruning['layer_widths'] == {'heads': [0, 1], 'ffn': [80, 6]}
   assert pruning['widths'] == {'heads': 1, 'ffn': 80, 'stem': 63}
   assert pruning['origin']['heads'] == [[-1], [1]]
