@@ -1,6 +1,7 @@
 """Byte-level BPE tokenizers from the vocabulary that a GGUF file carries."""
 
 from collections.abc import Sequence
+import json
 
 import tokenizers
 from tokenizers import decoders
@@ -104,3 +105,40 @@ def tokenizer(
       special_tokens=[(bos, bos_id)],
     )
   return result
+
+
+def rule(source: tokenizers.Tokenizer, file: str) -> str:
+  """The name under which llama.cpp splits text as a tokenizer does.
+
+  Unicode normalisation to NFC is passed over: llama.cpp does none, for no rule.
+
+  Args:
+    source: a byte-level BPE tokenizer.
+    file: named in errors.
+
+  Raises:
+    errors.InputError: another kind of tokenizer, or an unknown rule.
+  """
+  parts = json.loads(source.to_str())
+  normalizer = parts['normalizer'] or {'type': 'NFC'}
+  if parts['model']['type'] == 'BPE' and normalizer == {'type': 'NFC'}:
+    for pre, steps in _RULES.items():
+      built = tokenizers.Tokenizer(models.BPE())
+      built.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+      whole = parts['model'].get('ignore_merges', False)
+      if (_steps(parts), whole) == (
+        _steps(json.loads(built.to_str())),
+        pre == 'llama-bpe',
+      ):
+        return pre
+  raise errors.InputError(
+    f'{file}: its tokenizer splits text by none of the rules known here, those '
+    f'that llama.cpp calls {", ".join(_RULES)}; use a model with one of them'
+  )
+
+
+def _steps(parts):
+  """What a pre-tokenizer does, in order; offsets are no matter of the ids."""
+  step = parts['pre_tokenizer'] or {'type': 'Sequence', 'pretokenizers': []}
+  steps = step['pretokenizers'] if step['type'] == 'Sequence' else [step]
+  return [{k: v for k, v in s.items() if k != 'trim_offsets'} for s in steps]

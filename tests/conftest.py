@@ -13,8 +13,10 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Tests, workers and the commands that they start compile the same functions
 # over and over: a fifth of the time where a folder keeps them.
-_COMPILED = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_COMPILED))
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR',
+  str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'),
+)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
