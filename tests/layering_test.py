@@ -16,7 +16,8 @@ ORDER = [
   'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
-  'teacher', 'widths', 'agreement', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
+  'teacher', 'widths', 'agreement', 'modeling_effllm', 'hf_trimmed',
+  'onnx_export', 'export', 'plan', 'pruning', 'evaluate', 'runlog', 'tables',
   'plots', 'figures', 'report', 'console', 'train',
 ]  # fmt: skip
 KERNELS = [
@@ -30,8 +31,11 @@ ONLY = {
   'tensorflow_datasets': {'corpus'},
   'gguf': {'gguf_source'},
   'matplotlib': {'plots', 'figures'},
-  'torch': {'export'},
-  'transformers': {'export'},
+  'torch': {'export', 'modeling_effllm', 'onnx_export'},
+  'transformers': {'export', 'modeling_effllm'},
+  'onnx': {'onnx_export'},
+  'onnxruntime': {'onnx_export'},
+  'onnxscript': {'onnx_export'},
   'absl': {'data'},
   'experiments': set(),
   'kernels': {'model', 'plan', 'train'},
