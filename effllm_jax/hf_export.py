@@ -38,7 +38,7 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
   masks = widths.whole(model.masks, model.cfg)
   if trimmed:
     config, tensors = hf_trimmed.config(model), hf_trimmed.tensors(model)
-    shutil.copyfile(hf_trimmed.MODELLING, folder / hf_trimmed.MODELLING.name)
+    shutil.copyfile(hf_trimmed.MODELING, folder / hf_trimmed.MODELING.name)
   else:
     config = hf_config.write(model.cfg)
     tensors = weights.views(
