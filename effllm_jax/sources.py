@@ -47,7 +47,7 @@ def load(
 
   Raises:
     errors.InputError: an unknown source, a damaged or incomplete file, or an
-      architecture that the Llama block here cannot represent.
+      architecture that the block here cannot represent.
   """
   if source == DEFAULT:
     path = _default_gguf(pathlib.Path(cache).expanduser())

@@ -32,12 +32,13 @@ from effllm_jax import structure
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Multi-head and grouped-query, tied and untied, one to three layers.
+# Multi-head and grouped-query, tied and untied, one to three layers; the blocks
+# of Llama, Qwen2 (biases) and Qwen3 (norms).
 CONFIGS = {
   'mha-tied-1': dict(K=3, G=1, tied=True, N=1),
-  'mha-untied-2': dict(K=3, G=1, tied=False, N=2),
+  'mha-untied-2-biases': dict(K=3, G=1, tied=False, N=2, qkv_bias=True),
   'gqa-tied-2': dict(K=2, G=3, tied=True, N=2),
-  'gqa-untied-3': dict(K=2, G=2, tied=False, N=3),
+  'gqa-untied-3-norms': dict(K=2, G=2, tied=False, N=3, qk_norm=True),
 }
 
 
@@ -56,12 +57,12 @@ def _cfg(request) -> structure.ModelConfig:
 
 
 def make_params(cfg, seed=0) -> structure.Params:
-  """Parameters far from their initial values, norm scales included."""
+  """Parameters far from their initial values, norms and biases included."""
   rng = np.random.default_rng(seed)
 
   def leaf(letters, shape):
     noise = rng.standard_normal(shape.shape) * 0.15
-    scale = 1.0 if letters in ('D', 'ND') else 0.0
+    scale = 1.0 if letters in ('D', 'ND', 'NH') else 0.0
     return jnp.asarray(scale + noise, jnp.float32)
 
   return structure.map_axes(leaf, structure.shapes(cfg))
