@@ -166,19 +166,20 @@ def _format(name, model, folder, want, notes) -> agreement.Agreement | None:
     return onnx_export.check(model, path, want)
   kind = name.removeprefix('gguf-')
   path = folder / f'model-{kind}.gguf'
-  fallen = gguf_export.write(model, path, kind)
-  if fallen:
+  written = gguf_export.write(model, path, kind)
+  if written.fell_back:
     notes.append(
-      f'{path.name}: {len(fallen)} tensors, {fallen[0]} among them, have rows '
-      'that are no multiple of 32 and stay in F16; --pad=64 fills them up'
+      f'{path.name}: {len(written.fell_back)} tensors, '
+      f'{next(iter(written.fell_back))} among them, have rows that are no '
+      'multiple of 32 and stay in F16; --pad=64 fills them up'
     )
-  found = gguf_export.check(model, path, kind, want)
-  if found is None:
+  checked = gguf_export.check(model, path, kind, want)
+  if not checked.runtime:
     notes.append(
       f'{path.name}: every tensor was read back, but llama.cpp was not asked; '
       'pip install -r requirements-edge.txt'
     )
-  return found
+  return checked.agreement
 
 
 def _notes(model, masks, pad) -> list[str]:

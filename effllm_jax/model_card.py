@@ -171,10 +171,10 @@ def _files(files, agreements) -> tables.Table:
   return tables.Table(
     title='Files',
     columns=(
-      'file', 'MB', 'largest difference', 'KL, nats', 'top token equal, %',
+      'file', 'size', 'largest difference', 'KL, nats', 'top token equal, %',
     ),
     rows=tuple(
-      (name, f'{size / 1e6:,.2f}', *cells(found.get(name)))
+      (name, tables.size(size), *cells(found.get(name)))
       for name, size in files.items()
     ),
   )  # fmt: skip

@@ -217,8 +217,8 @@ def edge(run: runlog.Run) -> Table:
   return Table(
     title=f'On the edge: {record["machine"]}',
     columns=(
-      'format', 'model', 'MB', 'prefill, tokens/s', 'decode, tokens/s',
-      'peak memory, MB', 'bits per byte',
+      'format', 'model', 'MB', 'prefill tok/s', 'decode tok/s', 'memory, MB',
+      'bits/byte',
     ),
     rows=tuple(
       (
@@ -262,6 +262,12 @@ def flops(x: float | None, digits: int = 4) -> str:
     return _NONE
   number, prefix = _scaled(x, digits, 'kMGTPEZY')
   return f'{number}{_SPACE}{prefix}FLOP'
+
+
+def size(num_bytes: int) -> str:
+  """Bytes of a file: 113.4 MB, 0.6 MB, 1.2 kB."""
+  unit, scale = ('MB', 1e6) if num_bytes >= 1e5 else ('kB', 1e3)
+  return f'{num_bytes / scale:,.1f}{_SPACE}{unit}'
 
 
 def costs(kind: str, x: float | None, unit: bool = False) -> str:

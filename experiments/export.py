@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
 
   from effllm_jax import export
   from effllm_jax import finished
+  from effllm_jax import tables
 
   export.check_formats(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
   if 'hf' in _FORMATS.value:
     print(f'  zeros beside them, hf {report.padding:15,}')
   for name, size in report.files.items():
-    print(f'  {name:23} {size / 1e6:12,.2f} MB')
+    print(f'  {name:23} {tables.size(size):>15}')
   for name, found in report.agreements.items():
     if found:
       print(

@@ -76,8 +76,13 @@ def test_lineage_quality_and_files(card):
   source, here = cells['all text']
   assert source == '0.9970' and float(here) > 0.997
   assert cells['verse'][-2:] == ['4.7 MB', 'poems 1.2: CC0']
-  assert cells['model.safetensors'] == ['5.00', '1.0e-05', '2.0e-04', '98.7']
-  assert cells['config.json'] == ['0.00', '', '', '']
+  assert cells['model.safetensors'] == [
+    '5.0\xa0MB',
+    '1.0e-05',
+    '2.0e-04',
+    '98.7',
+  ]
+  assert cells['config.json'] == ['0.7\xa0kB', '', '', '']
   assert text == card(text=TEXT)
 
 
