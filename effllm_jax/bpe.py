@@ -11,10 +11,23 @@ from tokenizers import processors
 
 from effllm_jax import errors
 
-_LLAMA3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# Digits of a number come three at a time in Llama 3, one at a time in Qwen2.
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+
+
+def _split(digits):
+  """Splits by `_WORDS`, which then need no rule of the byte alphabet's own."""
+  return (
+    pre_tokenizers.Split(
+      tokenizers.Regex(_WORDS % digits), behavior='isolated'
+    ),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  )
+
+
 # llama.cpp's name of the rule that splits text into words -> that rule. The
 # digit split of SmolLM matters: transformers' own conversion leaves it out.
 _RULES = {
@@ -23,10 +36,9 @@ _RULES = {
     pre_tokenizers.Digits(individual_digits=True),
     pre_tokenizers.ByteLevel(add_prefix_space=False),
   ),
-  'llama-bpe': (
-    pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), behavior='isolated'),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ),
+  'llama-bpe': _split('{1,3}'),
+  'qwen2': _split(''),
+  'deepseek-r1-qwen': _split(''),
 }
 # Values of `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -50,7 +62,7 @@ def tokenizer(
     tokens: `tokenizer.ggml.tokens`, in the byte-level alphabet.
     kinds: `tokenizer.ggml.token_type`; 3 is a control token.
     merges: `tokenizer.ggml.merges`, two tokens separated by a space.
-    pre: `tokenizer.ggml.pre`, one of gpt-2, smollm, llama-bpe.
+    pre: `tokenizer.ggml.pre`, a key of `_RULES`.
     bos_id: token to start every text with when special tokens are asked for.
     file: named in errors.
 

@@ -171,7 +171,10 @@ def write(
 
 
 def check(
-  model: weights.Source, path: str | os.PathLike, format: str
+  model: weights.Source,
+  path: str | os.PathLike,
+  format: str,
+  want: agreement.Reference | None = None,
 ) -> Checked:
   """Compares a file with the model that it was made from.
 
@@ -183,6 +186,8 @@ def check(
     model: as given to `write`.
     path: the file.
     format: as given to `write`.
+    want: our answers to `agreement.TEXT`, if they are at hand. Q4_0 is compared
+      with those of its own weights.
 
   Raises:
     errors.InputError: not a complete GGUF file, or llama.cpp cannot open it.
@@ -200,9 +205,10 @@ def check(
     ) from e
   metadata = {'general.architecture': layout.architecture} | layout.metadata()
   for key, value in metadata.items():
-    want = float(np.float32(value)) if isinstance(value, float) else value
-    if fields.get(key) != want:
-      raise _differs(path, f'metadata {key} is {fields.get(key)}, not {want}')
+    if isinstance(value, float):
+      value = float(np.float32(value))
+    if fields.get(key) != value:
+      raise _differs(path, f'metadata {key} is {fields.get(key)}, not {value}')
   text = agreement.TEXT + _NASTY + ''.join(
     model.tokenizer.id_to_token(i) for i in model.eos_ids
   )  # fmt: skip
@@ -231,12 +237,13 @@ def check(
   _check_ids(path, llama_cpp.tokenize(path, text), ids)
   level = agreement.LEVELS[{'f32': 'float32'}.get(format, format)]
   prompt = model.tokenizer.encode(agreement.TEXT).ids
-  want = agreement.reference(
-    layout.rounded() if format == 'q4_0' else layout.params,
-    layout.masks,
-    layout.cfg,
-    prompt[: model.cfg.context - agreement.NEW_TOKENS],
-  )
+  if want is None or format == 'q4_0':
+    want = agreement.reference(
+      layout.rounded() if format == 'q4_0' else layout.params,
+      layout.masks,
+      layout.cfg,
+      prompt[: model.cfg.context - agreement.NEW_TOKENS],
+    )
   agreed = agreement.compare(
     want,
     llama_cpp.logprobs(path, want.tokens),

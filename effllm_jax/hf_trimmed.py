@@ -1,0 +1,93 @@
+"""Params -> tensors and config.json of `modeling_effllm`, each layer trimmed.
+
+No stock class of transformers takes Llama layers of different widths, so the
+folder carries its own class.
+"""
+
+from collections.abc import Iterator
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from effllm_jax import structure
+from effllm_jax import weights
+from effllm_jax import widths
+
+# The file to copy into the folder.
+MODELING = pathlib.Path(__file__).with_name('modeling_effllm.py')
+# Leaves of the two blocks: absent where a layer has lost the block.
+_BLOCKS = {
+  'heads': (
+    'attn_norm', 'wq', 'wk', 'wv', 'wo', 'bq', 'bk', 'bv', 'q_norm', 'k_norm',
+  ),
+  'ffn': ('ffn_norm', 'w_gate', 'w_up', 'w_down'),
+}  # fmt: skip
+
+
+def config(model: weights.Source) -> dict[str, Any]:
+  """config.json of a model: its class, where that is, and all sizes."""
+  cfg = model.cfg
+  live = widths.of_layers(widths.whole(model.masks, cfg))
+  rope = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}
+  if cfg.rope_scaling is not None:
+    rope |= {
+      'rope_type': 'llama3',
+      'factor': cfg.rope_scaling.factor,
+      'low_freq_factor': cfg.rope_scaling.low_freq_factor,
+      'high_freq_factor': cfg.rope_scaling.high_freq_factor,
+      'original_max_position_embeddings': cfg.rope_scaling.original_context,
+    }
+  return {
+    'architectures': ['EffllmForCausalLM'],
+    'model_type': 'effllm',
+    'auto_map': {
+      'AutoConfig': f'{MODELING.stem}.EffllmConfig',
+      'AutoModelForCausalLM': f'{MODELING.stem}.EffllmForCausalLM',
+    },
+    'vocab_size': cfg.V,
+    'hidden_size': cfg.D,
+    'num_hidden_layers': cfg.N,
+    'head_dim': cfg.H,
+    'num_key_value_groups': cfg.G,
+    'num_key_value_heads_per_layer': live['heads'],
+    'intermediate_size_per_layer': live['ffn'],
+    'attention_bias': cfg.qkv_bias,
+    'qk_norm': cfg.qk_norm,
+    'rms_norm_eps': cfg.norm_eps,
+    'rope_parameters': rope,
+    'max_position_embeddings': cfg.context,
+    'tie_word_embeddings': cfg.tied,
+  }
+
+
+def tensors(model: weights.Source) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields name and float32 array of every tensor, as the file has them.
+
+  One layer at a time; what is dead, and the norm of a block of which nothing is
+  left, is not among them.
+  """
+  masks = widths.whole(model.masks, model.cfg)
+  params = jax.tree.map(np.asarray, model.params)
+  yield from weights.views(params.replace(layers=None), weights.HUGGING_FACE)
+  for n in range(model.cfg.N):
+    layer = widths.trimmed(params, masks, n)
+    lost = [
+      name
+      for kind, names in _BLOCKS.items()
+      if not getattr(masks, kind)[n].any()
+      for name in names
+    ]
+    # `views` counts the layers from 0, and has one.
+    names = jax.tree.map(
+      lambda name, n=n: name.replace('{n}', str(n)), weights.HUGGING_FACE
+    )
+    yield from weights.views(
+      structure.Params(
+        embed=None,
+        layers=layer.layers.replace(**dict.fromkeys(lost)),
+        final_norm=None,
+      ),
+      names,
+    )

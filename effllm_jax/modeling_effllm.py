@@ -1,0 +1,291 @@
+"""Llama decoder whose layers have their own numbers of heads and channels.
+
+Pruning leaves each layer as wide as it needs to be, and may take out its
+attention or its feed-forward block altogether. Apart from these widths this is
+the mathematics, and these are the names of tensors, of transformers' Llama
+(with biases that of Qwen2, with norms of queries and keys that of Qwen3). The
+file lies beside the weights, needs torch and transformers only (4.57 or later)
+and is opened with
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers import GenerationMixin
+from transformers import PretrainedConfig
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What the cache is called, in `forward` too, changed within transformers 5.
+_CACHE = (
+  'cache'
+  if 'cache' in CausalLMOutputWithPast.__dataclass_fields__
+  else 'past_key_values'
+)
+
+
+class EffllmConfig(PretrainedConfig):
+  """Sizes of the model.
+
+  Attributes:
+    vocab_size: rows of the embedding.
+    hidden_size: width of the residual stream.
+    head_dim: width of one head.
+    num_key_value_groups: query heads per key/value head.
+    num_key_value_heads_per_layer: 0 where a layer has no attention.
+    intermediate_size_per_layer: 0 where a layer has no feed-forward block.
+    attention_bias: whether q, k and v have a bias.
+    qk_norm: whether queries and keys go through an RMSNorm before the rotation.
+    rms_norm_eps: added to the mean square in RMSNorm.
+    rope_parameters: `rope_theta` and `rope_type`, 'default' or 'llama3', with
+      the numbers that the latter needs.
+    max_position_embeddings: longest sequence it was trained on, in tokens.
+    tie_word_embeddings: whether the output matrix is the embedding.
+  """
+
+  model_type = 'effllm'
+
+  def __init__(
+    self,
+    vocab_size=32_000,
+    hidden_size=576,
+    head_dim=64,
+    num_key_value_groups=1,
+    num_key_value_heads_per_layer=(),
+    intermediate_size_per_layer=(),
+    attention_bias=False,
+    qk_norm=False,
+    rms_norm_eps=1e-5,
+    rope_parameters=None,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+    **kwargs,
+  ):
+    self.vocab_size = vocab_size
+    self.hidden_size = hidden_size
+    self.head_dim = head_dim
+    self.num_key_value_groups = num_key_value_groups
+    self.num_key_value_heads_per_layer = list(num_key_value_heads_per_layer)
+    self.intermediate_size_per_layer = list(intermediate_size_per_layer)
+    self.num_hidden_layers = len(self.num_key_value_heads_per_layer)
+    self.attention_bias = attention_bias
+    self.qk_norm = qk_norm
+    self.rms_norm_eps = rms_norm_eps
+    self.rope_parameters = rope_parameters or {
+      'rope_type': 'default',
+      'rope_theta': 10_000.0,
+    }
+    self.max_position_embeddings = max_position_embeddings
+    super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class EffllmRMSNorm(nn.Module):
+  """Root mean square over the last axis, in float32, to 1."""
+
+  def __init__(self, width, eps):
+    super().__init__()
+    self.weight = nn.Parameter(torch.ones(width))
+    self.eps = eps
+
+  def forward(self, x):
+    """Same shape and dtype as `x`."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+    return self.weight * (wide * scale).to(x.dtype)
+
+
+class EffllmAttention(nn.Module):
+  """Causal attention with rotary positions and grouped query heads."""
+
+  def __init__(self, config, kv_heads, cache_index):
+    super().__init__()
+    self.head_dim = config.head_dim
+    self.cache_index = cache_index
+    keys = kv_heads * config.head_dim
+    queries = keys * config.num_key_value_groups
+    hidden, bias = config.hidden_size, config.attention_bias
+    self.q_proj = nn.Linear(hidden, queries, bias=bias)
+    self.k_proj = nn.Linear(hidden, keys, bias=bias)
+    self.v_proj = nn.Linear(hidden, keys, bias=bias)
+    self.o_proj = nn.Linear(queries, hidden, bias=False)
+    self.q_norm, self.k_norm = (
+      EffllmRMSNorm(config.head_dim, config.rms_norm_eps)
+      if config.qk_norm
+      else nn.Identity()
+      for _ in range(2)
+    )
+
+  def forward(self, x, cos, sin, mask, cache):
+    """Args: x [B, T, hidden], cos and sin of the angles, mask True = seen."""
+    q, k, v = (
+      project(x).unflatten(-1, (-1, self.head_dim))
+      for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
+    k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+    v = v.transpose(1, 2)
+    if cache is not None:
+      k, v = cache.update(k, v, self.cache_index)
+    heads = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+class EffllmMLP(nn.Module):
+  """SwiGLU."""
+
+  def __init__(self, config, width):
+    super().__init__()
+    self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+    self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+    self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+  def forward(self, x):
+    """[B, T, hidden] -> [B, T, hidden]."""
+    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class EffllmLayer(nn.Module):
+  """One layer; a block that it does not have adds nothing."""
+
+  def __init__(self, config, n, cache_index):
+    super().__init__()
+    norm = lambda: EffllmRMSNorm(config.hidden_size, config.rms_norm_eps)
+    kv_heads = config.num_key_value_heads_per_layer[n]
+    width = config.intermediate_size_per_layer[n]
+    self.has_attention, self.has_mlp = kv_heads > 0, width > 0
+    if self.has_attention:
+      self.input_layernorm = norm()
+      self.self_attn = EffllmAttention(config, kv_heads, cache_index)
+    if self.has_mlp:
+      self.post_attention_layernorm = norm()
+      self.mlp = EffllmMLP(config, width)
+
+  def forward(self, x, cos, sin, mask, cache):
+    """[B, T, hidden] -> [B, T, hidden]."""
+    if self.has_attention:
+      x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    if self.has_mlp:
+      x = x + self.mlp(self.post_attention_layernorm(x))
+    return x
+
+
+class EffllmModel(nn.Module):
+  """Embedding, layers and the last norm."""
+
+  def __init__(self, config):
+    super().__init__()
+    self.config = config
+    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+    # The cache numbers only layers that write to it: it reads its length off
+    # entry 0.
+    kv_heads = config.num_key_value_heads_per_layer
+    self.layers = nn.ModuleList(
+      EffllmLayer(config, n, sum(k > 0 for k in kv_heads[:n]))
+      for n in range(len(kv_heads))
+    )
+    self.norm = EffllmRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+  def forward(self, x, attention_mask, position_ids, cache):
+    """Args: x [B, T, hidden]; attention_mask [B, past + T] or None."""
+    length = x.shape[1]
+    if attention_mask is None:
+      total = length + (0 if cache is None else cache.get_seq_length())
+    else:
+      total = attention_mask.shape[1]
+    keys = torch.arange(total, device=x.device)
+    queries = torch.arange(total - length, total, device=x.device)[:, None]
+    mask = keys <= queries
+    if attention_mask is not None:
+      # Padding sees itself: a row without any key would be NaN.
+      seen = attention_mask[:, None, None].bool()
+      mask = (mask & seen) | (keys == queries)
+    if position_ids is None:
+      position_ids = queries.T
+    angles = position_ids[:, None, :, None] * frequencies(self.config, x.device)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    for layer in self.layers:
+      x = layer(x, cos, sin, mask, cache)
+    return self.norm(x)
+
+
+class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
+  """The decoder with its output matrix."""
+
+  config_class = EffllmConfig
+  base_model_prefix = 'model'
+  _no_split_modules = ('EffllmLayer',)
+  _supports_sdpa = True
+  _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}  # noqa: RUF012
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.model = EffllmModel(config)
+    self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    self.post_init()
+
+  def forward(
+    self,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    cache=None,
+    past_key_values=None,
+    inputs_embeds=None,
+    labels=None,
+    use_cache=None,
+    logits_to_keep=0,
+    **kwargs,
+  ):
+    """As transformers' other decoders: logits, cache, and loss with labels.
+
+    Args:
+      input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
+      attention_mask: [B, past + T], 0 where there is padding.
+      position_ids: [B, T]; counted from the start of the row when absent.
+      cache: grows by T; `past_key_values` is its older name.
+      past_key_values: see `cache`.
+      inputs_embeds: see `input_ids`.
+      labels: [B, T], -100 where the loss does not count.
+      use_cache: whether to start a cache when none is given.
+      logits_to_keep: only for so many tokens at the end; 0 is all.
+      **kwargs: go to the loss.
+    """
+    cache = past_key_values if cache is None else cache
+    if use_cache and cache is None:
+      cache = DynamicCache()
+    if inputs_embeds is None:
+      inputs_embeds = self.model.embed_tokens(input_ids)
+    x = self.model(inputs_embeds, attention_mask, position_ids, cache)
+    logits = self.lm_head(x[:, -logits_to_keep:])
+    loss = None
+    if labels is not None:
+      loss = self.loss_function(
+        logits, labels, vocab_size=self.config.vocab_size, **kwargs
+      )
+    return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+
+
+def frequencies(config, device):
+  """Angle of each pair of channels per position, [head_dim / 2], float32."""
+  rope = config.rope_parameters
+  pairs = torch.arange(0, config.head_dim, 2, device=device).float()
+  frequency = rope['rope_theta'] ** (-pairs / config.head_dim)
+  if rope['rope_type'] == 'default':
+    return frequency
+  # Llama 3: pairs that turn rarely within the first context are slowed down.
+  low, high = rope['low_freq_factor'], rope['high_freq_factor']
+  context = rope['original_max_position_embeddings']
+  turns = context * frequency / (2 * math.pi)
+  keep = ((turns - low) / (high - low)).clamp(0, 1)
+  return frequency * (keep + (1 - keep) / rope['factor'])
+
+
+def rotate(x, cos, sin):
+  """Turns channel i and i + head_dim / 2 by their angle."""
+  a, b = x.chunk(2, dim=-1)
+  return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

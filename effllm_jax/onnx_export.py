@@ -1,0 +1,283 @@
+"""Params -> an ONNX file with the KV cache going in and out.
+
+The graph is traced from `modeling_effllm`, so that there is one implementation
+in PyTorch, and has layers of different widths as they are. Names and shapes of
+its inputs and outputs are those that Optimum and transformers.js use. A layer
+without attention has no cache; the others are counted from 0.
+"""
+
+import contextlib
+import logging
+import os
+import statistics
+import time
+from typing import NamedTuple
+import warnings
+
+import numpy as np
+
+from effllm_jax import agreement
+from effllm_jax import errors
+from effllm_jax import hf_trimmed
+from effllm_jax import weights
+
+
+class Speed(NamedTuple):
+  """Tokens per second, medians over rounds.
+
+  Attributes:
+    prefill: tokens that are read at once; their logits are all computed.
+    decode: tokens that are generated one by one.
+  """
+
+  prefill: float
+  decode: float
+
+
+def write(model: weights.Source, path: str | os.PathLike) -> None:
+  """Exports a model in float32.
+
+  Inputs: input_ids [B, T] and attention_mask [B, past + T], int64, 0 where
+  there is padding; past_key_values.{i}.key and .value [B, K_i, past, H].
+  Outputs: logits [B, T, V]; present.{i}.key and .value [B, K_i, past + T, H].
+  B, T and past are free, past may be 0.
+
+  Args:
+    model: its stem is alive.
+    path: file to write. Weights of more than 1.5 GB go to `path`.data, which
+      the file then finds by its name.
+
+  Raises:
+    errors.InputError: a package is missing, or the file cannot be written.
+  """
+  with _installed():
+    import onnxscript  # noqa: F401  What torch.onnx writes with.
+    import torch
+  module = _traceable(model)
+  heads = module.decoder.config.num_key_value_heads_per_layer
+  heads = [k for k in heads if k > 0]
+  # The trace takes equal sizes for the same, and 1 for always 1.
+  B, T, past = 2, 3, 5
+  cache = [torch.zeros(B, k, past, model.cfg.H) for k in heads for _ in 'kv']
+  inputs, outputs = (
+    [f'{what}.{i}.{kind}' for i in range(len(heads)) for kind in _KINDS]
+    for what in ('past_key_values', 'present')
+  )
+  with _quiet():
+    program = torch.onnx.export(
+      module,
+      (
+        torch.zeros(B, T, dtype=torch.int64),
+        torch.ones(B, past + T, dtype=torch.int64),
+        *cache,
+      ),
+      dynamo=True,
+      verbose=False,
+      input_names=['input_ids', 'attention_mask', *inputs],
+      output_names=['logits', *outputs],
+      dynamic_shapes=(
+        {0: 'batch_size', 1: 'sequence_length'},
+        {0: 'batch_size', 1: 'total_sequence_length'},
+        ({0: 'batch_size', 2: 'past_sequence_length'},) * len(cache),
+      ),
+    )
+  # Stack traces of this machine, as large as a small model.
+  for node in program.model.graph:
+    node.metadata_props.clear()
+  try:
+    program.save(path)
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {path}: {e.strerror or e}; free some space or set another '
+      '--out'
+    ) from e
+
+
+def check(
+  model: weights.Source,
+  path: str | os.PathLike,
+  want: agreement.Reference | None = None,
+) -> agreement.Agreement:
+  """Compares the file in onnxruntime with the model.
+
+  Returns:
+    How near it is: its logits of a text, and its greedy continuation of it, one
+    token at a time through the cache.
+
+  Raises:
+    errors.InputError: onnxruntime is missing.
+    RuntimeError: it is further away than float32 allows.
+  """
+  if want is None:
+    prompt = model.tokenizer.encode(agreement.TEXT).ids
+    want = agreement.reference(model.params, model.masks, model.cfg, prompt)
+  found = agreement.compare(
+    want,
+    logprobs(path, want.tokens),
+    greedy(path, want.prompt, agreement.NEW_TOKENS),
+  )
+  agreement.check(found, agreement.LEVELS['float32'], str(path))
+  return found
+
+
+def logprobs(path: str | os.PathLike, tokens: list[int]) -> np.ndarray:
+  """Log-probabilities of the next token after every token, float32 [T, V]."""
+  logits_TV = _Decoder(path).read(tokens)
+  logits_TV -= logits_TV.max(-1, keepdims=True)
+  return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+
+
+def greedy(path: str | os.PathLike, prompt: list[int], n: int) -> list[int]:
+  """The n most likely tokens after a prompt, one by one through the cache."""
+  decoder = _Decoder(path)
+  found = []
+  new = prompt
+  for _ in range(n):
+    new = [int(decoder.read(new)[-1].argmax())]
+    found += new
+  return found
+
+
+def speed(
+  path: str | os.PathLike,
+  threads: int,
+  prefill: int = 512,
+  decode: int = 64,
+  rounds: int = 5,
+) -> Speed:
+  """Measures the file in onnxruntime, batch of 1.
+
+  Args:
+    path: the file.
+    threads: of the processor, for both.
+    prefill: tokens that a round reads at once into an empty cache.
+    decode: tokens that it then reads one by one.
+    rounds: after one that is not counted.
+  """
+  decoder = _Decoder(path, threads)
+  tokens = np.random.default_rng(0).integers(0, decoder.vocab, prefill + decode)
+  times = []
+  for _ in range(1 + rounds):
+    decoder.clear()
+    start = time.perf_counter()
+    decoder.read(tokens[:prefill])
+    middle = time.perf_counter()
+    for token in tokens[prefill:]:
+      decoder.read([token])
+    times.append((middle - start, time.perf_counter() - middle))
+  first, second = map(statistics.median, zip(*times[1:], strict=True))
+  return Speed(prefill / first, decode / second)
+
+
+_KINDS = ('key', 'value')
+
+
+class _Decoder:
+  """One sequence in onnxruntime; its cache stays there."""
+
+  def __init__(self, path, threads=0):
+    with _installed():
+      import onnxruntime
+    self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    self._session = onnxruntime.InferenceSession(
+      path, options, providers=['CPUExecutionProvider']
+    )
+    self._inputs = {x.name: x.shape for x in self._session.get_inputs()}
+    self._outputs = [x.name for x in self._session.get_outputs()]
+    self.vocab = self._session.get_outputs()[0].shape[-1]
+    self.clear()
+
+  def clear(self):
+    """Forgets all tokens."""
+    self._length = 0
+    self._cache = [
+      self._value(np.zeros((1, shape[1], 0, shape[3]), np.float32))
+      for name, shape in self._inputs.items()
+      if name.startswith('past_key_values.')
+    ]
+
+  def read(self, tokens):
+    """Goes on with tokens; logits after each, float32 [T, V]."""
+    self._length += len(tokens)
+    ids = self._value(np.array([tokens], np.int64))
+    mask = self._value(np.ones((1, self._length), np.int64))
+    feed = dict(zip(self._inputs, [ids, mask, *self._cache], strict=True))
+    logits, *self._cache = self._session.run_with_ort_values(
+      self._outputs, feed
+    )
+    return logits.numpy()[0]
+
+
+def _traceable(model):
+  """The model in PyTorch as a function of plain tensors."""
+  import torch
+
+  from effllm_jax import modeling_effllm
+
+  config = hf_trimmed.config(model)
+  # Filled in below; random weights would take longer than the rest.
+  with torch.device('meta'):
+    decoder = modeling_effllm.EffllmForCausalLM(
+      modeling_effllm.EffllmConfig(**config)
+    )
+  state = {
+    name: torch.from_numpy(np.require(x, np.float32, ['C', 'W']))
+    for name, x in hf_trimmed.tensors(model)
+  }
+  if model.cfg.tied:
+    state['lm_head.weight'] = state['model.embed_tokens.weight']
+  decoder.load_state_dict(state, assign=True)
+  decoder.tie_weights()
+
+  class Cache:
+    """The part of a cache that the model asks for."""
+
+    def __init__(self, tensors):
+      self.entries = list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def update(self, key, value, i):
+      self.entries[i] = tuple(
+        torch.cat(pair, 2)
+        for pair in zip(self.entries[i], (key, value), strict=True)
+      )
+      return self.entries[i]
+
+  class Traceable(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.decoder = decoder
+
+    def forward(self, input_ids, attention_mask, *tensors):
+      cache = Cache(tensors)
+      logits = self.decoder(input_ids, attention_mask, cache=cache).logits
+      return logits, *(x for entry in cache.entries for x in entry)
+
+  return Traceable().eval()
+
+
+@contextlib.contextmanager
+def _installed():
+  """A missing package, told in one line."""
+  try:
+    yield
+  except ImportError as e:
+    raise errors.InputError(
+      f'ONNX needs {e.name}, which is missing; '
+      'pip install -r requirements-torch.txt -r requirements-edge.txt'
+    ) from e
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Without remarks of the exporter on packages it could have used."""
+  logger = logging.getLogger('torch.onnx')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logger.setLevel(level)
