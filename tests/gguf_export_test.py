@@ -27,9 +27,7 @@ needs_llama_cpp = pytest.mark.skipif(
 CFG = sources_test.CFG
 CFGS = {
   'gqa-tied': CFG,
-  'gqa-untied': dataclasses.replace(CFG, tied=False),
   'mha-untied': dataclasses.replace(CFG, K=4, G=1, tied=False),
-  'mha-tied': dataclasses.replace(CFG, K=4, G=1),
 }
 NASTY = (
   "  I'LL  don't\r\n\r\n\tx=1,000.50;y=3e-10 ½Ⅳ٣ naïve e\u0301 日本語 🤷🏽"
@@ -120,8 +118,56 @@ RAGGED = {
 }
 
 
+OTHERS = {
+  # Rows of q that are not as many as the stem is wide, which qwen2 refuses.
+  'qwen2': ('llama', dataclasses.replace(sources_test.QWEN2, H=24, tied=False)),
+  'qwen3': ('qwen3', sources_test.QWEN3),
+  'llama3': ('llama', sources_test.LLAMA3),
+}
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize('name', ['gqa-tied', 'mha-untied'])
+@pytest.mark.parametrize('name', OTHERS)
+def test_blocks_with_biases_norms_and_scaling(tmp_path, name):
+  architecture, cfg = OTHERS[name]
+  written, checked = both(source(cfg), tmp_path / 'a.gguf')
+  assert written.architecture == architecture
+  assert checked.agreement.greedy and checked.agreement.relative < 1e-4
+  again = gguf_source.read(written.path, params=True)
+  assert again.cfg == cfg
+  assert sources_test.same(again.params, source(cfg).params)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+  'change', [{'qkv_bias': True}, {'qk_norm': True, 'tied': False}]
+)
+def test_ragged_layers_with_biases_or_norms(tmp_path, change):
+  cfg = dataclasses.replace(CFG, N=4, K=3, **change)
+  model = source(cfg, masks_of(cfg, [0, 3, 0, 1], [96, 64, 0, 64]))
+  written, checked = both(model, tmp_path / 'a.gguf')
+  assert checked.agreement.greedy and checked.agreement.relative < 1e-4
+  if cfg.qkv_bias:
+    assert (written.architecture, written.padding) == ('deci', 0)
+  else:
+    assert written.architecture == 'qwen3'
+    # Up to three heads and 96 channels; the third layer, which is nothing,
+    # comes back. The first has a zero head either way.
+    heads, ffn = (3 - 1) + 0 + 3 + 2, 0 + 32 + 96 + 32
+    norms = 2 * cfg.D + 2 * cfg.H
+    assert written.padding == norms + cfg.D * (
+      heads * cfg.head_rows() + 3 * ffn
+    )
+
+
+def test_norms_next_to_biases(tmp_path):
+  cfg = dataclasses.replace(CFG, qkv_bias=True, qk_norm=True)
+  path = tmp_path / 'a.gguf'
+  refused('norms of q and k', gguf_export.write, source(cfg), path, 'f32')
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('name', CFGS)
 def test_llama_cpp_computes_the_same(tmp_path, name):
   # `check` raises at the level of the format; greedy tokens through the cache.
   _, checked = both(source(CFGS[name]), tmp_path / 'a.gguf')
@@ -164,8 +210,14 @@ def test_formats(tmp_path, format, bits, ragged):
   masks = masks_of(cfg, [2, 0, 1], [96, 64, 0]) if ragged else None
   written, checked = both(source(cfg, masks), tmp_path / 'a.gguf', format)
   assert checked.agreement.kl < 0.02 and written.fell_back == {}
-  # Output matrix and norms are stored in more bits.
-  assert bits < written.bits_per_weight < 1.15 * bits
+  kinds = {
+    t.name: t.tensor_type.name for t in gguf.GGUFReader(written.path).tensors
+  }
+  output = kinds.pop('output.weight')
+  assert output == ('Q8_0' if format == 'q4_0' else format.upper())
+  for kind_name, kind in kinds.items():
+    assert kind == ('F32' if 'norm' in kind_name else format.upper())
+  assert bits < written.bits_per_weight < 1.25 * bits
 
 
 def test_rows_without_blocks_are_reported(tmp_path):
@@ -207,7 +259,7 @@ RULES = {
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize('rule', ['gpt-2', 'smollm', 'llama-bpe'])
+@pytest.mark.parametrize('rule', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2'])
 def test_rule_of_words_is_that_of_llama_cpp(tmp_path, rule):
   parts = json.loads(sources_test.bpe().to_str())
   model = parts['model']
@@ -225,30 +277,19 @@ def test_rule_of_words_is_that_of_llama_cpp(tmp_path, rule):
   )
 
 
-def scaled():
-  return dataclasses.replace(
-    CFG,
-    rope_theta=500_000.0,
-    rope_scaling=structure.RopeScaling(
-      factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-      original_context=64,
-    ),
-  )  # fmt: skip
-
-
 def test_rope_factors_are_those_of_transformers(tmp_path):
   transformers = pytest.importorskip('transformers')
   pytest.importorskip('torch')
-  cfg = dataclasses.replace(scaled(), H=64)
+  cfg = dataclasses.replace(sources_test.LLAMA3, H=64)
   gguf_export.write(source(cfg), tmp_path / 'a.gguf', 'q8_0')
   tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / 'a.gguf').tensors}
   factors = tensors['rope_freqs.weight'].data
   config = transformers.LlamaConfig(
     head_dim=cfg.H,
     rope_parameters={
-      'rope_type': 'llama3', 'rope_theta': cfg.rope_theta, 'factor': 8.0,
+      'rope_type': 'llama3', 'rope_theta': cfg.rope_theta, 'factor': 32.0,
       'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-      'original_max_position_embeddings': 64,
+      'original_max_position_embeddings': 8192,
     },
   )  # fmt: skip
   frequencies, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[
@@ -256,7 +297,7 @@ def test_rope_factors_are_those_of_transformers(tmp_path):
   ](config, 'cpu')
   plain = cfg.rope_theta ** (-np.arange(0, cfg.H, 2) / cfg.H)
   np.testing.assert_allclose(plain / factors, frequencies, rtol=1e-5)
-  assert {1.0, 8.0} < set(factors.tolist())
+  assert {1.0, 32.0} < set(factors.tolist())
 
 
 # What is refused.
@@ -335,8 +376,8 @@ def closing(tokenizer):
 @pytest.mark.parametrize(
   'edit, match',
   [
-    (unknown_words, 'gpt-2, smollm, llama-bpe'),
-    (lower_case, 'gpt-2, smollm, llama-bpe'),
+    (unknown_words, 'gpt-2, smollm, llama-bpe, qwen2'),
+    (lower_case, 'gpt-2, smollm, llama-bpe, qwen2'),
     (closing, 'post-processor'),
   ],
 )
