@@ -320,11 +320,17 @@ def test_rows_in_the_wrong_order(tmp_path, monkeypatch, ragged):
 
 
 @needs_llama_cpp
-def test_llama_cpp_notices_the_wrong_order_by_itself(tmp_path, monkeypatch):
+@pytest.mark.parametrize('ragged', [False, True])
+def test_llama_cpp_notices_the_wrong_order_by_itself(
+  tmp_path, monkeypatch, ragged
+):
+  cfg = dataclasses.replace(CFG, N=4, K=3)
+  masks = masks_of(cfg, [3, 2, 1, 3], [96, 96, 96, 96]) if ragged else None
+  model = source(cfg, masks)
   monkeypatch.setattr(gguf_export, '_permute', lambda rows, heads: rows)
   monkeypatch.setattr(gguf_source, 'unpermute', lambda rows, heads: rows)
-  gguf_export.write(source(), tmp_path / 'a.gguf', 'f32')
-  differs(source(), tmp_path / 'a.gguf', r'in llama.cpp differs')
+  gguf_export.write(model, tmp_path / 'a.gguf', 'f32')
+  differs(model, tmp_path / 'a.gguf', r'in llama.cpp differs')
 
 
 def test_another_model_is_noticed(tmp_path):
@@ -334,12 +340,22 @@ def test_another_model_is_noticed(tmp_path):
   other = source(params=sources_test.random_params(CFG, 1))
   differs(other, path, r'token_embd.*other values')
   differs(source(dataclasses.replace(CFG, rope_theta=1e4)), path, 'freq_base')
-  lower = sources_test.bpe()
-  lower.normalizer = tokenizers.normalizers.NFC()
-  lower.add_tokens(['lighthouse'])
   wider = dataclasses.replace(CFG, V=352)
   gguf_export.write(source(wider), path, 'f32')
-  differs(source(wider, tokenizer=lower), path, 'tokens')
+  more = sources_test.bpe()
+  more.add_tokens(['lighthouse'])
+  differs(source(wider, tokenizer=more), path, 'tokens')
+
+
+def test_another_tokenizer_is_noticed(tmp_path):
+  path = tmp_path / 'a.gguf'
+  gguf_export.write(source(), path, 'f32')
+  # It strips white space, which GGUF cannot say.
+  strips = sources_test.bpe()
+  strips.add_special_tokens(
+    [tokenizers.AddedToken('<|im_end|>', lstrip=True, special=True)]
+  )
+  differs(source(tokenizer=strips), path, r'tokenizer gives.*not kept')
 
 
 def refused(match, call, *arguments):
