@@ -5,11 +5,13 @@
 # make clean        removes the virtual environments, never a run
 PYTHON ?= python3
 VENV ?= .venv
-REQUIREMENTS ?= requirements.txt requirements-torch.txt requirements-dev.txt
+REQUIREMENTS ?= requirements.txt requirements-torch.txt requirements-edge.txt \
+  requirements-dev.txt
 JOBS ?= 2
 CONFIG ?= experiments/configs/smollm2_135m.py
 RUN ?= runs/quickstart
 OUT ?= out/quickstart
+FORMATS ?= hf,gguf-f16,gguf-q8_0
 PY = $(VENV)/bin/python
 # The compiler for Hopper comes with a jax that needs it.
 PYTHON_CUDA ?= python3.13
@@ -19,9 +21,10 @@ PYTHON_CUDA ?= python3.13
 quickstart: $(VENV)/.ready
 	$(PY) -m experiments.main --workdir=$(RUN) --config=$(CONFIG)
 	@[ -e $(OUT)/config.json ] || \
-	  $(PY) -m experiments.export --workdir=$(RUN) --out=$(OUT)
+	  $(PY) -m experiments.export --workdir=$(RUN) --out=$(OUT) \
+	    --formats=$(FORMATS)
 	$(PY) -m experiments.report --workdir=$(RUN)
-	@echo "model:  $(OUT)  (opens in transformers)"
+	@echo "model:  $(OUT)  (opens in transformers; *.gguf in llama.cpp)"
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -n $(JOBS) --dist loadfile

@@ -1,6 +1,7 @@
 """Byte-level BPE tokenizers from the vocabulary that a GGUF file carries."""
 
 from collections.abc import Sequence
+import json
 
 import tokenizers
 from tokenizers import decoders
@@ -10,10 +11,23 @@ from tokenizers import processors
 
 from effllm_jax import errors
 
-_LLAMA3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# Digits of a number come three at a time in Llama 3, one at a time in Qwen2.
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+
+
+def _split(digits):
+  """Splits by `_WORDS`, which then need no rule of the byte alphabet's own."""
+  return (
+    pre_tokenizers.Split(
+      tokenizers.Regex(_WORDS % digits), behavior='isolated'
+    ),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  )
+
+
 # llama.cpp's name of the rule that splits text into words -> that rule. The
 # digit split of SmolLM matters: transformers' own conversion leaves it out.
 _RULES = {
@@ -22,10 +36,9 @@ _RULES = {
     pre_tokenizers.Digits(individual_digits=True),
     pre_tokenizers.ByteLevel(add_prefix_space=False),
   ),
-  'llama-bpe': (
-    pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), behavior='isolated'),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ),
+  'llama-bpe': _split('{1,3}'),
+  'qwen2': _split(''),
+  'deepseek-r1-qwen': _split(''),
 }
 # Values of `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -49,7 +62,7 @@ def tokenizer(
     tokens: `tokenizer.ggml.tokens`, in the byte-level alphabet.
     kinds: `tokenizer.ggml.token_type`; 3 is a control token.
     merges: `tokenizer.ggml.merges`, two tokens separated by a space.
-    pre: `tokenizer.ggml.pre`, one of gpt-2, smollm, llama-bpe.
+    pre: `tokenizer.ggml.pre`, a key of `_RULES`.
     bos_id: token to start every text with when special tokens are asked for.
     file: named in errors.
 
@@ -104,3 +117,40 @@ def tokenizer(
       special_tokens=[(bos, bos_id)],
     )
   return result
+
+
+def rule(source: tokenizers.Tokenizer, file: str) -> str:
+  """The name under which llama.cpp splits text as a tokenizer does.
+
+  Unicode normalisation to NFC is passed over: llama.cpp does none, for no rule.
+
+  Args:
+    source: a byte-level BPE tokenizer.
+    file: named in errors.
+
+  Raises:
+    errors.InputError: another kind of tokenizer, or an unknown rule.
+  """
+  parts = json.loads(source.to_str())
+  normalizer = parts['normalizer'] or {'type': 'NFC'}
+  if parts['model']['type'] == 'BPE' and normalizer == {'type': 'NFC'}:
+    for pre, steps in _RULES.items():
+      built = tokenizers.Tokenizer(models.BPE())
+      built.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+      whole = parts['model'].get('ignore_merges', False)
+      if (_steps(parts), whole) == (
+        _steps(json.loads(built.to_str())),
+        pre == 'llama-bpe',
+      ):
+        return pre
+  raise errors.InputError(
+    f'{file}: its tokenizer splits text by none of the rules known here, those '
+    f'that llama.cpp calls {", ".join(_RULES)}; use a model with one of them'
+  )
+
+
+def _steps(parts):
+  """What a pre-tokenizer does, in order; offsets are no matter of the ids."""
+  step = parts['pre_tokenizer'] or {'type': 'Sequence', 'pretokenizers': []}
+  steps = step['pretokenizers'] if step['type'] == 'Sequence' else [step]
+  return [{k: v for k, v in s.items() if k != 'trim_offsets'} for s in steps]

@@ -131,9 +131,9 @@ def params(cfg: structure.ModelConfig) -> Cost:
 def stored_bytes(cfg: structure.ModelConfig, format: str) -> Cost:
   """Bytes of the weights in a number format, counted in sixteenths.
 
-  Matrices are in `format`, norm scales in float32. Exact for block formats when
-  all widths are multiples of 32; other rows need a format without blocks (see
-  `prune.multiple_of`). The metadata of a file is not counted.
+  Matrices are in `format`, norm scales and biases in float32. Exact for block
+  formats when all widths are multiples of 32; other rows need a format without
+  blocks (see `prune.multiple_of`). The metadata of a file is not counted.
 
   Raises:
     errors.InputError: an unknown format.
@@ -161,7 +161,7 @@ def flops(cfg: structure.ModelConfig, context: int) -> Cost:
   and looking a row of the embedding up is none. Attention scores and values
   take 4 G H per key and head, for the (context + 1) / 2 keys that a token of a
   causal sequence sees on average. What is done entry by entry (norms, softmax,
-  rotary embedding, SiLU, residual sums) is not counted.
+  rotary embedding, SiLU, biases, residual sums) is not counted.
 
   Args:
     cfg: the architecture; its prunable widths are not used.
@@ -303,7 +303,7 @@ def make(
 def _counted(
   cfg, kind, unit, *, weight, scale, tables, per_unit=1, head_fixed=0
 ) -> Cost:
-  """Units per matrix weight and per norm scale; `tables` of shape [V, D]."""
+  """Units per matrix weight and per norm scale or bias; tables are [V, D]."""
   embedding = weight * tables * cfg.V
   return Cost(
     kind=kind,
@@ -312,8 +312,9 @@ def _counted(
     head=weight * cfg.head_rows(),
     ffn=weight * 3,
     stem=embedding + scale * (2 * cfg.N + 1),
-    head_fixed=head_fixed,
+    # What of a head is not as long as the stem: biases; attention itself.
+    head_fixed=head_fixed + scale * cfg.head_biases(),
     ffn_fixed=0,
-    fixed=0,
+    fixed=scale * cfg.norm_scales(),
     unpriced_stem=embedding,
   )

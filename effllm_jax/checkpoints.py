@@ -141,9 +141,9 @@ def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
   }
   return {
     'arch': ocp.args.JsonSave(arch),
-    'params': ocp.args.StandardSave(state.params),
+    'params': ocp.args.StandardSave(_on_disk(state.params)),
     'prune': ocp.args.StandardSave(state.prune),
-    'optimizer': ocp.args.StandardSave(state.opt_state),
+    'optimizer': ocp.args.StandardSave(_on_disk(state.opt_state)),
     'data': grain_checkpoint.CheckpointSave(data),
   }
 
@@ -260,10 +260,38 @@ def _restore(moment: Moment, tx) -> state_lib.TrainState:
 
 def _read(path: pathlib.Path, abstract: Any) -> Any:
   with ocp.StandardCheckpointer() as reader:
-    tree = reader.restore(path, abstract)
+    tree = _in_memory(reader.restore(path, _on_disk(abstract)), abstract)
   # Orbax can pad or cut an array to a wanted shape; never here.
   jax.tree.map(_same_shape, tree, abstract)
   return tree
+
+
+def _on_disk(tree: Any) -> Any:
+  """Layers as a dict without what their block does not have.
+
+  So a checkpoint does not change when this project learns another block.
+  """
+
+  def layers(node):
+    if not isinstance(node, structure.Layers):
+      return node
+    fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    return {name: x for name, x in fields.items() if x is not None}
+
+  return jax.tree.map(
+    layers, tree, is_leaf=lambda x: isinstance(x, structure.Layers)
+  )
+
+
+def _in_memory(saved: Any, like: Any) -> Any:
+  """The inverse of `_on_disk`, for a tree that looks like another one."""
+  is_layers = lambda x: isinstance(x, structure.Layers)
+  return jax.tree.map(
+    lambda node, found: node.replace(**found) if is_layers(node) else found,
+    like,
+    saved,
+    is_leaf=is_layers,
+  )
 
 
 def _same_shape(leaf, want):

@@ -1,148 +1,221 @@
-"""Params -> a stock Hugging Face folder, opened again before it is kept."""
+"""A finished model -> one folder of files, each opened again before it is kept.
 
+What PyTorch, llama.cpp and onnxruntime make of a file is compared with our own
+masked model: `agreement` says how near is near enough.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import tempfile
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import safetensors
-from safetensors import numpy as safetensors_numpy
 
+from effllm_jax import agreement
 from effllm_jax import errors
-from effllm_jax import hf_config
-from effllm_jax import model
-from effllm_jax import sources
+from effllm_jax import gguf_export
+from effllm_jax import hf_export
+from effllm_jax import model_card
+from effllm_jax import onnx_export
+from effllm_jax import selection
 from effllm_jax import structure
 from effllm_jax import weights
+from effllm_jax import widths
 
-# Largest difference of a logit, float32, between PyTorch and our model.
-TOLERANCE = 1e-3
-NEW_TOKENS = 32
-# Digits, capitals, punctuation and runs of white space on purpose: it also
-# compares the tokenizers.
-_TEXT = """The lighthouse at Skerryvore was first lit in 1844. It stands on a
-reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
-"two of blasting, four of building." Its 4,308 tons of granite    were cut on
-the island of Mull \u2013 each block fitted by hand before it was shipped."""
+# Format -> what it is. 'hf' and 'hf-trimmed' are both the folder itself.
+FORMATS = {
+  'hf': 'Hugging Face folder of a stock class, zeros where layers are narrower',
+  'hf-trimmed': 'Hugging Face folder as small as the model, with its own class',
+  'gguf-f32': 'llama.cpp, float32',
+  'gguf-f16': 'llama.cpp, float16',
+  'gguf-q8_0': 'llama.cpp, 8.5 bits per weight',
+  'gguf-q4_0': 'llama.cpp, 4.5 bits per weight',
+  'onnx': 'ONNX with a key/value cache, float32',
+}
 
-_forward = jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What an export wrote.
+
+  Attributes:
+    path: of the folder.
+    params: parameters of the model; live ones only.
+    padding: zeros that a Hugging Face folder of a stock class has beside them.
+    agreements: format -> how near its runtime came, None where none was asked
+      (a GGUF file without llama.cpp, whose tensors were read back instead).
+    notes: what the user should know, a line each.
+    files: name -> bytes.
+  """
+
+  path: pathlib.Path
+  params: int
+  padding: int
+  agreements: dict[str, agreement.Agreement | None]
+  notes: list[str]
+  files: dict[str, int]
 
 
-def hugging_face(
-  params: structure.Params,
-  masks: structure.Groups,
-  cfg: structure.ModelConfig,
+def check_formats(formats: Sequence[str]) -> None:
+  """Raises InputError where a list of formats makes no sense."""
+  unknown = [x for x in formats if x not in FORMATS]
+  if unknown or not formats:
+    raise errors.InputError(
+      f'format {unknown[0] if unknown else ""!r} is not known; set --formats '
+      f'to some of {",".join(FORMATS)}'
+    )
+  if {'hf', 'hf-trimmed'} <= set(formats):
+    raise errors.InputError(
+      'formats hf and hf-trimmed are one folder each; export them to two --out'
+    )
+
+
+def write(
+  model: weights.Source,
   out: str | os.PathLike,
-  tokenizer_folder: str | os.PathLike,
-  pruning: dict[str, Any],
-) -> dict[str, Any]:
-  """Writes a folder that `AutoModelForCausalLM` opens, and checks that it does.
+  formats: Sequence[str],
+  made: model_card.Made,
+  pad: int = 1,
+  say: Callable[[str], None] = lambda line: None,
+) -> Report:
+  """Writes a folder that holds a model in several formats.
 
-  The folder holds config.json, model.safetensors (float32), the tokenizer,
-  generation_config.json, and pruning.json: what the model is made from. Where
-  layers differ in width, a narrower one is filled up with exact zeros: a stock
-  class has one width for all layers, and a head whose rows of `wo` are zero, or
-  a channel whose row of `w_down` is, adds exactly nothing. The folder is
-  written beside `out` and opened in transformers there. Only when the logits of
-  a real text agree to `TOLERANCE`, the next `NEW_TOKENS` greedy tokens are the
-  same and the tokenizer gives the same ids, it is renamed to `out`.
+  Besides the formats: pruning.json, what the model is made from, and README.md,
+  its card. All of it is written beside `out` and renamed to `out` when every
+  format has passed its check.
 
   Args:
-    params: float32, as small as the widest layer allows.
-    masks: the stem is alive; heads and ffn may be dead where the arrays of a
-      narrower layer are wider than it, also all of a layer.
-    cfg: the architecture of the arrays.
+    model: params float32, as small as the widest layer allows; the stem is
+      alive; heads and ffn may be dead where the arrays of a narrower layer are
+      wider than it, also all of a layer.
     out: folder that does not exist yet, or is empty.
-    tokenizer_folder: as `sources.save_tokenizer` wrote it.
-    pruning: JSON content of pruning.json; `source` and `layer_widths` (live
-      heads and ffn channels of each layer) are added to it.
-
-  Returns:
-    `path`, `architecture` (the class), `params` (their number), `padding` (how
-    many of them are zeros that fill up narrower layers), `max_logit_diff`,
-    `greedy_tokens` (how many were compared), `files` (name -> bytes).
+    formats: keys of `FORMATS`.
+    made: how, for pruning.json and the card.
+    pad: stem and ffn are filled up with zeros to multiples of this.
+    say: told what is going on.
 
   Raises:
-    errors.InputError: torch is missing, or `out` cannot be written.
+    errors.InputError: a package is missing, a format cannot hold the model, or
+      `out` cannot be written.
     ValueError: the stem or a slot of every layer is dead; shrink first.
-    RuntimeError: PyTorch computes something else. Nothing is left behind.
+    RuntimeError: a runtime computes something else. Nothing is left behind.
   """
-  masks = jax.tree.map(np.asarray, masks)
-  live = {t: getattr(masks, t).sum(-1) for t in structure.TYPES}
+  check_formats(formats)
+  if pad < 1:
+    raise errors.InputError(f'pad {pad} is not at least 1; set --pad')
+  masks = widths.whole(model.masks, model.cfg)
+  live = {t: getattr(masks, t).sum(-1).max() for t in structure.TYPES}
   # A stock class has no width of 0: one slot stays where all layers lost all.
-  if any(max(1, live[t].max()) < width for t, width in cfg.widths().items()):
+  if any(max(1, live[t]) < w for t, w in model.cfg.widths().items()):
     raise ValueError('dead groups in the masks: shrink before the export')
-  structure.check_shapes(params, cfg)
-  transformers = _transformers()
-  source = sources.load_saved(tokenizer_folder)
+  structure.check_shapes(model.params, model.cfg)
   # Without links and dots, so that the rename cannot end up elsewhere.
   out = pathlib.Path(out).expanduser().resolve()
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise errors.InputError(f'{out} exists and is not empty; set another --out')
-  about = {
-    key: getattr(source, key)
-    for key in ('name', 'description', 'licence', 'sha256')
-  }
-  pruning = {
-    'source': about,
-    'layer_widths': {t: live[t].tolist() for t in ('heads', 'ffn')},
-  } | pruning
-  config = hf_config.write(cfg) | {
-    'dtype': 'float32',
-    'transformers_version': transformers.__version__,
-  }
+  if any(x.startswith('hf') for x in formats):
+    hf_export.import_transformers()
+  notes = _notes(model, masks, pad)
+  say('our own answers, to compare with')
+  prompt = model.tokenizer.encode(agreement.TEXT).ids
+  # Of the model as it is: what is padded must answer like it.
+  want = agreement.reference(model.params, masks, model.cfg, prompt)
+  params, filled, cfg = widths.padded(model.params, masks, model.cfg, pad)
+  padded = dataclasses.replace(model, params=params, masks=filled, cfg=cfg)
   with _one_line(out):
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(
       dir=out.parent, prefix=f'.{out.name}-'
     )
-  with scratch as tmp:
+  agreements = {}
+  with scratch as tmp, _one_line(out):
     folder = pathlib.Path(tmp) / out.name
-    with _one_line(out):
-      folder.mkdir()
-      padded = _padded(params, masks)
-      _write(folder, padded, config, tokenizer_folder, source, pruning)
-    # Against the masked model, not against the zeros that stand for it.
-    diff = _verify(folder, params, masks, cfg, source, transformers)
+    folder.mkdir()
+    for name in formats:
+      say(f'{name}: {FORMATS[name]}')
+      agreements[name] = _format(name, padded, folder, want, notes)
+    _about(folder, padded, made, pad)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-    with _one_line(out):
-      os.replace(folder, out)
-  return {
-    'path': str(out),
-    'architecture': config['architectures'][0],
-    'params': cfg.num_params(),
-    'padding': cfg.D
-    * int(
-      (cfg.K - live['heads']).sum() * cfg.head_rows()
-      + (cfg.F - live['ffn']).sum() * 3
-    ),
-    'max_logit_diff': diff,
-    'greedy_tokens': NEW_TOKENS,
-    'files': files,
+    live = selection.live_params(filled, cfg)
+    report = Report(
+      path=out,
+      params=live,
+      padding=cfg.num_params() - live,
+      agreements=agreements,
+      notes=notes,
+      files=files,
+    )
+    card = model_card.text(padded, made, report.files, agreements)
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+    os.replace(folder, out)
+  return report
+
+
+def _format(name, model, folder, want, notes) -> agreement.Agreement | None:
+  """Writes and checks one format."""
+  if name.startswith('hf'):
+    hf_export.write(model, folder, trimmed=name == 'hf-trimmed')
+    return hf_export.check(model, folder, want)
+  if name == 'onnx':
+    path = folder / 'model.onnx'
+    onnx_export.write(model, path)
+    return onnx_export.check(model, path, want)
+  kind = name.removeprefix('gguf-')
+  path = folder / f'model-{kind}.gguf'
+  written = gguf_export.write(model, path, kind)
+  if written.fell_back:
+    notes.append(
+      f'{path.name}: {len(written.fell_back)} tensors, '
+      f'{next(iter(written.fell_back))} among them, have rows that are no '
+      'multiple of 32 and stay in F16; --pad=64 fills them up'
+    )
+  checked = gguf_export.check(model, path, kind, want)
+  if not checked.runtime:
+    notes.append(
+      f'{path.name}: every tensor was read back, but llama.cpp was not asked; '
+      'pip install -r requirements-edge.txt'
+    )
+  return checked.agreement
+
+
+def _notes(model, masks, pad) -> list[str]:
+  """What the user should know before any file is written."""
+  odd = widths.odd(masks, model.cfg, widths.MULTIPLE)
+  if not odd or pad % widths.MULTIPLE == 0:
+    return []
+  found = '; '.join(f'{t} {", ".join(map(str, v))}' for t, v in odd.items())
+  _, filled, cfg = widths.padded(
+    model.params, masks, model.cfg, widths.MULTIPLE
+  )
+  zeros = selection.live_params(filled, cfg) - selection.live_params(
+    masks, model.cfg
+  )
+  return [
+    f'widths that are no multiple of {widths.MULTIPLE}: {found}. llama.cpp '
+    'prefilled such a model of 61 % of the parameters slower than its dense '
+    f'source (196 against 299 tokens/s); --pad={widths.MULTIPLE} adds '
+    f'{zeros:,} zeros, and the model stays the same'
+  ]
+
+
+def _about(folder, model, made, pad):
+  """pruning.json."""
+  about = {
+    key: getattr(model, key)
+    for key in ('name', 'description', 'licence', 'sha256')
   }
-
-
-def _transformers():
-  """transformers with torch behind it; neither may go online."""
-  # Read at import; every path below is a folder on this machine anyway.
-  os.environ.setdefault('HF_HUB_OFFLINE', '1')
-  try:
-    import torch  # noqa: F401
-    import transformers
-  except ImportError as e:
-    raise errors.InputError(
-      f'an export is checked in PyTorch, but {e.name} is missing; '
-      'pip install -r requirements-torch.txt'
-    ) from e
-  # Its bars would break into the caller's own.
-  transformers.utils.logging.disable_progress_bar()
-  return transformers
+  record = {
+    'source': about,
+    'layer_widths': widths.of_layers(model.masks),
+    'pad': pad,
+  } | made.pruning
+  (folder / 'pruning.json').write_text(
+    json.dumps(record, indent=2) + '\n', encoding='utf-8'
+  )
 
 
 @contextlib.contextmanager
@@ -155,103 +228,3 @@ def _one_line(out):
     raise errors.InputError(
       f'cannot write {out}: {reason}; free some space or set another --out'
     ) from e
-
-
-def _padded(params, masks):
-  """Params with exact zeros in all that a dead head or channel reads or writes.
-
-  Zeros in `wo` and `w_down` are what makes it dead; the rest is put to zero so
-  that nothing of it leaves with the file.
-  """
-
-  def leaf(letters, x):
-    x = np.asarray(x)
-    for axis, letter in enumerate(letters):
-      mask = getattr(masks, structure.PRUNABLE.get(letter, ''), None)
-      if mask is None or mask.all():
-        continue
-      shape = [1] * x.ndim
-      shape[0], shape[axis] = len(x), mask.shape[-1]
-      x = np.where(mask.reshape(shape), x, np.float32(0))
-    return x
-
-  return structure.map_axes(leaf, params)
-
-
-def _write(folder, params, config, tokenizer_folder, source, pruning):
-  """All files of the folder."""
-  # None is written too: absent, the ids would be the classes' 1 and 2.
-  ids = {
-    'bos_token_id': source.bos_id,
-    'eos_token_id': list(source.eos_ids) or None,
-    'pad_token_id': source.pad_id,
-  }
-  for name, content in (
-    ('config.json', config | ids),
-    ('pruning.json', pruning),
-  ):
-    text = json.dumps(content, indent=2) + '\n'
-    (folder / name).write_text(text, encoding='utf-8')
-  for name in (
-    'tokenizer.json',
-    'tokenizer_config.json',
-    'generation_config.json',
-  ):
-    shutil.copyfile(pathlib.Path(tokenizer_folder) / name, folder / name)
-  tensors = weights.views(
-    jax.tree.map(np.asarray, params), weights.HUGGING_FACE
-  )
-  safetensors_numpy.save_file(
-    {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
-    folder / 'model.safetensors',
-    metadata={'format': 'pt'},
-  )
-
-
-def _verify(folder, params, masks, cfg, source, transformers):
-  """Largest logit difference; raises RuntimeError where PyTorch disagrees.
-
-  Our side runs once, over the text with PyTorch's continuation: that every
-  continued token is our most likely one after its prefix is the same as equal
-  greedy decoding, for one forward pass instead of 32.
-  """
-  import torch
-
-  ours = source.tokenizer.encode(_TEXT).ids
-  theirs = transformers.AutoTokenizer.from_pretrained(
-    folder, local_files_only=True
-  )(_TEXT)['input_ids']
-  if not ours or ours != theirs:
-    raise RuntimeError(
-      f'the exported tokenizer gives {theirs[:8]}... where the source gives '
-      f'{ours[:8]}...; the export is not kept'
-    )
-  torch_model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, local_files_only=True
-  ).eval()
-  # A plain greedy search that no end-of-text token stops early.
-  torch_model.generation_config = transformers.GenerationConfig(
-    do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True, pad_token_id=0
-  )
-  text = torch.tensor([ours])
-  with torch.no_grad():
-    continued = torch_model.generate(text, attention_mask=torch.ones_like(text))
-    want = torch_model(continued).logits[0].numpy()
-  tokens = jnp.asarray(continued.numpy(), jnp.int32)
-  logits, _ = _forward(params, masks, tokens, cfg, model.Compute(remat=False))
-  have = np.asarray(logits[0])
-  diff = float(np.abs(have - want).max())
-  # `not <=` so that a NaN is refused as well.
-  if not diff <= TOLERANCE:
-    raise RuntimeError(
-      f'PyTorch differs from the model by {diff:.3g} in a logit (at most '
-      f'{TOLERANCE}); the export is not kept'
-    )
-  greedy = continued[0, len(ours) :].tolist()
-  likely = have[len(ours) - 1 : -1].argmax(-1).tolist()
-  if len(greedy) != NEW_TOKENS or greedy != likely:
-    raise RuntimeError(
-      f'greedy tokens in PyTorch {greedy} are not those of the model {likely}; '
-      'the export is not kept'
-    )
-  return diff

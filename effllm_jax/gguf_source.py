@@ -5,6 +5,8 @@ the quantisation, the weights come out as float32.
 """
 
 import collections
+import dataclasses
+import math
 import pathlib
 
 import gguf
@@ -16,8 +18,14 @@ from effllm_jax import fetch
 from effllm_jax import structure
 from effllm_jax import weights
 
-# Metadata of the `llama` architecture that changes nothing in the arithmetic.
+# Those whose graph is ours. Where llama.cpp rotates neighbouring channels of a
+# head, files have the rows of q and k in another order than Hugging Face.
+_ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
+_PERMUTED = ('llama',)
+# Metadata of an architecture that changes nothing in the arithmetic.
 _NEUTRAL = ('vocab_size', 'context_length', 'tensor_data_layout')
+# Divisors of the rotary frequencies.
+_ROPE_FREQS = 'rope_freqs.weight'
 # Reads of the header; a vocabulary of 256k tokens with its merges takes 1.6M.
 _MOST_VALUES = 5_000_000
 # How the reader, which trusts the header, fails on one that lies.
@@ -25,7 +33,7 @@ _LIES = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
 
 
 def read(path: pathlib.Path, params: bool) -> weights.Source:
-  """Reads a model of architecture `llama` from one GGUF file.
+  """Reads a model of architecture llama, qwen2 or qwen3 from one GGUF file.
 
   Args:
     path: the file.
@@ -55,6 +63,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   found = {
     name: tuple(int(n) for n in reversed(t.shape))
     for name, t in tensors.items()
+    if cfg.rope_scaling is None or name != _ROPE_FREQS
   }
   weights.check_tensors(cfg, weights.GGUF, found, str(path))
   tokenizer = _tokenizer(meta)
@@ -70,16 +79,10 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(path))
 
   def tensor(name):
-    t = tensors[name]
-    try:
-      array = gguf.quants.dequantize(t.data, t.tensor_type)
-    except NotImplementedError as e:
-      raise errors.InputError(
-        f'{path}: tensor {name} has type {t.tensor_type.name}, which the gguf '
-        'package cannot dequantise; use a file in F16, Q8_0 or Q4_1'
-      ) from e
+    array = _dequantised(tensors[name], path)
     heads = {'attn_q': cfg.K * cfg.G, 'attn_k': cfg.K}.get(name.split('.')[-2])
-    return array if heads is None else unpermute(array, heads)
+    permuted = heads and fields['general.architecture'] in _PERMUTED
+    return unpermute(array, heads) if permuted else array
 
   sizes = collections.Counter()
   for t in reader.tensors:
@@ -106,14 +109,25 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   )
 
 
+def _dequantised(tensor, path):
+  """The float32 array in a tensor of any type that the gguf package knows."""
+  try:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+  except NotImplementedError as e:
+    raise errors.InputError(
+      f'{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which '
+      'the gguf package cannot dequantise; use a file in F16, Q8_0 or Q4_1'
+    ) from e
+
+
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-  """Undoes llama.cpp's order of the rows of q and k, [heads * H, columns].
+  """Undoes llama.cpp's order of the rows of q and k, [heads * H, ...].
 
   llama.cpp rotates neighbouring channels of a head, we (as Hugging Face) rotate
   channel i with i + H/2. Left out, the model still loads and talks, badly:
   SmolLM2's perplexity on real text goes from about 26 to 352.
   """
-  pairs = rows.reshape(heads, -1, 2, rows.shape[1])
+  pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
   return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -163,33 +177,32 @@ class _Metadata:
     if isinstance(value, list) and len(value) > 8:
       value = f'a list of {len(value)}'
     return errors.InputError(
-      f'{self.path}: {key} = {value} is not something that the Llama block '
+      f'{self.path}: {key} = {value} is not something that the block '
       'here can represent; choose another source model'
     )
 
 
 def _config(meta, tensors):
   """The architecture from the metadata; refuses what we cannot represent."""
-  if meta.get('general.architecture', str) != 'llama':
-    raise meta.refused(
-      'general.architecture', meta.fields['general.architecture']
-    )
-  if 'rope_freqs.weight' in tensors:
-    raise meta.refused('rope scaling', 'tensor rope_freqs.weight')
+  arch = meta.get('general.architecture', str)
+  if arch not in _ARCHITECTURES:
+    raise meta.refused('general.architecture', arch)
 
   def get(key, kind=int, default=None):
-    return meta.get(f'llama.{key}', kind, default)
+    return meta.get(f'{arch}.{key}', kind, default)
 
   D, heads = get('embedding_length'), get('attention.head_count')
   K = get('attention.head_count_kv', default=heads)
   H = get('attention.key_length', default=max(D // heads, 1))
   if heads % K:
-    raise meta.refused('llama.attention.head_count_kv', f'{K} of {heads} heads')
+    raise meta.refused(
+      f'{arch}.attention.head_count_kv', f'{K} of {heads} heads'
+    )
   if H % 2:
-    raise meta.refused('llama.attention.key_length', H)
+    raise meta.refused(f'{arch}.attention.key_length', H)
   for key in ('attention.value_length', 'rope.dimension_count'):
     if get(key, default=H) != H:
-      raise meta.refused(f'llama.{key}', f'{get(key)} (head width {H})')
+      raise meta.refused(f'{arch}.{key}', f'{get(key)} (head width {H})')
   embed = tensors.get('token_embd.weight')
   cfg = structure.ModelConfig(
     V=get('vocab_size', default=int(embed.shape[-1]) if embed else None),
@@ -206,12 +219,50 @@ def _config(meta, tensors):
       str(np.float32(get('attention.layer_norm_rms_epsilon', float)))
     ),
     tied='output.weight' not in tensors,
+    qkv_bias='blk.0.attn_q.bias' in tensors,
+    qk_norm=arch == 'qwen3',
   )
   for key, value in meta.fields.items():
-    off = value in (0, False, 'none') or key.removeprefix('llama.') in _NEUTRAL
-    if key.startswith('llama.') and key not in meta.used and not off:
+    off = value in (0, False, 'none')
+    off = off or key.removeprefix(f'{arch}.') in _NEUTRAL
+    if key.startswith(f'{arch}.') and key not in meta.used and not off:
       raise meta.refused(key, value)
+  # llama.cpp reads this tensor for `llama`; elsewhere nothing has a use for it.
+  if arch == 'llama' and _ROPE_FREQS in tensors:
+    divisors = _dequantised(tensors[_ROPE_FREQS], meta.path)
+    return dataclasses.replace(cfg, rope_scaling=_scaling(meta, cfg, divisors))
   return cfg
+
+
+def _scaling(meta, cfg, divisors):
+  """Llama 3's scaling, of which a file has only the result.
+
+  Its lower and upper ends are taken as 1 and 4, as in every Llama 3; the factor
+  is the largest divisor, the original context that of any frequency between the
+  ends. What does not give the same divisors again is refused.
+
+  Args:
+    meta: the metadata.
+    cfg: the architecture so far.
+    divisors: of each rotary frequency, [H/2].
+  """
+  low, high = 1.0, 4.0
+  plain = cfg.rotary_frequencies(scaled=False)
+  factor = float(divisors.max(initial=0))
+  if (
+    divisors.shape == plain.shape
+    and 1 < factor < math.inf
+    and divisors.min() > 0
+  ):
+    mix = (1 / divisors.astype(float) - 1 / factor) / (1 - 1 / factor)
+    between = (mix > 0.01) & (mix < 0.99)
+    turns = low + mix[between] * (high - low)
+    contexts = turns * 2 * math.pi / plain[between]
+    context = round(np.median(contexts)) if between.any() else 8192
+    found = structure.RopeScaling(factor, low, high, context)
+    if np.allclose(found.divisors(plain), divisors, rtol=1e-4, atol=0):
+      return found
+  raise meta.refused(_ROPE_FREQS, f'{divisors.tolist()}'[:60])
 
 
 def _tokenizer(meta):

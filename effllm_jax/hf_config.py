@@ -1,21 +1,46 @@
 """config.json of Hugging Face: our architecture out of it, and into it.
 
-The classes whose arithmetic is ours are `LlamaForCausalLM` and, without a
-sliding window, `MistralForCausalLM`.
+The classes whose arithmetic is ours, all of them without sliding windows:
+
+    LlamaForCausalLM, MistralForCausalLM
+    Qwen2ForCausalLM   with biases of q, k and v (also Qwen2.5)
+    Qwen3ForCausalLM   with norms of q and k
 """
 
+import dataclasses
 import json
 from typing import Any
 
 from effllm_jax import errors
 from effllm_jax import structure
 
-_CLASSES = {'LlamaForCausalLM': 'llama', 'MistralForCausalLM': 'mistral'}
+# Class -> model type, and the defaults of that class that are not Llama's:
+# transformers may leave a key out of the file when it has its default value.
+_CLASSES = {
+  'LlamaForCausalLM': 'llama',
+  'MistralForCausalLM': 'mistral',
+  'Qwen2ForCausalLM': 'qwen2',
+  'Qwen3ForCausalLM': 'qwen3',
+}
+_DEFAULTS = {
+  'llama': {},
+  'mistral': {'num_key_value_heads': 8, 'sliding_window': 4096},
+  'qwen2': {'num_key_value_heads': 32},
+  'qwen3': {'num_key_value_heads': 32, 'head_dim': 128},
+}
+# RopeScaling's fields -> their keys.
+_SCALING = {
+  'factor': 'factor',
+  'low_freq_factor': 'low_freq_factor',
+  'high_freq_factor': 'high_freq_factor',
+  'original_context': 'original_max_position_embeddings',
+}
 # Keys that change the arithmetic -> the only values that leave it ours.
 _NEUTRAL = {
   'hidden_act': ('silu', 'swish'),
   'attention_bias': (False, None),
   'mlp_bias': (False, None),
+  'use_sliding_window': (False, None),
   'sliding_window': (None,),
   'partial_rotary_factor': (1, None),
   'rope_interleaved': (False, None),
@@ -36,18 +61,20 @@ def read(raw: dict[str, Any], file: str) -> structure.ModelConfig:
     file: named in errors.
 
   Raises:
-    errors.InputError: naming the key and the value that the Llama block here
+    errors.InputError: naming the key and the value that the block here
       cannot represent, or the key that is missing.
   """
   classes = raw.get('architectures') or [raw.get('model_type')]
   if classes not in [[c] for c in (*_CLASSES, *_CLASSES.values())]:
     raise _refused(file, 'architectures', classes)
+  kind = _CLASSES.get(classes[0], classes[0])
+  raw = _DEFAULTS[kind] | raw
   for key, allowed in _NEUTRAL.items():
+    # Of Qwen the width of a window is stated even where there is none.
+    if key == 'sliding_window' and kind.startswith('qwen'):
+      continue
     if key in raw and raw[key] not in allowed:
       raise _refused(file, key, raw[key])
-  # transformers leaves a key out of the file when it has its default value.
-  if 'mistral' in classes[0].lower() and 'sliding_window' not in raw:
-    raise _refused(file, 'sliding_window', 4096)
   if set(raw.get('layer_types') or ()) - {'full_attention'}:
     raise _refused(file, 'layer_types', raw['layer_types'])
   D = _number(file, raw, 'hidden_size')
@@ -58,6 +85,7 @@ def read(raw: dict[str, Any], file: str) -> structure.ModelConfig:
     raise _refused(file, 'num_key_value_heads', K)
   if H % 2:
     raise _refused(file, 'head_dim', H)
+  theta, scaling = _rope(file, raw)
   return structure.ModelConfig(
     V=_number(file, raw, 'vocab_size'),
     D=D,
@@ -67,25 +95,49 @@ def read(raw: dict[str, Any], file: str) -> structure.ModelConfig:
     H=H,
     F=_number(file, raw, 'intermediate_size'),
     context=_number(file, raw, 'max_position_embeddings'),
-    rope_theta=_rope_theta(file, raw),
+    rope_theta=theta,
     norm_eps=float(_number(file, raw, 'rms_norm_eps', 1e-6, (int, float))),
     tied=raw.get('tie_word_embeddings') is True,
+    qkv_bias=kind == 'qwen2',
+    qk_norm=kind == 'qwen3',
+    rope_scaling=scaling,
   )
 
 
 def write(cfg: structure.ModelConfig) -> dict[str, Any]:
   """A config.json that opens `cfg` in a stock class, without custom code.
 
-  The class is Llama where its check of the shape passes. It demands a stem that
-  is a multiple of the number of query heads, which nothing in the arithmetic
-  does; Mistral without its sliding window is the same function without the
-  check. The rotary base is written twice: transformers 5 reads
-  `rope_parameters`; 4 reads only `rope_theta` and without it goes on silently
-  with 10000.
+  The class is Qwen2 for biases, Qwen3 for norms of q and k, else Llama where
+  its check of the shape passes. It demands a stem that is a multiple of the
+  number of query heads, which nothing in the arithmetic does; Mistral without
+  its sliding window is the same function without the check, and the others do
+  not have it. What the rotary embedding needs is written twice: transformers 5
+  reads `rope_parameters`; 4 reads only `rope_theta` and `rope_scaling`, and
+  without them goes on silently with 10000 and none.
+
+  Raises:
+    errors.InputError: biases and norms at once.
   """
   heads = cfg.K * cfg.G
-  name = 'MistralForCausalLM' if cfg.D % heads else 'LlamaForCausalLM'
-  window = {'sliding_window': None} if cfg.D % heads else {}
+  own = {}
+  if cfg.qkv_bias and cfg.qk_norm:
+    raise errors.InputError(
+      'no class of transformers has qkv_bias without a bias of the output, and '
+      'qk_norm; write a GGUF file or an ONNX model instead'
+    )
+  if cfg.qkv_bias or cfg.qk_norm:
+    name = 'Qwen2ForCausalLM' if cfg.qkv_bias else 'Qwen3ForCausalLM'
+    own = {'use_sliding_window': False}
+  elif cfg.D % heads:
+    name, own = 'MistralForCausalLM', {'sliding_window': None}
+  else:
+    name = 'LlamaForCausalLM'
+  rope = {'rope_type': 'default'}
+  if cfg.rope_scaling is not None:
+    fields = dataclasses.asdict(cfg.rope_scaling)
+    rope = {'rope_type': 'llama3'}
+    rope |= {key: fields[field] for field, key in _SCALING.items()}
+    own['rope_scaling'] = rope
   return {
     'architectures': [name],
     'model_type': _CLASSES[name],
@@ -100,31 +152,55 @@ def write(cfg: structure.ModelConfig) -> dict[str, Any]:
     'max_position_embeddings': cfg.context,
     'rms_norm_eps': cfg.norm_eps,
     'rope_theta': cfg.rope_theta,
-    'rope_parameters': {'rope_type': 'default', 'rope_theta': cfg.rope_theta},
+    'rope_parameters': rope | {'rope_theta': cfg.rope_theta},
     'tie_word_embeddings': cfg.tied,
     'attention_bias': False,
     'mlp_bias': False,
-    **window,
+    **own,
   }
 
 
-def _rope_theta(file, raw):
-  """The rotary base: `rope_parameters` in transformers 5, `rope_theta` in 4."""
-  thetas = set()
+def _rope(file, raw):
+  """The rotary base and what stretches it, or None.
+
+  transformers 5 writes both into `rope_parameters`; 4 the base as `rope_theta`,
+  the rest into `rope_scaling`.
+  """
+  thetas, scalings = set(), set()
   for key in ('rope_scaling', 'rope_parameters'):
-    rope = raw.get(key) or {}
+    rope = raw.get(key)
+    if not rope:
+      continue
+    if not isinstance(rope, dict):
+      raise _refused(file, key, rope)
+    kind = rope.get('rope_type', rope.get('type', 'default'))
     known = {'rope_type', 'type', 'rope_theta'}
-    if not isinstance(rope, dict) or set(rope) - known:
+    if kind == 'llama3':
+      known |= set(_SCALING.values())
+    if kind not in ('default', 'llama3') or set(rope) - known:
       raise _refused(file, key, rope)
-    if rope.get('rope_type', rope.get('type', 'default')) != 'default':
-      raise _refused(file, key, rope)
+    scalings.add(_scaling(file, key, rope) if kind == 'llama3' else None)
     if 'rope_theta' in rope:
       thetas.add(_number(file, rope, 'rope_theta', kind=(int, float)))
   if 'rope_theta' in raw or not thetas:
     thetas.add(_number(file, raw, 'rope_theta', 10_000.0, (int, float)))
   if len(thetas) > 1:
     raise _refused(file, 'rope_theta', sorted(thetas))
-  return float(thetas.pop())
+  if len(scalings) > 1:
+    raise _refused(file, 'rope_scaling', raw['rope_scaling'])
+  return float(thetas.pop()), scalings.pop() if scalings else None
+
+
+def _scaling(file, key, rope):
+  """Llama 3's scaling; refuses numbers that are no such thing."""
+  context = _number(file, rope, _SCALING['original_context'])
+  factor, low, high = (
+    float(_number(file, rope, _SCALING[field], kind=(int, float)))
+    for field in ('factor', 'low_freq_factor', 'high_freq_factor')
+  )
+  if not low < high:
+    raise _refused(file, key, rope)
+  return structure.RopeScaling(factor, low, high, context)
 
 
 def _number(file, raw, key, default=None, kind=int):
@@ -140,6 +216,6 @@ def _number(file, raw, key, default=None, kind=int):
 
 def _refused(file, key, value):
   return errors.InputError(
-    f'{file}: {key} = {json.dumps(value)} is not something that the Llama '
-    'block here can represent; choose another source model'
+    f'{file}: {key} = {json.dumps(value)} is not something that the block '
+    'here can represent; choose another source model'
   )

@@ -33,7 +33,7 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     params: also read the weights.
 
   Raises:
-    errors.InputError: an incomplete folder, or something that the Llama block
+    errors.InputError: an incomplete folder, or something that the block
       here cannot represent.
   """
   raw = _json(folder / 'config.json')

@@ -1,4 +1,6 @@
-"""A Llama decoder as free functions over a parameter tree and a mask tree.
+"""A decoder as free functions over a parameter tree and a mask tree.
+
+The block is that of Llama, of Qwen2 (`qkv_bias`) or of Qwen3 (`qk_norm`).
 
 Masks act on activations: after the embedding, on head outputs, on feed-forward
 activations and on every write to the stem. So a dead group contributes exactly
@@ -158,12 +160,13 @@ def block(
   dtype = jnp.dtype(compute.dtype)
   stem_D = masks.stem.astype(dtype)
   norm = functools.partial(_rms_norm, stem_D=masks.stem, eps=cfg.norm_eps)
-  angles_TH = _angles(length, cfg.H, cfg.rope_theta)
+  angles_TH = _angles(length, cfg)
 
   attention, swiglu = (
     functools.partial(op, implementation=compute.kernels, hidden=taps)
     for op in (kernels.masked_attention, kernels.masked_swiglu)
   )
+  attention = functools.partial(attention, norm_eps=cfg.norm_eps)
 
   # The stem is not masked inside the products: what they read of it is zero
   # where it is dead, and its width is the same in every layer, so that a shrink
@@ -171,7 +174,10 @@ def block(
   def layer(x_BTD, scanned):
     w, heads_K, ffn_F = scanned
     attn_in_BTD = norm(x_BTD, w.attn_norm.astype(dtype))
-    out_BTD = attention(attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, angles_TH)
+    out_BTD = attention(
+      attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, angles_TH,
+      bq=w.bq, bk=w.bk, bv=w.bv, q_norm=w.q_norm, k_norm=w.k_norm,
+    )  # fmt: skip
     if taps:
       out_BTD, heads_BTKGH = out_BTD
     x_BTD += out_BTD * stem_D
@@ -253,7 +259,7 @@ def _rms_norm(x_BTD, scale_D, stem_D, eps):
   return normed_BTD.astype(x_BTD.dtype) * scale_D
 
 
-def _angles(length, width, theta):
-  """Rotary angles [T, H/2], float32: position times theta^(-2i/H)."""
-  inverse = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  return jnp.arange(length, dtype=jnp.float32)[:, None] * inverse
+def _angles(length, cfg):
+  """Rotary angles [T, H/2], float32: position times frequency."""
+  frequencies = jnp.asarray(cfg.rotary_frequencies(), jnp.float32)
+  return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies

@@ -94,7 +94,9 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
 
 
 def check(
-  model: weights.Source, path: str | os.PathLike
+  model: weights.Source,
+  path: str | os.PathLike,
+  want: agreement.Reference | None = None,
 ) -> agreement.Agreement:
   """Compares the file in onnxruntime with the model.
 
@@ -106,12 +108,13 @@ def check(
     errors.InputError: onnxruntime is missing.
     RuntimeError: it is further away than float32 allows.
   """
-  prompt = model.tokenizer.encode(agreement.TEXT).ids
-  want = agreement.reference(model.params, model.masks, model.cfg, prompt)
+  if want is None:
+    prompt = model.tokenizer.encode(agreement.TEXT).ids
+    want = agreement.reference(model.params, model.masks, model.cfg, prompt)
   found = agreement.compare(
     want,
     logprobs(path, want.tokens),
-    greedy(path, prompt, agreement.NEW_TOKENS),
+    greedy(path, want.prompt, agreement.NEW_TOKENS),
   )
   agreement.check(found, agreement.LEVELS['float32'], str(path))
   return found

@@ -17,7 +17,8 @@ with a damping of 10 they leave half of it and make it better (BENCHMARKS.md).
 `repair_model` does that for every matrix that loses inputs: wo (heads), w_down
 (feed-forward channels), wq wk wv w_gate w_up and an untied output matrix (stem
 channels). A tied output matrix is the embedding: a change that keeps its output
-would change what every token puts into the stem, so it is left alone. Inputs
+would change what every token puts into the stem, so it is left alone. So are
+biases, which are added to what a matrix gives, and a repair keeps that. Inputs
 are those of the model before the prune, in float32, from one batch.
 
 The optimizer's moments stay as they are. They are averages of gradients, which

@@ -145,6 +145,8 @@ def _summary(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
   layers = tables.layers(run)
   if layers:
     parts.append(layers.markdown())
+  if run.edge:
+    parts.append(tables.edge(run).markdown())
   parts.append('## Figures\n')
   parts += [
     f'![{text(x.title)}]({x.name}.png)\n\n{text(x.caption)}\n' for x in drawn
@@ -186,6 +188,11 @@ def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
       f'<details><summary>{text(layers.title)}</summary>\n{layers.html()}\n'
       '</details>\n'
       if layers
+      else ''
+    ),
+    edge=(
+      f'<h2>{text(tables.edge(run).title)}</h2>\n{tables.edge(run).html()}\n'
+      if run.edge
       else ''
     ),
     figures=pictures,
@@ -290,7 +297,7 @@ $events
 <h2>Tokens and FLOPs spent</h2>
 $spent
 <p>$cost</p>
-$layers<details class="config"><summary>Configuration</summary>
+$edge$layers<details class="config"><summary>Configuration</summary>
 $config
 </details>
 <details><summary>Command</summary>

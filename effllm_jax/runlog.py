@@ -34,6 +34,9 @@ from effllm_jax import errors
 from effllm_jax import structure
 from effllm_jax import workdir
 
+# Manifest of the training text, and what `experiments.edge` measured.
+TEXT = 'text.json'
+EDGE = 'edge.json'
 _SCALARS = (
   'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
   'array_params', 'live_cost', 'target_cost',
@@ -59,6 +62,8 @@ class Run:
     evals: held-out evaluations.
     shrinks: shrink events.
     prune_tokens: tokens seen at each prune, float64 [prunes].
+    text: manifest of the training text; empty when not recorded.
+    edge: what `experiments.edge` measured, and of which step; empty before.
     removed: by pruning type, tokens seen when each group of the source model
       went, inf where it is alive: float64, heads [N, K], ffn [N, F], stem [D].
       Empty when the shape of the source model is not recorded.
@@ -72,6 +77,8 @@ class Run:
   shrinks: list[dict]
   prune_tokens: np.ndarray
   removed: dict[str, np.ndarray]
+  text: dict = dataclasses.field(default_factory=dict)
+  edge: dict = dataclasses.field(default_factory=dict)
 
   @property
   def tokens(self) -> np.ndarray:
@@ -219,7 +226,7 @@ def read(folder: str | os.PathLike) -> Run:
       f'experiments.main with --workdir={folder} first'
     )
   source = folder / 'source' / 'source.json'
-  about = _object(source) if source.is_file() else {}
+  about = _object(source, {})
   removed = _alive(about, source)
 
   def prune(row):
@@ -240,6 +247,8 @@ def read(folder: str | os.PathLike) -> Run:
     shrinks=shrinks,
     prune_tokens=np.asarray(prune_tokens),
     removed=removed,
+    text=_object(folder / TEXT, {}),
+    edge=_object(folder / EDGE, {}),
   )
 
 
@@ -265,7 +274,9 @@ def _number(value) -> float:
   return float('nan') if value is None else float(value)
 
 
-def _object(path: pathlib.Path) -> dict[str, Any]:
+def _object(path: pathlib.Path, default=None) -> dict[str, Any]:
+  if default is not None and not path.is_file():
+    return default
   try:
     return dict(json.loads(path.read_text()))
   except (TypeError, ValueError) as e:

@@ -47,7 +47,7 @@ def load(
 
   Raises:
     errors.InputError: an unknown source, a damaged or incomplete file, or an
-      architecture that the Llama block here cannot represent.
+      architecture that the block here cannot represent.
   """
   if source == DEFAULT:
     path = _default_gguf(pathlib.Path(cache).expanduser())
@@ -98,17 +98,12 @@ def _pruned(path: pathlib.Path, params: bool) -> Source:
   )
 
 
-def save_tokenizer(source: Source, folder: str | os.PathLike) -> pathlib.Path:
-  """Writes all of a source but its weights; an export needs nothing else.
+def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
+  """Writes what transformers opens beside the weights of a model.
 
-  Files: tokenizer.json, tokenizer_config.json (opens in transformers as
-  `PreTrainedTokenizerFast`), generation_config.json, and source.json, which is
-  written last: where it is, the others are complete.
-
-  Raises:
-    errors.InputError: the folder cannot be written.
+  tokenizer.json, tokenizer_config.json (a `PreTrainedTokenizerFast`, with the
+  chat template) and generation_config.json.
   """
-  folder = pathlib.Path(folder)
 
   def token(i):
     return None if i is None else source.tokenizer.id_to_token(i)
@@ -127,6 +122,24 @@ def save_tokenizer(source: Source, folder: str | os.PathLike) -> pathlib.Path:
     'pad_token': token(source.pad_id),
     'chat_template': source.chat_template,
   }
+  _write(folder / 'tokenizer.json', source.tokenizer.to_str())
+  for name, content in (
+    ('tokenizer_config.json', config),
+    ('generation_config.json', generation),
+  ):
+    _write_json(folder / name, _set(content))
+
+
+def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
+  """Writes all of a source but its weights; an export needs nothing else.
+
+  Besides the files of `write_tokenizer` it is source.json, which is written
+  last: where it is, the others are complete.
+
+  Raises:
+    errors.InputError: the folder cannot be written.
+  """
+  folder = pathlib.Path(folder)
   about = {
     f.name: getattr(source, f.name)
     for f in dataclasses.fields(source)
@@ -138,13 +151,8 @@ def save_tokenizer(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   }
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / 'tokenizer.json', source.tokenizer.to_str())
-    for name, content in (
-      ('tokenizer_config.json', _set(config)),
-      ('generation_config.json', _set(generation)),
-      ('source.json', about),
-    ):
-      _write(folder / name, json.dumps(content, indent=2) + '\n')
+    write_tokenizer(source, folder)
+    _write_json(folder / 'source.json', about)
   except OSError as e:
     raise errors.InputError(
       f'cannot write {folder}: {e.strerror}; choose another folder'
@@ -153,7 +161,7 @@ def save_tokenizer(source: Source, folder: str | os.PathLike) -> pathlib.Path:
 
 
 def load_saved(folder: str | os.PathLike) -> Source:
-  """Reads what `save_tokenizer` wrote; `Source.params` is None.
+  """Reads what `save` wrote; `Source.params` is None.
 
   Raises:
     errors.InputError: the folder is incomplete or damaged.
@@ -210,6 +218,10 @@ def _write(path, text):
   with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
     (pathlib.Path(tmp) / path.name).write_text(text, encoding='utf-8')
     os.replace(pathlib.Path(tmp) / path.name, path)
+
+
+def _write_json(path, content):
+  _write(path, json.dumps(content, indent=2) + '\n')
 
 
 def _set(content):

@@ -17,10 +17,12 @@ saliency, costs, shrinking) reads that table and nothing else.
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 from flax import struct
 import jax
+import numpy as np
 
 Array = jax.Array
 
@@ -49,10 +51,20 @@ class RopeScaling:
   high_freq_factor: float
   original_context: int
 
+  def divisors(self, frequencies: np.ndarray) -> np.ndarray:
+    """By what each frequency, in radians per token, is divided."""
+    turns = self.original_context * frequencies / (2 * math.pi)
+    mix = (turns - self.low_freq_factor) / (
+      self.high_freq_factor - self.low_freq_factor
+    )
+    # 0: stretched by the whole factor; 1: as it was.
+    mix = np.clip(mix, 0, 1)
+    return 1 / (mix + (1 - mix) / self.factor)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The architecture: a Llama decoder whose arrays have these sizes.
+  """The architecture: a decoder whose arrays have these sizes.
 
   After a shrink the widths D, K and F are smaller; everything else stays. A
   dead group keeps its slot, and is masked, until the next shrink.
@@ -108,6 +120,17 @@ class ModelConfig:
       + self.N * self.K * self.head_biases()
       + self.norm_scales()
     )
+
+  def rotary_frequencies(self, scaled: bool = True) -> np.ndarray:
+    """Radians per token of each pair of a head's channels, float64 [H/2].
+
+    Args:
+      scaled: with what `rope_scaling` changes.
+    """
+    plain = self.rope_theta ** (-np.arange(0, self.H, 2) / self.H)
+    if self.rope_scaling is None or not scaled:
+      return plain
+    return plain / self.rope_scaling.divisors(plain)
 
   def head_rows(self) -> int:
     """Rows of length D in one head: q and o (G each), k and v, times H."""

@@ -211,6 +211,30 @@ def spent(run: runlog.Run) -> Table:
   )
 
 
+def edge(run: runlog.Run) -> Table:
+  """Size, speed and quality of source and pruned model in other runtimes."""
+  record = run.edge
+  return Table(
+    title=f'On the edge: {record["machine"]}',
+    columns=(
+      'format', 'model', 'MB', 'prefill tok/s', 'decode tok/s', 'memory, MB',
+      'bits/byte',
+    ),
+    rows=tuple(
+      (
+        row['format'],
+        row['model'],
+        _tenths(row['bytes'] / 1e6),
+        _tenths(row['prefill']),
+        _tenths(row['decode']),
+        _tenths(row['memory'] / 1e6),
+        _bits(row['bits_per_byte']),
+      )
+      for row in record['rows']
+    ),
+  )  # fmt: skip
+
+
 def config(run: runlog.Run) -> Table:
   """Every key of the configuration, as it is set on the command line."""
 
@@ -238,6 +262,12 @@ def flops(x: float | None, digits: int = 4) -> str:
     return _NONE
   number, prefix = _scaled(x, digits, 'kMGTPEZY')
   return f'{number}{_SPACE}{prefix}FLOP'
+
+
+def size(num_bytes: int) -> str:
+  """Bytes of a file: 113.4 MB, 0.6 MB, 1.2 kB."""
+  unit, scale = ('MB', 1e6) if num_bytes >= 1e5 else ('kB', 1e3)
+  return f'{num_bytes / scale:,.1f}{_SPACE}{unit}'
 
 
 def costs(kind: str, x: float | None, unit: bool = False) -> str:
@@ -301,6 +331,10 @@ def _count(x: float | None) -> str:
 
 def _bits(x: float | None) -> str:
   return f'{x:.4f}' if _known(x) else _NONE
+
+
+def _tenths(x: float | None) -> str:
+  return f'{x:,.1f}' if _known(x) else _NONE
 
 
 def _seconds(x: float | None) -> str:

@@ -24,6 +24,7 @@ from effllm_jax import events
 from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
+from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import state as state_lib
@@ -85,7 +86,8 @@ def run(
   initial = lambda: sources.load(config.source, cache).params
   try:
     if not checkpoints.moments(workdir):
-      sources.save_tokenizer(source, workdir / 'source')
+      sources.save(source, workdir / 'source')
+      workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
     Run(
       config, workdir, plan, source, initial, teacher, batches, heldout
     ).train()

@@ -152,7 +152,7 @@ def check_tensors(
   extra = sorted(set(found) - expected)
   if extra:
     raise errors.InputError(
-      f'{file}: {len(extra)} tensors that a Llama block has no place for, '
+      f'{file}: {len(extra)} tensors that the block here has no place for, '
       f'{extra[0]} among them; choose another source model'
     )
 

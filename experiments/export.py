@@ -1,10 +1,11 @@
-"""Writes the model of a run as a Hugging Face folder, checked in PyTorch.
+"""Writes the model of a run for other runtimes, each file checked.
 
-    python -m experiments.export --workdir=runs/a [--event=3] --out=out/
+    python -m experiments.export --workdir=runs/a [--event=3] --out=out/a \
+      [--formats=hf,gguf-f16,gguf-q8_0,onnx] [--pad=64]
 
 Without --event it is the newest checkpoint; with it, the model right after that
-shrink. Groups that are masked but still in the arrays are taken out first;
-where layers differ in width, zeros fill up the narrower ones.
+shrink. Groups that are masked but still in the arrays are taken out first. All
+formats go into one folder, with README.md (the model card) and pruning.json.
 """
 
 from absl import flags
@@ -14,68 +15,55 @@ from experiments import cli
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _EVENT = flags.DEFINE_integer('event', None, 'Index of a shrink event.')
 _OUT = flags.DEFINE_string('out', None, 'Folder to write; new or empty.')
+_FORMATS = flags.DEFINE_list(
+  'formats',
+  ['hf'],
+  'Some of hf (stock class, narrower layers filled up with zeros), hf-trimmed '
+  '(as small as the model, with a modelling file to trust), gguf-f32, '
+  'gguf-f16, gguf-q8_0, gguf-q4_0 (llama.cpp), onnx.',
+)
+_PAD = flags.DEFINE_integer(
+  'pad', 1, 'Fill stem and ffn up with zeros to multiples of this.'
+)
 
 
 def main(argv: list[str]) -> None:
   """Exports, then prints where the folder is and what it holds."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import pathlib
+  import rich.console
 
-  import numpy as np
-
-  from effllm_jax import checkpoints
-  from effllm_jax import events
   from effllm_jax import export
-  from effllm_jax import shrink
-  from effllm_jax import sources
-  from effllm_jax import structure
+  from effllm_jax import finished
+  from effllm_jax import tables
 
-  params, prune, cfg, step = checkpoints.restore_params(
-    _WORKDIR.value, _EVENT.value
-  )
-  after = shrink.shrunk_config(prune.masks, cfg, structure.Groups(1, 1, 1))
-  kept = shrink.kept_indices(prune.masks, prune.scores, after)
-  masks = shrink.take_groups(prune.masks, kept)
-  saved = pathlib.Path(_WORKDIR.value) / 'source'
-  origin = events.compose(
-    sources.load_saved(saved).origin, shrink.take_groups(prune.origin, kept)
-  )
-  # For every slot, the index of its group in the model that the first run of
-  # the family started from; -1 is padding.
-  origin = {
-    t: np.where(getattr(masks, t), getattr(origin, t), -1).tolist()
-    for t in structure.TYPES
-  }
-  report = export.hugging_face(
-    shrink.take_params(params, kept),
-    masks,
-    after,
+  export.check_formats(_FORMATS.value)
+  model, made = finished.read(_WORKDIR.value, _EVENT.value)
+  console = rich.console.Console(stderr=True)
+  report = export.write(
+    model,
     _OUT.value,
-    saved,
-    {
-      'step': step,
-      'widths': after.widths(),
-      'events': [
-        {
-          'index': event.index,
-          'step': event.step,
-          'tokens': event.tokens,
-          'widths': event.after.widths(),
-        }
-        for event in checkpoints.read_events(_WORKDIR.value)
-        if event.step <= step
-      ],
-      'origin': origin,
-    },
+    _FORMATS.value,
+    made,
+    _PAD.value,
+    lambda line: console.print(line, highlight=False, soft_wrap=True),
   )
-  print(f'{report["path"]}: {report["architecture"]}')
-  print(f'  parameters                {report["params"]:15,}')
-  print(f'  of them zero padding      {report["padding"]:15,}')
-  print(f'  logit difference, largest {report["max_logit_diff"]:15.1e}')
-  print(f'  greedy tokens, all equal  {report["greedy_tokens"]:15}')
-  for name, size in report['files'].items():
-    print(f'  {name:25} {size / 1e6:12,.2f} MB')
+  print(f'{report.path}')
+  print(f'  parameters            {report.params:15,}')
+  if 'hf' in _FORMATS.value:
+    print(f'  zeros beside them, hf {report.padding:15,}')
+  for name, size in report.files.items():
+    print(f'  {name:23} {tables.size(size):>15}')
+  for name, found in report.agreements.items():
+    if found:
+      print(
+        f'  {name}: log-probabilities within {found.relative:.1e} of the '
+        f'largest logit, KL {found.kl:.1e} nats, top token equal in '
+        f'{found.top1:.1%}, greedy tokens '
+        f'{"all equal" if found.greedy else "not all equal"}'
+      )
+  for note in report.notes:
+    print(f'note: {note}')
 
 
 if __name__ == '__main__':

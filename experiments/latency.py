@@ -5,9 +5,12 @@ r"""Times the forward pass at several widths: the table of the budget 'ms'.
 
 Then `--config.budget.kind=ms --config.budget.table=latency.json` prunes to a
 time on this machine. Measured is the project's own jitted model, batch 1, on
-`--tokens` tokens at once, in the dtype of `config.model.dtype`, with random
-weights in the shapes of the source model and of models pruned from it. The
-shapes take turns, so that a machine that drifts drifts for all of them.
+`--tokens` tokens at once, in the dtype of `config.model.dtype`; or, with
+`--format=gguf-q8_0` and the like, what the exported model will run in:
+llama.cpp or onnxruntime on `--threads`, and with `--decode` the time of one
+generated token after those. Weights are random, in the shapes of the source
+model and of models pruned from it. The shapes take turns, so that a machine
+that drifts drifts for all of them.
 """
 
 from collections.abc import Mapping
@@ -23,6 +26,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 _TOKENS = flags.DEFINE_integer('tokens', 256, 'Tokens a pass.', lower_bound=1)
+_FORMAT = flags.DEFINE_enum(
+  'format',
+  'jax',
+  ['jax', 'gguf-f32', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_0', 'onnx'],
+  "Whose time: the project's own model, or that of an exported file.",
+)
+_THREADS = flags.DEFINE_integer(
+  'threads', 1, 'Threads of an exported file; jax takes all.', lower_bound=1
+)
+_DECODE = flags.DEFINE_bool(
+  'decode', False, 'Time one generated token of an exported file, not a pass.'
+)
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds.', lower_bound=1)
 
 
@@ -34,23 +49,21 @@ def main(argv: list[str]) -> None:
   import os
   import pathlib
   import statistics
-  import time
 
   import jax
-  import jax.numpy as jnp
   import rich.console
   import rich.table
 
   from effllm_jax import budgets
   from effllm_jax import errors
   from effllm_jax import model
-  from effllm_jax import shrink
   from effllm_jax import sources
   from effllm_jax import structure
   from effllm_jax import workdir
 
   config = cli.config(_CONFIG)
-  cfg = sources.load(config.source, cli.CACHE.value, params=False).cfg
+  source = sources.load(config.source, cli.CACHE.value, params=False)
+  cfg = source.cfg
   out = pathlib.Path(_OUT.value)
   if not out.absolute().parent.is_dir():
     raise errors.InputError(f'{out.parent} is not a folder; set --out')
@@ -64,43 +77,31 @@ def main(argv: list[str]) -> None:
       f'model.dtype {config.model.dtype!r} is not one of float32, bfloat16; '
       'set --config.model.dtype'
     )
+  if _DECODE.value and _FORMAT.value == 'jax':
+    raise errors.InputError(
+      '--decode: format jax has no key/value cache; set --format to an '
+      'exported one'
+    )
   shapes = _shapes(cfg.widths(), config.prune.multiple_of)
-  compute = model.Compute(dtype=config.model.dtype, remat=False)
-
-  @jax.jit(static_argnames='cfg')
-  def prefill(params, tokens_BT, cfg):
-    masks = structure.all_alive(cfg)
-    return model.forward(params, masks, tokens_BT, cfg, compute)[0]
-
   params = model.init(jax.random.key(0), cfg)
-  tokens_BT = jax.random.randint(
-    jax.random.key(1), (1, _TOKENS.value), 0, cfg.V
+  cut = lambda shape: _cut(params, cfg, shape)
+  times = (
+    _jax_times(cut, shapes, config.model.dtype)
+    if _FORMAT.value == 'jax'
+    else _file_times(cut, shapes, source, out.absolute().parent)
   )
-  milliseconds = {shape: [] for shape in shapes}
-  for _ in range(_REPEATS.value):
-    for (heads, ffn, stem), times in milliseconds.items():
-      # Cut out anew each time: all shapes at once need not fit in memory.
-      small = dataclasses.replace(cfg, K=heads, F=ffn, D=stem)
-      kept = structure.Groups(
-        heads=jnp.tile(jnp.arange(heads), (cfg.N, 1)),
-        ffn=jnp.tile(jnp.arange(ffn), (cfg.N, 1)),
-        stem=jnp.arange(stem),
-      )
-      cut = shrink.take_params(params, kept)
-      # The first pass compiles, and fills the caches.
-      jax.block_until_ready(prefill(cut, tokens_BT, small))
-      start = time.perf_counter()
-      jax.block_until_ready(prefill(cut, tokens_BT, small))
-      times.append(1e3 * (time.perf_counter() - start))
 
   device = jax.devices()[0]
-  median = {k: statistics.median(v) for k, v in milliseconds.items()}
+  median = {k: statistics.median(v) for k, v in times.items()}
   record = {
     'machine': {
       'device': device.device_kind,
       'cpus': os.cpu_count(),
       'jax': jax.__version__,
-      'dtype': compute.dtype,
+      'dtype': config.model.dtype,
+      'format': _FORMAT.value,
+      'threads': _THREADS.value,
+      'decode': _DECODE.value,
       'batch': 1,
       'tokens': _TOKENS.value,
       'repeats': _REPEATS.value,
@@ -131,14 +132,111 @@ def main(argv: list[str]) -> None:
     )
   console = rich.console.Console()
   console.print(
-    f'{device.device_kind}, {os.cpu_count()} cpus, jax {jax.__version__}, '
-    f'{compute.dtype}, {_TOKENS.value} tokens a pass'
+    f'{device.device_kind}, {os.cpu_count()} cpus, {_what(config)}, '
+    + ('a token after ' if _DECODE.value else '')
+    + f'{_TOKENS.value} tokens'
+    + ('' if _DECODE.value else ' a pass')
   )
   console.print(table)
   # A line, however long the path is.
   console.print(
     f'{out}: the fit is at most {cost.fit_error:.1%} off', soft_wrap=True
   )
+
+
+def _what(config) -> str:
+  import jax
+
+  if _FORMAT.value != 'jax':
+    return f'{_FORMAT.value}, threads: {_THREADS.value}'
+  return f'jax {jax.__version__}, {config.model.dtype}'
+
+
+def _cut(params, cfg, shape):
+  """Architecture and parameters of one shape, cut out of the source model's."""
+  import dataclasses
+
+  import jax.numpy as jnp
+
+  from effllm_jax import shrink
+  from effllm_jax import structure
+
+  heads, ffn, stem = shape
+  kept = structure.Groups(
+    heads=jnp.tile(jnp.arange(heads), (cfg.N, 1)),
+    ffn=jnp.tile(jnp.arange(ffn), (cfg.N, 1)),
+    stem=jnp.arange(stem),
+  )
+  small = dataclasses.replace(cfg, K=heads, F=ffn, D=stem)
+  return small, shrink.take_params(params, kept)
+
+
+def _jax_times(cut, shapes, dtype) -> dict[tuple[int, int, int], list[float]]:
+  """Milliseconds of each round of our own model, by shape."""
+  import time
+
+  import jax
+
+  from effllm_jax import model
+  from effllm_jax import structure
+
+  compute = model.Compute(dtype=dtype, remat=False)
+
+  @jax.jit(static_argnames='cfg')
+  def prefill(params, tokens_BT, cfg):
+    masks = structure.all_alive(cfg)
+    return model.forward(params, masks, tokens_BT, cfg, compute)[0]
+
+  times = {shape: [] for shape in shapes}
+  for _ in range(_REPEATS.value):
+    for shape, found in times.items():
+      # Cut out anew each time: all shapes at once need not fit in memory.
+      cfg, params = cut(shape)
+      tokens_BT = jax.random.randint(
+        jax.random.key(1), (1, _TOKENS.value), 0, cfg.V
+      )
+      # The first pass compiles, and fills the caches.
+      jax.block_until_ready(prefill(params, tokens_BT, cfg))
+      start = time.perf_counter()
+      jax.block_until_ready(prefill(params, tokens_BT, cfg))
+      found.append(1e3 * (time.perf_counter() - start))
+  return times
+
+
+def _file_times(
+  cut, shapes, source, folder
+) -> dict[tuple[int, int, int], list[float]]:
+  """Milliseconds of each round of exported models, by shape."""
+  import dataclasses
+  import pathlib
+  import tempfile
+
+  import jax
+  import numpy as np
+  import rich.progress
+
+  from effllm_jax import edge
+
+  edge.check_formats([_FORMAT.value])
+  with tempfile.TemporaryDirectory(dir=folder, prefix='.latency-') as tmp:
+    files, times = {}, {shape: [] for shape in shapes}
+    for shape in rich.progress.track(shapes, 'writing', transient=True):
+      cfg, params = cut(shape)
+      model = dataclasses.replace(
+        source, cfg=cfg, params=jax.tree.map(np.asarray, params)
+      )
+      place = pathlib.Path(tmp) / str(len(files))
+      place.mkdir()
+      files[shape] = edge.write(model, place, _FORMAT.value)
+    for _ in range(_REPEATS.value):
+      for shape, (path, runtime) in files.items():
+        speed = runtime.speed(path, _THREADS.value, _TOKENS.value, 16, 1)
+        times[shape].append(
+          1e3 / speed.decode
+          if _DECODE.value
+          else 1e3 * _TOKENS.value / speed.prefill
+        )
+  return times
 
 
 def _shapes(

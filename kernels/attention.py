@@ -1,4 +1,4 @@
-"""The attention block of Llama over the live heads."""
+"""The attention block of Llama and Qwen over the live heads."""
 
 import functools
 
@@ -20,15 +20,21 @@ def masked_attention(
   keep: Array,
   angles: Array,
   *,
+  bq: Array | None = None,
+  bk: Array | None = None,
+  bv: Array | None = None,
+  q_norm: Array | None = None,
+  k_norm: Array | None = None,
+  norm_eps: float = 1e-6,
   implementation: str | None = None,
   hidden: bool = False,
 ) -> Array | tuple[Array, Array]:
-  """The attention block of Llama over the live key/value heads.
+  """The attention block of Llama, Qwen2 or Qwen3 over the live heads.
 
-  Causal softmax attention with rotary embeddings. A head that is dead takes its
-  query heads along. The attention itself needs no kernel of ours: every
-  implementation but `xla` runs the library's on the heads up to the extent, one
-  branch for each number of heads.
+  Causal softmax attention with rotary embeddings. A key/value head that is dead
+  takes its query heads along. The attention itself needs no kernel of ours:
+  every implementation but `xla` runs the library's on the heads up to the
+  extent, one branch for each number of heads.
 
   Args:
     x: [B, T, D], floating point; the arithmetic is done in its dtype.
@@ -38,6 +44,11 @@ def masked_attention(
     keep: bool [K].
     angles: float32 [T, H/2], of the rotary embedding of each position; channel
       i is rotated with channel i + H/2.
+    bq: [K, G, H], added to the queries; None: nothing.
+    bk, bv: [K, H], likewise to keys and values.
+    q_norm, k_norm: [H], scales of an RMSNorm of the queries and keys of each
+      head, before the rotation; None: no such norm.
+    norm_eps: added to the mean square of those norms.
     implementation: one of `IMPLEMENTATIONS`; None: see `resolve`.
     hidden: also return what `wo` reads.
 
@@ -53,60 +64,77 @@ def masked_attention(
     raise ValueError(
       f'keep has shape {list(keep.shape)} for {wk.shape[1]} key/value heads'
     )
+  weights = wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm
   if name == 'bucket':
-    y, heads = _attention(hidden, keep, angles, x, wq, wk, wv, wo)
+    y, heads = _attention(hidden, norm_eps, keep, angles, x, *weights)
   else:
-    y, heads = _attention_block(name, keep, angles, x, wq, wk, wv, wo)
+    y, heads = _attention_block(name, norm_eps, keep, angles, x, *weights)
   return (y, heads) if hidden else y
 
 
-def _attention_block(name, keep, angles, x, wq, wk, wv, wo):
+def _attention_block(
+  name, eps, keep, angles, x, wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm
+):
   """See `masked_attention`: its two results, by the products of one name."""
   product = functools.partial(matmul.masked_matmul, implementation=name)
   q, k, v = (
-    product(x, w.reshape(w.shape[0], -1), None, keep).reshape(
-      *x.shape[:2], *w.shape[1:]
+    _plus(
+      product(x, w.reshape(w.shape[0], -1), None, keep).reshape(
+        *x.shape[:2], *w.shape[1:]
+      ),
+      # Here the dead are among the heads, and a NaN in their bias is not read.
+      b if b is None else dispatch.mask(b.T, keep).T,
     )
-    for w in (wq, wk, wv)
+    for w, b in ((wq, bq), (wk, bk), (wv, bv))
   )
   attend = _attend if name == 'xla' else _attend_live
-  heads = attend(q, k, v, keep, angles)
+  heads = attend(eps, keep, angles, q, k, v, q_norm, k_norm)
   flat = heads.reshape(*x.shape[:2], -1)
   return product(flat, wo.reshape(-1, wo.shape[-1]), keep), heads
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(hidden, keep, angles, x, wq, wk, wv, wo):
+# Which axis of each weight has the heads: wq wk wv wo bq bk bv q_norm k_norm.
+_AXES = (1, 1, 1, 0, 0, 0, 0, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(hidden, eps, keep, angles, x, *weights):
   """`_attention_block` in buckets; without `hidden` only the first result."""
-  return _attention_forward(hidden, keep, angles, x, wq, wk, wv, wo)[0]
+  return _attention_forward(hidden, eps, keep, angles, x, *weights)[0]
 
 
-def _attention_forward(hidden, keep, angles, x, wq, wk, wv, wo):
-  def block(name, keep, x, wq, wk, wv, wo):
-    q, k, v = (_einsum('btd,dk...->btk...', x, w) for w in (wq, wk, wv))
-    heads = _attend(q, k, v, keep, angles)
+def _attention_forward(hidden, eps, keep, angles, x, *weights):
+  def block(name, keep, x, wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm):
+    q, k, v = (
+      _plus(_einsum('btd,dk...->btk...', x, w), b)
+      for w, b in ((wq, bq), (wk, bk), (wv, bv))
+    )
+    heads = _attend(eps, keep, angles, q, k, v, q_norm, k_norm)
     y = _einsum('btkgh,kghd->btd', heads, wo)
     return y, heads if hidden else None, q, k, v
 
   y, heads, q, k, v = _over_heads(
-    block, keep,
-    (None, 1, 1, 1, 0), (None, 2, 2, 2, 2),
-    x, wq, wk, wv, wo,
-  )  # fmt: skip
-  return (y, heads), (keep, angles, x, wq, wk, wv, wo, q, k, v)
+    block, keep, (None, *_AXES), (None, 2, 2, 2, 2), x, *weights
+  )
+  return (y, heads), (keep, angles, x, *weights, q, k, v)
 
 
-def _attention_backward(hidden, saved, cotangents):
+def _attention_backward(hidden, eps, saved, cotangents):
   keep, angles, *arrays = saved
 
-  def block(name, keep, x, wq, wk, wv, wo, q, k, v, dy, dheads):
+  def block(
+    name, keep, x, wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm, q, k, v, dy,
+    dheads,
+  ):  # fmt: skip
     # Recomputes the probabilities: [T, T] for each head need not be kept, and
     # not be padded to the heads that are dead.
     heads, pull = jax.vjp(
-      lambda q, k, v: _attend(q, k, v, keep, angles), q, k, v
+      functools.partial(_attend, eps, keep, angles), q, k, v, q_norm, k_norm
     )
     through_wo = _einsum('btd,kghd->btkgh', dy, wo)
-    dq, dk, dv = pull(through_wo if dheads is None else through_wo + dheads)
+    dq, dk, dv, *dnorms = pull(
+      through_wo if dheads is None else through_wo + dheads
+    )
     return (
       _einsum('btkgh,dkgh->btd', dq, wq)
       + _einsum('btkh,dkh->btd', dk, wk)
@@ -115,11 +143,16 @@ def _attention_backward(hidden, saved, cotangents):
       _einsum('btd,btkh->dkh', x, dk, wk.dtype),
       _einsum('btd,btkh->dkh', x, dv, wv.dtype),
       _einsum('btkgh,btd->kghd', heads, dy, wo.dtype),
+      *(
+        b if b is None else dz.sum((0, 1), jnp.float32).astype(b.dtype)
+        for b, dz in ((bq, dq), (bk, dk), (bv, dv))
+      ),
+      *dnorms,
     )
 
   grads = _over_heads(
     block, keep,
-    (None, 1, 1, 1, 0, 2, 2, 2, None, 2), (None, 1, 1, 1, 0),
+    (None, *_AXES, 2, 2, 2, None, 2), (None, *_AXES),
     *arrays, *cotangents,
   )  # fmt: skip
   return None, None, *grads
@@ -135,16 +168,32 @@ def _einsum(spec, x, w, dtype=None):
   ).astype(dtype or x.dtype)
 
 
-def _attend(q, k, v, keep, angles):
+def _plus(x, bias):
+  """Adds [K, ..., H] to [B, T, K, ..., H], and its gradient, in float32."""
+  if bias is None:
+    return x
+  return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def _attend(eps, keep, angles, q, k, v, q_norm, k_norm):
   """Rotary causal attention of [B, T, K, G, H] to [B, T, K, H]."""
   B, T, K, G, H = q.shape
   out = jax.nn.dot_product_attention(
-    _rotate(q, angles).reshape(B, T, K * G, H),
-    _rotate(k, angles),
+    _rotate(_rms_norm(q, q_norm, eps), angles).reshape(B, T, K * G, H),
+    _rotate(_rms_norm(k, k_norm, eps), angles),
     v,
     is_causal=True,
   )
   return jnp.where(keep[:, None, None], out.reshape(q.shape), 0)
+
+
+def _rms_norm(x, scale, eps):
+  """RMSNorm over the last axis, in float32; x where there is no scale."""
+  if scale is None:
+    return x
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.square(x32).mean(-1, keepdims=True)
+  return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
 
 
 def _rotate(x, angles):
@@ -157,30 +206,31 @@ def _rotate(x, angles):
   )
 
 
-@jax.custom_vjp
-def _attend_live(q, k, v, keep, angles):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_live(eps, keep, angles, *arrays):
   """`_attend` on the heads up to the extent."""
-  return _attend_live_forward(q, k, v, keep, angles)[0]
+  return _attend_live_forward(eps, keep, angles, *arrays)[0]
 
 
-def _attend_live_forward(q, k, v, keep, angles):
-  def block(name, keep, q, k, v):
-    return (_attend(q, k, v, keep, angles),)
+def _attend_live_forward(eps, keep, angles, *arrays):
+  def block(name, keep, *arrays):
+    return (_attend(eps, keep, angles, *arrays),)
 
-  args = q, k, v
-  (out,) = _over_heads(block, keep, (2, 2, 2), (2,), *args)
-  return out, (*args, keep, angles)
+  (out,) = _over_heads(block, keep, (2, 2, 2, None, None), (2,), *arrays)
+  return out, (keep, angles, *arrays)
 
 
-def _attend_live_backward(saved, dout):
-  *args, keep, angles = saved
+def _attend_live_backward(eps, saved, dout):
+  keep, angles, *arrays = saved
 
-  def block(name, keep, q, k, v, dout):
-    return jax.vjp(lambda *x: _attend(*x, keep, angles), q, k, v)[1](dout)
+  def block(name, keep, *arrays):
+    *arrays, dout = arrays
+    attend = functools.partial(_attend, eps, keep, angles)
+    return jax.vjp(attend, *arrays)[1](dout)
 
-  axes = (2,) * 4
-  grads = _over_heads(block, keep, axes, axes[:3], *args, dout)
-  return *grads, None, None
+  axes = (2, 2, 2, None, None)
+  grads = _over_heads(block, keep, (*axes, 2), axes, *arrays, dout)
+  return None, None, *grads
 
 
 _attend_live.defvjp(_attend_live_forward, _attend_live_backward)

@@ -29,7 +29,8 @@ def count_live(masks, cfg, weigh=lambda letters: 1.0) -> float:
 
 
 def is_scale(letters) -> bool:
-  return letters in ('D', 'ND')
+  """A norm scale or a bias."""
+  return letters in ('D', 'ND', 'NH', 'NKGH', 'NKH')
 
 
 def count_flops(masks, cfg) -> float:

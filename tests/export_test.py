@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 import tokenizers
 
+from effllm_jax import accounting
+from effllm_jax import agreement
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import export
 from effllm_jax import hf_config
 from effllm_jax import model
+from effllm_jax import model_card
 from effllm_jax import optimizers
+from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import state as state_lib
 from effllm_jax import structure
 from effllm_jax import weights
+from effllm_jax import widths
 from tests import conftest
 from tests import sources_test
 
@@ -37,7 +42,7 @@ def _tokenizer_folder(tmp_path_factory):
   tmp = tmp_path_factory.mktemp('source')
   path = sources_test.write_gguf(tmp / 'toy.gguf')
   source = sources.load(path, sources_test.CACHE, params=False)
-  return sources.save_tokenizer(source, tmp / 'saved')
+  return sources.save(source, tmp / 'saved')
 
 
 @pytest.fixture(name='reference')
@@ -46,10 +51,44 @@ def _reference():
   return pytest.importorskip('transformers', reason='opens the export')
 
 
-def run(out, folder, cfg=CFG, params=None, pruning=None, masks=None):
-  params = sources_test.random_params(cfg) if params is None else params
-  masks = structure.all_alive(cfg) if masks is None else masks
-  return export.hugging_face(params, masks, cfg, out, folder, pruning or {})
+def made(step=7, **config):
+  """A record of a run of one row."""
+  columns = ('step', 'tokens', 'live_params', 'array_params')
+  train = dict(zip(columns, (step, 10 * step, 900, 1000), strict=True))
+  return model_card.Made(
+    step=step,
+    params=900,
+    pruning={'step': step, 'events': []},
+    run=runlog.Run(
+      name='run',
+      config=config,
+      source={},
+      train={k: np.array([v], float) for k, v in train.items()},
+      evals=[],
+      shrinks=[],
+      prune_tokens=np.zeros(0),
+      removed={},
+    ),
+  )
+
+
+def finished_model(folder, cfg=CFG, params=None, masks=None):
+  """A source with weights, as `finished.read` gives it."""
+  return dataclasses.replace(
+    sources.load_saved(folder),
+    params=sources_test.random_params(cfg) if params is None else params,
+    masks=widths.whole(masks, cfg),
+    cfg=cfg,
+  )
+
+
+def run(
+  out, folder, cfg=CFG, params=None, masks=None, formats=('hf',), **settings
+):
+  settings = {'made': made()} | settings
+  return export.write(
+    finished_model(folder, cfg, params, masks), out, formats, **settings
+  )
 
 
 def refuse(kind, match, tmp_path, folder, out=None):
@@ -68,17 +107,19 @@ def test_opens_as_a_stock_class(
   cfg = SHAPES[architecture]
   params = sources_test.random_params(cfg)
   out = tmp_path / 'new' / 'out'
-  report = run(out, tokenizer_folder, cfg, pruning={'step': 7})
+  report = run(out, tokenizer_folder, cfg)
 
-  assert report['architecture'] == architecture
-  assert report['params'] == cfg.num_params()
-  assert 0 <= report['max_logit_diff'] < 1e-3 and report['greedy_tokens'] == 32
-  assert report['files'] == {p.name: p.stat().st_size for p in out.iterdir()}
-  assert set(report['files']) == {
+  assert report.path == out
+  assert report.params == cfg.num_params() and report.padding == 0
+  agreed = report.agreements['hf']
+  assert 0 <= agreed.relative < 1e-4 and agreed.greedy
+  assert {p.name for p in out.iterdir()} == {
     'config.json', 'generation_config.json', 'model.safetensors',
-    'pruning.json', 'tokenizer.json', 'tokenizer_config.json',
+    'pruning.json', 'tokenizer.json', 'tokenizer_config.json', 'README.md',
   }  # fmt: skip
-  assert report['files']['model.safetensors'] > 4 * cfg.num_params()
+  for name, size in report.files.items():
+    assert (out / name).stat().st_size == size
+  assert report.files['model.safetensors'] > 4 * cfg.num_params()
   assert [p.name for p in out.parent.iterdir()] == ['out']
   pruning = json.loads((out / 'pruning.json').read_text())
   assert pruning['step'] == 7 and pruning['source']['name'] == 'toy.gguf'
@@ -110,8 +151,8 @@ def test_end_of_text_does_not_cut_the_comparison(
 ):
   saved = sources.load_saved(tokenizer_folder)
   everything = dataclasses.replace(saved, eos_ids=tuple(range(CFG.V)))
-  folder = sources.save_tokenizer(everything, tmp_path / 'saved')
-  assert run(tmp_path / 'out', folder)['greedy_tokens'] == 32
+  folder = sources.save(everything, tmp_path / 'saved')
+  assert run(tmp_path / 'out', folder).agreements['hf'].greedy
 
 
 def swap_heads(views):
@@ -133,7 +174,8 @@ def test_wrong_weights_are_not_kept(
   monkeypatch.setattr(weights, 'views', swap_heads(weights.views))
   refuse(RuntimeError, r'differs.*not kept', tmp_path, tokenizer_folder)
   # The greedy tokens notice by themselves.
-  monkeypatch.setattr(export, 'TOLERANCE', float('inf'))
+  only = agreement.Level(greedy=True)
+  monkeypatch.setitem(agreement.LEVELS, 'float32', only)
   refuse(RuntimeError, r'greedy.*not kept', tmp_path, tokenizer_folder)
 
 
@@ -154,7 +196,12 @@ def test_wrong_tokenizer_is_not_kept(
 ):
   saved = sources.load_saved(tokenizer_folder)
   saved.tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-  monkeypatch.setattr(sources, 'load_saved', lambda folder: saved)
+  write = sources.write_tokenizer
+  monkeypatch.setattr(
+    sources,
+    'write_tokenizer',
+    lambda _, folder: write(saved, folder),
+  )
   refuse(RuntimeError, r'tokenizer.*not kept', tmp_path, tokenizer_folder)
 
 
@@ -225,8 +272,7 @@ def test_layers_of_different_widths(
   params, masks = sources_test.random_params(cfg), ragged(cfg)
   out = tmp_path / 'out'
   report = run(out, tokenizer_folder, cfg, params, masks=masks)
-  assert report['architecture'] == architecture
-  assert 0 <= report['max_logit_diff'] < 1e-3
+  assert 0 <= report.agreements['hf'].relative < 1e-4
 
   # What a stock class computes from the file, against the masked model.
   opened = reference.AutoModelForCausalLM.from_pretrained(out)
@@ -253,7 +299,7 @@ def test_layers_of_different_widths(
     dead += (~alive).sum()
 
   structure.map_axes(check, params, saved)
-  assert report['padding'] == dead
+  assert report.padding == dead
   widths = json.loads((out / 'pruning.json').read_text())['layer_widths']
   assert widths['heads'] == np.asarray(masks.heads).sum(-1).tolist()
   assert widths['ffn'] == np.asarray(masks.ffn).sum(-1).tolist()
@@ -265,14 +311,14 @@ def test_no_layer_has_heads(tmp_path, tokenizer_folder, reference):
   masks = structure.all_alive(cfg)
   masks = masks.replace(heads=jax.numpy.zeros_like(masks.heads))
   report = run(tmp_path / 'out', tokenizer_folder, cfg, masks=masks)
-  assert report['padding'] == cfg.N * cfg.D * cfg.head_rows()
+  assert report.padding == cfg.N * cfg.D * cfg.head_rows()
 
 
 def test_live_weights_under_a_wrong_mask_are_not_kept(
   tmp_path, tokenizer_folder, reference, monkeypatch
 ):
   cfg = RAGGED['LlamaForCausalLM']
-  monkeypatch.setattr(export, '_padded', lambda params, masks: params)
+  monkeypatch.setattr(widths, 'filled', lambda params, masks: params)
   with pytest.raises(RuntimeError, match=r'differs.*not kept'):
     run(tmp_path / 'out', tokenizer_folder, cfg, masks=ragged(cfg))
   assert not list(tmp_path.iterdir())
@@ -288,11 +334,10 @@ def test_without_torch(tmp_path, tokenizer_folder, monkeypatch):
 
 def test_smollm2(tmp_path, reference):
   source = sources.load('smollm2-135m', sources_test.CACHE)
-  folder = sources.save_tokenizer(source, tmp_path / 'source')
+  folder = sources.save(source, tmp_path / 'source')
   out = tmp_path / 'out'
   report = run(out, folder, source.cfg, source.params)
-  assert report['max_logit_diff'] < 1e-3 and report['greedy_tokens'] == 32
-  assert report['params'] == 134_515_008
+  assert report.agreements['hf'].greedy and report.params == 134_515_008
   tokenizer = reference.AutoTokenizer.from_pretrained(out)
   for text, ids in sources_test.LLAMA_CPP.items():
     assert tokenizer(text)['input_ids'] == [int(i) for i in ids.split()]
@@ -306,7 +351,7 @@ def test_smollm2(tmp_path, reference):
 def write_checkpoint(workdir, tokenizer_folder, edit):
   """A run's folder after step 5; `edit` makes the masks. Params and masks."""
   source = sources.load_saved(tokenizer_folder)
-  sources.save_tokenizer(source, workdir / 'source')
+  sources.save(source, workdir / 'source')
   tx = optimizers.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(jax.numpy.asarray, sources_test.random_params(CFG))
   state = state_lib.fresh_state(params, CFG, tx)
@@ -317,6 +362,16 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
   writer.save(state, CFG, data, 0, {})
   writer.close()
+  per_type = dict.fromkeys(structure.TYPES, 0.5)
+  row = dict.fromkeys(
+    ('loss', 'seconds', 'tokens_per_second', 'live_cost', 'target_cost'), 1.0
+  ) | {
+    'kind': 'train', 'step': 5, 'tokens': 50, 'live_params': 900,
+    'array_params': 1000, 'widths': per_type, 'price': per_type,
+    'pruned': per_type, 'flops': dict.fromkeys(accounting.PURPOSES, 1),
+  }  # fmt: skip
+  (workdir / 'metrics.jsonl').write_text(json.dumps(row) + '\n')
+  (workdir / 'config.json').write_text('{}')
   return params, masks
 
 
@@ -374,8 +429,8 @@ def test_command_fills_up_narrower_layers(
   assert (small.cfg.K, small.cfg.F, small.cfg.D) == (1, 80, 63)
   padding = 63 * (small.cfg.head_rows() + 3 * (80 - 6))
   lines = [' '.join(x.split()) for x in done.stdout.splitlines()]
-  assert f'of them zero padding {padding:,}' in lines
-  assert f'parameters {small.cfg.num_params():,}' in lines
+  assert f'zeros beside them, hf {padding:,}' in lines
+  assert f'parameters {small.cfg.num_params() - padding:,}' in lines
   assert pruning['layer_widths'] == {'heads': [0, 1], 'ffn': [80, 6]}
   assert pruning['widths'] == {'heads': 1, 'ffn': 80, 'stem': 63}
   assert pruning['origin']['heads'] == [[-1], [1]]

@@ -45,24 +45,37 @@ def matmul(x, w, keep_in, keep_out, implementation=None):
   return (x * keep_in) @ w * keep_out
 
 
-def swiglu(x, w_gate, w_up, w_down, keep, implementation=None):
+def swiglu(x, w_gate, w_up, w_down, keep, implementation=None, hidden=False):
   if implementation:
     return kernels.masked_swiglu(
-      x, w_gate, w_up, w_down, keep, implementation=implementation
-    )
+      x, w_gate, w_up, w_down, keep, implementation=implementation,
+      hidden=hidden,
+    )  # fmt: skip
   gate = x @ w_gate
   return (gate / (1 + jnp.exp(-gate)) * (x @ w_up) * keep) @ w_down
 
 
+EPS = 0.1
 ANGLES = np.arange(T)[:, None] * np.array([1.0, 0.3])
 
 
-def attention(x, wq, wk, wv, wo, keep, implementation=None):
+def attention(x, wq, wk, wv, wo, *extras, implementation=None, hidden=False):
+  """Of Llama; with biases and norms between weights and mask, of Qwen."""
+  *extras, keep = extras
+  bq, bk, bv, q_norm, k_norm = extras or [None] * 5
   if implementation:
     return kernels.masked_attention(
       x, wq, wk, wv, wo, keep, jnp.asarray(ANGLES, jnp.float32),
-      implementation=implementation,
+      bq=bq, bk=bk, bv=bv, q_norm=q_norm, k_norm=k_norm, norm_eps=EPS,
+      implementation=implementation, hidden=hidden,
     )  # fmt: skip
+
+  def project(w, bias, scale):
+    z = jnp.einsum('btd,dk...h->btk...h', x, w)
+    z = z if bias is None else z + bias
+    if scale is None:
+      return z
+    return z / jnp.sqrt((z**2).mean(-1, keepdims=True) + EPS) * scale
 
   def rotate(z):
     a, b = z[..., : H // 2], z[..., H // 2 :]
@@ -70,15 +83,23 @@ def attention(x, wq, wk, wv, wo, keep, implementation=None):
     cos, sin = np.cos(ANGLES).reshape(shape), np.sin(ANGLES).reshape(shape)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-  q = rotate(jnp.einsum('btd,dkgh->btkgh', x, wq))
-  k = rotate(jnp.einsum('btd,dkh->btkh', x, wk))
-  v = jnp.einsum('btd,dkh->btkh', x, wv)
+  q = rotate(project(wq, bq, q_norm))
+  k = rotate(project(wk, bk, k_norm))
+  v = project(wv, bv, None)
   score = jnp.einsum('btkgh,bskh->bkgts', q, k) / H**0.5
   score = jnp.where(np.tri(T, dtype=bool), score, -jnp.inf)
   out = jnp.einsum('bkgts,bskh->btkgh', jax.nn.softmax(score), v)
   return jnp.einsum('btkgh,kghd->btd', out * keep[:, None, None], wo)
 
 
+LLAMA = [
+  draw(B, T, D), draw(D, K, G, H, seed=1), draw(D, K, H, seed=2),
+  draw(D, K, H, seed=3), draw(K, G, H, D, seed=4),
+]  # fmt: skip
+QWEN = [
+  *LLAMA, draw(K, G, H, seed=5), draw(K, H, seed=6), draw(K, H, seed=7),
+  1 + draw(H, seed=8), 1 + draw(H, seed=9),
+]  # fmt: skip
 # Op, its arrays, its masks.
 OPS = {
   'matmul': (
@@ -89,14 +110,8 @@ OPS = {
     [draw(B, T, D), draw(D, F, seed=1), draw(D, F, seed=2), draw(F, D, seed=3)],
     [('out', F)],
   ),
-  'attention': (
-    attention,
-    [
-      draw(B, T, D), draw(D, K, G, H, seed=1), draw(D, K, H, seed=2),
-      draw(D, K, H, seed=3), draw(K, G, H, D, seed=4),
-    ],
-    [('out', K)],
-  ),
+  'attention': (attention, LLAMA, [('out', K)]),
+  'attention with biases and norms': (attention, QWEN, [('out', K)]),
 }  # fmt: skip
 
 
@@ -126,14 +141,20 @@ def graded(op, implementation):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+@functools.cache
+def reference(op):
+  """Masks, and what `graded` should give for each, in float64."""
+  with jax.enable_x64(True):
+    run = graded(op, None)
+    return [(keeps, run(OPS[op][1], keeps)) for keeps in masks(op)]
+
+
 @pytest.mark.parametrize('op', OPS)
 def test_value_and_gradient_against_float64(op, name):
   """Also: dead outputs and gradients exactly zero, one trace for all masks."""
   arrays = OPS[op][1]
   run = graded(op, name)
-  for keeps in masks(op):
-    with jax.enable_x64(True):
-      (_, want), wants = graded(op, None)(arrays, keeps)
+  for keeps, ((_, want), wants) in reference(op):
     (_, y), grads = run([jnp.asarray(x, jnp.float32) for x in arrays], keeps)
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
     for grad, expected in zip(grads, wants, strict=True):
@@ -147,7 +168,9 @@ def test_value_and_gradient_against_float64(op, name):
 @pytest.mark.parametrize('op', OPS)
 def test_nan_beyond_the_extent_does_no_harm(op, name):
   """In weights and in what comes from above, far beyond any block."""
-  if name in ('xla', 'pallas_tpu') or (name, op) == ('xla_loop', 'attention'):
+  if name in ('xla', 'pallas_tpu') or (
+    name == 'xla_loop' and 'attention' in op
+  ):
     pytest.skip('reads this small an axis whole')
   arrays = [np.asarray(x, np.float32) for x in OPS[op][1]]
   keeps = [np.arange(n) < 1 for _, n in OPS[op][2]]
@@ -222,14 +245,13 @@ def test_a_width_for_each_layer_of_a_scan(op, remat, name):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('op', ['swiglu', 'attention'])
+@pytest.mark.parametrize('op', [x for x in OPS if x != 'matmul'])
 def test_hidden_is_what_the_last_product_reads(op, name):
-  fn = getattr(kernels, f'masked_{op}')
+  fn = OPS[op][0]
   arrays = [jnp.asarray(x, jnp.float32) for x in OPS[op][1]]
   keep = jnp.arange(OPS[op][2][0][1]) < 2
-  extra = [jnp.asarray(ANGLES, jnp.float32)] if op == 'attention' else []
-  y, h = fn(*arrays, keep, *extra, implementation=name, hidden=True)
-  w = arrays[-1].reshape(-1, D)
+  y, h = fn(*arrays, keep, implementation=name, hidden=True)
+  w = arrays[3 if op == 'swiglu' else 4].reshape(-1, D)
   np.testing.assert_allclose(h.reshape(B, T, -1) @ w, y, rtol=1e-5, atol=1e-6)
   dead = h[..., 2:] if op == 'swiglu' else h[:, :, 2:]
   assert not np.any(dead) and np.any(h)
@@ -237,9 +259,7 @@ def test_hidden_is_what_the_last_product_reads(op, name):
   # And its gradient counts too.
   def loss(implementation):
     def value(arrays):
-      y, h = fn(
-        *arrays, keep, *extra, implementation=implementation, hidden=True
-      )
+      y, h = fn(*arrays, keep, implementation=implementation, hidden=True)
       return jnp.square(h).sum() + y.sum()
 
     return jax.grad(value)(arrays)

@@ -18,11 +18,29 @@ def reference_logits(params, tokens_T, cfg):
   def norm(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * scale
 
+  def frequency(i):
+    plain = cfg.rope_theta ** (-2 * i / cfg.H)
+    if cfg.rope_scaling is None:
+      return plain
+    s = cfg.rope_scaling
+    wave = 2 * np.pi / plain
+    if wave < s.original_context / s.high_freq_factor:
+      return plain
+    if wave > s.original_context / s.low_freq_factor:
+      return plain / s.factor
+    fast = s.original_context / wave - s.low_freq_factor
+    fast /= s.high_freq_factor - s.low_freq_factor
+    return fast * plain + (1 - fast) * plain / s.factor
+
+  def project(h, matrix, bias, scale):
+    out = h @ matrix + (0 if bias is None else bias)
+    return out if scale is None else norm(out, scale)
+
   def rotate(x, t):
     half = cfg.H // 2
     out = x.copy()
     for i in range(half):
-      angle = t * cfg.rope_theta ** (-2 * i / cfg.H)
+      angle = t * frequency(i)
       a, b = x[i], x[i + half]
       out[i] = a * np.cos(angle) - b * np.sin(angle)
       out[i + half] = b * np.cos(angle) + a * np.sin(angle)
@@ -32,11 +50,15 @@ def reference_logits(params, tokens_T, cfg):
     w = jax.tree.map(lambda leaf, n=n: leaf[n], p.layers)
     h = norm(x, w.attn_norm)
     for k in range(cfg.K):
-      keys = [rotate(h[t] @ w.wk[:, k], t) for t in range(T)]
-      values = [h[t] @ w.wv[:, k] for t in range(T)]
+      bq, bk, bv = (None if b is None else b[k] for b in (w.bq, w.bk, w.bv))
+      keys = [
+        rotate(project(h[t], w.wk[:, k], bk, w.k_norm), t) for t in range(T)
+      ]
+      values = [project(h[t], w.wv[:, k], bv, None) for t in range(T)]
       for g in range(cfg.G):
         for t in range(T):
-          q = rotate(h[t] @ w.wq[:, k, g], t)
+          of_group = None if bq is None else bq[g]
+          q = rotate(project(h[t], w.wq[:, k, g], of_group, w.q_norm), t)
           score = np.array([q @ keys[s] for s in range(t + 1)]) / cfg.H**0.5
           weight = np.exp(score - score.max())
           weight /= weight.sum()
@@ -49,7 +71,17 @@ def reference_logits(params, tokens_T, cfg):
   return out @ (p.embed.T if p.unembed is None else p.unembed)
 
 
-def test_equals_a_float64_reference(cfg):
+# Of the four pairs of channels two keep their frequency, one is mixed, one is
+# stretched. No class that is read has biases and norms at once.
+EVERYTHING = dict(
+  H=8, rope_theta=100.0, qkv_bias=True, qk_norm=True,
+  rope_scaling=structure.RopeScaling(4.0, 1.0, 4.0, 100),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('changes', [*conftest.CONFIGS.values(), EVERYTHING])
+def test_equals_a_float64_reference(changes):
+  cfg = conftest.make_config(**changes)
   params = conftest.make_params(cfg)
   tokens = conftest.make_tokens(cfg)
   logits, _ = conftest.forward(

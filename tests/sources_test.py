@@ -58,13 +58,28 @@ CFG = structure.ModelConfig(
 )  # fmt: skip
 
 
+QWEN2 = dataclasses.replace(CFG, qkv_bias=True)
+QWEN3 = dataclasses.replace(CFG, qk_norm=True)
+# With these 8 pairs of channels one frequency lies between the two ends.
+LLAMA3 = dataclasses.replace(
+  CFG,
+  rope_theta=500_000.0,
+  rope_scaling=structure.RopeScaling(32.0, 1.0, 4.0, 8192),
+)
+
+
 def random_params(cfg, seed=0):
   """Weights large enough that greedy decoding has clear winners."""
   params = model.init(jax.random.key(seed), cfg)
-  return jax.tree.map(
-    lambda x: np.asarray(x if x.ndim < 3 and x.shape[-1] == cfg.D else 8 * x),
-    params.replace(embed=20 * params.embed),
-  )
+  rng = np.random.default_rng(seed)
+
+  def leaf(letters, x):
+    if structure.is_matrix(letters):
+      return np.asarray((20 if letters == 'VD' else 8) * x)
+    # Norm scales around 1, biases around 0.
+    return np.asarray(x + rng.uniform(-0.5, 0.5, x.shape), np.float32)
+
+  return structure.map_axes(leaf, params)
 
 
 def bpe(vocab=CFG.V):
@@ -120,10 +135,37 @@ def edit_tensors(folder, edit):
   safetensors_numpy.save_file(tensors, path)
 
 
-def write_gguf(path, cfg=CFG, kind='F32', metadata=None, tensors=None):
+def architecture(cfg):
+  """llama.cpp's name of a graph."""
+  return 'qwen2' if cfg.qkv_bias else 'qwen3' if cfg.qk_norm else 'llama'
+
+
+def rope_freqs(cfg):
+  """The tensor that llama.cpp's converter makes of Llama 3's scaling."""
+  scaling, factors = cfg.rope_scaling, []
+  for i in range(cfg.H // 2):
+    wave = 2 * np.pi * cfg.rope_theta ** (2 * i / cfg.H)
+    turns = scaling.original_context / wave
+    if turns > scaling.high_freq_factor:
+      factors.append(1.0)
+    elif turns < scaling.low_freq_factor:
+      factors.append(scaling.factor)
+    else:
+      smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+      )
+      factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+  return np.array(factors, np.float32)
+
+
+def write_gguf(
+  path, cfg=CFG, kind='F32', metadata=None, tensors=None, arrays=None, raw=None
+):
   """Writes what llama.cpp's converter does, its order of q and k included.
 
   `metadata` and `tensors` are changes; None as a value leaves a key out.
+  `arrays` are the tensors as Hugging Face orders them, by their names here;
+  `raw` has bytes and type of those that are quantised already.
   """
   tokenizer = json.loads(bpe().to_str())['model']
   fields = {
@@ -149,17 +191,19 @@ def write_gguf(path, cfg=CFG, kind='F32', metadata=None, tensors=None):
     'tokenizer.ggml.eos_token_id': 1,
     'tokenizer.chat_template': '{{ messages }}',
   } | (metadata or {})
-  arrays = dict(weights.views(random_params(cfg), weights.GGUF))
-  for name, heads in (('attn_q', cfg.K * cfg.G), ('attn_k', cfg.K)):
-    for n in range(cfg.N):
-      w = arrays[f'blk.{n}.{name}.weight']
-      halves = w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1])
-      arrays[f'blk.{n}.{name}.weight'] = halves.swapaxes(1, 2).reshape(w.shape)
-  writer = gguf.GGUFWriter(
-    path, fields.pop('general.architecture', 'llama'), use_temp_file=False
-  )
+  arch = fields.pop('general.architecture', architecture(cfg))
+  arrays = arrays or dict(weights.views(random_params(cfg), weights.GGUF))
+  for name, array in arrays.items():
+    heads = {'attn_q': cfg.K * cfg.G, 'attn_k': cfg.K}.get(name.split('.')[-2])
+    if arch == 'llama' and heads:
+      halves = array.reshape(heads, 2, len(array) // heads // 2, -1)
+      arrays[name] = halves.swapaxes(1, 2).reshape(array.shape)
+  if cfg.rope_scaling:
+    arrays['rope_freqs.weight'] = rope_freqs(cfg)
+  writer = gguf.GGUFWriter(path, arch, use_temp_file=False)
   types = {str: 'STRING', float: 'FLOAT32', int: 'UINT32', bool: 'BOOL'}
   for key, value in fields.items():
+    key = key.replace('llama.', f'{arch}.')
     if isinstance(value, list):
       writer.add_array(key, value)
     elif value is not None:
@@ -168,6 +212,10 @@ def write_gguf(path, cfg=CFG, kind='F32', metadata=None, tensors=None):
   quant = gguf.GGMLQuantizationType[kind]
   for name, array in (arrays | (tensors or {})).items():
     if array is None:
+      continue
+    if name in (raw or {}):
+      array, use = raw[name]
+      writer.add_tensor(name, array, raw_dtype=use)
       continue
     array = np.ascontiguousarray(array, np.float32)
     use = quant if array.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -200,25 +248,43 @@ def same(a, b):
 # What is read.
 
 
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('kv', [4, 2])
-def test_equals_transformers(tmp_path, tied, kv):
+LLAMA3_ROPE = {
+  'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0, 'original_max_position_embeddings': 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name, kv, tied, vocab, rope',
+  [
+    ('Llama', 4, True, 320, {}),
+    ('Llama', 2, False, 320, {}),
+    ('Llama', 2, True, 321, LLAMA3_ROPE),
+    ('Qwen2', 2, True, 323, {}),
+    ('Qwen2', 4, False, 320, LLAMA3_ROPE),
+    ('Qwen3', 4, True, 320, {}),
+    ('Qwen3', 2, False, 321, {}),
+  ],
+)
+def test_equals_transformers(tmp_path, name, kv, tied, vocab, rope):
   torch = pytest.importorskip('torch', reason='the reference is PyTorch')
   transformers = pytest.importorskip('transformers', reason='the reference')
   torch.manual_seed(0)
-  reference = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      vocab_size=320, hidden_size=64, intermediate_size=96, head_dim=24,
+  reference = getattr(transformers, f'{name}ForCausalLM')(
+    getattr(transformers, f'{name}Config')(
+      vocab_size=vocab, hidden_size=64, intermediate_size=96, head_dim=24,
       num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv,
       max_position_embeddings=128, tie_word_embeddings=tied,
       initializer_range=0.2, rms_norm_eps=1e-5, bos_token_id=None,
       eos_token_id=1, rope_parameters={'rope_type': 'default',
-                                       'rope_theta': 30_000.0},
+                                       'rope_theta': 30_000.0} | rope,
     )
   ).eval()  # fmt: skip
   for name, weight in reference.named_parameters():
     if 'norm' in name:
       weight.data.uniform_(0.5, 1.5)
+    elif 'bias' in name:
+      weight.data.uniform_(-1, 1)
   reference.save_pretrained(tmp_path / 'model')
   bpe().save(str(tmp_path / 'model' / 'tokenizer.json'))
 
@@ -227,6 +293,7 @@ def test_equals_transformers(tmp_path, tied, kv):
   cfg = source.cfg
   assert (cfg.K, cfg.G, cfg.H, cfg.tied) == (kv, 4 // kv, 24, tied)
   assert cfg.rope_theta == 30_000.0
+  assert (cfg.rope_scaling is not None) == bool(rope)
   assert cfg.num_params() == sum(p.numel() for p in reference.parameters())
   structure.check_shapes(source.params, cfg)
   alive = structure.all_alive(cfg)
@@ -244,14 +311,31 @@ def test_equals_transformers(tmp_path, tied, kv):
       pad_token_id=0,
     )
   assert want.std() > 0.5
-  np.testing.assert_allclose(logits, want, atol=1e-3)
+  np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max())
   got = model.greedy(source.params, alive, tokens[0, :8].tolist(), 32, cfg)
   assert got == greedy[0, 8:].tolist()
 
+  # The same weights as llama.cpp has them, by the names of the gguf package.
+  if rope and cfg.qkv_bias:
+    return  # llama.cpp knows Llama 3's scaling for Llama only.
+  names = gguf.get_tensor_name_map(
+    {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture(cfg)], cfg.N
+  )
+  arrays = {
+    names.get_name(key, ('.weight', '.bias')): value.numpy()
+    for key, value in reference.state_dict().items()
+    if not (tied and key == 'lm_head.weight')
+  }
+  path = write_gguf(tmp_path / 'model.gguf', cfg, arrays=arrays)
+  converted = sources.load(path, CACHE)
+  assert converted.cfg == cfg
+  assert same(converted.params, source.params)
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_hugging_face_folder_is_read_exactly(tmp_path, tied):
-  cfg = dataclasses.replace(CFG, tied=tied)
+
+@pytest.mark.parametrize(
+  'cfg', [CFG, dataclasses.replace(CFG, tied=False), LLAMA3, QWEN2, QWEN3]
+)
+def test_hugging_face_folder_is_read_exactly(tmp_path, cfg):
   folder = hugging_face(tmp_path / 'toy', cfg)
   (folder / 'README.md').write_text('---\nlicense: mit\n---\nlicense: no\n')
   source = sources.load(folder, CACHE)
@@ -272,6 +356,35 @@ def test_shards_and_bfloat16(tmp_path):
   assert source.dtype == 'BF16' and same(source.params, rounded)
   (folder / 'model-00002-of-00003.safetensors').unlink()
   refused(folder, 'model-00002-of-00003.safetensors', 'missing')
+
+
+def test_stock_classes():
+  odd = dataclasses.replace(CFG, D=60, G=4)
+  for changes, name in (
+    ({}, 'MistralForCausalLM'),
+    ({'qkv_bias': True}, 'Qwen2ForCausalLM'),
+    ({'qk_norm': True}, 'Qwen3ForCausalLM'),
+  ):
+    config = hf_config.write(dataclasses.replace(odd, **changes))
+    assert config['architectures'] == [name]
+  with pytest.raises(errors.InputError, match='no class of transformers'):
+    hf_config.write(dataclasses.replace(QWEN2, qk_norm=True))
+
+
+def test_defaults_of_a_class_stand_in_for_absent_keys():
+  for cfg, K, H in ((CFG, 4, 16), (QWEN2, 32, 2), (QWEN3, 32, 128)):
+    heads = 4 if cfg is CFG else 32
+    raw = hf_config.write(cfg) | {'num_attention_heads': heads}
+    del raw['num_key_value_heads'], raw['head_dim']
+    found = hf_config.read(raw, 'f')
+    assert (found.K, found.G, found.H) == (K, 1, H)
+
+
+def test_a_window_that_qwen_does_not_use_is_no_window():
+  raw = hf_config.write(QWEN2) | {'sliding_window': 32768}
+  assert hf_config.read(raw, 'f') == QWEN2
+  with pytest.raises(errors.InputError, match='use_sliding_window = true'):
+    hf_config.read(raw | {'use_sliding_window': True}, 'f')
 
 
 def test_mistral_without_window_is_the_same_model(tmp_path):
@@ -306,6 +419,82 @@ def test_gguf_equals_its_weights(tmp_path, kind, tolerance, tied):
   assert source.description == f'Toy, {kind} GGUF' and source.licence == 'mit'
   assert source.separator_id == 0 and source.eos_ids == (1,)
   assert source.chat_template == '{{ messages }}'
+
+
+@pytest.mark.parametrize('width', [16, 64, 128])
+@pytest.mark.parametrize(
+  'factor, context', [(8.0, 8192), (32.0, 8192), (2, 64)]
+)
+def test_llama3_scaling_is_found_again_in_its_result(
+  tmp_path, width, factor, context
+):
+  scaling = structure.RopeScaling(factor, 1.0, 4.0, context)
+  cfg = dataclasses.replace(LLAMA3, N=1, H=width, rope_scaling=scaling)
+  path = write_gguf(tmp_path / 'a.gguf', cfg)
+  assert sources.load(path, CACHE, params=False).cfg == cfg
+
+
+def test_biases_of_a_llama_are_in_the_order_of_its_rows(tmp_path):
+  path = write_gguf(
+    tmp_path / 'a.gguf', QWEN2, metadata={'general.architecture': 'llama'}
+  )
+  source = sources.load(path, CACHE)
+  assert source.cfg == QWEN2 and same(source.params, random_params(QWEN2))
+
+
+def draw_blocks(kind, blocks, seed):
+  """Random finite blocks of a quantised type, bytes, and their values."""
+  _, size = gguf.GGML_QUANT_SIZES[kind]
+  rng = np.random.default_rng(seed)
+  raw = rng.integers(0, 256, (4 * blocks, size), np.uint8)
+  with np.errstate(all='ignore'):
+    values = gguf.quants.dequantize(raw, kind)
+  finite = np.isfinite(values).all(-1)
+  assert finite.sum() >= blocks
+  return raw[finite][:blocks], values[finite][:blocks]
+
+
+def test_every_type_that_can_be_dequantised_is_read(tmp_path):
+  types = []
+  for kind in gguf.GGMLQuantizationType:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+      gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+      continue
+    types.append((kind, block))
+  names = {kind.name for kind, _ in types}
+  assert names >= {'Q4_K', 'Q6_K', 'Q2_K', 'IQ2_XS', 'IQ4_NL', 'TQ1_0', 'BF16'}
+  # One matrix of each type; their rows are whole blocks.
+  cfg = dataclasses.replace(QWEN3, D=256, F=256, N=-(-len(types) // 3))
+  arrays = dict(weights.views(random_params(cfg), weights.GGUF))
+  targets = [x for x in arrays if '.ffn_' in x and 'norm' not in x]
+  raw, want = {}, {}
+  for seed, (name, (kind, block)) in enumerate(
+    zip(targets, types, strict=False)
+  ):
+    data, values = draw_blocks(kind, 256 * 256 // block, seed)
+    raw[name] = data.reshape(256, -1), kind
+    want[name] = values.reshape(256, 256)
+  source = sources.load(write_gguf(tmp_path / 'a.gguf', cfg, raw=raw), CACHE)
+  found = dict(weights.views(source.params, weights.GGUF))
+  for name, values in want.items():
+    np.testing.assert_array_equal(
+      found[name], values, err_msg=raw[name][1].name
+    )
+
+
+@pytest.mark.parametrize('name', ['I8', 'F64', 'Q8_1', 'Q8_K'])
+def test_a_type_that_cannot_be_dequantised(tmp_path, name):
+  kind = gguf.GGMLQuantizationType[name]
+  block, size = gguf.GGML_QUANT_SIZES[kind]
+  cfg = dataclasses.replace(CFG, D=256)
+  data = np.zeros((96, 256 // block * size), np.uint8)
+  if name in ('I8', 'F64'):
+    data = data.view({'I8': np.int8, 'F64': np.float64}[name])
+  raw = {'blk.1.ffn_up.weight': (data, kind)}
+  path = write_gguf(tmp_path / 'a.gguf', cfg, raw=raw)
+  refused(path, 'blk.1.ffn_up.weight', f'type {name}')
 
 
 def test_unpermute_is_the_inverse_of_llama_cpps_order():
@@ -347,8 +536,8 @@ def test_default_source_talks_unless_its_rows_stay_permuted(monkeypatch):
 def test_saved_source_comes_back_without_its_weights(tmp_path):
   path = write_gguf(tmp_path / 'a.gguf')
   source = sources.load(path, CACHE)
-  folder = sources.save_tokenizer(source, tmp_path / 'run' / 'source')
-  sources.save_tokenizer(source, folder)  # A resume writes it again.
+  folder = sources.save(source, tmp_path / 'run' / 'source')
+  sources.save(source, folder)  # A resume writes it again.
   path.unlink()
   saved = sources.load_saved(folder)
   for field in dataclasses.fields(source):
@@ -370,7 +559,7 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
 def test_saved_tokenizer_opens_in_transformers(tmp_path):
   transformers = pytest.importorskip('transformers', reason='opens it')
   source = sources.load(write_gguf(tmp_path / 'a.gguf'), CACHE)
-  folder = sources.save_tokenizer(source, tmp_path / 'source')
+  folder = sources.save(source, tmp_path / 'source')
   opened = transformers.AutoTokenizer.from_pretrained(folder)
   for text in (TEXT, DARWIN, 'a<|im_end|>b'):
     assert opened(text)['input_ids'] == source.tokenizer.encode(text).ids
@@ -421,7 +610,7 @@ def test_pickle_is_never_opened(tmp_path):
 @pytest.mark.parametrize(
   'key, value',
   [
-    ('architectures', ['Qwen2ForCausalLM']),
+    ('architectures', ['Qwen2MoeForCausalLM']),
     ('attention_bias', True),
     ('mlp_bias', True),
     ('hidden_act', 'gelu'),
@@ -433,7 +622,11 @@ def test_pickle_is_never_opened(tmp_path):
     ('partial_rotary_factor', 0.5),
     ('rope_scaling', {'rope_type': 'linear', 'factor': 2.0}),
     ('rope_scaling', {'type': 'dynamic', 'factor': 2.0}),
-    ('rope_parameters', {'rope_type': 'llama3', 'rope_theta': 50000.0}),
+    ('rope_parameters', {'rope_type': 'yarn', 'rope_theta': 50000.0}),
+    ('rope_scaling', LLAMA3_ROPE | {'high_freq_factor': 1.0}),
+    ('rope_scaling', LLAMA3_ROPE | {'beta_fast': 32.0}),
+    # One says so, the other does not.
+    ('rope_scaling', LLAMA3_ROPE),
     ('rope_parameters', {'rope_theta': 1.0, 'partial_rotary_factor': 0.5}),
     ('head_dim', 15),
     ('num_key_value_heads', 3),
@@ -452,16 +645,28 @@ def test_config_that_the_block_cannot_represent(tmp_path, key, value):
     refused(folder, key, json.dumps(value))
 
 
-def test_rotary_base_of_either_version(tmp_path):
-  config = hf_config.write(CFG)
-  for drop in ('rope_theta', 'rope_parameters'):
-    raw = {k: v for k, v in config.items() if k != drop}
-    assert hf_config.read(raw, 'f') == CFG
+@pytest.mark.parametrize('cfg', [CFG, LLAMA3])
+def test_rotary_embedding_of_either_version(cfg):
+  config = hf_config.write(cfg)
+  scaling = ['rope_scaling'] if cfg.rope_scaling else []
+  for drop in (['rope_theta', *scaling], ['rope_parameters']):
+    raw = {k: v for k, v in config.items() if k not in drop}
+    assert hf_config.read(raw, 'f') == cfg
   raw = config | {'rope_theta': 10_000.0}
-  with pytest.raises(errors.InputError, match=r'10000\.0, 50000\.0'):
+  with pytest.raises(errors.InputError, match=rf'10000\.0, {cfg.rope_theta}'):
     hf_config.read(raw, 'f')
   del raw['rope_theta'], raw['rope_parameters']
   assert hf_config.read(raw, 'f').rope_theta == 10_000.0
+
+
+def test_a_scaling_without_its_numbers():
+  for key in LLAMA3_ROPE:
+    if key == 'rope_type':
+      continue
+    rope = {k: v for k, v in LLAMA3_ROPE.items() if k != key}
+    raw = hf_config.write(CFG) | {'rope_parameters': rope}
+    with pytest.raises(errors.InputError, match=f'{key} is missing'):
+      hf_config.read(raw, 'f')
 
 
 @pytest.mark.parametrize(
@@ -556,7 +761,7 @@ def test_tokenizer_that_does_not_fit(tmp_path):
 @pytest.mark.parametrize(
   'key, value, parts',
   [
-    ('general.architecture', 'qwen2', ('general.architecture = qwen2',)),
+    ('general.architecture', 'gemma2', ('general.architecture = gemma2',)),
     ('llama.rope.scaling.type', 'yarn', ('llama.rope.scaling.type = yarn',)),
     ('llama.expert_count', 8, ('llama.expert_count = 8',)),
     ('llama.attention.sliding_window', 4096, ('sliding_window = 4096',)),
@@ -569,7 +774,7 @@ def test_tokenizer_that_does_not_fit(tmp_path):
     ('llama.feed_forward_length', 95, ('ffn_gate', (96, 64), (95, 64))),
     ('llama.vocab_size', 321, ('token_embd.weight', (320, 64), (321, 64))),
     ('tokenizer.ggml.model', 'llama', ('tokenizer.ggml.model = llama',)),
-    ('tokenizer.ggml.pre', 'qwen2', ('tokenizer.ggml.pre = qwen2', 'smollm')),
+    ('tokenizer.ggml.pre', 'tekken', ('tokenizer.ggml.pre = tekken', 'smollm')),
     ('tokenizer.ggml.tokens', ['a', 'b'], ('2 tokens',)),
     ('tokenizer.ggml.merges', ['a', 'b c'], ('merges',)),
     ('tokenizer.ggml.eos_token_id', 320, ('320',)),
@@ -581,16 +786,26 @@ def test_gguf_metadata_that_cannot_be_represented(tmp_path, key, value, parts):
 
 
 def test_gguf_tensors_that_do_not_fit(tmp_path):
-  k, bias = 'blk.1.attn_k.weight', 'blk.0.attn_q.bias'
+  k, bias = 'blk.1.attn_k.weight', 'blk.0.attn_output.bias'
   for name, array, parts in (
     (k, None, (k, 'missing', (32, 64))),
     (k, np.zeros((33, 64)), (k, (33, 64), (32, 64))),
     (k, np.full((32, 64), np.inf), (k, 'not finite')),
     (bias, np.zeros(64), (bias,)),
-    ('rope_freqs.weight', np.ones(8), ('rope_freqs.weight', 'scaling')),
+    ('blk.0.attn_q.bias', np.zeros(64), ('blk.0.attn_k.bias', 'missing')),
+    ('rope_freqs.weight', np.ones(8), ('rope_freqs.weight = [1.0, 1.0',)),
+    ('rope_freqs.weight', np.ones(7), ('rope_freqs.weight = [1.0, 1.0',)),
+    ('rope_freqs.weight', np.arange(8), ('rope_freqs.weight = [0.0, 1.0',)),
+    ('rope_freqs.weight', 1.0 + np.arange(8), ('rope_freqs.weight = [1.0',)),
+    ('rope_freqs.weight', np.full(8, np.nan), ('rope_freqs.weight = [nan',)),
+    ('rope_freqs.weight', np.full(8, np.inf), ('rope_freqs.weight = [inf',)),
   ):
     path = write_gguf(tmp_path / 'a.gguf', tensors={name: array})
     refused(path, *parts)
+  freqs = {'rope_freqs.weight': rope_freqs(LLAMA3)}
+  for cfg in (QWEN2, QWEN3):
+    path = write_gguf(tmp_path / 'a.gguf', cfg, tensors=freqs)
+    refused(path, 'rope_freqs.weight')
 
 
 def test_gguf_with_more_tokens_than_rows(tmp_path):
@@ -635,4 +850,4 @@ def test_unwritable_folder(tmp_path):
   source = sources.load(hugging_face(tmp_path / 'a'), CACHE)
   (tmp_path / 'file').touch()
   with pytest.raises(errors.InputError, match='cannot write'):
-    sources.save_tokenizer(source, tmp_path / 'file' / 'source')
+    sources.save(source, tmp_path / 'file' / 'source')

@@ -1,0 +1,98 @@
+"""The model of a run -> what an export and an edge report work on."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from effllm_jax import checkpoints
+from effllm_jax import events
+from effllm_jax import model_card
+from effllm_jax import runlog
+from effllm_jax import selection
+from effllm_jax import shrink
+from effllm_jax import sources
+from effllm_jax import structure
+from effllm_jax import weights
+from effllm_jax import widths
+
+
+def tight(
+  model: weights.Source, scores: structure.Groups | None = None
+) -> weights.Source:
+  """A model without what is dead, as far as the widest layer allows; numpy.
+
+  Survivors of a layer come first, in the order of their scores, if given.
+  """
+  masks = widths.whole(model.masks, model.cfg)
+  cfg = shrink.shrunk_config(masks, model.cfg, structure.Groups(1, 1, 1))
+  if scores is None:
+    scores = jax.tree.map(lambda m: np.zeros(m.shape, np.float32), masks)
+  kept = shrink.kept_indices(masks, scores, cfg)
+  params, masks, origin = (
+    jax.tree.map(np.asarray, x)
+    for x in (
+      shrink.take_params(model.params, kept),
+      shrink.take_groups(masks, kept),
+      model.origin and shrink.take_groups(model.origin, kept),
+    )
+  )
+  return dataclasses.replace(
+    model, params=params, masks=masks, cfg=cfg, origin=origin
+  )
+
+
+def read(
+  workdir: str | os.PathLike, event: int | None
+) -> tuple[weights.Source, model_card.Made]:
+  """The model as it was last saved, or right after one shrink.
+
+  What is masked but still in the arrays is taken out, as far as the widest
+  layer allows.
+
+  Raises:
+    errors.InputError: there is no such run or event, or it cannot be read.
+  """
+  workdir = pathlib.Path(workdir)
+  params, prune, cfg, step = checkpoints.restore_params(workdir, event)
+  first = sources.load_saved(workdir / 'source')
+  model = tight(
+    dataclasses.replace(
+      first,
+      params=params,
+      masks=prune.masks,
+      cfg=cfg,
+      origin=events.compose(first.origin, prune.origin),
+    ),
+    prune.scores,
+  )
+  pruning = {
+    'step': step,
+    'widths': model.cfg.widths(),
+    'events': [
+      {
+        'index': x.index,
+        'step': x.step,
+        'tokens': x.tokens,
+        'widths': x.after.widths(),
+      }
+      for x in checkpoints.read_events(workdir)
+      if x.step <= step
+    ],
+    # For every slot, the index of its group in the model that the first run of
+    # the family started from; -1 is padding.
+    'origin': {
+      t: np.where(
+        getattr(model.masks, t), getattr(model.origin, t), -1
+      ).tolist()
+      for t in structure.TYPES
+    },
+  }
+  return model, model_card.Made(
+    step=step,
+    params=selection.live_params(model.masks, model.cfg),
+    pruning=pruning,
+    run=runlog.read(workdir),
+  )

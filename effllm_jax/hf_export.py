@@ -1,0 +1,133 @@
+"""A finished model -> a Hugging Face folder, opened again in PyTorch."""
+
+from collections.abc import Iterable
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+
+from effllm_jax import agreement
+from effllm_jax import errors
+from effllm_jax import hf_config
+from effllm_jax import hf_trimmed
+from effllm_jax import sources
+from effllm_jax import weights
+from effllm_jax import widths
+
+
+def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
+  """Writes all that `AutoModelForCausalLM` and `AutoTokenizer` open.
+
+  config.json, model.safetensors (float32), the tokenizer with its chat
+  template, and generation_config.json.
+
+  Args:
+    model: the stem is alive; heads and ffn may be dead in some layers.
+    folder: exists.
+    trimmed: every layer as narrow as it is, with a modelling file beside it
+      that must be trusted; otherwise a stock class, for whose one width zeros
+      fill up narrower layers.
+
+  Returns:
+    The name of the class.
+  """
+  transformers = import_transformers()
+  masks = widths.whole(model.masks, model.cfg)
+  if trimmed:
+    config, tensors = hf_trimmed.config(model), hf_trimmed.tensors(model)
+    shutil.copyfile(hf_trimmed.MODELING, folder / hf_trimmed.MODELING.name)
+  else:
+    config = hf_config.write(model.cfg)
+    tensors = weights.views(
+      widths.filled(model.params, masks), weights.HUGGING_FACE
+    )
+  config |= {
+    'dtype': 'float32',
+    'transformers_version': transformers.__version__,
+    # None is written too: absent, the ids would be the classes' 1 and 2.
+    'bos_token_id': model.bos_id,
+    'eos_token_id': list(model.eos_ids) or None,
+    'pad_token_id': model.pad_id,
+  }
+  text = json.dumps(config, indent=2) + '\n'
+  (folder / 'config.json').write_text(text, encoding='utf-8')
+  sources.write_tokenizer(model, folder)
+  _save(folder / 'model.safetensors', tensors)
+  return config['architectures'][0]
+
+
+def _save(path: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]):
+  safetensors_numpy.save_file(
+    {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
+    path,
+    metadata={'format': 'pt'},
+  )
+
+
+def check(
+  model: weights.Source, folder: pathlib.Path, want: agreement.Reference
+) -> agreement.Agreement:
+  """Compares what transformers makes of a folder with the model.
+
+  Logits of a text, the greedy tokens after it through the cache, and the ids
+  that the tokenizer gives.
+
+  Raises:
+    RuntimeError: PyTorch computes something else.
+  """
+  transformers = import_transformers()
+  import torch
+
+  ours = model.tokenizer.encode(agreement.TEXT).ids
+  theirs = transformers.AutoTokenizer.from_pretrained(
+    folder, local_files_only=True
+  )(agreement.TEXT)['input_ids']
+  if not ours or ours != theirs:
+    raise RuntimeError(
+      f'the exported tokenizer gives {theirs[:8]}... where the source gives '
+      f'{ours[:8]}...; the export is not kept'
+    )
+  # The modelling file of a trimmed folder is the one that we have just written.
+  torch_model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, local_files_only=True, trust_remote_code=True
+  ).eval()
+  # A plain greedy search that no end-of-text token stops early.
+  torch_model.generation_config = transformers.GenerationConfig(
+    do_sample=False,
+    max_new_tokens=agreement.NEW_TOKENS,
+    use_cache=True,
+    pad_token_id=0,
+  )
+  prompt = torch.tensor([want.prompt])
+  with torch.no_grad():
+    continued = torch_model.generate(
+      prompt, attention_mask=torch.ones_like(prompt)
+    )[0, len(want.prompt) :].tolist()
+    logits = torch_model(torch.tensor([want.tokens])).logits[0].numpy()
+  found = agreement.compare(want, logits, continued)
+  agreement.check(found, agreement.LEVELS['float32'], 'PyTorch')
+  return found
+
+
+def import_transformers():
+  """transformers with torch behind it; neither may go online.
+
+  Raises:
+    errors.InputError: one of them is missing.
+  """
+  # Read at import; every path is a folder on this machine anyway.
+  os.environ.setdefault('HF_HUB_OFFLINE', '1')
+  try:
+    import torch  # noqa: F401
+    import transformers
+  except ImportError as e:
+    raise errors.InputError(
+      f'a Hugging Face folder is checked in PyTorch, but {e.name} is missing; '
+      'pip install -r requirements-torch.txt'
+    ) from e
+  # Its bars would break into the caller's own.
+  transformers.utils.logging.disable_progress_bar()
+  return transformers

@@ -1,0 +1,198 @@
+"""README.md of an exported folder: what the model is, and what it was made of.
+
+The front matter is Hugging Face's: licence, task, tags.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from effllm_jax import agreement
+from effllm_jax import runlog
+from effllm_jax import tables
+from effllm_jax import weights
+from effllm_jax import widths
+
+_USE = {
+  'hf': """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained('.'{trust})
+    tokenizer = AutoTokenizer.from_pretrained('.')""",
+  'gguf': 'llama-cli -m {file} -p "Once upon a time"',
+  'onnx': """import onnxruntime
+
+    session = onnxruntime.InferenceSession('{file}')""",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """How a model came to be.
+
+  Attributes:
+    step: of the run, when the model was as it is.
+    params: live parameters, without what an export pads.
+    pruning: JSON content of pruning.json.
+    run: the record of the run.
+  """
+
+  step: int
+  params: int
+  pruning: dict[str, Any]
+  run: runlog.Run
+
+
+def text(
+  model: weights.Source,
+  made: Made,
+  files: Mapping[str, int],
+  agreements: Mapping[str, agreement.Agreement | None],
+) -> str:
+  """The card; the same inputs give the same bytes."""
+  plain = tables.markdown_text
+  run = made.run
+  name = f'{model.name}, pruned to {tables.si(made.params)} parameters'
+  parts = [
+    _front_matter(model),
+    f'# {plain(name)}\n',
+    f'Pruned from {plain(model.description)} by pruning-aware pretraining '
+    '(EfficientLLM, arXiv 2502.06663) with effllm_jax: trained on text, while '
+    'the least salient heads, feed-forward channels and channels of the '
+    'residual stream were taken out. Not instruction-tuned again, and not '
+    'evaluated for safety: what its source may say, it may say.\n',
+    _facts(model, made).markdown(),
+    _quality(run, made).markdown(),
+    _text(made).markdown(),
+    _files(files, agreements).markdown(),
+  ]
+  if run.edge.get('step') == made.step:
+    parts.append(tables.edge(run).markdown())
+  parts.append(f'## Use\n\n{_use(agreements)}')
+  return '\n'.join(parts)
+
+
+def _front_matter(model) -> str:
+  licence = model.licence or 'unknown'
+  lines = [f'license: {licence}'] if _is_word(licence) else ['license: other']
+  return '\n'.join(
+    [
+      '---',
+      *lines,
+      'library_name: transformers',
+      'pipeline_tag: text-generation',
+      'tags:',
+      '- pruning',
+      '- effllm_jax',
+      '---',
+      '',
+    ]
+  )
+
+
+def _is_word(text: str) -> bool:
+  return all(c.isalnum() or c in '.-_' for c in text)
+
+
+def _facts(model, made) -> tables.Table:
+  run = made.run
+  kind, target = run.budget
+  # All steps have the same number of tokens.
+  tokens = round(made.step * run.tokens[-1] / run.train['step'][-1])
+  masks = widths.of_layers(model.masks)
+  span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
+  settings = dict(tables.config(run).rows)
+  return tables.Table(
+    title='Lineage',
+    columns=('', ''),
+    rows=(
+      ('source', f'{model.name}: {model.description}'),
+      ('its weights, sha256', model.sha256),
+      ('its licence', model.licence or 'not stated'),
+      (
+        'budget',
+        'not recorded' if target is None
+        else f'at most {tables.costs(kind, target, unit=True)}',
+      ),
+      ('parameters', f'{made.params:,} of {run.source_params():,}'),
+      ('training', f'{made.step:,} steps, {tokens:,} tokens'),
+      ('saliency', settings.get('prune.saliency', 'not recorded')),
+      ('heads per layer', span(masks['heads'])),
+      ('ffn channels per layer', span(masks['ffn'])),
+      ('stem width', f'{model.cfg.D:,}'),
+      ('shrink events', f'{len(made.pruning["events"]):,}'),
+    ),
+  )  # fmt: skip
+
+
+def _quality(run, made) -> tables.Table:
+  """Held-out bits per byte of the source, and of this model if measured."""
+  here = [x for x in run.evals if x['step'] == made.step]
+  source, here = run.last_eval('source'), here[-1] if here else None
+  show = lambda x, domain=None: (
+    'not measured'
+    if x is None
+    else f'{x["domains"][domain] if domain else x["bits_per_byte"]:.4f}'
+  )
+  domains = sorted({d for x in (source, here) if x for d in x['domains']})
+  return tables.Table(
+    title='Held-out bits per byte',
+    columns=('', 'source', 'this model'),
+    rows=(
+      ('all text', show(source), show(here)),
+      *((d, show(source, d), show(here, d)) for d in domains),
+    ),
+  )
+
+
+def _text(made) -> tables.Table:
+  """What it was trained on, by domain or by package, with licences."""
+  domains = made.run.text.get('domains', {})
+  size = lambda d: f'{domains[d]["train"]["bytes"] / 1e6:,.1f} MB'
+  licences = {}
+  for package in made.run.text.get('packages', ()):
+    line = f'{package["name"]} {package["version"]}: {package["licence"]}'
+    licences.setdefault(package['domain'], []).append(line)
+  rows = tuple(
+    (d, size(d), '; '.join(licences.get(d, ['not stated']))) for d in domains
+  )
+  return tables.Table(
+    title='Text',
+    columns=('domain', 'training text', 'from, licence'),
+    rows=rows or (('not recorded', '', ''),),
+  )
+
+
+def _files(files, agreements) -> tables.Table:
+  found = {_file(name): x for name, x in agreements.items()}
+  cells = lambda x: (
+    ('', '', '') if x is None
+    else (f'{x.relative:.1e}', f'{x.kl:.1e}', f'{100 * x.top1:.1f}')
+  )  # fmt: skip
+  return tables.Table(
+    title='Files',
+    columns=(
+      'file', 'size', 'largest difference', 'KL, nats', 'top token equal, %',
+    ),
+    rows=tuple(
+      (name, tables.size(size), *cells(found.get(name)))
+      for name, size in files.items()
+    ),
+  )  # fmt: skip
+
+
+def _file(name: str) -> str:
+  """The weight file of a format."""
+  if name.startswith('hf'):
+    return 'model.safetensors'
+  if name == 'onnx':
+    return 'model.onnx'
+  return f'model-{name.removeprefix("gguf-")}.gguf'
+
+
+def _use(agreements) -> str:
+  commands = {}
+  for name in agreements:
+    kind = name.partition('-')[0]
+    trust = ', trust_remote_code=True' if name == 'hf-trimmed' else ''
+    commands.setdefault(kind, _USE[kind].format(file=_file(name), trust=trust))
+  return '\n'.join(f'    {x}\n' for x in commands.values())

@@ -1,0 +1,131 @@
+"""Runtimes beside our own model: the same quality, and figures for all."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from effllm_jax import corpus
+from effllm_jax import data
+from effllm_jax import edge
+from effllm_jax import errors
+from effllm_jax import evaluate
+from effllm_jax import llama_cpp
+from effllm_jax import model
+from effllm_jax import sources
+from effllm_jax import widths
+from tests import conftest
+from tests import sources_test
+
+CACHE = sources_test.CACHE
+
+
+@pytest.fixture(scope='module', name='text')
+def _text(tmp_path_factory):
+  return conftest.write_text_folder(tmp_path_factory.mktemp('text') / 'in')
+
+
+@pytest.fixture(scope='module', name='source')
+def _source(tmp_path_factory):
+  path = tmp_path_factory.mktemp('source') / 'toy.gguf'
+  return sources.load(sources_test.write_gguf(path), CACHE)
+
+
+def pruned(source):
+  """Layer 1 has lost a head and some channels."""
+  masks = jax.tree.map(np.array, widths.whole(None, source.cfg))
+  masks.heads[1, 0] = False
+  masks.ffn[1, 32:] = False
+  return dataclasses.replace(source, masks=masks)
+
+
+def heldout(source, text, tmp_path):
+  return data.heldout(
+    corpus.prepare(str(text), tmp_path), source.tokenizer,
+    source.separator_id, seq_len=48, tokens_per_domain=70,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['gguf-f32', 'onnx'])
+def test_measures_what_we_measure(source, text, tmp_path, name):
+  pytest.importorskip('xllamacpp' if name == 'gguf-f32' else 'onnxscript')
+  held = heldout(source, text, tmp_path)
+  models = {'source': source, 'pruned': pruned(source)}
+  said = []
+  rows = edge.measure(
+    models, [name], held, tmp_path,
+    threads=1, prefill=40, decode=8, rounds=2, say=said.append,
+  )  # fmt: skip
+  assert [(r['format'], r['model']) for r in rows] == [
+    (name, 'source'), (name, 'pruned'),
+  ]  # fmt: skip
+  for row in rows:
+    m = models[row['model']]
+    want = evaluate.bits_per_byte(
+      m.params, widths.whole(m.masks, m.cfg), held, m.cfg,
+      model.Compute(remat=False), 2,
+    )  # fmt: skip
+    assert math.isclose(
+      row['bits_per_byte'], want['bits_per_byte'], rel_tol=1e-4
+    )
+    assert min(row['prefill'], row['decode'], row['memory']) > 0
+  assert rows[0]['bits_per_byte'] != rows[1]['bits_per_byte']
+  assert rows[1]['bytes'] < rows[0]['bytes']
+  assert any('round 2 of 2' in line for line in said)
+  assert not list(tmp_path.glob('.edge-*'))
+
+
+@pytest.mark.parametrize('names', [['hf'], [], ['gguf-q8_0', 'gguf-q3_k']])
+def test_unknown_formats(names):
+  with pytest.raises(errors.InputError, match='has no runtime here'):
+    edge.check_formats(names)
+
+
+def test_missing_runtime(monkeypatch):
+  monkeypatch.setattr(llama_cpp, 'xllamacpp', None)
+  with pytest.raises(errors.InputError, match=r'requirements-edge\.txt'):
+    edge.check_formats(['gguf-f16'])
+
+
+def test_command(tmp_path, text):
+  """Two formats of a run; then the report and an export's card show them."""
+  pytest.importorskip('xllamacpp')
+  from tests import export_test
+
+  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  folder = sources.save(
+    sources.load(gguf, CACHE, params=False), tmp_path / 'saved'
+  )
+  workdir = tmp_path / 'run'
+  export_test.write_checkpoint(
+    workdir, folder, lambda m: m.replace(ffn=m.ffn.at[0, 64:].set(False))
+  )
+  config = {
+    'source': str(gguf),
+    'data': {'text': str(text), 'seq_len': 48},
+  }
+  (workdir / 'config.json').write_text(json.dumps(config))
+  done = conftest.command(
+    'edge', f'--workdir={workdir}', '--formats=gguf-f16,gguf-q8_0',
+    '--prefill=40', '--decode=8', '--rounds=1', '--tokens=40',
+    f'--cache={tmp_path / "cache"}',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert 'gguf-q8_0' in done.stdout and 'bits/byte' in done.stdout
+  record = json.loads((workdir / 'edge.json').read_text())
+  assert record['step'] == 5 and len(record['rows']) == 4
+
+  from effllm_jax import finished
+  from effllm_jax import model_card
+
+  found, made = finished.read(workdir, None)
+  assert 'On the edge' in model_card.text(found, made, {}, {})
+
+  bad = conftest.command(
+    'edge', f'--workdir={workdir}', '--prefill=600', '--formats=gguf-f16'
+  )
+  assert bad.returncode == 2 and bad.stderr.strip().count('\n') == 0
+  assert 'context 512' in bad.stderr

@@ -1,0 +1,126 @@
+"""The card of an exported folder: what it says is what the run recorded."""
+
+import dataclasses
+import json
+
+import pytest
+
+from effllm_jax import agreement
+from effllm_jax import hf_source
+from effllm_jax import model_card
+from effllm_jax import runlog
+from effllm_jax import sources
+from effllm_jax import widths
+from tests import report_test
+from tests import sources_test
+
+FILES = {'config.json': 700, 'model.safetensors': 5_000_000}
+SPEEDS = {
+  'step': 60,
+  'machine': 'a phone',
+  'rows': [
+    {'format': 'gguf-f16', 'model': 'pruned', 'bytes': 2e8, 'prefill': 475.25,
+     'decode': 94.5, 'memory': 3e8, 'bits_per_byte': 1.25},
+  ],
+}  # fmt: skip
+TEXT = {
+  'domains': {'verse': {'train': {'bytes': 4_700_000}}},
+  'packages': [
+    {'name': 'poems', 'version': '1.2', 'licence': 'CC0', 'domain': 'verse'}
+  ],
+}
+
+
+@pytest.fixture(name='card')
+def _card(tmp_path):
+  """A function of what is in a workdir, to the card of its model."""
+  folder = tmp_path / 'run'
+  report_test.write_run(folder)
+  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  model = sources.load(gguf, sources_test.CACHE)
+  masks = widths.whole(None, model.cfg)
+
+  def write(step=60, licence='apache-2.0', formats=('hf',), **files):
+    for name, content in files.items():
+      (folder / f'{name}.json').write_text(json.dumps(content))
+    made = model_card.Made(
+      step=step,
+      params=1_234_567,
+      pruning={'events': [1, 2, 3]},
+      run=runlog.read(folder),
+    )
+    found = agreement.Agreement(1e-5, 2e-4, 0.987, True)
+    return model_card.text(
+      dataclasses.replace(model, masks=masks, licence=licence),
+      made,
+      FILES,
+      dict.fromkeys(formats, found),
+    )
+
+  return write
+
+
+def rows(card):
+  """Cells of all tables by the first one."""
+  lines = [x.split('|')[1:-1] for x in card.splitlines() if x[:1] == '|']
+  return {x[0].strip(): [y.strip() for y in x[1:]] for x in lines}
+
+
+def test_lineage_quality_and_files(card):
+  text = card(text=TEXT)
+  cells = rows(text)
+  assert cells['parameters'] == ['1,234,567 of 134,515,008']
+  assert cells['budget'] == ['at most 107.6M parameters']
+  assert cells['training'] == ['60 steps, 30,720 tokens']
+  assert cells['shrink events'] == ['3']
+  source, here = cells['all text']
+  assert source == '0.9970' and float(here) > 0.997
+  assert cells['verse'][-2:] == ['4.7 MB', 'poems 1.2: CC0']
+  assert cells['model.safetensors'] == [
+    '5.0\xa0MB',
+    '1.0e-05',
+    '2.0e-04',
+    '98.7',
+  ]
+  assert cells['config.json'] == ['0.7\xa0kB', '', '', '']
+  assert text == card(text=TEXT)
+
+
+def test_what_was_not_measured_is_not_claimed(card):
+  text = card(step=1)
+  assert rows(text)['all text'] == ['0.9970', 'not measured']
+  assert rows(text)['not recorded'] == ['', '']
+  assert 'a phone' not in text
+
+
+def test_speeds_are_those_of_this_model(card):
+  text = card(edge=SPEEDS)
+  assert 'On the edge: a phone' in text
+  assert rows(text)['gguf-f16'] == [
+    'pruned', '200.0', '475.2', '94.5', '300.0', '1.2500',
+  ]  # fmt: skip
+  assert 'a phone' not in card(step=1)
+
+
+@pytest.mark.parametrize(
+  ('licence', 'front'),
+  [
+    ('apache-2.0', 'apache-2.0'),
+    (None, 'unknown'),
+    ('mine: all\nmine', 'other'),
+  ],
+)
+def test_front_matter(card, tmp_path, licence, front):
+  (tmp_path / 'README.md').write_text(card(licence=licence))
+  assert hf_source._licence(tmp_path) == front
+  hub = pytest.importorskip('huggingface_hub')
+  data = hub.ModelCard.load(tmp_path / 'README.md').data
+  assert data.license == front and data.pipeline_tag == 'text-generation'
+  assert 'pruning' in data.tags
+
+
+def test_how_to_use_it(card):
+  text = card(formats=('hf', 'gguf-f16', 'gguf-q8_0', 'onnx'))
+  assert "from_pretrained('.')" in text and 'trust_remote_code' not in text
+  assert 'llama-cli -m model-f16.gguf' in text and 'model.onnx' in text
+  assert 'trust_remote_code=True' in card(formats=('hf-trimmed',))
