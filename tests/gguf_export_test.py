@@ -1,0 +1,420 @@
+"""GGUF files: llama.cpp computes the same, or the check says so."""
+
+import dataclasses
+import json
+import resource
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from effllm_jax import bpe
+from effllm_jax import errors
+from effllm_jax import gguf_export
+from effllm_jax import gguf_source
+from effllm_jax import llama_cpp
+from effllm_jax import structure
+from effllm_jax import weights
+from effllm_jax import widths
+from tests import conftest
+from tests import sources_test
+
+needs_llama_cpp = pytest.mark.skipif(
+  llama_cpp.available() is None, reason='xllamacpp is not installed'
+)
+CFG = sources_test.CFG
+CFGS = {
+  'gqa-tied': CFG,
+  'mha-untied': dataclasses.replace(CFG, K=4, G=1, tied=False),
+}
+NASTY = (
+  "  I'LL  don't\r\n\r\n\tx=1,000.50;y=3e-10 ½Ⅳ٣ naïve e\u0301 日本語 🤷🏽"
+  '<|im_end|><|endoftext|>\n   \n  '
+)
+
+
+def source(cfg=CFG, masks=None, **changes) -> weights.Source:
+  fields = dict(
+    name='toy', description='A toy', licence='mit', sha256='0', dtype='F32',
+    cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=0,
+    chat_template='{{ messages }}', tokenizer=sources_test.bpe(),
+    params=sources_test.random_params(cfg), masks=masks,
+  )  # fmt: skip
+  return weights.Source(**fields | changes)
+
+
+def masks_of(cfg, heads, ffn, seed=0):
+  """So many live groups in each layer, at random places."""
+  rng = np.random.default_rng(seed)
+
+  def rows(counts, width):
+    return np.stack([rng.permutation(width) < count for count in counts])
+
+  return structure.Groups(
+    heads=rows(heads, cfg.K), ffn=rows(ffn, cfg.F), stem=np.ones(cfg.D, bool)
+  )
+
+
+def both(model, path, format='f32'):
+  written = gguf_export.write(model, path, format)
+  return written, gguf_export.check(model, path, format)
+
+
+# What the reader of sources makes of a file.
+
+
+@pytest.mark.parametrize('name', CFGS)
+def test_is_a_source_again(tmp_path, name, monkeypatch):
+  monkeypatch.setattr(llama_cpp, 'available', lambda: None)
+  model = source(CFGS[name])
+  path = tmp_path / 'new' / 'a.gguf'
+  written, checked = both(model, path)
+  assert written.architecture == 'llama' and written.fell_back == {}
+  assert written.size == path.stat().st_size
+  assert written.bits_per_weight == 32 and written.padding == 0
+  assert checked.runtime is None and checked.agreement is None
+  again = gguf_source.read(path, params=True)
+  assert again.cfg == model.cfg
+  assert sources_test.same(again.params, model.params)
+  assert again.description == 'toy, F32 GGUF'
+  for key in (
+    'licence', 'separator_id', 'bos_id', 'eos_ids', 'pad_id', 'chat_template',
+  ):  # fmt: skip
+    assert getattr(again, key) == getattr(model, key), key
+  assert again.tokenizer.encode(NASTY).ids == model.tokenizer.encode(NASTY).ids
+  assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_uniform_pruned_model_is_a_narrower_llama(tmp_path, monkeypatch):
+  monkeypatch.setattr(llama_cpp, 'available', lambda: None)
+  cfg = dataclasses.replace(CFG, N=3, K=3)
+  model = source(cfg, masks_of(cfg, [2, 2, 0], [64, 64, 0]))
+  written, _ = both(model, tmp_path / 'a.gguf')
+  assert written.architecture == 'llama'
+  again = gguf_source.read(tmp_path / 'a.gguf', params=True)
+  # The layer that lost both blocks is not there.
+  assert (again.cfg.N, again.cfg.K, again.cfg.F) == (2, 2, 64)
+  tokens = np.arange(40)[None]
+  want, _ = conftest.forward(model.params, model.masks, tokens, cfg)
+  have, _ = conftest.forward(
+    again.params, structure.all_alive(again.cfg), tokens, again.cfg
+  )
+  conftest.check_close(have, want, 1e-4, 1e-3)
+
+
+# llama.cpp.
+
+RAGGED = {
+  'middle without heads': ([3, 0, 1, 2], [96, 32, 64, 64]),
+  'middle without ffn': ([3, 1, 3, 2], [96, 0, 64, 31]),
+  'last without ffn': ([1, 2, 3, 3], [96, 64, 64, 0]),
+  'last without both': ([1, 2, 3, 0], [96, 64, 64, 0]),
+  'first without heads': ([0, 2, 0, 1], [32, 64, 96, 64]),
+  'first without both': ([0, 0, 2, 1], [0, 64, 96, 64]),
+  'no heads, ffn in one': ([0, 0, 0, 0], [0, 0, 96, 0]),
+  'nothing': ([0, 0, 0, 0], [0, 0, 0, 0]),
+}
+
+
+OTHERS = {
+  # Rows of q that are not as many as the stem is wide, which qwen2 refuses.
+  'qwen2': ('llama', dataclasses.replace(sources_test.QWEN2, H=24, tied=False)),
+  'qwen3': ('qwen3', sources_test.QWEN3),
+  'llama3': ('llama', sources_test.LLAMA3),
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('name', OTHERS)
+def test_blocks_with_biases_norms_and_scaling(tmp_path, name):
+  architecture, cfg = OTHERS[name]
+  written, checked = both(source(cfg), tmp_path / 'a.gguf')
+  assert written.architecture == architecture
+  assert checked.agreement.greedy and checked.agreement.relative < 1e-4
+  again = gguf_source.read(written.path, params=True)
+  assert again.cfg == cfg
+  assert sources_test.same(again.params, source(cfg).params)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+  'change', [{'qkv_bias': True}, {'qk_norm': True, 'tied': False}]
+)
+def test_ragged_layers_with_biases_or_norms(tmp_path, change):
+  cfg = dataclasses.replace(CFG, N=4, K=3, **change)
+  model = source(cfg, masks_of(cfg, [0, 3, 0, 1], [96, 64, 0, 64]))
+  written, checked = both(model, tmp_path / 'a.gguf')
+  assert checked.agreement.greedy and checked.agreement.relative < 1e-4
+  if cfg.qkv_bias:
+    assert (written.architecture, written.padding) == ('deci', 0)
+  else:
+    assert written.architecture == 'qwen3'
+    # Up to three heads and 96 channels; the third layer, which is nothing,
+    # comes back. The first has a zero head either way.
+    heads, ffn = (3 - 1) + 0 + 3 + 2, 0 + 32 + 96 + 32
+    norms = 2 * cfg.D + 2 * cfg.H
+    assert written.padding == norms + cfg.D * (
+      heads * cfg.head_rows() + 3 * ffn
+    )
+
+
+def test_norms_next_to_biases(tmp_path):
+  cfg = dataclasses.replace(CFG, qkv_bias=True, qk_norm=True)
+  path = tmp_path / 'a.gguf'
+  refused('norms of q and k', gguf_export.write, source(cfg), path, 'f32')
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('name', CFGS)
+def test_llama_cpp_computes_the_same(tmp_path, name):
+  # `check` raises at the level of the format; greedy tokens through the cache.
+  _, checked = both(source(CFGS[name]), tmp_path / 'a.gguf')
+  assert checked.runtime == llama_cpp.available()
+  assert checked.agreement.greedy and checked.agreement.relative < 1e-4
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('name', RAGGED)
+def test_layers_of_different_widths(tmp_path, name):
+  heads, ffn = RAGGED[name]
+  group = dict(K=3, G=2) if len(name) % 2 else dict(K=3, G=1, tied=False)
+  cfg = dataclasses.replace(CFG, N=4, **group)
+  model = source(cfg, masks_of(cfg, heads, ffn))
+  written, checked = both(model, tmp_path / 'a.gguf')
+  assert checked.agreement.greedy and checked.agreement.relative < 1e-4
+  plain = len({*zip(heads, ffn, strict=True)} - {(0, 0)}) <= 1
+  assert written.architecture == ('llama' if plain else 'deci')
+  # As small as what is alive, up to what llama.cpp cannot do without.
+  alive = sum(
+    conftest.alive_entries(letters, leaf.shape, model.masks).sum()
+    for letters, leaf in zip(
+      jax.tree.leaves(structure.axes(cfg)),
+      jax.tree.leaves(model.params),
+      strict=True,
+    )
+  )
+  least = cfg.head_rows() + 3 * 32 * cfg.N
+  numbers = sum(t.n_elements for t in gguf.GGUFReader(written.path).tensors)
+  assert numbers <= alive + cfg.D * least
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('ragged', [False, True])
+@pytest.mark.parametrize(
+  'format, bits', [('f16', 16), ('q8_0', 8.5), ('q4_0', 4.5)]
+)
+def test_formats(tmp_path, format, bits, ragged):
+  cfg = dataclasses.replace(CFG, N=3, H=32, tied=False)
+  masks = masks_of(cfg, [2, 0, 1], [96, 64, 0]) if ragged else None
+  written, checked = both(source(cfg, masks), tmp_path / 'a.gguf', format)
+  assert checked.agreement.kl < 0.02 and written.fell_back == {}
+  kinds = {
+    t.name: t.tensor_type.name for t in gguf.GGUFReader(written.path).tensors
+  }
+  output = kinds.pop('output.weight')
+  assert output == ('Q8_0' if format == 'q4_0' else format.upper())
+  for kind_name, kind in kinds.items():
+    assert kind == ('F32' if 'norm' in kind_name else format.upper())
+  assert bits < written.bits_per_weight < 1.25 * bits
+
+
+def test_rows_without_blocks_are_reported(tmp_path):
+  cfg = dataclasses.replace(CFG, F=90)
+  written = gguf_export.write(source(cfg), tmp_path / 'a.gguf', 'q4_0')
+  assert written.fell_back == {
+    f'blk.{n}.ffn_down.weight': 2 * 64 * 90 for n in range(2)
+  }
+
+
+@needs_llama_cpp
+def test_vocabulary_with_rows_to_spare_and_bos(tmp_path):
+  cfg = dataclasses.replace(CFG, V=352)
+  tokenizer = sources_test.bpe()
+  tokenizer.add_tokens([tokenizers.AddedToken('<tool>', normalized=False)])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<|endoftext|> $A', special_tokens=[('<|endoftext|>', 0)]
+  )
+  model = source(cfg, bos_id=0, eos_ids=(1, 0), tokenizer=tokenizer)
+  both(model, tmp_path / 'a.gguf')
+  text = NASTY + '<tool> tool'
+  want = tokenizer.encode(text).ids
+  assert want[0] == 0 and 320 in want
+  assert llama_cpp.tokenize(tmp_path / 'a.gguf', text) == want
+  again = gguf_source.read(tmp_path / 'a.gguf', params=False)
+  assert (again.bos_id, again.eos_ids, again.cfg.V) == (0, (1, 0), 352)
+  fields = gguf.GGUFReader(tmp_path / 'a.gguf').fields
+  kinds = fields['tokenizer.ggml.token_type'].contents()
+  assert kinds == [3, 3] + 318 * [1] + [4] + 31 * [5]
+  assert fields['tokenizer.ggml.tokens'].contents()[350] == '[PAD350]'
+
+
+RULES = {
+  'gpt-2': json.loads(
+    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__()
+  ),
+  'smollm': json.loads(sources_test.bpe().to_str())['pre_tokenizer'],
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('rule', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2'])
+def test_rule_of_words_is_that_of_llama_cpp(tmp_path, rule):
+  parts = json.loads(sources_test.bpe().to_str())
+  model = parts['model']
+  merges = [' '.join(m) for m in model['merges']]
+  built = bpe.tokenizer(
+    list(model['vocab']), [3, 3] + [1] * 318, merges, rule, None, 'x'
+  )
+  if rule in RULES:  # As somebody else writes it.
+    parts['pre_tokenizer'] = RULES[rule]
+    built = tokenizers.Tokenizer.from_str(json.dumps(parts))
+  assert bpe.rule(built, 'x') == rule
+  gguf_export.write(source(tokenizer=built), tmp_path / 'a.gguf', 'f32')
+  assert (
+    llama_cpp.tokenize(tmp_path / 'a.gguf', NASTY) == built.encode(NASTY).ids
+  )
+
+
+def test_rope_factors_are_those_of_transformers(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  pytest.importorskip('torch')
+  cfg = dataclasses.replace(sources_test.LLAMA3, H=64)
+  gguf_export.write(source(cfg), tmp_path / 'a.gguf', 'q8_0')
+  tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / 'a.gguf').tensors}
+  factors = tensors['rope_freqs.weight'].data
+  config = transformers.LlamaConfig(
+    head_dim=cfg.H,
+    rope_parameters={
+      'rope_type': 'llama3', 'rope_theta': cfg.rope_theta, 'factor': 32.0,
+      'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 8192,
+    },
+  )  # fmt: skip
+  frequencies, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[
+    'llama3'
+  ](config, 'cpu')
+  plain = cfg.rope_theta ** (-np.arange(0, cfg.H, 2) / cfg.H)
+  np.testing.assert_allclose(plain / factors, frequencies, rtol=1e-5)
+  assert {1.0, 32.0} < set(factors.tolist())
+
+
+# What is refused.
+
+
+def differs(model, path, match, format='f32'):
+  with pytest.raises(RuntimeError, match=match) as caught:
+    gguf_export.check(model, path, format)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_rows_in_the_wrong_order(tmp_path, monkeypatch, ragged):
+  cfg = dataclasses.replace(CFG, N=2, K=3)
+  masks = masks_of(cfg, [3, 2], [96, 96]) if ragged else None
+  model = source(cfg, masks)
+  monkeypatch.setattr(gguf_export, '_permute', lambda rows, heads: rows)
+  gguf_export.write(model, tmp_path / 'a.gguf', 'f32')
+  differs(model, tmp_path / 'a.gguf', r'attn_q.*other values.*not kept')
+
+
+@needs_llama_cpp
+def test_llama_cpp_notices_the_wrong_order_by_itself(tmp_path, monkeypatch):
+  monkeypatch.setattr(gguf_export, '_permute', lambda rows, heads: rows)
+  monkeypatch.setattr(gguf_source, 'unpermute', lambda rows, heads: rows)
+  gguf_export.write(source(), tmp_path / 'a.gguf', 'f32')
+  differs(source(), tmp_path / 'a.gguf', r'in llama.cpp differs')
+
+
+def test_another_model_is_noticed(tmp_path):
+  path = tmp_path / 'a.gguf'
+  gguf_export.write(source(), path, 'f32')
+  differs(source(), path, r'file_type', 'f16')
+  other = source(params=sources_test.random_params(CFG, 1))
+  differs(other, path, r'token_embd.*other values')
+  differs(source(dataclasses.replace(CFG, rope_theta=1e4)), path, 'freq_base')
+  lower = sources_test.bpe()
+  lower.normalizer = tokenizers.normalizers.NFC()
+  lower.add_tokens(['lighthouse'])
+  wider = dataclasses.replace(CFG, V=352)
+  gguf_export.write(source(wider), path, 'f32')
+  differs(source(wider, tokenizer=lower), path, 'tokens')
+
+
+def refused(match, call, *arguments):
+  with pytest.raises(errors.InputError, match=match) as caught:
+    call(*arguments)
+  assert '\n' not in str(caught.value) and ';' in str(caught.value)
+
+
+def test_truncated_file(tmp_path):
+  path = tmp_path / 'a.gguf'
+  gguf_export.write(source(), path, 'f32')
+  whole = path.read_bytes()
+  for end in (len(whole) // 2, 1000, 3):
+    path.write_bytes(whole[:end])
+    refused('complete', gguf_export.check, source(), path, 'f32')
+  path.unlink()
+  refused('complete', gguf_export.check, source(), path, 'f32')
+
+
+def unknown_words(tokenizer):
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+
+
+def lower_case(tokenizer):
+  tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+
+
+def closing(tokenizer):
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single='$A <|im_end|>', special_tokens=[('<|im_end|>', 1)]
+  )
+
+
+@pytest.mark.parametrize(
+  'edit, match',
+  [
+    (unknown_words, 'gpt-2, smollm, llama-bpe, qwen2'),
+    (lower_case, 'gpt-2, smollm, llama-bpe, qwen2'),
+    (closing, 'post-processor'),
+  ],
+)
+def test_tokenizer_that_gguf_has_no_words_for(tmp_path, edit, match):
+  tokenizer = sources_test.bpe()
+  edit(tokenizer)
+  model = source(tokenizer=tokenizer)
+  refused(match, gguf_export.write, model, tmp_path / 'a.gguf', 'f32')
+  assert not list(tmp_path.iterdir())
+
+
+def test_unknown_format_and_dead_stem(tmp_path):
+  path = tmp_path / 'a.gguf'
+  refused('q3_k is not.*q4_0', gguf_export.write, source(), path, 'q3_k')
+  masks = widths.whole(None, CFG)
+  stem = np.arange(CFG.D) > 0
+  with pytest.raises(ValueError, match='shrink'):
+    gguf_export.write(source(masks=masks.replace(stem=stem)), path, 'f32')
+  assert not list(tmp_path.iterdir())
+
+
+def test_target_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').touch()
+  path = tmp_path / 'file' / 'a.gguf'
+  refused('cannot write', gguf_export.write, source(), path, 'f32')
+
+
+@pytest.mark.parametrize('limit', [100, 200_000])
+def test_disk_that_runs_full(tmp_path, limit):
+  path = tmp_path / 'a.gguf'
+  path.write_text('precious')
+  # A limit on the size of a file fails as a full disk does, in mid-write.
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+  try:
+    refused('cannot write', gguf_export.write, source(), path, 'f32')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert path.read_text() == 'precious'
+  assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,67 @@
+"""The adapter: what llama.cpp answers on a file that we did not write."""
+
+import pytest
+
+from effllm_jax import agreement
+from effllm_jax import errors
+from effllm_jax import gguf_source
+from effllm_jax import llama_cpp
+from tests import sources_test
+
+pytest.importorskip('xllamacpp', reason='the runtime')
+
+
+@pytest.fixture(scope='module', name='path')
+def _path(tmp_path_factory):
+  return sources_test.write_gguf(tmp_path_factory.mktemp('toy') / 'toy.gguf')
+
+
+def test_answers(path, capfd):
+  model = gguf_source.read(path, params=True)
+  ids = llama_cpp.tokenize(path, sources_test.TEXT)
+  assert ids == sources_test.bpe().encode(sources_test.TEXT).ids
+  assert llama_cpp.tokenize(path, '') == []
+  want = agreement.reference(model.params, None, model.cfg, ids)
+  have = llama_cpp.logprobs(path, want.tokens)
+  assert have.shape == want.logits_TV.shape
+  greedy = llama_cpp.greedy(path, ids, agreement.NEW_TOKENS)
+  found = agreement.compare(want, have, greedy)
+  agreement.check(found, agreement.LEVELS['float32'], 'llama.cpp')
+  # Not told apart from nothing by the check alone.
+  assert agreement.compare(want, have[::-1], greedy[::-1]).relative > 1e-2
+  assert llama_cpp.available().startswith('xllamacpp 2')
+  assert capfd.readouterr() == ('', '')
+
+
+def test_speed(path):
+  found = llama_cpp.speed(path, threads=1, prefill=32, decode=8, rounds=2)
+  assert found.prefill > 0 and found.decode > 0
+  # The weights at least; not the interpreter.
+  assert found.peak_bytes is None or 3e5 < found.peak_bytes < 3e8
+
+
+def refused(match, call, *arguments):
+  with pytest.raises(errors.InputError, match=match) as caught:
+    call(*arguments)
+  assert '\n' not in str(caught.value) and ';' in str(caught.value)
+
+
+def test_files_that_it_cannot_open(path, tmp_path):
+  broken = tmp_path / 'broken.gguf'
+  broken.write_bytes(path.read_bytes()[:200_000])
+  refused('cannot open.*broken.gguf', llama_cpp.tokenize, broken, 'a')
+  refused('cannot open.*broken.gguf', llama_cpp.speed, broken, 1)
+  refused(
+    'cannot open.*no.gguf', llama_cpp.greedy, tmp_path / 'no.gguf', [1], 1
+  )
+
+
+def test_another_layout_of_parameters_is_noticed(path, monkeypatch):
+  monkeypatch.setattr(llama_cpp, '_F16', 7)
+  refused('laid out otherwise', llama_cpp.logprobs, path, [1, 2])
+
+
+def test_without_the_runtime(path, monkeypatch):
+  monkeypatch.setattr(llama_cpp, 'xllamacpp', None)
+  assert llama_cpp.available() is None
+  refused('requirements-edge', llama_cpp.tokenize, path, 'a')
