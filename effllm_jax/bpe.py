@@ -55,8 +55,10 @@ def tokenizer(
   """Builds the tokenizer that llama.cpp uses for the same metadata.
 
   The rules are those of llama.cpp's `llama-vocab.cpp`. With the vocabulary of
-  SmolLM2, each of the three gave the tokens of llama.cpp itself (xllamacpp) on
-  1.7M characters of speeches, plays, wiki, code and random Unicode.
+  SmolLM2, each of the first three gave the tokens of llama.cpp itself
+  (xllamacpp) on 1.7M characters of speeches, plays, wiki, code and random
+  Unicode. Of Qwen2 llama.cpp leaves out the composition of characters (NFC)
+  that the model's own tokenizer starts with: composed text has the same tokens.
 
   Args:
     tokens: `tokenizer.ggml.tokens`, in the byte-level alphabet.

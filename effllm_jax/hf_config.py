@@ -122,8 +122,8 @@ def write(cfg: structure.ModelConfig) -> dict[str, Any]:
   own = {}
   if cfg.qkv_bias and cfg.qk_norm:
     raise errors.InputError(
-      'no class of transformers has qkv_bias without a bias of the output, and '
-      'qk_norm; write a GGUF file or an ONNX model instead'
+      'no class of transformers has both biases (qkv_bias) and norms (qk_norm) '
+      'of q and k; export to another format'
     )
   if cfg.qkv_bias or cfg.qk_norm:
     name = 'Qwen2ForCausalLM' if cfg.qkv_bias else 'Qwen3ForCausalLM'

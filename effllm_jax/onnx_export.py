@@ -69,7 +69,7 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
       (
         torch.zeros(B, T, dtype=torch.int64),
         torch.ones(B, past + T, dtype=torch.int64),
-        *cache,
+        cache,
       ),
       dynamo=True,
       verbose=False,
@@ -78,7 +78,7 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
       dynamic_shapes=(
         {0: 'batch_size', 1: 'sequence_length'},
         {0: 'batch_size', 1: 'total_sequence_length'},
-        ({0: 'batch_size', 2: 'past_sequence_length'},) * len(cache),
+        [{0: 'batch_size', 2: 'past_sequence_length'}] * len(cache),
       ),
     )
   # Stack traces of this machine, as large as a small model.
@@ -249,7 +249,7 @@ def _traceable(model):
       super().__init__()
       self.decoder = decoder
 
-    def forward(self, input_ids, attention_mask, *tensors):
+    def forward(self, input_ids, attention_mask, tensors):
       cache = Cache(tensors)
       logits = self.decoder(input_ids, attention_mask, cache=cache).logits
       return logits, *(x for entry in cache.entries for x in entry)

@@ -7,14 +7,17 @@ from effllm_jax import optimizers
 from tests import conftest
 
 
-def test_norm_scales_are_not_decayed():
-  cfg = conftest.make_config()
+def test_norm_scales_and_biases_are_not_decayed():
+  cfg = conftest.make_config(qkv_bias=True, qk_norm=True)
   tx = optimizers.optimizer(lambda _: 0.1, 0.9, 0.95, 0.5, 1.0)
   params = conftest.make_params(cfg)
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = jax.jit(tx.update)(zero, jax.jit(tx.init)(params), params)
   conftest.check_close(updates.final_norm, zero.final_norm)
-  conftest.check_close(updates.layers.ffn_norm, zero.layers.ffn_norm)
+  for name in ('ffn_norm', 'bq', 'bk', 'bv', 'q_norm', 'k_norm'):
+    conftest.check_close(
+      getattr(updates.layers, name), getattr(zero.layers, name)
+    )
   conftest.check_close(updates.layers.wq, -0.05 * params.layers.wq)
 
 

@@ -1,6 +1,7 @@
 """Sources: every format gives the same model; everything else is refused."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -16,6 +17,7 @@ import tokenizers
 from effllm_jax import errors
 from effllm_jax import gguf_source
 from effllm_jax import hf_config
+from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import structure
@@ -68,6 +70,7 @@ LLAMA3 = dataclasses.replace(
 )
 
 
+@functools.cache
 def random_params(cfg, seed=0):
   """Weights large enough that greedy decoding has clear winners."""
   params = model.init(jax.random.key(seed), cfg)
@@ -84,6 +87,11 @@ def random_params(cfg, seed=0):
 
 def bpe(vocab=CFG.V):
   """A byte-level BPE tokenizer of exactly `vocab` tokens; 0 ends a text."""
+  return tokenizers.Tokenizer.from_str(_trained_bpe(vocab))
+
+
+@functools.cache
+def _trained_bpe(vocab):
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
     [
@@ -100,7 +108,7 @@ def bpe(vocab=CFG.V):
   )
   tokenizer.train_from_iterator([DARWIN], trainer)
   assert tokenizer.get_vocab_size() == vocab
-  return tokenizer
+  return tokenizer.to_str()
 
 
 def hugging_face(folder, cfg=CFG, dtype=np.float32, shards=1, **changes):
@@ -158,6 +166,11 @@ def rope_freqs(cfg):
   return np.array(factors, np.float32)
 
 
+def zeros(cfg):
+  """Tensors of a model of which only the rest counts."""
+  return {x: np.zeros(s) for x, s in weights.file_shapes(cfg, weights.GGUF)}
+
+
 def write_gguf(
   path, cfg=CFG, kind='F32', metadata=None, tensors=None, arrays=None, raw=None
 ):
@@ -168,6 +181,9 @@ def write_gguf(
   `raw` has bytes and type of those that are quantised already.
   """
   tokenizer = json.loads(bpe().to_str())['model']
+  tokens = list(tokenizer['vocab'])
+  # As the converter: a row of the embedding without a token gets one, unused.
+  unused = [f'[PAD{i}]' for i in range(len(tokens), cfg.V)]
   fields = {
     'llama.block_count': cfg.N,
     'llama.context_length': cfg.context,
@@ -185,8 +201,10 @@ def write_gguf(
     'general.name': 'Toy',
     'tokenizer.ggml.model': 'gpt2',
     'tokenizer.ggml.pre': 'smollm',
-    'tokenizer.ggml.tokens': list(tokenizer['vocab']),
-    'tokenizer.ggml.token_type': [3, 3] + [1] * (len(tokenizer['vocab']) - 2),
+    'tokenizer.ggml.tokens': tokens + unused,
+    'tokenizer.ggml.token_type': (
+      [3, 3] + [1] * (len(tokens) - 2) + [5] * len(unused)
+    ),
     'tokenizer.ggml.merges': [' '.join(m) for m in tokenizer['merges']],
     'tokenizer.ggml.eos_token_id': 1,
     'tokenizer.chat_template': '{{ messages }}',
@@ -255,24 +273,25 @@ LLAMA3_ROPE = {
 
 
 @pytest.mark.parametrize(
-  'name, kv, tied, vocab, rope',
+  'name, kv, width, tied, vocab, rope',
   [
-    ('Llama', 4, True, 320, {}),
-    ('Llama', 2, False, 320, {}),
-    ('Llama', 2, True, 321, LLAMA3_ROPE),
-    ('Qwen2', 2, True, 323, {}),
-    ('Qwen2', 4, False, 320, LLAMA3_ROPE),
-    ('Qwen3', 4, True, 320, {}),
-    ('Qwen3', 2, False, 321, {}),
+    ('Llama', 4, 24, True, 320, {}),
+    ('Llama', 2, 24, False, 320, {}),
+    ('Llama', 2, 24, True, 321, LLAMA3_ROPE),
+    # Of this graph llama.cpp takes the width of a head from that of the stem.
+    ('Qwen2', 2, 16, True, 323, {}),
+    ('Qwen2', 4, 24, False, 320, LLAMA3_ROPE),
+    ('Qwen3', 4, 24, True, 320, {}),
+    ('Qwen3', 2, 24, False, 321, {}),
   ],
 )
-def test_equals_transformers(tmp_path, name, kv, tied, vocab, rope):
+def test_equals_transformers(tmp_path, name, kv, width, tied, vocab, rope):
   torch = pytest.importorskip('torch', reason='the reference is PyTorch')
   transformers = pytest.importorskip('transformers', reason='the reference')
   torch.manual_seed(0)
   reference = getattr(transformers, f'{name}ForCausalLM')(
     getattr(transformers, f'{name}Config')(
-      vocab_size=vocab, hidden_size=64, intermediate_size=96, head_dim=24,
+      vocab_size=vocab, hidden_size=64, intermediate_size=96, head_dim=width,
       num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv,
       max_position_embeddings=128, tie_word_embeddings=tied,
       initializer_range=0.2, rms_norm_eps=1e-5, bos_token_id=None,
@@ -291,7 +310,7 @@ def test_equals_transformers(tmp_path, name, kv, tied, vocab, rope):
   source = sources.load(tmp_path / 'model', CACHE)
 
   cfg = source.cfg
-  assert (cfg.K, cfg.G, cfg.H, cfg.tied) == (kv, 4 // kv, 24, tied)
+  assert (cfg.K, cfg.G, cfg.H, cfg.tied) == (kv, 4 // kv, width, tied)
   assert cfg.rope_theta == 30_000.0
   assert (cfg.rope_scaling is not None) == bool(rope)
   assert cfg.num_params() == sum(p.numel() for p in reference.parameters())
@@ -330,6 +349,10 @@ def test_equals_transformers(tmp_path, name, kv, tied, vocab, rope):
   converted = sources.load(path, CACHE)
   assert converted.cfg == cfg
   assert same(converted.params, source.params)
+  if llama_cpp.available():
+    have = llama_cpp.logprobs(path, tokens[0].tolist())
+    ours = jax.nn.log_softmax(want[0])
+    np.testing.assert_allclose(have, ours, atol=1e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
@@ -430,23 +453,34 @@ def test_llama3_scaling_is_found_again_in_its_result(
 ):
   scaling = structure.RopeScaling(factor, 1.0, 4.0, context)
   cfg = dataclasses.replace(LLAMA3, N=1, H=width, rope_scaling=scaling)
-  path = write_gguf(tmp_path / 'a.gguf', cfg)
+  path = write_gguf(tmp_path / 'a.gguf', cfg, arrays=zeros(cfg))
   assert sources.load(path, CACHE, params=False).cfg == cfg
 
 
 def test_biases_of_a_llama_are_in_the_order_of_its_rows(tmp_path):
+  cfg = dataclasses.replace(QWEN2, H=24)
   path = write_gguf(
-    tmp_path / 'a.gguf', QWEN2, metadata={'general.architecture': 'llama'}
+    tmp_path / 'a.gguf', cfg, metadata={'general.architecture': 'llama'}
   )
   source = sources.load(path, CACHE)
-  assert source.cfg == QWEN2 and same(source.params, random_params(QWEN2))
+  assert source.cfg == cfg and same(source.params, random_params(cfg))
+  if llama_cpp.available():
+    tokens = list(range(30))
+    logits, _ = model.forward(
+      source.params, structure.all_alive(cfg), jnp.asarray([tokens]), cfg
+    )
+    np.testing.assert_allclose(
+      llama_cpp.logprobs(path, tokens),
+      jax.nn.log_softmax(logits[0]),
+      atol=1e-4 * float(jnp.abs(logits).max()),
+    )
 
 
 def draw_blocks(kind, blocks, seed):
   """Random finite blocks of a quantised type, bytes, and their values."""
   _, size = gguf.GGML_QUANT_SIZES[kind]
   rng = np.random.default_rng(seed)
-  raw = rng.integers(0, 256, (4 * blocks, size), np.uint8)
+  raw = rng.integers(0, 256, (2 * blocks + 8, size), np.uint8)
   with np.errstate(all='ignore'):
     values = gguf.quants.dequantize(raw, kind)
   finite = np.isfinite(values).all(-1)
@@ -465,23 +499,23 @@ def test_every_type_that_can_be_dequantised_is_read(tmp_path):
     types.append((kind, block))
   names = {kind.name for kind, _ in types}
   assert names >= {'Q4_K', 'Q6_K', 'Q2_K', 'IQ2_XS', 'IQ4_NL', 'TQ1_0', 'BF16'}
-  # One matrix of each type; their rows are whole blocks.
-  cfg = dataclasses.replace(QWEN3, D=256, F=256, N=-(-len(types) // 3))
-  arrays = dict(weights.views(random_params(cfg), weights.GGUF))
-  targets = [x for x in arrays if '.ffn_' in x and 'norm' not in x]
+  # One matrix of each type, whose rows are whole blocks.
+  cfg = dataclasses.replace(QWEN3, D=256, F=32, N=-(-len(types) // 5))
+  arrays = zeros(cfg)
+  reads_stem = ('attn_q.', 'attn_k.', 'attn_v.', 'ffn_gate.', 'ffn_up.')
+  targets = [x for x in arrays if any(t in x for t in reads_stem)]
   raw, want = {}, {}
-  for seed, (name, (kind, block)) in enumerate(
-    zip(targets, types, strict=False)
-  ):
-    data, values = draw_blocks(kind, 256 * 256 // block, seed)
-    raw[name] = data.reshape(256, -1), kind
-    want[name] = values.reshape(256, 256)
-  source = sources.load(write_gguf(tmp_path / 'a.gguf', cfg, raw=raw), CACHE)
-  found = dict(weights.views(source.params, weights.GGUF))
+  for seed, (kind, block) in enumerate(types):
+    name = targets[seed]
+    shape = arrays[name].shape
+    data, values = draw_blocks(kind, arrays[name].size // block, seed)
+    raw[name] = data.reshape(len(arrays[name]), -1), kind
+    want[name] = values.reshape(shape)
+  path = write_gguf(tmp_path / 'a.gguf', cfg, arrays=arrays, raw=raw)
+  found = dict(weights.views(sources.load(path, CACHE).params, weights.GGUF))
   for name, values in want.items():
-    np.testing.assert_array_equal(
-      found[name], values, err_msg=raw[name][1].name
-    )
+    kind = raw[name][1].name
+    np.testing.assert_array_equal(found[name], values, err_msg=kind)
 
 
 @pytest.mark.parametrize('name', ['I8', 'F64', 'Q8_1', 'Q8_K'])
@@ -493,7 +527,7 @@ def test_a_type_that_cannot_be_dequantised(tmp_path, name):
   if name in ('I8', 'F64'):
     data = data.view({'I8': np.int8, 'F64': np.float64}[name])
   raw = {'blk.1.ffn_up.weight': (data, kind)}
-  path = write_gguf(tmp_path / 'a.gguf', cfg, raw=raw)
+  path = write_gguf(tmp_path / 'a.gguf', cfg, arrays=zeros(cfg), raw=raw)
   refused(path, 'blk.1.ffn_up.weight', f'type {name}')
 
 
@@ -502,6 +536,40 @@ def test_unpermute_is_the_inverse_of_llama_cpps_order():
   # Of each head of 6 channels: 0 and 3 become neighbours, then 1 and 4, ...
   permuted = rows[[0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]]
   np.testing.assert_array_equal(gguf_source.unpermute(permuted, 2), rows)
+
+
+# White space, digits in and out of ASCII, contractions, joined characters.
+TEXTS = [TEXT, DARWIN, *LLAMA_CPP, "ONE'LL  12345,6 a1b22\r\n \n\t\n x\n"]
+
+
+@pytest.mark.parametrize('pre', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2'])
+def test_tokenizer_of_a_gguf_file_is_llama_cpps(tmp_path, pre):
+  if not llama_cpp.available():
+    pytest.skip('the reference is llama.cpp')
+  metadata = {
+    'tokenizer.ggml.pre': pre,
+    'tokenizer.ggml.bos_token_id': 0,
+    'tokenizer.ggml.add_bos_token': pre == 'llama-bpe',
+  }
+  path = write_gguf(tmp_path / 'a.gguf', metadata=metadata)
+  tokenizer = sources.load(path, CACHE, params=False).tokenizer
+  for text in TEXTS:
+    assert tokenizer.encode(text).ids == llama_cpp.tokenize(path, text)
+
+
+def test_tokenizer_of_qwen2_is_transformers(tmp_path):
+  transformers = pytest.importorskip('transformers', reason='the reference')
+  path = write_gguf(
+    tmp_path / 'a.gguf', QWEN2, metadata={'tokenizer.ggml.pre': 'qwen2'}
+  )
+  tokenizer = sources.load(path, CACHE, params=False).tokenizer
+  model = json.loads(bpe().to_str())['model']
+  reference = transformers.Qwen2Tokenizer(
+    vocab=model['vocab'], merges=[tuple(m) for m in model['merges']]
+  )
+  for text in TEXTS:
+    if '<|' not in text:  # It knows of no special tokens.
+      assert tokenizer.encode(text).ids == reference(text)['input_ids'], text
 
 
 def test_default_source_talks_unless_its_rows_stay_permuted(monkeypatch):
@@ -792,7 +860,7 @@ def test_gguf_tensors_that_do_not_fit(tmp_path):
     (k, np.zeros((33, 64)), (k, (33, 64), (32, 64))),
     (k, np.full((32, 64), np.inf), (k, 'not finite')),
     (bias, np.zeros(64), (bias,)),
-    ('blk.0.attn_q.bias', np.zeros(64), ('blk.0.attn_k.bias', 'missing')),
+    ('blk.0.attn_q.bias', np.zeros(64), ('blk.1.attn_q.bias', 'missing')),
     ('rope_freqs.weight', np.ones(8), ('rope_freqs.weight = [1.0, 1.0',)),
     ('rope_freqs.weight', np.ones(7), ('rope_freqs.weight = [1.0, 1.0',)),
     ('rope_freqs.weight', np.arange(8), ('rope_freqs.weight = [0.0, 1.0',)),

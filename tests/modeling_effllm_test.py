@@ -1,0 +1,288 @@
+"""The class that exported folders carry: our function, as transformers runs it.
+
+Against our own forward pass with masks, and, for what that does not have
+(biases, norms of queries and keys, scaled frequencies), against the classes of
+transformers with the same weights.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from effllm_jax import hf_trimmed
+from effllm_jax import structure
+from effllm_jax import weights
+from effllm_jax import widths
+from tests import conftest
+from tests import sources_test
+
+torch = pytest.importorskip('torch', reason='the class is for PyTorch')
+transformers = pytest.importorskip('transformers', reason='opens the folder')
+modeling_effllm = pytest.importorskip('effllm_jax.modeling_effllm')
+
+CFG = dataclasses.replace(sources_test.CFG, N=4, K=3)
+
+
+def source(cfg, params, masks=None) -> weights.Source:
+  """A finished model around random parameters."""
+  return weights.Source(
+    name='toy', description='toy', licence=None, sha256='0', dtype='F32',
+    cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=None,
+    chat_template=None, tokenizer=sources_test.bpe(), params=params,
+    masks=masks,
+  )  # fmt: skip
+
+
+def ragged(cfg, seed=0, no_heads=(), no_ffn=()) -> structure.Groups:
+  """Random masks with a whole stem; some layers lose a block."""
+  masks = conftest.make_masks(cfg, seed)
+  return masks.replace(
+    heads=masks.heads.at[jnp.array(no_heads, int)].set(False),
+    ffn=masks.ffn.at[jnp.array(no_ffn, int)].set(False),
+    stem=jnp.ones_like(masks.stem),
+  )
+
+
+UNTIED = dataclasses.replace(CFG, D=60, G=1, tied=False)
+# Architecture, layers without heads, layers without feed-forward.
+SHAPES = {
+  'gqa-tied': (CFG, (), ()),
+  'mha-untied': (UNTIED, (), (2,)),
+  'first-without-heads': (CFG, (0,), (2,)),
+  'layer-without-both': (UNTIED, (1, 3), (1,)),
+  'no-heads-at-all': (CFG, (0, 1, 2, 3), ()),
+}
+
+
+def make(name) -> weights.Source:
+  cfg, no_heads, no_ffn = SHAPES[name]
+  return source(
+    cfg, sources_test.random_params(cfg), ragged(cfg, 0, no_heads, no_ffn)
+  )
+
+
+def write_folder(made, folder):
+  """What an export consists of, without the tokenizer."""
+  folder.mkdir()
+  config = hf_trimmed.config(made) | {'dtype': 'float32'}
+  (folder / 'config.json').write_text(json.dumps(config))
+  shutil.copy(hf_trimmed.MODELING, folder)
+  safetensors_numpy.save_file(
+    {k: np.ascontiguousarray(x) for k, x in hf_trimmed.tensors(made)},
+    folder / 'model.safetensors',
+    metadata={'format': 'pt'},
+  )
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+  """Two threads wait for each other where every core has a test of its own."""
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(threads)
+
+
+@pytest.fixture(name='opened')
+def _opened(tmp_path, monkeypatch):
+  """Opens a model from a folder as a user does; code is copied to a cache."""
+  monkeypatch.setattr(
+    transformers.dynamic_module_utils,
+    'HF_MODULES_CACHE',
+    str(tmp_path / 'modules'),
+  )
+
+  def open_(made):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+      write_folder(made, tmp_path / 'out'), trust_remote_code=True
+    ).eval()
+
+  return open_
+
+
+def logits(torch_model, tokens, **kwargs):
+  with torch.no_grad():
+    return torch_model(torch.tensor(tokens), **kwargs).logits.numpy()
+
+
+def generate(torch_model, tokens, **kwargs):
+  """Sixteen greedy tokens that no end of text cuts short."""
+  kwargs = {'attention_mask': torch.ones(tokens.shape, dtype=int)} | kwargs
+  out = torch_model.generate(
+    torch.tensor(tokens), max_new_tokens=16, do_sample=False,
+    eos_token_id=None, pad_token_id=0, **kwargs,
+  )  # fmt: skip
+  return out[:, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_folder_is_the_masked_model(opened, name):
+  made = make(name)
+  cfg = made.cfg
+  have = opened(made)
+  assert type(have).__name__ == 'EffllmForCausalLM'
+  # Exactly what is alive, and no norm of a block that is gone.
+  live = widths.of_layers(made.masks)
+  blocks = sum(k > 0 for kind in live.values() for k in kind)
+  assert have.num_parameters() == cfg.D * (
+    (1 if cfg.tied else 2) * cfg.V + 1 + blocks
+    + sum(live['heads']) * cfg.head_rows() + 3 * sum(live['ffn'])
+  )  # fmt: skip
+  tied = have.lm_head.weight is have.model.embed_tokens.weight
+  assert tied == cfg.tied
+
+  tokens = np.asarray(conftest.make_tokens(cfg, length=40))
+  want, _ = conftest.forward(made.params, made.masks, tokens, cfg)
+  np.testing.assert_allclose(logits(have, tokens), want, atol=1e-4)
+  # Each token is the most likely one after what stands before it.
+  new = generate(have, tokens)
+  whole = np.concatenate([tokens, new], 1)
+  likely = logits(have, whole).argmax(-1)[:, tokens.shape[1] - 1 : -1]
+  assert new == likely.tolist() == generate(have, tokens, use_cache=False)
+  # Beams reorder the cache.
+  beams = [
+    generate(have, tokens, num_beams=3, use_cache=cache)
+    for cache in (True, False)
+  ]
+  assert beams[0] == beams[1]
+
+
+def test_cache_grows_by_chunks(opened):
+  made = make('first-without-heads')
+  have = opened(made)
+  tokens = np.asarray(conftest.make_tokens(made.cfg, length=24))
+  want = logits(have, tokens)
+  cache, parts = None, []
+  for part in np.split(tokens, [7, 8, 9, 20], 1):
+    with torch.no_grad():
+      out = have(torch.tensor(part), past_key_values=cache, use_cache=True)
+    cache = out.past_key_values
+    parts.append(out.logits.numpy())
+  np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=1e-4)
+  assert cache.get_seq_length() == 24
+  last = logits(have, tokens, logits_to_keep=2)
+  np.testing.assert_allclose(last, want[:, -2:], atol=1e-5)
+
+
+def test_padding_changes_nothing(opened):
+  made = make('first-without-heads')
+  have = opened(made)
+  short = np.asarray(conftest.make_tokens(made.cfg, batch=1, length=9))
+  long = np.asarray(conftest.make_tokens(made.cfg, batch=1, length=20, seed=1))
+  padded = np.concatenate([np.pad(short, ((0, 0), (11, 0))), long])
+  mask = torch.ones(2, 20, dtype=int)
+  mask[0, :11] = 0
+  both = logits(have, padded, attention_mask=mask)
+  assert np.isfinite(both).all()
+  np.testing.assert_allclose(both[:1, 11:], logits(have, short), atol=1e-4)
+  np.testing.assert_allclose(both[1:], logits(have, long), atol=1e-4)
+  assert generate(have, padded, attention_mask=mask) == [
+    *generate(have, short), *generate(have, long),
+  ]  # fmt: skip
+  # On the other side, as for training, with a loss that leaves it out.
+  mask, labels = mask.flip(1), torch.tensor(padded).long()
+  padded[0] = np.pad(short, ((0, 0), (0, 11)))
+  labels[0] = torch.as_tensor(padded[0]).masked_fill(mask[0] == 0, -100)
+  with torch.no_grad():
+    out = have(torch.as_tensor(padded), attention_mask=mask, labels=labels)
+  np.testing.assert_allclose(out.logits[:1, :9], logits(have, short), atol=1e-4)
+  losses = [
+    torch.nn.functional.cross_entropy(
+      torch.tensor(logits(have, x)[0, :-1]),
+      torch.tensor(x[0, 1:]).long(),
+      reduction='none',
+    )
+    for x in (short, long)
+  ]
+  np.testing.assert_allclose(out.loss, torch.cat(losses).mean(), rtol=1e-4)
+
+
+def test_saved_again_it_opens_again(opened, tmp_path):
+  have = opened(make('first-without-heads'))
+  have.save_pretrained(tmp_path / 'again')
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'again', trust_remote_code=True
+  )
+  tokens = np.arange(30)[None]
+  np.testing.assert_array_equal(logits(again, tokens), logits(have, tokens))
+  half = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'again', trust_remote_code=True, dtype=torch.bfloat16
+  )
+  assert half.lm_head.weight.dtype == torch.bfloat16
+  with torch.no_grad():
+    rounded = half(torch.tensor(tokens)).logits.float().numpy()
+  full = logits(have, tokens)
+  assert 0 < np.abs(rounded - full).max() < 0.1 * np.abs(full).max()
+
+
+LLAMA3 = {
+  'rope_type': 'llama3', 'rope_theta': 5e4, 'factor': 8.0,
+  'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 64,
+}  # fmt: skip
+DEFAULT = {'rope_type': 'default', 'rope_theta': 5e4}
+# Class of transformers -> rotary parameters, and what it has beyond Llama.
+STOCK = {
+  'Llama': (LLAMA3, {}),
+  'Qwen2': (DEFAULT, {'attention_bias': True}),
+  'Qwen3': (DEFAULT, {'qk_norm': True}),
+}
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_stock_classes_with_the_same_weights(name):
+  rope, extra = STOCK[name]
+  sizes = dict(
+    vocab_size=320, hidden_size=64, head_dim=16, rms_norm_eps=1e-5,
+    max_position_embeddings=512, tie_word_embeddings=False,
+  )  # fmt: skip
+  torch.manual_seed(0)
+  config = getattr(transformers, f'{name}Config')(
+    **sizes, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=96, rope_parameters=rope,
+    # What transformers 4 reads instead.
+    rope_theta=rope['rope_theta'],
+    rope_scaling=None if rope is DEFAULT else rope,
+  )  # fmt: skip
+  stock = getattr(transformers, f'{name}ForCausalLM')(config).eval()
+  for parameter in stock.parameters():
+    torch.nn.init.normal_(parameter, std=0.15)
+  config = modeling_effllm.EffllmConfig(
+    **sizes, num_key_value_groups=2, num_key_value_heads_per_layer=[2] * 3,
+    intermediate_size_per_layer=[96] * 3, rope_parameters=rope, **extra,
+  )  # fmt: skip
+  ours = modeling_effllm.EffllmForCausalLM(config).eval()
+  ours.load_state_dict(stock.state_dict())
+  tokens = np.asarray(conftest.make_tokens(CFG, length=200))
+  want = logits(stock, tokens)
+  assert want.std() > 0.1
+  np.testing.assert_allclose(logits(ours, tokens), want, atol=1e-4)
+  assert generate(ours, tokens) == generate(stock, tokens)
+
+
+def test_config_says_what_a_block_has():
+  cfg = dataclasses.replace(
+    CFG, qkv_bias=True, qk_norm=True,
+    rope_scaling=structure.RopeScaling(8.0, 1.0, 4.0, 64),
+  )  # fmt: skip
+  made = source(
+    cfg, sources_test.random_params(cfg), ragged(cfg, 0, (1,), (2,))
+  )
+  config = hf_trimmed.config(made)
+  assert config['rope_parameters'] == LLAMA3
+  torch_model = modeling_effllm.EffllmForCausalLM(
+    modeling_effllm.EffllmConfig(**config)
+  )
+  want = {k: tuple(x.shape) for k, x in torch_model.state_dict().items()}
+  del want['lm_head.weight']
+  have = {k: x.shape for k, x in hf_trimmed.tensors(made)}
+  assert have == want
+  assert 'model.layers.0.self_attn.q_proj.bias' in have
+  assert 'model.layers.0.self_attn.k_norm.weight' in have
+  assert not [k for k in have if k.startswith('model.layers.1.self_attn')]
