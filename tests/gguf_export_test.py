@@ -277,29 +277,6 @@ def test_rule_of_words_is_that_of_llama_cpp(tmp_path, rule):
   )
 
 
-def test_rope_factors_are_those_of_transformers(tmp_path):
-  transformers = pytest.importorskip('transformers')
-  pytest.importorskip('torch')
-  cfg = dataclasses.replace(sources_test.LLAMA3, H=64)
-  gguf_export.write(source(cfg), tmp_path / 'a.gguf', 'q8_0')
-  tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / 'a.gguf').tensors}
-  factors = tensors['rope_freqs.weight'].data
-  config = transformers.LlamaConfig(
-    head_dim=cfg.H,
-    rope_parameters={
-      'rope_type': 'llama3', 'rope_theta': cfg.rope_theta, 'factor': 32.0,
-      'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-      'original_max_position_embeddings': 8192,
-    },
-  )  # fmt: skip
-  frequencies, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[
-    'llama3'
-  ](config, 'cpu')
-  plain = cfg.rope_theta ** (-np.arange(0, cfg.H, 2) / cfg.H)
-  np.testing.assert_allclose(plain / factors, frequencies, rtol=1e-5)
-  assert {1.0, 32.0} < set(factors.tolist())
-
-
 # What is refused.
 
 
