@@ -24,14 +24,16 @@ from effllm_jax import errors
 from effllm_jax import structure
 
 KINDS = ('params', 'bytes', 'flops', 'ms')
-# Format -> sixteenths of a byte per weight of a matrix. q8_0 and q4_0 are the
-# block formats of GGUF: 32 weights share a float16 scale.
+# Format -> sixteenths of a byte per weight: of a matrix, and of the output
+# matrix (which is the embedding where they are tied). q8_0 and q4_0 are the
+# block formats of GGUF: 32 weights share a float16 scale. Why a file of q4_0
+# has its output matrix in q8_0 says `gguf_export`.
 FORMATS = {
-  'f32': 64,
-  'bf16': 32,
-  'f16': 32,
-  'q8_0': 34 * 16 // 32,
-  'q4_0': 18 * 16 // 32,
+  'f32': (64, 64),
+  'bf16': (32, 32),
+  'f16': (32, 32),
+  'q8_0': (34 * 16 // 32, 34 * 16 // 32),
+  'q4_0': (18 * 16 // 32, 34 * 16 // 32),
 }
 # The letters that pruning leaves alone: a latency table holds for these.
 FIXED = ('V', 'N', 'G', 'H')
@@ -124,7 +126,13 @@ class Cost:
 def params(cfg: structure.ModelConfig) -> Cost:
   """Parameters: of a whole model, `ModelConfig.num_params`."""
   return _counted(
-    cfg, 'params', 'parameters', weight=1, scale=1, tables=2 - cfg.tied
+    cfg,
+    'params',
+    'parameters',
+    weight=1,
+    scale=1,
+    embedding=int(not cfg.tied),
+    output=1,
   )
 
 
@@ -148,9 +156,10 @@ def stored_bytes(cfg: structure.ModelConfig, format: str) -> Cost:
     'bytes',
     f'bytes in {format}',
     per_unit=16,
-    weight=FORMATS[format],
+    weight=FORMATS[format][0],
     scale=4 * 16,
-    tables=2 - cfg.tied,
+    embedding=0 if cfg.tied else FORMATS[format][0],
+    output=FORMATS[format][1],
   )
 
 
@@ -180,7 +189,8 @@ def flops(cfg: structure.ModelConfig, context: int) -> Cost:
     'FLOPs per token',
     weight=2,
     scale=0,
-    tables=1,
+    embedding=0,
+    output=2,
     head_fixed=2 * cfg.G * cfg.H * (context + 1),
   )
 
@@ -301,20 +311,20 @@ def make(
 
 
 def _counted(
-  cfg, kind, unit, *, weight, scale, tables, per_unit=1, head_fixed=0
+  cfg, kind, unit, *, weight, scale, embedding, output, per_unit=1, head_fixed=0
 ) -> Cost:
-  """Units per matrix weight and per norm scale or bias; tables are [V, D]."""
-  embedding = weight * tables * cfg.V
+  """Units by weight of a matrix, norm scale or bias, and of the two tables."""
+  tables = (embedding + output) * cfg.V
   return Cost(
     kind=kind,
     unit=unit,
     per_unit=per_unit,
     head=weight * cfg.head_rows(),
     ffn=weight * 3,
-    stem=embedding + scale * (2 * cfg.N + 1),
+    stem=tables + scale * (2 * cfg.N + 1),
     # What of a head is not as long as the stem: biases; attention itself.
     head_fixed=head_fixed + scale * cfg.head_biases(),
     ffn_fixed=0,
     fixed=scale * cfg.norm_scales(),
-    unpriced_stem=embedding,
+    unpriced_stem=tables,
   )

@@ -43,7 +43,7 @@ _BLOCKS = (_TYPE.Q8_0, _TYPE.Q4_0)
 # Of the output matrix, which is the embedding where they are tied, in a Q4_0
 # file; llama.cpp's own tool has Q6_K there, which the gguf package cannot make.
 # SmolLM2-135M, against its own weights: KL 0.29 and 92 MB; with Q4_0 0.39 and
-# 78 MB, with Q5_0 0.31 and 81 MB, but no faster than Q8_0.
+# 78 MB, with Q5_0 0.31 and 81 MB. `budgets.FORMATS` counts it so.
 _OUTPUT = _TYPE.Q8_0
 _VALUE_TYPES = {
   str: gguf.GGUFValueType.STRING,

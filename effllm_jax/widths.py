@@ -87,7 +87,8 @@ def padded(
   in each layer as many as it needs (a layer that lost the block stays without).
   Of the stem they enter the mean square of RMSNorm, so its scales are
   multiplied by sqrt(D / D') and its epsilon by D / D', which gives the same
-  values up to rounding.
+  values up to rounding. Norms of q and k have the same epsilon and another
+  width, so what they read is multiplied by sqrt(D / D').
 
   Args:
     params: float32.
@@ -114,12 +115,21 @@ def padded(
     grow = [getattr(new, a) - n for a, n in zip(letters, x.shape, strict=True)]
     return np.pad(x, [(0, by) for by in grow])
 
+  params = filled(params, masks)
+  if cfg.qk_norm:
+    layers = params.layers
+    read = {x: getattr(layers, x) for x in ('wq', 'wk', 'bq', 'bk')}
+    params = params.replace(
+      layers=layers.replace(
+        **{k: x * scale for k, x in read.items() if x is not None}
+      )
+    )
   ffn = np.pad(ffn, ((0, 0), (0, new.F - cfg.F)))
   need = np.array([up(int(n)) for n in live]) - live
   dead = ~ffn
   ffn = ffn | (dead & (dead.cumsum(-1) <= need[:, None]))
   return (
-    structure.map_axes(leaf, filled(params, masks)),
+    structure.map_axes(leaf, params),
     structure.Groups(
       heads=np.asarray(masks.heads), ffn=ffn, stem=np.ones(new.D, bool)
     ),

@@ -54,10 +54,16 @@ def counted(cfg) -> dict:
     'params': (budgets.params(cfg), lambda m: count_live(m, cfg)),
     'flops': (budgets.flops(cfg, CONTEXT), lambda m: count_flops(m, cfg)),
   }
+  output = 'VD' if cfg.tied else 'DV'
   for name, size in BYTES.items():
+    # A file of q4_0 has its output matrix in q8_0.
+    last = BYTES['q8_0'] if name == 'q4_0' else size
+    weigh = lambda x, size=size, last=last: (
+      4.0 if is_scale(x) else last if x == output else size
+    )
 
-    def count(masks, size=size):
-      return count_live(masks, cfg, lambda x: 4.0 if is_scale(x) else size)
+    def count(masks, weigh=weigh):
+      return count_live(masks, cfg, weigh)
 
     found[name] = (budgets.stored_bytes(cfg, name), count)
   return found
@@ -102,11 +108,13 @@ def test_params_are_the_architectures_own_number(cfg):
 def test_block_formats_are_blocks():
   """34 and 18 bytes for each 32 weights of a row, and nothing else."""
   cfg = conftest.make_config(V=64, D=32, K=2, G=2, H=16, F=96)
-  matrices = cfg.num_params() - cfg.D * (2 * cfg.N + 1)
+  tied = cfg.V * cfg.D
+  matrices = cfg.num_params() - cfg.D * (2 * cfg.N + 1) - tied
   for name, block in (('q8_0', 34), ('q4_0', 18)):
     cost = budgets.stored_bytes(cfg, name)
     scales = 4 * cfg.D * (2 * cfg.N + 1)
-    assert cost.of_config(cfg) == 16 * (matrices // 32 * block + scales)
+    blocks = matrices // 32 * block + tied // 32 * 34
+    assert cost.of_config(cfg) == 16 * (blocks + scales)
 
 
 def test_unpriced_is_embedding_and_output_matrix(cfg):

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from effllm_jax import bpe
+from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import gguf_export
 from effllm_jax import gguf_source
@@ -218,6 +219,18 @@ def test_formats(tmp_path, format, bits, ragged):
   for kind_name, kind in kinds.items():
     assert kind == ('F32' if 'norm' in kind_name else format.upper())
   assert bits < written.bits_per_weight < 1.25 * bits
+
+
+@pytest.mark.parametrize('format', gguf_export.FORMATS)
+@pytest.mark.parametrize('tied', [True, False])
+def test_budget_in_bytes_is_that_of_the_tensors(tmp_path, format, tied):
+  cfg = dataclasses.replace(CFG, N=3, H=32, F=96, tied=tied, qkv_bias=True)
+  masks = masks_of(cfg, [2, 1, 2], [96, 64, 32])
+  path = tmp_path / 'a.gguf'
+  gguf_export.write(source(cfg, masks), path, format)
+  stored = sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+  cost = budgets.stored_bytes(cfg, format)
+  assert cost.reported(cost.live(masks)) == stored
 
 
 def test_rows_without_blocks_are_reported(tmp_path):
