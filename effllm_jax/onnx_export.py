@@ -53,6 +53,9 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   with _installed():
     import onnxscript  # noqa: F401  What torch.onnx writes with.
     import torch
+  with _writable(path):
+    # Now, not after the minute that a trace may take.
+    open(path, 'wb').close()
   module = _traceable(model)
   heads = module.decoder.config.num_key_value_heads_per_layer
   heads = [k for k in heads if k > 0]
@@ -84,13 +87,8 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   # Stack traces of this machine, as large as a small model.
   for node in program.model.graph:
     node.metadata_props.clear()
-  try:
+  with _writable(path):
     program.save(path)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {path}: {e.strerror or e}; free some space or set another '
-      '--out'
-    ) from e
 
 
 def check(
@@ -266,6 +264,18 @@ def _installed():
     raise errors.InputError(
       f'ONNX needs {e.name}, which is missing; '
       'pip install -r requirements-torch.txt -r requirements-edge.txt'
+    ) from e
+
+
+@contextlib.contextmanager
+def _writable(path):
+  """A full or read-only disk, told in one line."""
+  try:
+    yield
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {path}: {e.strerror or e}; free some space or set another '
+      '--out'
     ) from e
 
 
