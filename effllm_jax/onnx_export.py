@@ -53,7 +53,10 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   with _installed():
     import onnxscript  # noqa: F401  What torch.onnx writes with.
     import torch
-  module = _traceable(model)
+  with _writable(path):
+    # Now, not after the minute that a trace may take.
+    open(path, 'wb').close()
+  module = traceable(model)
   heads = module.decoder.config.num_key_value_heads_per_layer
   heads = [k for k in heads if k > 0]
   # The trace takes equal sizes for the same, and 1 for always 1.
@@ -84,13 +87,8 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   # Stack traces of this machine, as large as a small model.
   for node in program.model.graph:
     node.metadata_props.clear()
-  try:
+  with _writable(path):
     program.save(path)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {path}: {e.strerror or e}; free some space or set another '
-      '--out'
-    ) from e
 
 
 def check(
@@ -169,49 +167,14 @@ def speed(
   return Speed(prefill / first, decode / second)
 
 
-_KINDS = ('key', 'value')
+def traceable(model: weights.Source):
+  """The model in PyTorch as a function of plain tensors.
 
-
-class _Decoder:
-  """One sequence in onnxruntime; its cache stays there."""
-
-  def __init__(self, path, threads=0):
-    with _installed():
-      import onnxruntime
-    self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    self._session = onnxruntime.InferenceSession(
-      path, options, providers=['CPUExecutionProvider']
-    )
-    self._inputs = {x.name: x.shape for x in self._session.get_inputs()}
-    self._outputs = [x.name for x in self._session.get_outputs()]
-    self.vocab = self._session.get_outputs()[0].shape[-1]
-    self.clear()
-
-  def clear(self):
-    """Forgets all tokens."""
-    self._length = 0
-    self._cache = [
-      self._value(np.zeros((1, shape[1], 0, shape[3]), np.float32))
-      for name, shape in self._inputs.items()
-      if name.startswith('past_key_values.')
-    ]
-
-  def read(self, tokens):
-    """Goes on with tokens; logits after each, float32 [T, V]."""
-    self._length += len(tokens)
-    ids = self._value(np.array([tokens], np.int64))
-    mask = self._value(np.ones((1, self._length), np.int64))
-    feed = dict(zip(self._inputs, [ids, mask, *self._cache], strict=True))
-    logits, *self._cache = self._session.run_with_ort_values(
-      self._outputs, feed
-    )
-    return logits.numpy()[0]
-
-
-def _traceable(model):
-  """The model in PyTorch as a function of plain tensors."""
+  Returns:
+    A module: input_ids [B, T], attention_mask [B, past + T] and a list of keys
+    and values, by turns, of the layers with attention, [B, K_i, past, H] -> a
+    tuple of logits and the longer keys and values.
+  """
   import torch
 
   from effllm_jax import modeling_effllm
@@ -257,6 +220,47 @@ def _traceable(model):
   return Traceable().eval()
 
 
+_KINDS = ('key', 'value')
+
+
+class _Decoder:
+  """One sequence in onnxruntime; its cache stays there."""
+
+  def __init__(self, path, threads=0):
+    with _installed():
+      import onnxruntime
+    self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    self._session = onnxruntime.InferenceSession(
+      path, options, providers=['CPUExecutionProvider']
+    )
+    self._inputs = {x.name: x.shape for x in self._session.get_inputs()}
+    self._outputs = [x.name for x in self._session.get_outputs()]
+    self.vocab = self._session.get_outputs()[0].shape[-1]
+    self.clear()
+
+  def clear(self):
+    """Forgets all tokens."""
+    self._length = 0
+    self._cache = [
+      self._value(np.zeros((1, shape[1], 0, shape[3]), np.float32))
+      for name, shape in self._inputs.items()
+      if name.startswith('past_key_values.')
+    ]
+
+  def read(self, tokens):
+    """Goes on with tokens; logits after each, float32 [T, V]."""
+    self._length += len(tokens)
+    ids = self._value(np.array([tokens], np.int64))
+    mask = self._value(np.ones((1, self._length), np.int64))
+    feed = dict(zip(self._inputs, [ids, mask, *self._cache], strict=True))
+    logits, *self._cache = self._session.run_with_ort_values(
+      self._outputs, feed
+    )
+    return logits.numpy()[0]
+
+
 @contextlib.contextmanager
 def _installed():
   """A missing package, told in one line."""
@@ -266,6 +270,18 @@ def _installed():
     raise errors.InputError(
       f'ONNX needs {e.name}, which is missing; '
       'pip install -r requirements-torch.txt -r requirements-edge.txt'
+    ) from e
+
+
+@contextlib.contextmanager
+def _writable(path):
+  """A full or read-only disk, told in one line."""
+  try:
+    yield
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {path}: {e.strerror or e}; free some space or set another '
+      '--out'
     ) from e
 
 

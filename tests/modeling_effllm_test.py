@@ -1,8 +1,7 @@
 """The class that exported folders carry: our function, as transformers runs it.
 
-Against our own forward pass with masks, and, for what that does not have
-(biases, norms of queries and keys, scaled frequencies), against the classes of
-transformers with the same weights.
+Against our own forward pass with masks, and against the classes of transformers
+with the same weights.
 """
 
 import dataclasses
@@ -48,7 +47,10 @@ def ragged(cfg, seed=0, no_heads=(), no_ffn=()) -> structure.Groups:
   )
 
 
-UNTIED = dataclasses.replace(CFG, D=60, G=1, tied=False)
+UNTIED = dataclasses.replace(
+  CFG, D=60, G=1, tied=False, qkv_bias=True, qk_norm=True,
+  rope_scaling=structure.RopeScaling(8.0, 1.0, 4.0, 16),
+)  # fmt: skip
 # Architecture, layers without heads, layers without feed-forward.
 SHAPES = {
   'gqa-tied': (CFG, (), ()),
@@ -130,10 +132,13 @@ def test_folder_is_the_masked_model(opened, name):
   # Exactly what is alive, and no norm of a block that is gone.
   live = widths.of_layers(made.masks)
   blocks = sum(k > 0 for kind in live.values() for k in kind)
-  assert have.num_parameters() == cfg.D * (
-    (1 if cfg.tied else 2) * cfg.V + 1 + blocks
-    + sum(live['heads']) * cfg.head_rows() + 3 * sum(live['ffn'])
-  )  # fmt: skip
+  attentions = sum(k > 0 for k in live['heads'])
+  assert have.num_parameters() == (
+    cfg.D * ((1 if cfg.tied else 2) * cfg.V + 1 + blocks)
+    + sum(live['heads']) * (cfg.D * cfg.head_rows() + cfg.head_biases())
+    + sum(live['ffn']) * 3 * cfg.D
+    + attentions * cfg.norm_scales() // cfg.N
+  )
   tied = have.lm_head.weight is have.model.embed_tokens.weight
   assert tied == cfg.tied
 
@@ -268,9 +273,8 @@ def test_stock_classes_with_the_same_weights(name):
 
 def test_config_says_what_a_block_has():
   cfg = dataclasses.replace(
-    CFG, qkv_bias=True, qk_norm=True,
-    rope_scaling=structure.RopeScaling(8.0, 1.0, 4.0, 64),
-  )  # fmt: skip
+    UNTIED, tied=True, rope_scaling=structure.RopeScaling(8.0, 1.0, 4.0, 64)
+  )
   made = source(
     cfg, sources_test.random_params(cfg), ragged(cfg, 0, (1,), (2,))
   )

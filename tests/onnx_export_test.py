@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip('onnxruntime', reason='runs the graph')
 toys = pytest.importorskip('tests.modeling_effllm_test')
 
 CFG = dataclasses.replace(sources_test.CFG, N=3, K=3)
-UNTIED = dataclasses.replace(sources_test.CFG, D=60, G=1, tied=False)
+UNTIED = dataclasses.replace(toys.UNTIED, N=2)
 # Architecture, masks.
 SHAPES = {
   'ragged': (CFG, toys.ragged(CFG, 0, no_heads=(0,), no_ffn=(2,))),

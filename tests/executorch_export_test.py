@@ -1,0 +1,39 @@
+"""ExecuTorch: the program computes the masked model, where it is installed."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from effllm_jax import errors
+from effllm_jax import executorch_export
+from tests import sources_test
+
+pytest.importorskip('torch', reason='the program is traced in PyTorch')
+toys = pytest.importorskip('tests.modeling_effllm_test')
+
+
+def make(cfg=toys.UNTIED):
+  cfg = dataclasses.replace(cfg, N=2)
+  masks = toys.ragged(cfg, 0, no_heads=(0,), no_ffn=(1,))
+  return toys.source(cfg, sources_test.random_params(cfg), masks)
+
+
+def test_agrees_with_the_model(tmp_path):
+  pytest.importorskip('executorch', reason='optional')
+  made = make()
+  executorch_export.write(made, tmp_path / 'x.pte')
+  found = executorch_export.check(made, tmp_path / 'x.pte')
+  assert found.greedy and found.relative < 1e-4
+  other = sources_test.random_params(made.cfg, seed=1)
+  with pytest.raises(RuntimeError, match=r'x\.pte differs.*not kept'):
+    executorch_export.check(
+      dataclasses.replace(made, params=other), tmp_path / 'x.pte'
+    )
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'executorch', None)
+  with pytest.raises(errors.InputError, match='optional') as caught:
+    executorch_export.write(make(), tmp_path / 'x.pte')
+  assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
