@@ -22,6 +22,7 @@ from effllm_jax import errors
 from effllm_jax import gguf_export
 from effllm_jax import llama_cpp
 from effllm_jax import onnx_export
+from effllm_jax import timing
 from effllm_jax import weights
 
 FORMATS = ('gguf-f32', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_0', 'onnx')
@@ -98,7 +99,9 @@ def measure(
       for i in range(rounds):
         say(f'{name}: round {i + 1} of {rounds}')
         for label, (path, runtime) in files.items():
-          speeds[label].append(runtime.speed(path, threads, prefill, decode, 1))
+          speeds[label].append(
+            timing.speed(runtime.__name__, path, threads, prefill, decode, 1)
+          )
       for label, (path, runtime) in files.items():
         say(f'{name}: bits per byte of {label}')
         found = speeds[label]
@@ -109,7 +112,9 @@ def measure(
             'bytes': path.stat().st_size,
             'prefill': statistics.median(x.prefill for x in found),
             'decode': statistics.median(x.decode for x in found),
-            'memory': max(x.peak_bytes for x in found),
+            'memory': max(
+              (x.peak_bytes for x in found if x.peak_bytes), default=None
+            ),
             'bits_per_byte': bits_per_byte(runtime, path, heldout),
           }
         )

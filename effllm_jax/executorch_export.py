@@ -72,7 +72,9 @@ def write(
 
 
 def check(
-  model: weights.Source, path: str | os.PathLike
+  model: weights.Source,
+  path: str | os.PathLike,
+  want: agreement.Reference | None = None,
 ) -> agreement.Agreement:
   """Compares the program, run here, with the model.
 
@@ -99,8 +101,14 @@ def check(
     # What it returns is its own memory, which the next call writes to.
     return logits[0].numpy().copy(), [x.clone() for x in cache]
 
-  prompt = model.tokenizer.encode(agreement.TEXT).ids
-  want = agreement.reference(model.params, model.masks, model.cfg, prompt)
+  if want is None:
+    want = agreement.reference(
+      model.params,
+      model.masks,
+      model.cfg,
+      model.tokenizer.encode(agreement.TEXT).ids,
+    )
+  prompt = want.prompt
   cache, rows, greedy = _cache(config, 0), [], []
   for i in range(0, len(prompt), CHUNK):
     logits, cache = read(prompt[i : i + CHUNK], i, cache)

@@ -17,6 +17,7 @@ import safetensors
 
 from effllm_jax import agreement
 from effllm_jax import errors
+from effllm_jax import executorch_export
 from effllm_jax import gguf_export
 from effllm_jax import hf_export
 from effllm_jax import model_card
@@ -26,6 +27,7 @@ from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
 
+_TRACED = {'onnx': onnx_export, 'executorch': executorch_export}
 # Format -> what it is. 'hf' and 'hf-trimmed' are both the folder itself.
 FORMATS = {
   'hf': 'Hugging Face folder of a stock class, zeros where layers are narrower',
@@ -35,6 +37,7 @@ FORMATS = {
   'gguf-q8_0': 'llama.cpp, 8.5 bits per weight',
   'gguf-q4_0': 'llama.cpp, 4.5 bits per weight',
   'onnx': 'ONNX with a key/value cache, float32',
+  'executorch': 'ExecuTorch (XNNPACK) with a key/value cache, float32',
 }
 
 
@@ -160,12 +163,12 @@ def _format(name, model, folder, want, notes) -> agreement.Agreement | None:
   if name.startswith('hf'):
     hf_export.write(model, folder, trimmed=name == 'hf-trimmed')
     return hf_export.check(model, folder, want)
-  if name == 'onnx':
-    path = folder / 'model.onnx'
-    onnx_export.write(model, path)
-    return onnx_export.check(model, path, want)
+  if name in ('onnx', 'executorch'):
+    path, to = folder / model_card.FILES[name], _TRACED[name]
+    to.write(model, path)
+    return to.check(model, path, want)
   kind = name.removeprefix('gguf-')
-  path = folder / f'model-{kind}.gguf'
+  path = folder / model_card.FILES[name]
   written = gguf_export.write(model, path, kind)
   if written.fell_back:
     notes.append(

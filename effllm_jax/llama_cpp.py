@@ -7,14 +7,7 @@ log-probabilities of one position per request and no times of its own.
 
 import contextlib
 import ctypes
-import dataclasses
-import json
 import os
-import pathlib
-import statistics
-import subprocess
-import sys
-import time
 
 import numpy as np
 
@@ -27,22 +20,6 @@ except ImportError:
 
 _F16, _F32 = 1, 0  # Values of `enum ggml_type`.
 _ERROR = 4  # Of `enum ggml_log_level`.
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-  """Medians over rounds, on one model and number of threads.
-
-  Attributes:
-    prefill: tokens per second that are read at once.
-    decode: tokens per second that are generated one by one.
-    peak_bytes: most memory resident in a process of its own, less what it had
-      before it opened the file; None where the system does not tell.
-  """
-
-  prefill: float
-  decode: float
-  peak_bytes: int | None
 
 
 def available() -> str | None:
@@ -98,74 +75,29 @@ def greedy(path: str | os.PathLike, prompt: list[int], n: int) -> list[int]:
     return found
 
 
-def speed(
-  path: str | os.PathLike,
-  threads: int,
-  prefill: int = 512,
-  decode: int = 64,
-  rounds: int = 5,
-) -> Speed:
-  """Tokens per second, measured in a process of its own.
-
-  Args:
-    path: the model.
-    threads: of the processor, for both.
-    prefill: tokens that a round reads at once into an empty cache.
-    decode: tokens that it then generates.
-    rounds: after one that is not counted.
-
-  Raises:
-    errors.InputError: no runtime, or one that cannot open the file.
-  """
-  job = [os.path.abspath(path), threads, prefill, decode, rounds]
-  done = subprocess.run(
-    [sys.executable, '-m', 'effllm_jax.llama_cpp', json.dumps(job)],
-    cwd=pathlib.Path(__file__).parents[1],
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  if done.returncode:
-    last = (done.stderr.strip().splitlines() or ['no output'])[-1]
-    raise errors.InputError(last)
-  return Speed(**json.loads(done.stdout))
-
-
-def _measure(path, threads, prefill, decode, rounds):
-  """What `speed` returns, in this process."""
-  before = _memory('VmRSS')
-  size = prefill + decode
-  with _opened(path) as (lib, model), _context(lib, model, size, False) as ctx:
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, threads: int, tokens: int):
+  """A runtime of `timing` for so many tokens."""
+  with (
+    _opened(path) as (lib, model),
+    _context(lib, model, tokens, False) as ctx,
+  ):
     lib.llama_set_n_threads(ctx, threads, threads)
-    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    tokens = np.random.default_rng(0).integers(0, vocab, size).tolist()
-    times = []
-    for _ in range(1 + rounds):
-      lib.llama_memory_clear(lib.llama_get_memory(ctx), True)
-      start = time.perf_counter()
-      _read(lib, ctx, tokens[:prefill])
-      middle = time.perf_counter()
-      for token in tokens[prefill:]:
-        _read(lib, ctx, [token])
-      times.append((middle - start, time.perf_counter() - middle))
-    first, second = map(statistics.median, zip(*times[1:], strict=True))
-    peak = _memory('VmHWM')
-  return Speed(
-    prefill=prefill / first,
-    decode=decode / second,
-    peak_bytes=None if peak is None else peak - before,
-  )
+    yield _Decoder(lib, model, ctx)
 
 
-def _memory(key):
-  """Bytes that Linux reports for this process under a key of its status.
+class _Decoder:
+  """See `opened`."""
 
-  Not `ru_maxrss`: a child inherits that from a larger parent.
-  """
-  try:
-    status = pathlib.Path('/proc/self/status').read_text()
-  except OSError:
-    return None
-  (line,) = [x for x in status.splitlines() if x.startswith(f'{key}:')]
-  return 1024 * int(line.split()[1])
+  def __init__(self, lib, model, ctx):
+    self._lib, self._ctx = lib, ctx
+    self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+
+  def clear(self):
+    self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), True)
+
+  def read(self, tokens):
+    _read(self._lib, self._ctx, tokens)
 
 
 class _Params(ctypes.Structure):
@@ -329,10 +261,3 @@ def _logits(lib, model, ctx, i):
   """Float32 [V], a copy."""
   size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
   return np.ctypeslib.as_array(lib.llama_get_logits_ith(ctx, i), (size,)).copy()
-
-
-if __name__ == '__main__':
-  try:
-    print(json.dumps(dataclasses.asdict(_measure(*json.loads(sys.argv[1])))))
-  except errors.InputError as e:
-    sys.exit(str(e))

@@ -13,6 +13,17 @@ from effllm_jax import tables
 from effllm_jax import weights
 from effllm_jax import widths
 
+# Format -> the file that holds its weights.
+FILES = {
+  'hf': 'model.safetensors',
+  'hf-trimmed': 'model.safetensors',
+  'gguf-f32': 'model-f32.gguf',
+  'gguf-f16': 'model-f16.gguf',
+  'gguf-q8_0': 'model-q8_0.gguf',
+  'gguf-q4_0': 'model-q4_0.gguf',
+  'onnx': 'model.onnx',
+  'executorch': 'model.pte',
+}
 _USE = {
   'hf': """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +33,9 @@ _USE = {
   'onnx': """import onnxruntime
 
     session = onnxruntime.InferenceSession('{file}')""",
+  'executorch': """from executorch import runtime
+
+    program = runtime.Runtime.get().load_program('{file}')""",
 }
 
 
@@ -163,7 +177,7 @@ def _text(made) -> tables.Table:
 
 
 def _files(files, agreements) -> tables.Table:
-  found = {_file(name): x for name, x in agreements.items()}
+  found = {FILES[name]: x for name, x in agreements.items()}
   cells = lambda x: (
     ('', '', '') if x is None
     else (f'{x.relative:.1e}', f'{x.kl:.1e}', f'{100 * x.top1:.1f}')
@@ -180,19 +194,10 @@ def _files(files, agreements) -> tables.Table:
   )  # fmt: skip
 
 
-def _file(name: str) -> str:
-  """The weight file of a format."""
-  if name.startswith('hf'):
-    return 'model.safetensors'
-  if name == 'onnx':
-    return 'model.onnx'
-  return f'model-{name.removeprefix("gguf-")}.gguf'
-
-
 def _use(agreements) -> str:
   commands = {}
   for name in agreements:
     kind = name.partition('-')[0]
     trust = ', trust_remote_code=True' if name == 'hf-trimmed' else ''
-    commands.setdefault(kind, _USE[kind].format(file=_file(name), trust=trust))
+    commands.setdefault(kind, _USE[kind].format(file=FILES[name], trust=trust))
   return '\n'.join(f'    {x}\n' for x in commands.values())

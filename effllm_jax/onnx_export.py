@@ -9,9 +9,6 @@ without attention has no cache; the others are counted from 0.
 import contextlib
 import logging
 import os
-import statistics
-import time
-from typing import NamedTuple
 import warnings
 
 import numpy as np
@@ -20,18 +17,6 @@ from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import hf_trimmed
 from effllm_jax import weights
-
-
-class Speed(NamedTuple):
-  """Tokens per second, medians over rounds.
-
-  Attributes:
-    prefill: tokens that are read at once; their logits are all computed.
-    decode: tokens that are generated one by one.
-  """
-
-  prefill: float
-  decode: float
 
 
 def write(model: weights.Source, path: str | os.PathLike) -> None:
@@ -136,35 +121,23 @@ def greedy(path: str | os.PathLike, prompt: list[int], n: int) -> list[int]:
   return found
 
 
-def speed(
-  path: str | os.PathLike,
-  threads: int,
-  prefill: int = 512,
-  decode: int = 64,
-  rounds: int = 5,
-) -> Speed:
-  """Measures the file in onnxruntime, batch of 1.
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, threads: int, tokens: int):
+  """A runtime of `timing`; its cache grows, `tokens` is no limit."""
+  yield _Decoder(path, threads)
 
-  Args:
-    path: the file.
-    threads: of the processor, for both.
-    prefill: tokens that a round reads at once into an empty cache.
-    decode: tokens that it then reads one by one.
-    rounds: after one that is not counted.
+
+def available() -> str:
+  """Name and version of onnxruntime.
+
+  Raises:
+    errors.InputError: it is not installed, or what writes its files is not.
   """
-  decoder = _Decoder(path, threads)
-  tokens = np.random.default_rng(0).integers(0, decoder.vocab, prefill + decode)
-  times = []
-  for _ in range(1 + rounds):
-    decoder.clear()
-    start = time.perf_counter()
-    decoder.read(tokens[:prefill])
-    middle = time.perf_counter()
-    for token in tokens[prefill:]:
-      decoder.read([token])
-    times.append((middle - start, time.perf_counter() - middle))
-  first, second = map(statistics.median, zip(*times[1:], strict=True))
-  return Speed(prefill / first, decode / second)
+  with _installed():
+    import onnxruntime
+    import onnxscript  # noqa: F401
+    import torch  # noqa: F401
+  return f'onnxruntime {onnxruntime.__version__}'
 
 
 def traceable(model: weights.Source):

@@ -227,7 +227,7 @@ def edge(run: runlog.Run) -> Table:
         _tenths(row['bytes'] / 1e6),
         _tenths(row['prefill']),
         _tenths(row['decode']),
-        _tenths(row['memory'] / 1e6),
+        _tenths(row['memory'] and row['memory'] / 1e6),
         _bits(row['bits_per_byte']),
       )
       for row in record['rows']

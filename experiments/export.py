@@ -20,7 +20,8 @@ _FORMATS = flags.DEFINE_list(
   ['hf'],
   'Some of hf (stock class, narrower layers filled up with zeros), hf-trimmed '
   '(as small as the model, with a modelling file to trust), gguf-f32, '
-  'gguf-f16, gguf-q8_0, gguf-q4_0 (llama.cpp), onnx.',
+  'gguf-f16, gguf-q8_0, gguf-q4_0 (llama.cpp), onnx, executorch (optional, '
+  'and slow to write).',
 )
 _PAD = flags.DEFINE_integer(
   'pad', 1, 'Fill stem and ffn up with zeros to multiples of this.'

@@ -216,6 +216,7 @@ def _file_times(
   import rich.progress
 
   from effllm_jax import edge
+  from effllm_jax import timing
 
   edge.check_formats([_FORMAT.value])
   with tempfile.TemporaryDirectory(dir=folder, prefix='.latency-') as tmp:
@@ -230,7 +231,9 @@ def _file_times(
       files[shape] = edge.write(model, place, _FORMAT.value)
     for _ in range(_REPEATS.value):
       for shape, (path, runtime) in files.items():
-        speed = runtime.speed(path, _THREADS.value, _TOKENS.value, 16, 1)
+        speed = timing.speed(
+          runtime.__name__, path, _THREADS.value, _TOKENS.value, 16, 1
+        )
         times[shape].append(
           1e3 / speed.decode
           if _DECODE.value

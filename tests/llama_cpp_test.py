@@ -33,13 +33,6 @@ def test_answers(path, capfd):
   assert capfd.readouterr() == ('', '')
 
 
-def test_speed(path):
-  found = llama_cpp.speed(path, threads=1, prefill=32, decode=8, rounds=2)
-  assert found.prefill > 0 and found.decode > 0
-  # The weights at least; not the interpreter.
-  assert found.peak_bytes is None or 3e5 < found.peak_bytes < 3e8
-
-
 def refused(match, call, *arguments):
   with pytest.raises(errors.InputError, match=match) as caught:
     call(*arguments)
@@ -50,7 +43,6 @@ def test_files_that_it_cannot_open(path, tmp_path):
   broken = tmp_path / 'broken.gguf'
   broken.write_bytes(path.read_bytes()[:200_000])
   refused('cannot open.*broken.gguf', llama_cpp.tokenize, broken, 'a')
-  refused('cannot open.*broken.gguf', llama_cpp.speed, broken, 1)
   refused(
     'cannot open.*no.gguf', llama_cpp.greedy, tmp_path / 'no.gguf', [1], 1
   )

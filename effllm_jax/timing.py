@@ -1,0 +1,119 @@
+"""Tokens per second and memory of a file in a runtime, in a process of its own.
+
+    python -m effllm_jax.timing <module> <job as JSON>
+
+is what `speed` starts. The module is a runtime: it has `opened(path, threads,
+tokens)`, a context with `vocab`, `clear()` and `read(tokens)`.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from effllm_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """Medians over rounds, on one file and number of threads.
+
+  Attributes:
+    prefill: tokens per second that are read at once.
+    decode: tokens per second that are generated one by one.
+    peak_bytes: most memory resident in a process of its own, less what it had
+      before it opened the file; None where the system does not tell.
+  """
+
+  prefill: float
+  decode: float
+  peak_bytes: int | None
+
+
+def speed(
+  runtime: str,
+  path: str | os.PathLike,
+  threads: int,
+  prefill: int = 512,
+  decode: int = 64,
+  rounds: int = 5,
+) -> Speed:
+  """Measures a file, batch of 1.
+
+  Args:
+    runtime: full name of the module.
+    path: the file.
+    threads: of the processor, for both.
+    prefill: tokens that a round reads at once into an empty cache.
+    decode: tokens that it then reads one by one.
+    rounds: after one that is not counted.
+
+  Raises:
+    errors.InputError: no runtime, or one that cannot open the file.
+  """
+  job = [os.path.abspath(path), threads, prefill, decode, rounds]
+  done = subprocess.run(
+    [sys.executable, '-m', 'effllm_jax.timing', runtime, json.dumps(job)],
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  if done.returncode:
+    last = (done.stderr.strip().splitlines() or ['no output'])[-1]
+    raise errors.InputError(f'{path} cannot be timed: {last}')
+  return Speed(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(runtime, path, threads, prefill, decode, rounds) -> Speed:
+  """What `speed` returns, in this process."""
+  before = _memory('VmRSS')
+  with runtime.opened(path, threads, prefill + decode) as decoder:
+    tokens = np.random.default_rng(0).integers(
+      0, decoder.vocab, prefill + decode
+    )
+    tokens = tokens.tolist()
+    times = []
+    for _ in range(1 + rounds):
+      decoder.clear()
+      start = time.perf_counter()
+      decoder.read(tokens[:prefill])
+      middle = time.perf_counter()
+      for token in tokens[prefill:]:
+        decoder.read([token])
+      times.append((middle - start, time.perf_counter() - middle))
+    first, second = map(statistics.median, zip(*times[1:], strict=True))
+    peak = _memory('VmHWM')
+  return Speed(
+    prefill=prefill / first,
+    decode=decode / second,
+    peak_bytes=None if peak is None else peak - before,
+  )
+
+
+def _memory(key):
+  """Bytes that Linux reports for this process under a key of its status.
+
+  Not `ru_maxrss`: a child inherits that from a larger parent.
+  """
+  try:
+    status = pathlib.Path('/proc/self/status').read_text()
+  except OSError:
+    return None
+  (line,) = [x for x in status.splitlines() if x.startswith(f'{key}:')]
+  return 1024 * int(line.split()[1])
+
+
+if __name__ == '__main__':
+  try:
+    module = importlib.import_module(sys.argv[1])
+    print(
+      json.dumps(dataclasses.asdict(_measure(module, *json.loads(sys.argv[2]))))
+    )
+  except errors.InputError as e:
+    sys.exit(str(e))
