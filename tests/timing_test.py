@@ -57,6 +57,6 @@ def test_in_a_process_of_its_own(tmp_path):
   broken = tmp_path / 'broken.gguf'
   broken.write_bytes(path.read_bytes()[:200_000])
   with pytest.raises(
-    errors.InputError, match='cannot be timed: llama.cpp cannot'
+    errors.InputError, match=r'cannot be timed: llama\.cpp cannot'
   ):
     timing.speed(runtime, broken, 1, 4, 1, 1)
