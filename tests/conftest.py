@@ -11,14 +11,11 @@ import sys
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# Tests, workers and the commands that they start compile the same functions
-# over and over: a fifth of the time where a folder keeps them.
-os.environ.setdefault(
-  'JAX_COMPILATION_CACHE_DIR',
-  str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'),
+# Most of the time goes into compiling small functions once: without LLVM's
+# optimisations the suite takes a third less. What is computed is the same.
+os.environ['XLA_FLAGS'] = (
+  f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 )
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import jax
 import jax.numpy as jnp
