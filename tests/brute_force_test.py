@@ -29,6 +29,7 @@ import pytest
 
 from effllm_jax import corpus
 from effllm_jax import model
+from effllm_jax import steps
 from effllm_jax import structure
 from experiments import brute_force
 from tests import conftest
@@ -50,9 +51,25 @@ def _trained(tmp_path_factory):
   )
   tokenizer = brute_force.byte_tokenizer()
   stream = brute_force.train_batches(text, *tokenizer, SIZES, seed=0)
-  params = brute_force.train_small(stream, brute_force.SMALL, STEPS, seed=0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(brute_force.steps, 'train_step', _optimised())
+    params = brute_force.train_small(stream, brute_force.SMALL, STEPS, seed=0)
   batches = list(itertools.islice(stream, SIZES.batches))
   return params, batches, brute_force.heldout_windows(text, *tokenizer, SIZES)
+
+
+def _optimised():
+  """The training step with the optimisations: 300 of them pay for those."""
+  compiled, plain = [], steps.train_step
+
+  def train_step(state, windows_ABT, **static):
+    if not compiled:
+      lowered = plain.lower(state, windows_ABT, **static)
+      options = {'xla_backend_optimization_level': 3}
+      compiled.append(lowered.compile(compiler_options=options))
+    return compiled[0](state, windows_ABT)
+
+  return train_step
 
 
 @pytest.fixture(scope='module', name='result')
