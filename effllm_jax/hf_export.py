@@ -55,7 +55,10 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
   text = json.dumps(config, indent=2) + '\n'
   (folder / 'config.json').write_text(text, encoding='utf-8')
   sources.write_tokenizer(model, folder)
-  _save(folder / 'model.safetensors', tensors)
+  path = folder / 'model.safetensors'
+  _save(path, tensors)
+  # Others may read the rest of the folder, this the package keeps to its owner.
+  shutil.copymode(folder / 'config.json', path)
   return config['architectures'][0]
 
 

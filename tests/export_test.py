@@ -120,6 +120,7 @@ def test_opens_as_a_stock_class(
   for name, size in report.files.items():
     assert (out / name).stat().st_size == size
   assert report.files['model.safetensors'] > 4 * cfg.num_params()
+  assert len({p.stat().st_mode for p in out.iterdir()}) == 1
   assert [p.name for p in out.parent.iterdir()] == ['out']
   pruning = json.loads((out / 'pruning.json').read_text())
   assert pruning['step'] == 7 and pruning['source']['name'] == 'toy.gguf'

@@ -9,6 +9,7 @@ from effllm_jax import budgets
 from effllm_jax import sources
 from experiments import latency
 from tests import conftest
+from tests import sources_test
 
 
 @pytest.fixture(scope='module', name='folder')
@@ -52,6 +53,23 @@ def test_the_table_is_a_budget(folder, tmp_path):
     assert abs(fitted / s['ms'] - 1) <= cost.fit_error + 1e-6
 
 
+def test_the_time_of_a_token_in_llama_cpp(tmp_path):
+  pytest.importorskip('xllamacpp', reason='the runtime')
+  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  out = tmp_path / 'latency.json'
+  done = run(gguf, out, '--repeats=1', '--format=gguf-q8_0', '--decode')
+  assert done.returncode == 0, done.stderr
+  assert 'gguf-q8_0, threads: 1, a token after 32 tokens' in done.stdout
+  record = json.loads(out.read_text())
+  machine = record['machine']
+  assert (machine['format'], machine['decode']) == ('gguf-q8_0', True)
+  assert len(record['shapes']) == 9
+  assert all(s['ms'] > 0 for s in record['shapes'])
+  assert {p.name for p in tmp_path.iterdir()} == {'toy.gguf', 'latency.json'}
+  cfg = sources.load(gguf, tmp_path, params=False).cfg
+  budgets.make(cfg, 'ms', format='', context=0, table=out)
+
+
 def test_the_shapes_are_on_multiples_where_there_is_room():
   shapes = latency._shapes(
     {'heads': 3, 'ffn': 1536, 'stem': 576}, {'heads': 1, 'ffn': 64, 'stem': 64}
@@ -67,6 +85,7 @@ def test_the_shapes_are_on_multiples_where_there_is_room():
   ('more', 'message'),
   [
     (['--tokens=129'], "--tokens 129 exceeds the source model's context 128"),
+    (['--decode'], '--decode: format jax has no key/value cache; set --format'),
     (['--out=nowhere/latency.json'], 'nowhere is not a folder; set --out'),
     (['--config.model.dtype=int8'], "model.dtype 'int8' is not one of float32"),
     (
