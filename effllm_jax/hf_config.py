@@ -132,12 +132,10 @@ def write(cfg: structure.ModelConfig) -> dict[str, Any]:
     name, own = 'MistralForCausalLM', {'sliding_window': None}
   else:
     name = 'LlamaForCausalLM'
-  rope = {'rope_type': 'default'}
   if cfg.rope_scaling is not None:
-    fields = dataclasses.asdict(cfg.rope_scaling)
-    rope = {'rope_type': 'llama3'}
-    rope |= {key: fields[field] for field, key in _SCALING.items()}
-    own['rope_scaling'] = rope
+    # transformers 4 has the base elsewhere and warns of it here.
+    own['rope_scaling'] = rope(cfg)
+    del own['rope_scaling']['rope_theta']
   return {
     'architectures': [name],
     'model_type': _CLASSES[name],
@@ -152,11 +150,23 @@ def write(cfg: structure.ModelConfig) -> dict[str, Any]:
     'max_position_embeddings': cfg.context,
     'rms_norm_eps': cfg.norm_eps,
     'rope_theta': cfg.rope_theta,
-    'rope_parameters': rope | {'rope_theta': cfg.rope_theta},
+    'rope_parameters': rope(cfg),
     'tie_word_embeddings': cfg.tied,
     'attention_bias': False,
     'mlp_bias': False,
     **own,
+  }
+
+
+def rope(cfg: structure.ModelConfig) -> dict[str, Any]:
+  """The rotary embedding as transformers 5 reads it (`rope_parameters`)."""
+  kind = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}
+  if cfg.rope_scaling is None:
+    return kind
+  fields = dataclasses.asdict(cfg.rope_scaling)
+  return kind | {
+    'rope_type': 'llama3',
+    **{key: fields[field] for field, key in _SCALING.items()},
   }
 
 

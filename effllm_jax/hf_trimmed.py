@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from effllm_jax import hf_config
 from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
@@ -30,15 +31,6 @@ def config(model: weights.Source) -> dict[str, Any]:
   """config.json of a model: its class, where that is, and all sizes."""
   cfg = model.cfg
   live = widths.of_layers(widths.whole(model.masks, cfg))
-  rope = {'rope_type': 'default', 'rope_theta': cfg.rope_theta}
-  if cfg.rope_scaling is not None:
-    rope |= {
-      'rope_type': 'llama3',
-      'factor': cfg.rope_scaling.factor,
-      'low_freq_factor': cfg.rope_scaling.low_freq_factor,
-      'high_freq_factor': cfg.rope_scaling.high_freq_factor,
-      'original_max_position_embeddings': cfg.rope_scaling.original_context,
-    }
   return {
     'architectures': ['EffllmForCausalLM'],
     'model_type': 'effllm',
@@ -56,7 +48,7 @@ def config(model: weights.Source) -> dict[str, Any]:
     'attention_bias': cfg.qkv_bias,
     'qk_norm': cfg.qk_norm,
     'rms_norm_eps': cfg.norm_eps,
-    'rope_parameters': rope,
+    'rope_parameters': hf_config.rope(cfg),
     'max_position_embeddings': cfg.context,
     'tie_word_embeddings': cfg.tied,
   }

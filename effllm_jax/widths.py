@@ -150,11 +150,6 @@ def odd(
   }
 
 
-def is_uniform(masks: structure.Groups) -> bool:
-  """Whether all layers have the same number of live heads and channels."""
-  return all(len(set(v)) == 1 for v in of_layers(masks).values())
-
-
 def whole(masks: structure.Groups | None, cfg: structure.ModelConfig):
   """Masks as numpy; all alive where there are none."""
   return jax.tree.map(

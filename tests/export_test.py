@@ -17,6 +17,7 @@ from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import export
 from effllm_jax import hf_config
+from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import model_card
 from effllm_jax import optimizers
@@ -305,6 +306,68 @@ def test_layers_of_different_widths(
   assert widths['heads'] == np.asarray(masks.heads).sum(-1).tolist()
   assert widths['ffn'] == np.asarray(masks.ffn).sum(-1).tolist()
   assert widths['heads'][:2] == [3, 0] and widths['ffn'][2] == 0
+
+
+def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
+  cfg = dataclasses.replace(CFG, D=60, F=90)
+  odd = run(tmp_path / 'odd', tokenizer_folder, cfg)
+  (note,) = odd.notes
+  assert 'stem 60; ffn 90' in note and '196 against 299' in note
+  assert '\n' not in note
+
+  out = tmp_path / 'even'
+  even = run(out, tokenizer_folder, cfg, pad=64)
+  assert even.notes == [] and even.agreements['hf'].greedy
+  again = sources.load(out, sources_test.CACHE)
+  assert (again.cfg.D, again.cfg.F) == (64, 128)
+  added = again.cfg.num_params() - cfg.num_params()
+  assert f'--pad=64 adds {added:,} zeros' in note
+  assert json.loads((out / 'pruning.json').read_text())['pad'] == 64
+
+
+@pytest.mark.parametrize(
+  ('formats', 'match'),
+  [
+    ((), 'is not known'),
+    (('hf', 'gguf-q3_k'), "'gguf-q3_k' is not known.*gguf-q8_0"),
+    (('hf', 'hf-trimmed'), 'two --out'),
+  ],
+)
+def test_formats_that_make_no_sense(tmp_path, tokenizer_folder, formats, match):
+  with pytest.raises(errors.InputError, match=match):
+    run(tmp_path / 'out', tokenizer_folder, formats=formats)
+  assert not list(tmp_path.iterdir())
+
+
+def test_several_formats_in_one_folder(tmp_path, tokenizer_folder, reference):
+  pytest.importorskip('xllamacpp', reason='the runtime')
+  cfg = RAGGED['LlamaForCausalLM']
+  params, masks = sources_test.random_params(cfg), ragged(cfg)
+  said = []
+  report = run(
+    tmp_path / 'out', tokenizer_folder, cfg, params, masks,
+    ('hf-trimmed', 'gguf-f32', 'gguf-f16'), say=said.append,
+  )  # fmt: skip
+  assert all(report.agreements.values()) and len(said) == 4
+  # As small as the model: 4 bytes a weight, and the header.
+  trimmed = report.files['model.safetensors'] - 4 * report.params
+  assert 0 < trimmed < 20_000
+  assert report.files['model-f16.gguf'] < report.files['model-f32.gguf']
+  opened = reference.AutoModelForCausalLM.from_pretrained(
+    report.path, trust_remote_code=True
+  )
+  assert type(opened).__name__ == 'EffllmForCausalLM'
+  assert report.params == opened.num_parameters() + 2 * cfg.D
+
+
+def test_without_llama_cpp_a_file_is_read_back(
+  tmp_path, tokenizer_folder, monkeypatch
+):
+  monkeypatch.setattr(llama_cpp, 'xllamacpp', None)
+  report = run(tmp_path / 'out', tokenizer_folder, formats=('gguf-q8_0',))
+  assert report.agreements == {'gguf-q8_0': None}
+  assert 'llama.cpp was not asked' in report.notes[-1]
+  assert set(report.files) == {'model-q8_0.gguf', 'pruning.json'}
 
 
 def test_no_layer_has_heads(tmp_path, tokenizer_folder, reference):

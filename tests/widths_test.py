@@ -104,5 +104,3 @@ def test_odd_names_the_widths():
   masks.ffn[1, 128:] = False
   assert widths.odd(masks, cfg, 64) == {'stem': [60], 'ffn': [130]}
   assert widths.odd(masks, cfg, 2) == {}
-  assert not widths.is_uniform(masks)
-  assert widths.is_uniform(widths.whole(None, cfg))
