@@ -1,15 +1,12 @@
 """What many tests need: small models, random masks and scores."""
 
-import atexit
 import importlib
 import inspect
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -19,10 +16,6 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ['XLA_FLAGS'] = (
   f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 )
-
-# The commands that a test starts compile what the one before has compiled.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled-')
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +28,6 @@ from effllm_jax import model
 from effllm_jax import structure
 
 ROOT = pathlib.Path(__file__).parents[1]
-atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], True)
 
 # Multi-head and grouped-query, tied and untied, one to three layers; the blocks
 # of Llama, Qwen2 (biases) and Qwen3 (norms).

@@ -311,6 +311,9 @@ def test_export_and_report_of_the_run(setting, finished):
     pruning = json.loads((out / 'pruning.json').read_text())
     assert size is None or pruning['step'] == size
     assert set(pruning['origin']) == {'heads', 'ffn', 'stem'}
+    card = (out / 'README.md').read_text()
+    for domain in json.loads((finished / 'text.json').read_text())['domains']:
+      assert f'| {domain} ' in card
   done = conftest.command(
     'export', f'--workdir={finished}', f'--out={setting.root / "out0"}',
     env=setting.env,
