@@ -1,13 +1,15 @@
 """How far a runtime may be from our own logits, and how far it is."""
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effllm_jax import model
+from effllm_jax import model as model_lib
 from effllm_jax import structure
+from effllm_jax import weights
 from effllm_jax import widths
 
 NEW_TOKENS = 32
@@ -18,7 +20,9 @@ reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
 "two of blasting, four of building." Its 4,308 tons of granite    were cut on
 the island of Mull \u2013 each block fitted by hand before it was shipped."""
 
-_forward = jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
+_forward = jax.jit(
+  model_lib.forward, static_argnames=('cfg', 'compute', 'taps')
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Level:
 # there. A model in 4 bits is compared with its own dequantised weights: what
 # the rounding of the weights costs is measured in bits per byte.
 LEVELS = {
-  'float32': Level(relative=1e-4, greedy=True),
+  'f32': Level(relative=1e-4, greedy=True),
   'f16': Level(kl=1e-3, top1=0.98),
   'q8_0': Level(kl=0.02, top1=0.9),
   'q4_0': Level(kl=0.02, top1=0.9),
@@ -88,12 +92,37 @@ def reference(
 ) -> Reference:
   """What the masked model answers, float32."""
   masks = widths.whole(masks, cfg)
-  continuation = model.greedy(params, masks, prompt, NEW_TOKENS, cfg)
+  continuation = model_lib.greedy(params, masks, prompt, NEW_TOKENS, cfg)
   tokens_BT = jnp.asarray([[*prompt, *continuation]], jnp.int32)
   logits_BTV, _ = _forward(
-    params, masks, tokens_BT, cfg, model.Compute(remat=False)
+    params, masks, tokens_BT, cfg, model_lib.Compute(remat=False)
   )
   return Reference(list(prompt), continuation, np.asarray(logits_BTV[0]))
+
+
+def answers(model: weights.Source) -> Reference:
+  """`reference` of a model to `TEXT`, as much of it as its context holds."""
+  prompt = model.tokenizer.encode(TEXT).ids
+  return reference(
+    model.params,
+    model.masks,
+    model.cfg,
+    prompt[: model.cfg.context - NEW_TOKENS],
+  )
+
+
+def greedy(read: Callable[[list[int]], np.ndarray], prompt: list[int]):
+  """The `NEW_TOKENS` most likely tokens after a prompt, one by one.
+
+  Args:
+    read: goes on with tokens and returns the logits after the last one, [V].
+    prompt: token ids.
+  """
+  found, new = [], prompt
+  for _ in range(NEW_TOKENS):
+    new = [int(read(new).argmax())]
+    found += new
+  return found
 
 
 def compare(

@@ -13,51 +13,21 @@ import os
 import pathlib
 import statistics
 import tempfile
+import types
 from typing import Any
 
 import numpy as np
+import optax
 
 from effllm_jax import data
-from effllm_jax import errors
-from effllm_jax import gguf_export
-from effllm_jax import llama_cpp
-from effllm_jax import onnx_export
+from effllm_jax import formats
 from effllm_jax import timing
 from effllm_jax import weights
-
-FORMATS = ('gguf-f32', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_0', 'onnx')
-
-
-def check_formats(formats: Sequence[str]) -> None:
-  """Raises InputError where a format is unknown, or its runtime missing."""
-  for name in formats or ['']:
-    if name not in FORMATS:
-      raise errors.InputError(
-        f'format {name!r} has no runtime here; set --formats to some of '
-        f'{",".join(FORMATS)}'
-      )
-  if any(x.startswith('gguf') for x in formats) and not llama_cpp.available():
-    raise errors.InputError(
-      'llama.cpp is not installed; pip install -r requirements-edge.txt'
-    )
-  if 'onnx' in formats:
-    onnx_export.available()
-
-
-def write(model: weights.Source, folder: pathlib.Path, name: str):
-  """Writes one format into a folder; returns its path and its runtime."""
-  if name == 'onnx':
-    path = folder / 'model.onnx'
-    onnx_export.write(model, path)
-    return path, onnx_export
-  path = folder / f'model-{name}.gguf'
-  gguf_export.write(model, path, name.removeprefix('gguf-'))
-  return path, llama_cpp
 
 
 def measure(
   models: Mapping[str, weights.Source],
-  formats: Sequence[str],
+  names: Sequence[str],
   heldout: Mapping[str, data.HeldOut],
   scratch: str | os.PathLike,
   *,
@@ -71,7 +41,7 @@ def measure(
 
   Args:
     models: by the name that the table gives them.
-    formats: some of `FORMATS`.
+    names: of formats that have a runtime.
     heldout: text for the bits per byte; empty: not measured.
     scratch: folder for the files, which are deleted again.
     threads: of the processor.
@@ -87,22 +57,24 @@ def measure(
     errors.InputError: a format cannot hold a model, or no room for the files.
   """
   rows = []
-  for name in formats:
+  for name in names:
+    runtime, file = formats.FORMATS[name].runtime, formats.FORMATS[name].file
     with tempfile.TemporaryDirectory(dir=scratch, prefix='.edge-') as tmp:
       files = {}
       for label, model in models.items():
         say(f'{name}: writing {label}')
         folder = pathlib.Path(tmp) / str(len(files))
         folder.mkdir()
-        files[label] = write(model, folder, name)
+        formats.write(model, name, folder)
+        files[label] = folder / file
       speeds = {label: [] for label in models}
       for i in range(rounds):
         say(f'{name}: round {i + 1} of {rounds}')
-        for label, (path, runtime) in files.items():
+        for label, path in files.items():
           speeds[label].append(
             timing.speed(runtime.__name__, path, threads, prefill, decode, 1)
           )
-      for label, (path, runtime) in files.items():
+      for label, path in files.items():
         say(f'{name}: bits per byte of {label}')
         found = speeds[label]
         rows.append(
@@ -122,16 +94,28 @@ def measure(
 
 
 def bits_per_byte(
-  runtime, path: pathlib.Path, heldout: Mapping[str, data.HeldOut]
+  runtime: types.ModuleType,
+  path: pathlib.Path,
+  heldout: Mapping[str, data.HeldOut],
 ) -> float | None:
-  """Cross-entropy of held-out text per UTF-8 byte, in bits, in a runtime."""
-  nats, num_bytes = 0.0, 0
+  """Cross-entropy of held-out text per UTF-8 byte, in bits, in a runtime.
+
+  llama.cpp's cache is in single precision for it, as when a file is checked.
+  """
+  cut = []
   for held in heldout.values():
-    num_bytes += held.num_bytes
     for window, weight in zip(held.windows, held.weight, strict=True):
       # What follows the last scored token need not be read.
       end = int(np.flatnonzero(weight)[-1]) + 1
-      logprobs_TV = runtime.logprobs(path, window[:end].tolist())
-      scored = logprobs_TV[np.arange(end), window[1 : end + 1]]
-      nats -= float((scored * weight[:end]).sum())
-  return nats / num_bytes / math.log(2) if num_bytes else None
+      cut.append((window[:end].tolist(), window[1 : end + 1], weight[:end]))
+  if not cut:
+    return None
+  nats = 0.0
+  read = runtime.logits(path, [tokens for tokens, _, _ in cut])
+  for logits_TV, (_, targets_T, weight_T) in zip(read, cut, strict=True):
+    losses_T = optax.softmax_cross_entropy_with_integer_labels(
+      logits_TV, targets_T
+    )
+    nats += float((losses_T * weight_T).sum())
+  num_bytes = sum(held.num_bytes for held in heldout.values())
+  return nats / num_bytes / math.log(2)

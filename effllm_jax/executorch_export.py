@@ -40,6 +40,9 @@ def write(
     from executorch import exir
     from executorch.backends.xnnpack.partition import xnnpack_partitioner
     import torch
+  with errors.writing(path):
+    # Now, not after the minutes that a trace may take.
+    open(path, 'wb').close()
   module = onnx_export.traceable(model)
   # The trace takes 1 for always 1.
   T, past = 3, 5
@@ -61,20 +64,14 @@ def write(
   lowered = exir.to_edge_transform_and_lower(
     program, partitioner=[xnnpack_partitioner.XnnpackPartitioner()]
   )
-  try:
-    with open(path, 'wb') as f:
-      lowered.to_executorch().write_to_file(f)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {path}: {e.strerror or e}; free some space or set another '
-      '--out'
-    ) from e
+  with errors.writing(path), open(path, 'wb') as f:
+    lowered.to_executorch().write_to_file(f)
 
 
 def check(
   model: weights.Source,
   path: str | os.PathLike,
-  want: agreement.Reference | None = None,
+  want: agreement.Reference,
 ) -> agreement.Agreement:
   """Compares the program, run here, with the model.
 
@@ -101,13 +98,6 @@ def check(
     # What it returns is its own memory, which the next call writes to.
     return logits[0].numpy().copy(), [x.clone() for x in cache]
 
-  if want is None:
-    want = agreement.reference(
-      model.params,
-      model.masks,
-      model.cfg,
-      model.tokenizer.encode(agreement.TEXT).ids,
-    )
   prompt = want.prompt
   cache, rows, greedy = _cache(config, 0), [], []
   for i in range(0, len(prompt), CHUNK):
@@ -119,7 +109,7 @@ def check(
     logits, cache = read(greedy[-1:], len(prompt) + i, cache)
     rows.append(logits)
   found = agreement.compare(want, np.concatenate(rows), greedy)
-  agreement.check(found, agreement.LEVELS['float32'], str(path))
+  agreement.check(found, agreement.LEVELS['f32'], str(path))
   return found
 
 

@@ -8,9 +8,11 @@ import collections
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 
 from effllm_jax import bpe
 from effllm_jax import errors
@@ -43,21 +45,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     errors.InputError: not a complete GGUF file, or something that the Llama
       block here cannot represent.
   """
-  try:
-    reader = _Reader(path)
-    fields = {k: field.contents() for k, field in reader.fields.items()}
-  except OSError as e:
-    raise errors.InputError(f'cannot read {path}: {e.strerror}') from e
-  except _LIES as e:
-    reason = ' '.join(str(e).split()) or type(e).__name__
-    raise errors.InputError(
-      f'{path} is not a complete GGUF file ({reason}); fetch it again'
-    ) from e
-  if reader.byte_order == 'S':
-    raise errors.InputError(
-      f'{path} has the byte order of another machine; convert it first'
-    )
-  tensors = {t.name: t for t in reader.tensors}
+  fields, tensors = contents(path)
   meta = _Metadata(path, fields)
   cfg = _config(meta, tensors)
   found = {
@@ -66,7 +54,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     if cfg.rope_scaling is None or name != _ROPE_FREQS
   }
   weights.check_tensors(cfg, weights.GGUF, found, str(path))
-  tokenizer = _tokenizer(meta)
+  tokenizer = read_tokenizer(path, fields)
   bos, eos, eot, pad = (
     meta.get(key, int, least=0) if key in fields else None
     for key in (
@@ -85,7 +73,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     return unpermute(array, heads) if permuted else array
 
   sizes = collections.Counter()
-  for t in reader.tensors:
+  for t in tensors.values():
     sizes[t.tensor_type.name] += t.n_elements
   dtype = sizes.most_common(1)[0][0]
   return weights.Source(
@@ -107,6 +95,33 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
       else None
     ),
   )
+
+
+def contents(
+  path: pathlib.Path,
+) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+  """Metadata and tensors of a file, by their names.
+
+  Raises:
+    errors.InputError: not a complete GGUF file.
+  """
+  try:
+    reader = _Reader(path)
+    fields = {k: field.contents() for k, field in reader.fields.items()}
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot read {path}: {e.strerror}; give a complete GGUF file'
+    ) from e
+  except _LIES as e:
+    reason = ' '.join(str(e).split()) or type(e).__name__
+    raise errors.InputError(
+      f'{path} is not a complete GGUF file ({reason}); fetch it again'
+    ) from e
+  if reader.byte_order == 'S':
+    raise errors.InputError(
+      f'{path} has the byte order of another machine; convert it first'
+    )
+  return fields, {t.name: t for t in reader.tensors}
 
 
 def _dequantised(tensor, path):
@@ -265,8 +280,15 @@ def _scaling(meta, cfg, divisors):
   raise meta.refused(_ROPE_FREQS, f'{divisors.tolist()}'[:60])
 
 
-def _tokenizer(meta):
-  """The tokenizer from vocabulary and merges, if it is byte-level BPE."""
+def read_tokenizer(
+  path: pathlib.Path, fields: dict[str, Any]
+) -> tokenizers.Tokenizer:
+  """The tokenizer from vocabulary and merges, if it is byte-level BPE.
+
+  Raises:
+    errors.InputError: it is another one, or the metadata are incomplete.
+  """
+  meta = _Metadata(path, fields)
   model = meta.get('tokenizer.ggml.model', str)
   if model != 'gpt2':
     raise errors.InputError(

@@ -111,7 +111,7 @@ def check(
     )[0, len(want.prompt) :].tolist()
     logits = torch_model(torch.tensor([want.tokens])).logits[0].numpy()
   found = agreement.compare(want, logits, continued)
-  agreement.check(found, agreement.LEVELS['float32'], 'PyTorch')
+  agreement.check(found, agreement.LEVELS['f32'], 'PyTorch')
   return found
 
 

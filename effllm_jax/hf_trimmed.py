@@ -18,13 +18,6 @@ from effllm_jax import widths
 
 # The file to copy into the folder.
 MODELING = pathlib.Path(__file__).with_name('modeling_effllm.py')
-# Leaves of the two blocks: absent where a layer has lost the block.
-_BLOCKS = {
-  'heads': (
-    'attn_norm', 'wq', 'wk', 'wv', 'wo', 'bq', 'bk', 'bv', 'q_norm', 'k_norm',
-  ),
-  'ffn': ('ffn_norm', 'w_gate', 'w_up', 'w_down'),
-}  # fmt: skip
 
 
 def config(model: weights.Source) -> dict[str, Any]:
@@ -67,19 +60,12 @@ def tensors(model: weights.Source) -> Iterator[tuple[str, np.ndarray]]:
     layer = widths.trimmed(params, masks, n)
     lost = [
       name
-      for kind, names in _BLOCKS.items()
+      for kind, names in structure.BLOCKS.items()
       if not getattr(masks, kind)[n].any()
       for name in names
     ]
-    # `views` counts the layers from 0, and has one.
-    names = jax.tree.map(
-      lambda name, n=n: name.replace('{n}', str(n)), weights.HUGGING_FACE
-    )
     yield from weights.views(
-      structure.Params(
-        embed=None,
-        layers=layer.layers.replace(**dict.fromkeys(lost)),
-        final_norm=None,
-      ),
-      names,
+      layer.replace(layers=layer.layers.replace(**dict.fromkeys(lost))),
+      weights.HUGGING_FACE,
+      n,
     )

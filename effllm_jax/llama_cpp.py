@@ -5,6 +5,8 @@ interface: its own Python interface is that of a server, which gives the
 log-probabilities of one position per request and no times of its own.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 import contextlib
 import ctypes
 import os
@@ -27,6 +29,14 @@ def available() -> str | None:
   return xllamacpp and f'xllamacpp {xllamacpp.__version__}'
 
 
+def require() -> None:
+  """Raises InputError where the runtime is not installed."""
+  if not available():
+    raise errors.InputError(
+      'llama.cpp is not installed; pip install -r requirements-edge.txt'
+    )
+
+
 def tokenize(path: str | os.PathLike, text: str) -> list[int]:
   """Token ids of a text, special tokens in it and the leading one included."""
   with _opened(path) as (lib, model):
@@ -38,13 +48,21 @@ def tokenize(path: str | os.PathLike, text: str) -> list[int]:
     return list(ids[:n])
 
 
-def logprobs(path: str | os.PathLike, tokens: list[int]) -> np.ndarray:
-  """Log-probabilities of the next token after every token, float32 [T, V].
+def logits(
+  path: str | os.PathLike, sequences: Iterable[list[int]]
+) -> Iterator[np.ndarray]:
+  """Yields float32 [T, V] for each sequence, read with an empty cache.
 
   Raises:
     errors.InputError: no runtime, or one that cannot open the file.
   """
-  with _opened(path) as (lib, model), _context(lib, model, len(tokens)) as ctx:
+  with _opened(path) as (lib, model):
+    for tokens in sequences:
+      yield _logits_of(lib, model, tokens)
+
+
+def _logits_of(lib, model, tokens):
+  with _context(lib, model, len(tokens)) as ctx:
     batch = lib.llama_batch_init(len(tokens), 0, 1)
     try:
       batch.n_tokens = len(tokens)
@@ -53,26 +71,26 @@ def logprobs(path: str | os.PathLike, tokens: list[int]) -> np.ndarray:
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
         batch.logits[i] = True
       _decode(lib, ctx, batch)
-      logits_TV = np.stack(
-        [_logits(lib, model, ctx, i) for i in range(len(tokens))]
-      )
+      return np.stack([_logits(lib, model, ctx, i) for i in range(len(tokens))])
     finally:
       lib.llama_batch_free(batch)
-  logits_TV -= logits_TV.max(-1, keepdims=True)
-  return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
 
 
-def greedy(path: str | os.PathLike, prompt: list[int], n: int) -> list[int]:
-  """The n most likely tokens after a prompt, one by one through the cache."""
-  size = len(prompt) + n
-  with _opened(path) as (lib, model), _context(lib, model, size) as ctx:
-    found = []
-    new = prompt
-    for _ in range(n):
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, tokens: int):
+  """A function that goes on with tokens and returns the last logits, [V].
+
+  Args:
+    path: of the file.
+    tokens: most that the cache must hold.
+  """
+  with _opened(path) as (lib, model), _context(lib, model, tokens) as ctx:
+
+    def read(new):
       _read(lib, ctx, new)
-      new = [int(_logits(lib, model, ctx, -1).argmax())]
-      found += new
-    return found
+      return _logits(lib, model, ctx, -1)
+
+    yield read
 
 
 @contextlib.contextmanager
@@ -163,10 +181,7 @@ def _log(level, text, _):
 
 def _library():
   """The C functions of llama.cpp."""
-  if xllamacpp is None:
-    raise errors.InputError(
-      'llama.cpp is not installed; pip install -r requirements-edge.txt'
-    )
+  require()
   lib = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
   for name, (result, *arguments) in _FUNCTIONS.items():
     try:

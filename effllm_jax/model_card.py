@@ -8,22 +8,12 @@ import dataclasses
 from typing import Any
 
 from effllm_jax import agreement
+from effllm_jax import formats
 from effllm_jax import runlog
 from effllm_jax import tables
 from effllm_jax import weights
 from effllm_jax import widths
 
-# Format -> the file that holds its weights.
-FILES = {
-  'hf': 'model.safetensors',
-  'hf-trimmed': 'model.safetensors',
-  'gguf-f32': 'model-f32.gguf',
-  'gguf-f16': 'model-f16.gguf',
-  'gguf-q8_0': 'model-q8_0.gguf',
-  'gguf-q4_0': 'model-q4_0.gguf',
-  'onnx': 'model.onnx',
-  'executorch': 'model.pte',
-}
 _USE = {
   'hf': """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -177,7 +167,7 @@ def _text(made) -> tables.Table:
 
 
 def _files(files, agreements) -> tables.Table:
-  found = {FILES[name]: x for name, x in agreements.items()}
+  found = {formats.FORMATS[name].file: x for name, x in agreements.items()}
   cells = lambda x: (
     ('', '', '') if x is None
     else (f'{x.relative:.1e}', f'{x.kl:.1e}', f'{100 * x.top1:.1f}')
@@ -199,5 +189,6 @@ def _use(agreements) -> str:
   for name in agreements:
     kind = name.partition('-')[0]
     trust = ', trust_remote_code=True' if name == 'hf-trimmed' else ''
-    commands.setdefault(kind, _USE[kind].format(file=FILES[name], trust=trust))
+    file = formats.FORMATS[name].file
+    commands.setdefault(kind, _USE[kind].format(file=file, trust=trust))
   return '\n'.join(f'    {x}\n' for x in commands.values())

@@ -6,6 +6,8 @@ its inputs and outputs are those that Optimum and transformers.js use. A layer
 without attention has no cache; the others are counted from 0.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 import contextlib
 import logging
 import os
@@ -38,7 +40,7 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   with _installed():
     import onnxscript  # noqa: F401  What torch.onnx writes with.
     import torch
-  with _writable(path):
+  with errors.writing(path):
     # Now, not after the minute that a trace may take.
     open(path, 'wb').close()
   module = traceable(model)
@@ -72,14 +74,12 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   # Stack traces of this machine, as large as a small model.
   for node in program.model.graph:
     node.metadata_props.clear()
-  with _writable(path):
+  with errors.writing(path):
     program.save(path)
 
 
 def check(
-  model: weights.Source,
-  path: str | os.PathLike,
-  want: agreement.Reference | None = None,
+  path: str | os.PathLike, want: agreement.Reference
 ) -> agreement.Agreement:
   """Compares the file in onnxruntime with the model.
 
@@ -91,34 +91,24 @@ def check(
     errors.InputError: onnxruntime is missing.
     RuntimeError: it is further away than float32 allows.
   """
-  if want is None:
-    prompt = model.tokenizer.encode(agreement.TEXT).ids
-    want = agreement.reference(model.params, model.masks, model.cfg, prompt)
-  found = agreement.compare(
-    want,
-    logprobs(path, want.tokens),
-    greedy(path, want.prompt, agreement.NEW_TOKENS),
-  )
-  agreement.check(found, agreement.LEVELS['float32'], str(path))
-  return found
-
-
-def logprobs(path: str | os.PathLike, tokens: list[int]) -> np.ndarray:
-  """Log-probabilities of the next token after every token, float32 [T, V]."""
-  logits_TV = _Decoder(path).read(tokens)
-  logits_TV -= logits_TV.max(-1, keepdims=True)
-  return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-
-
-def greedy(path: str | os.PathLike, prompt: list[int], n: int) -> list[int]:
-  """The n most likely tokens after a prompt, one by one through the cache."""
   decoder = _Decoder(path)
-  found = []
-  new = prompt
-  for _ in range(n):
-    new = [int(decoder.read(new)[-1].argmax())]
-    found += new
+  continuation = agreement.greedy(
+    lambda tokens: decoder.read(tokens)[-1], want.prompt
+  )
+  decoder.clear()
+  found = agreement.compare(want, decoder.read(want.tokens), continuation)
+  agreement.check(found, agreement.LEVELS['f32'], str(path))
   return found
+
+
+def logits(
+  path: str | os.PathLike, sequences: Iterable[list[int]]
+) -> Iterator[np.ndarray]:
+  """Yields float32 [T, V] for each sequence, read with an empty cache."""
+  decoder = _Decoder(path)
+  for tokens in sequences:
+    decoder.clear()
+    yield decoder.read(tokens)
 
 
 @contextlib.contextmanager
@@ -127,17 +117,12 @@ def opened(path: str | os.PathLike, threads: int, tokens: int):
   yield _Decoder(path, threads)
 
 
-def available() -> str:
-  """Name and version of onnxruntime.
-
-  Raises:
-    errors.InputError: it is not installed, or what writes its files is not.
-  """
+def require() -> None:
+  """Raises InputError where a package that runs or writes files is missing."""
   with _installed():
-    import onnxruntime
+    import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch  # noqa: F401
-  return f'onnxruntime {onnxruntime.__version__}'
 
 
 def traceable(model: weights.Source):
@@ -243,18 +228,6 @@ def _installed():
     raise errors.InputError(
       f'ONNX needs {e.name}, which is missing; '
       'pip install -r requirements-torch.txt -r requirements-edge.txt'
-    ) from e
-
-
-@contextlib.contextmanager
-def _writable(path):
-  """A full or read-only disk, told in one line."""
-  try:
-    yield
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {path}: {e.strerror or e}; free some space or set another '
-      '--out'
     ) from e
 
 

@@ -224,6 +224,15 @@ _AXES = Params(
 )
 
 
+# Pruning type -> leaves of a layer that it has no use for without live groups.
+BLOCKS = {
+  'heads': (
+    'attn_norm', 'wq', 'wk', 'wv', 'wo', 'bq', 'bk', 'bv', 'q_norm', 'k_norm',
+  ),
+  'ffn': ('ffn_norm', 'w_gate', 'w_up', 'w_down'),
+}  # fmt: skip
+
+
 def axes(cfg: ModelConfig) -> Params:
   """The axis letters of every parameter of `cfg`, as a tree of strings."""
   absent = [

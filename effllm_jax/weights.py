@@ -117,13 +117,19 @@ def file_shapes(
 
 
 def views(
-  params: structure.Params, names: structure.Params
+  params: structure.Params, names: structure.Params, first: int = 0
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the name of every tensor and a writable view as the file has it."""
+  """Yields the name of every tensor and a writable view as the file has it.
+
+  Args:
+    params: numpy.
+    names: of a file format.
+    first: index of the first layer in the names.
+  """
   table = _table(structure.axes_of(params), names)
   for (letters, name), leaf in zip(table, jax.tree.leaves(params), strict=True):
     shape = _file_shape(letters, *leaf.shape)
-    layers = enumerate(leaf) if letters[0] == 'N' else [(0, leaf)]
+    layers = enumerate(leaf, first) if letters[0] == 'N' else [(0, leaf)]
     for n, array in layers:
       flat = array.reshape(shape[::-1] if _is_transposed(letters) else shape)
       yield name.format(n=n), flat.T if _is_transposed(letters) else flat

@@ -75,6 +75,27 @@ def trimmed(
   return structure.map_axes(leaf, layers)
 
 
+def padded_shape(
+  masks: structure.Groups, cfg: structure.ModelConfig, multiple: int
+) -> tuple[structure.Groups, structure.ModelConfig]:
+  """Masks (numpy) and architecture of what `padded` makes."""
+  up = lambda width: math.ceil(width / multiple) * multiple
+  ffn = np.asarray(masks.ffn)
+  live = ffn.sum(-1)
+  new = dataclasses.replace(
+    cfg,
+    D=up(cfg.D),
+    F=max(cfg.F, up(int(live.max()))),
+    norm_eps=cfg.norm_eps * cfg.D / up(cfg.D),
+  )
+  ffn = np.pad(ffn, ((0, 0), (0, new.F - cfg.F)))
+  need = np.array([up(int(n)) for n in live]) - live
+  dead = ~ffn
+  ffn = ffn | (dead & (dead.cumsum(-1) <= need[:, None]))
+  stem = np.ones(new.D, bool)
+  return masks.replace(heads=np.asarray(masks.heads), ffn=ffn, stem=stem), new
+
+
 def padded(
   params: structure.Params,
   masks: structure.Groups,
@@ -99,15 +120,7 @@ def padded(
   Returns:
     Arrays, masks (numpy) and architecture.
   """
-  up = lambda width: math.ceil(width / multiple) * multiple
-  ffn = np.asarray(masks.ffn)
-  live = ffn.sum(-1)
-  new = dataclasses.replace(
-    cfg,
-    D=up(cfg.D),
-    F=max(cfg.F, up(int(live.max()))),
-    norm_eps=cfg.norm_eps * cfg.D / up(cfg.D),
-  )
+  alive, new = padded_shape(masks, cfg, multiple)
   scale = np.float32(math.sqrt(cfg.D / new.D))
 
   def leaf(letters, x):
@@ -124,17 +137,7 @@ def padded(
         **{k: x * scale for k, x in read.items() if x is not None}
       )
     )
-  ffn = np.pad(ffn, ((0, 0), (0, new.F - cfg.F)))
-  need = np.array([up(int(n)) for n in live]) - live
-  dead = ~ffn
-  ffn = ffn | (dead & (dead.cumsum(-1) <= need[:, None]))
-  return (
-    structure.map_axes(leaf, params),
-    structure.Groups(
-      heads=np.asarray(masks.heads), ffn=ffn, stem=np.ones(new.D, bool)
-    ),
-    new,
-  )
+  return structure.map_axes(leaf, params), alive, new
 
 
 def odd(

@@ -53,13 +53,14 @@ def main(argv: list[str]) -> None:
   from effllm_jax import edge
   from effllm_jax import errors
   from effllm_jax import finished
+  from effllm_jax import formats
   from effllm_jax import runlog
   from effllm_jax import sources
   from effllm_jax import tables
   from effllm_jax import widths
   from effllm_jax import workdir
 
-  edge.check_formats(_FORMATS.value)
+  formats.check_runtimes(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
   source = finished.tight(
     sources.load(made.run.config['source'], cli.CACHE.value)

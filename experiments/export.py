@@ -36,9 +36,10 @@ def main(argv: list[str]) -> None:
 
   from effllm_jax import export
   from effllm_jax import finished
+  from effllm_jax import formats
   from effllm_jax import tables
 
-  export.check_formats(_FORMATS.value)
+  formats.check_names(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
   console = rich.console.Console(stderr=True)
   report = export.write(

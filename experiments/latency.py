@@ -215,10 +215,12 @@ def _file_times(
   import numpy as np
   import rich.progress
 
-  from effllm_jax import edge
+  from effllm_jax import formats
   from effllm_jax import timing
 
-  edge.check_formats([_FORMAT.value])
+  formats.check_runtimes([_FORMAT.value])
+  file = formats.FORMATS[_FORMAT.value].file
+  runtime = formats.FORMATS[_FORMAT.value].runtime.__name__
   with tempfile.TemporaryDirectory(dir=folder, prefix='.latency-') as tmp:
     files, times = {}, {shape: [] for shape in shapes}
     for shape in rich.progress.track(shapes, 'writing', transient=True):
@@ -228,11 +230,12 @@ def _file_times(
       )
       place = pathlib.Path(tmp) / str(len(files))
       place.mkdir()
-      files[shape] = edge.write(model, place, _FORMAT.value)
+      formats.write(model, _FORMAT.value, place)
+      files[shape] = place / file
     for _ in range(_REPEATS.value):
-      for shape, (path, runtime) in files.items():
+      for shape, path in files.items():
         speed = timing.speed(
-          runtime.__name__, path, _THREADS.value, _TOKENS.value, 16, 1
+          runtime, path, _THREADS.value, _TOKENS.value, 16, 1
         )
         times[shape].append(
           1e3 / speed.decode

@@ -13,6 +13,7 @@ from effllm_jax import data
 from effllm_jax import edge
 from effllm_jax import errors
 from effllm_jax import evaluate
+from effllm_jax import formats
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
@@ -81,13 +82,13 @@ def test_measures_what_we_measure(source, text, tmp_path, name):
 @pytest.mark.parametrize('names', [['hf'], [], ['gguf-q8_0', 'gguf-q3_k']])
 def test_unknown_formats(names):
   with pytest.raises(errors.InputError, match='has no runtime here'):
-    edge.check_formats(names)
+    formats.check_runtimes(names)
 
 
 def test_missing_runtime(monkeypatch):
   monkeypatch.setattr(llama_cpp, 'xllamacpp', None)
   with pytest.raises(errors.InputError, match=r'requirements-edge\.txt'):
-    edge.check_formats(['gguf-f16'])
+    formats.check_runtimes(['gguf-f16'])
 
 
 def test_command(tmp_path, text):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import executorch_export
 from tests import sources_test
@@ -23,12 +24,13 @@ def test_agrees_with_the_model(tmp_path):
   pytest.importorskip('executorch', reason='optional')
   made = make()
   executorch_export.write(made, tmp_path / 'x.pte')
-  found = executorch_export.check(made, tmp_path / 'x.pte')
+  path, want = tmp_path / 'x.pte', agreement.answers(made)
+  found = executorch_export.check(made, path, want)
   assert found.greedy and found.relative < 1e-4
   other = sources_test.random_params(made.cfg, seed=1)
   with pytest.raises(RuntimeError, match=r'x\.pte differs.*not kept'):
     executorch_export.check(
-      dataclasses.replace(made, params=other), tmp_path / 'x.pte'
+      made, path, agreement.answers(dataclasses.replace(made, params=other))
     )
 
 

@@ -177,7 +177,7 @@ def test_wrong_weights_are_not_kept(
   refuse(RuntimeError, r'differs.*not kept', tmp_path, tokenizer_folder)
   # The greedy tokens notice by themselves.
   only = agreement.Level(greedy=True)
-  monkeypatch.setitem(agreement.LEVELS, 'float32', only)
+  monkeypatch.setitem(agreement.LEVELS, 'f32', only)
   refuse(RuntimeError, r'greedy.*not kept', tmp_path, tokenizer_folder)
 
 

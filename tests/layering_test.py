@@ -17,10 +17,10 @@ ORDER = [
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
   'teacher', 'runlog', 'tables', 'widths', 'agreement', 'modeling_effllm',
-  'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_export',
-  'onnx_export', 'executorch_export', 'model_card', 'export', 'finished',
-  'edge', 'plan', 'pruning', 'evaluate', 'plots', 'figures', 'report',
-  'console', 'train',
+  'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
+  'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
+  'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'plots',
+  'figures', 'report', 'console', 'train',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -31,7 +31,7 @@ ONLY = {
   'orbax': {'checkpoints'},
   'grain': {'checkpoints', 'data'},
   'tensorflow_datasets': {'corpus'},
-  'gguf': {'gguf_source', 'gguf_export'},
+  'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
   'matplotlib': {'plots', 'figures'},
   'torch': {
     'hf_export',

@@ -22,11 +22,12 @@ def test_answers(path, capfd):
   assert ids == sources_test.bpe().encode(sources_test.TEXT).ids
   assert llama_cpp.tokenize(path, '') == []
   want = agreement.reference(model.params, None, model.cfg, ids)
-  have = llama_cpp.logprobs(path, want.tokens)
-  assert have.shape == want.logits_TV.shape
-  greedy = llama_cpp.greedy(path, ids, agreement.NEW_TOKENS)
+  have, again = llama_cpp.logits(path, [want.tokens, want.tokens])
+  assert have.shape == want.logits_TV.shape and (have == again).all()
+  with llama_cpp.reading(path, len(want.tokens)) as read:
+    greedy = agreement.greedy(read, ids)
   found = agreement.compare(want, have, greedy)
-  agreement.check(found, agreement.LEVELS['float32'], 'llama.cpp')
+  agreement.check(found, agreement.LEVELS['f32'], 'llama.cpp')
   # Not told apart from nothing by the check alone.
   assert agreement.compare(want, have[::-1], greedy[::-1]).relative > 1e-2
   assert llama_cpp.available().startswith('xllamacpp 2')
@@ -43,14 +44,12 @@ def test_files_that_it_cannot_open(path, tmp_path):
   broken = tmp_path / 'broken.gguf'
   broken.write_bytes(path.read_bytes()[:200_000])
   refused('cannot open.*broken.gguf', llama_cpp.tokenize, broken, 'a')
-  refused(
-    'cannot open.*no.gguf', llama_cpp.greedy, tmp_path / 'no.gguf', [1], 1
-  )
+  refused('cannot open.*no.gguf', llama_cpp.tokenize, tmp_path / 'no.gguf', 'a')
 
 
 def test_another_layout_of_parameters_is_noticed(path, monkeypatch):
   monkeypatch.setattr(llama_cpp, '_F16', 7)
-  refused('laid out otherwise', llama_cpp.logprobs, path, [1, 2])
+  refused('laid out otherwise', list, llama_cpp.logits(path, [[1, 2]]))
 
 
 def test_without_the_runtime(path, monkeypatch):

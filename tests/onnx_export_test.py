@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import onnx_export
 from effllm_jax import weights
@@ -93,7 +94,7 @@ def test_names_sizes_and_nothing_else(files, name):
 
 @pytest.mark.parametrize('name', SHAPES)
 def test_agrees_with_the_model(files, name):
-  found = onnx_export.check(make(name), files[name])
+  found = onnx_export.check(files[name], agreement.answers(make(name)))
   assert found.greedy and found.top1 == 1 and 0 < found.relative < 1e-4
 
 
@@ -136,7 +137,7 @@ def test_no_layer_has_heads(tmp_path):
   onnx_export.write(made, tmp_path / 'x.onnx')
   session = onnxruntime.InferenceSession(tmp_path / 'x.onnx')
   assert [x.name for x in session.get_outputs()] == ['logits']
-  found = onnx_export.check(made, tmp_path / 'x.onnx')
+  found = onnx_export.check(tmp_path / 'x.onnx', agreement.answers(made))
   assert found.greedy and found.relative < 1e-4
   with pytest.raises(errors.InputError, match='cannot write') as caught:
     onnx_export.write(made, tmp_path / 'none' / 'x.onnx')
@@ -153,16 +154,16 @@ def test_wrong_order_of_heads_is_refused(files):
     ),
   )
   with pytest.raises(RuntimeError, match=r'uniform\.onnx differs.*not kept'):
-    onnx_export.check(wrong, files['uniform'])
+    onnx_export.check(files['uniform'], agreement.answers(wrong))
 
 
-def test_logprobs(files):
-  tokens = [3, 1, 4, 1, 5]
-  logprobs_TV = onnx_export.logprobs(files['ragged'], tokens)
-  assert logprobs_TV.shape == (5, CFG.V)
-  np.testing.assert_allclose(np.exp(logprobs_TV).sum(-1), 1, rtol=1e-5)
-  greedy = onnx_export.greedy(files['ragged'], tokens, 1)
-  assert greedy == [logprobs_TV[-1].argmax()]
+def test_every_sequence_starts_anew(files):
+  sequences = [[3, 1, 4, 1, 5], [9, 2], [3, 1, 4, 1, 5]]
+  found = list(onnx_export.logits(files['ragged'], sequences))
+  assert [x.shape for x in found] == [(len(s), CFG.V) for s in sequences]
+  np.testing.assert_array_equal(found[0], found[2])
+  alone, _ = run(files['ragged'], np.array([[9, 2]]))
+  np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
 
 
 @pytest.mark.parametrize('package', ['torch', 'onnxscript'])
@@ -178,4 +179,4 @@ def test_write_without_a_package(tmp_path, monkeypatch, package):
 def test_check_without_onnxruntime(files, monkeypatch):
   monkeypatch.setitem(sys.modules, 'onnxruntime', None)
   with pytest.raises(errors.InputError, match=r'onnxruntime.*edge\.txt'):
-    onnx_export.greedy(files['ragged'], [1], 1)
+    next(onnx_export.logits(files['ragged'], [[1]]))
