@@ -35,7 +35,7 @@ class Meter:
     self,
     seq_len: int,
     tokens_per_step: int,
-    remat: bool,
+    remat: str,
     spent: Mapping[str, int] | None = None,
   ):
     """Goes on from `spent`, or from nothing."""
@@ -59,7 +59,7 @@ class Meter:
     """
     forward = self._forward(cfg, extents)
     passes = 3 * forward
-    if self._remat:
+    if self._remat == 'full':
       passes += forward - self._output(cfg)
     self.spent['train'] += passes + 12 * cfg.num_params()
     self.spent['score'] += 3 * cfg.num_params() * scores

@@ -95,7 +95,7 @@ def reference(
   continuation = model_lib.greedy(params, masks, prompt, NEW_TOKENS, cfg)
   tokens_BT = jnp.asarray([[*prompt, *continuation]], jnp.int32)
   logits_BTV, _ = _forward(
-    params, masks, tokens_BT, cfg, model_lib.Compute(remat=False)
+    params, masks, tokens_BT, cfg, model_lib.Compute(remat='none')
   )
   return Reference(list(prompt), continuation, np.asarray(logits_BTV[0]))
 

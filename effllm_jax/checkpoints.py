@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 
 from effllm_jax import errors
 from effllm_jax import events as events_lib
+from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
 
@@ -203,13 +204,19 @@ def _read_json(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def restore_latest(
-  workdir: str | os.PathLike, tx: optax.GradientTransformation, data: Iterator
+  workdir: str | os.PathLike,
+  tx: optax.GradientTransformation,
+  data: Iterator,
+  mesh: sharding.Mesh | None = None,
 ) -> tuple[state_lib.TrainState, Moment] | None:
   """The newest readable state of a run; moves `data` to its position.
 
   A damaged moment is set aside into `damaged/`, with a warning, and the one
   before it is taken. Events of a future that the restored state has not seen
   yet are deleted: the run will write them again.
+
+  The arrays are read straight into their shards on `mesh`, whatever devices
+  they were saved from; without one, onto one device.
 
   Returns:
     The state and the moment that it was saved at; None for a fresh workdir.
@@ -221,7 +228,7 @@ def restore_latest(
   candidates = moments(workdir)
   for moment in candidates:
     try:
-      state = _restore(moment, tx)
+      state = _restore(moment, tx, mesh)
       restore_data(moment, data)
     except errors.InputError:
       raise
@@ -248,10 +255,10 @@ def restore_data(moment: Moment, data: Iterator) -> None:
     )
 
 
-def _restore(moment: Moment, tx) -> state_lib.TrainState:
-  abstract = state_lib.abstract_state(moment.cfg, tx)
+def _restore(moment: Moment, tx, mesh) -> state_lib.TrainState:
+  abstract = state_lib.abstract_state(moment.cfg, tx, mesh)
   return state_lib.TrainState(
-    step=jnp.asarray(moment.step, jnp.int32),
+    step=jnp.asarray(moment.step, jnp.int32, device=abstract.step.sharding),
     params=_read(moment.path / 'params', abstract.params),
     prune=_read(moment.path / 'prune', abstract.prune),
     opt_state=_read(moment.path / 'optimizer', abstract.opt_state),
@@ -259,6 +266,14 @@ def _restore(moment: Moment, tx) -> state_lib.TrainState:
 
 
 def _read(path: pathlib.Path, abstract: Any) -> Any:
+  # Without a place of their own Orbax wants the devices of those who saved.
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda x: (
+      x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    ),
+    abstract,
+  )
   with ocp.StandardCheckpointer() as reader:
     tree = _in_memory(reader.restore(path, _on_disk(abstract)), abstract)
   # Orbax can pad or cut an array to a wanted shape; never here.

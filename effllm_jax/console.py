@@ -15,9 +15,9 @@ _LINE_INTERVAL = 15.0
 class Progress:
   """A progress bar on a terminal, plain lines elsewhere; a context manager."""
 
-  def __init__(self, steps: int, done: int):
-    """Starts at step `done` of `steps`."""
-    self._console = rich.console.Console(stderr=True)
+  def __init__(self, steps: int, done: int, quiet: bool = False):
+    """Starts at step `done` of `steps`; `quiet` shows nothing."""
+    self._console = rich.console.Console(stderr=True, quiet=quiet)
     self._steps = steps
     self._seconds = 0.0
     self._next_line = 0.0

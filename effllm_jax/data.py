@@ -228,13 +228,12 @@ def train_iterator(
         f'{process_count} processes; add text or lower --config.data.seq_len'
       )
     streams.append(
-      grain.MapDataset.source(windows)
-      .seed(seed)
-      .shuffle()[process_index::process_count]
-      .repeat()
+      grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     )
   shares = [weights[name] for name in groups] if weights else None
-  mixed = grain.MapDataset.mix(streams, shares)
+  # Dealt out last of all: what all processes read in a step is what one process
+  # would have read.
+  mixed = grain.MapDataset.mix(streams, shares)[process_index::process_count]
   # The stream has no remainder, but rounding its length up overflows at 1.
   batches = mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)

@@ -9,6 +9,7 @@ import numpy as np
 
 from effllm_jax import data
 from effllm_jax import model
+from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import structure
 
@@ -44,8 +45,8 @@ def bits_per_byte(
         steps.sum_losses(
           params,
           masks,
-          np.pad(windows, missing),
-          np.pad(weight, missing),
+          sharding.put_rows(np.pad(windows, missing), compute.mesh),
+          sharding.put_rows(np.pad(weight, missing), compute.mesh),
           cfg=cfg,
           compute=compute,
         )

@@ -19,10 +19,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effllm_jax import sharding
 from effllm_jax import structure
 import kernels
 
 Array = jax.Array
+
+_GATHERED = ('sharding_constraint', 'reshape')
+# What is kept for the backward pass. Gathered weights, and what is but another
+# form of them, would be whole copies of all layers: 5.2 instead of 1.1 MB a
+# layer of 4.2 MB on a mesh of 8.
+_POLICIES = {
+  'none': lambda primitive, *_, **__: primitive.name not in _GATHERED,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+REMAT = tuple(_POLICIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +44,18 @@ class Compute:
   Attributes:
     dtype: of activations and of the weights as the matmuls read them. Master
       parameters, norms, softmax and the loss stay float32.
-    remat: recompute each layer in the backward pass (`jax.checkpoint`) instead
-      of keeping its activations. Costs a third more arithmetic.
+    remat: what of a layer is computed again in the backward pass instead of
+      being kept, one of `REMAT`: 'none'; 'dots', all but the products with
+      weights; or 'full', all of it, for a third more arithmetic. Weights that
+      were gathered from other devices are never kept.
     kernels: one of `kernels.IMPLEMENTATIONS`: how products skip what is dead.
+    mesh: devices that batch and weights are spread over; None: one device.
   """
 
   dtype: str = 'float32'
-  remat: bool = True
+  remat: str = 'full'
   kernels: str = 'xla'
+  mesh: sharding.Mesh | None = None
 
 
 @struct.dataclass
@@ -95,10 +111,13 @@ def forward(
     logits_BTV in float32, and `Taps` or None.
   """
   layer = block(masks, tokens_BT.shape[1], cfg, compute, taps)
-  if compute.remat:
+  gathers = compute.mesh is not None and compute.mesh.shape['fsdp'] > 1
+  if compute.remat != 'none' or gathers:
     # Inside a scan nothing can be merged across iterations anyway, so the
     # barriers that prevent it would only cost time.
-    layer = jax.checkpoint(layer, prevent_cse=False)
+    layer = jax.checkpoint(
+      layer, prevent_cse=False, policy=_POLICIES[compute.remat]
+    )
   x_BTD = embed(params, masks, tokens_BT, compute)
   x_BTD, tapped = jax.lax.scan(
     layer, x_BTD, (params.layers, masks.heads, masks.ffn)
@@ -107,12 +126,14 @@ def forward(
   unembed, letters = (
     (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
   )
+  unembed = sharding.constrain(unembed, letters, compute.mesh)
   logits_BTV = jnp.einsum(
     f'BTD,{letters}->BTV',
     final_BTD,
     unembed.astype(final_BTD.dtype),
     preferred_element_type=jnp.float32,
   )
+  logits_BTV = sharding.constrain(logits_BTV, 'BTV', compute.mesh)
   return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
 
 
@@ -124,7 +145,9 @@ def embed(
 ) -> Array:
   """The stem before the first layer, [B, T, D] in the compute dtype."""
   dtype = jnp.dtype(compute.dtype)
-  return params.embed[tokens_BT].astype(dtype) * masks.stem.astype(dtype)
+  table_VD = sharding.constrain(params.embed, 'VD', compute.mesh)
+  x_BTD = table_VD[tokens_BT].astype(dtype) * masks.stem.astype(dtype)
+  return sharding.constrain(x_BTD, 'BTD', compute.mesh)
 
 
 def final_norm(
@@ -167,12 +190,18 @@ def block(
     for op in (kernels.masked_attention, kernels.masked_swiglu)
   )
   attention = functools.partial(attention, norm_eps=cfg.norm_eps)
+  if compute.kernels != 'xla':
+    # Whose cost is data: each device runs them on its part of the batch.
+    attention, swiglu = (
+      sharding.over_batch(op, compute.mesh) for op in (attention, swiglu)
+    )
 
   # The stem is not masked inside the products: what they read of it is zero
   # where it is dead, and its width is the same in every layer, so that a shrink
   # takes off all that an extent could.
   def layer(x_BTD, scanned):
     w, heads_K, ffn_F = scanned
+    w = sharding.gathered(w, compute.mesh)
     attn_in_BTD = norm(x_BTD, w.attn_norm.astype(dtype))
     out_BTD = attention(
       attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, angles_TH,
@@ -186,7 +215,7 @@ def block(
     out_BTD = swiglu(ffn_in_BTD, w.w_gate, w.w_up, w.w_down, ffn_F)
     if taps:
       out_BTD, ffn_BTF = out_BTD
-    x_BTD += out_BTD * stem_D
+    x_BTD = sharding.constrain(x_BTD + out_BTD * stem_D, 'BTD', compute.mesh)
     tapped = (attn_in_BTD, heads_BTKGH, ffn_in_BTD, ffn_BTF) if taps else None
     return x_BTD, tapped
 
@@ -224,7 +253,7 @@ def greedy(
   prompt: list[int],
   steps: int,
   cfg: structure.ModelConfig,
-  compute: Compute = Compute(remat=False),
+  compute: Compute = Compute(remat='none'),
 ) -> list[int]:
   """The `steps` most likely tokens after `prompt`, one after another.
 

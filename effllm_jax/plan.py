@@ -13,6 +13,7 @@ from effllm_jax import model
 from effllm_jax import saliency
 from effllm_jax import schedules
 from effllm_jax import selection
+from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import structure
 import kernels
@@ -85,6 +86,7 @@ def make(
   config: ml_collections.ConfigDict,
   source: structure.ModelConfig,
   masks: structure.Groups | None = None,
+  mesh: sharding.Mesh | None = None,
 ) -> Plan:
   """Checks `config` against the source model and lays out the run.
 
@@ -92,6 +94,7 @@ def make(
     config: as in `experiments/configs`.
     source: architecture of the source's arrays.
     masks: what is alive in a source that was pruned before; None: everything.
+    mesh: devices of the run; None: one.
 
   Raises:
     errors.InputError: a value that cannot work, with the key to change.
@@ -135,6 +138,13 @@ def make(
       f"prune.policy 'uniform' cannot go on from a source whose layers differ "
       f'in width ({", ".join(ragged)}); set --config.prune.policy=ragged'
     )
+  parts = 1 if mesh is None else sharding.batch_parts(mesh)
+  if config.data.batch_size % parts:
+    raise errors.InputError(
+      f'data.batch_size {config.data.batch_size} cannot be split into the '
+      f'{parts} parts of mesh.data x mesh.fsdp; set --config.data.batch_size '
+      'to a multiple, or --config.mesh.data'
+    )
   per_step = (
     config.train.accumulate * config.data.batch_size * config.data.seq_len
   )
@@ -161,7 +171,8 @@ def make(
       compute=model.Compute(
         dtype=config.model.dtype,
         remat=config.model.remat,
-        kernels=_kernels(config),
+        kernels=_kernels(config, mesh),
+        mesh=mesh,
       ),
       saliency=config.prune.saliency,
       decay=config.prune.ema,
@@ -176,11 +187,20 @@ def make(
   )
 
 
-def _kernels(config) -> str:
+def _kernels(config, mesh) -> str:
   """The implementation to use; 'auto' is the choice for this platform."""
   name = config.model.kernels
+  # Survivors stand at the front of an axis: cut into parts, the first ones
+  # would be busy and the last ones idle.
+  apart = mesh is not None and mesh.shape['tensor'] > 1
   if name == 'auto':
-    return kernels.resolve(None)
+    return 'xla' if apart else kernels.resolve(None)
+  if apart and name != 'xla':
+    raise errors.InputError(
+      f'model.kernels {name!r} saves nothing where heads and channels are '
+      f'split over mesh.tensor {mesh.shape["tensor"]}; set '
+      '--config.model.kernels=xla or --config.mesh.tensor=1'
+    )
   known = ('auto', *kernels.IMPLEMENTATIONS)
   _require(config, 'model.kernels', known.__contains__,
            f'one of {", ".join(known)}')  # fmt: skip
@@ -226,6 +246,7 @@ def _check_ranges(config):
   for key, known in (
     ('optimizer.schedule', ('cosine', 'wsd')),
     ('model.dtype', ('float32', 'bfloat16')),
+    ('model.remat', model.REMAT),
     ('prune.saliency', saliency.KINDS),
   ):
     _require(config, key, known.__contains__, f'one of {", ".join(known)}')

@@ -170,7 +170,9 @@ def shrink(
 
   before, step = loss(state, cfg), int(state.step)
   live = selection.live_widths(state.prune.masks)
-  state, kept = steps.shrink_step(state, cfg=cfg, new_cfg=new, tx=tx)
+  state, kept = steps.shrink_step(
+    state, cfg=cfg, new_cfg=new, tx=tx, mesh=plan.recipe.compute.mesh
+  )
   after = loss(state, new)
   if not abs(after - before) <= TOLERANCE * before:
     raise RuntimeError(

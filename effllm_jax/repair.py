@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from effllm_jax import model
+from effllm_jax import sharding
 from effllm_jax import structure
 
 Array = jax.Array
@@ -138,6 +139,7 @@ def repair_model(
   tokens_BT: Array,
   cfg: structure.ModelConfig,
   damping: float,
+  mesh: sharding.Mesh | None = None,
 ) -> tuple[structure.Params, dict[str, Fit]]:
   """Repairs every matrix whose inputs are alive in `masks` and then removed.
 
@@ -152,13 +154,14 @@ def repair_model(
     tokens_BT: the batch whose activations are fitted; more tokens fit better.
     cfg: the architecture of the arrays.
     damping: as in `repair`.
+    mesh: devices of the arrays; None: one.
 
   Returns:
     Parameters of the same shapes, and a `Fit` with leaves [N] for 'attn_in'
     (wq, wk, wv together), 'heads' (wo), 'ffn_in' (w_gate, w_up), 'ffn'
     (w_down), and with leaves [] for 'final' if the output matrix is untied.
   """
-  compute = model.Compute(remat=False)
+  compute = model.Compute(remat='none', mesh=mesh)
   layer = model.block(masks, tokens_BT.shape[1], cfg, compute, taps=True)
 
   def body(x_BTD, scanned):
@@ -167,17 +170,19 @@ def repair_model(
     every = jnp.repeat(jnp.stack([heads_K, new_heads_K]), cfg.G * cfg.H, axis=1)
     fits = {}
     (wq, wk, wv), fits['attn_in'] = _readers(
-      (w.wq, w.wk, w.wv), attn_in, masks.stem, new_masks.stem, damping
+      (w.wq, w.wk, w.wv), attn_in, masks.stem, new_masks.stem, damping, mesh
     )
     # The inputs of wo are the K G H channels of all heads.
     flat = heads.reshape(*heads.shape[:2], -1)
     wo, fits['heads'] = _repaired(
-      w.wo.reshape(-1, cfg.D), flat, *every, damping
+      w.wo.reshape(-1, cfg.D), flat, *every, damping, mesh
     )
     (w_gate, w_up), fits['ffn_in'] = _readers(
-      (w.w_gate, w.w_up), ffn_in, masks.stem, new_masks.stem, damping
+      (w.w_gate, w.w_up), ffn_in, masks.stem, new_masks.stem, damping, mesh
     )
-    w_down, fits['ffn'] = _repaired(w.w_down, ffn, ffn_F, new_ffn_F, damping)
+    w_down, fits['ffn'] = _repaired(
+      w.w_down, ffn, ffn_F, new_ffn_F, damping, mesh
+    )
     w = w.replace(
       wq=wq, wk=wk, wv=wv, wo=wo.reshape(w.wo.shape),
       w_gate=w_gate, w_up=w_up, w_down=w_down,
@@ -194,17 +199,17 @@ def repair_model(
   if params.unembed is not None:
     final_BTD = model.final_norm(x_BTD, params, masks, cfg)
     unembed, fits['final'] = _repaired(
-      params.unembed, final_BTD, masks.stem, new_masks.stem, damping
+      params.unembed, final_BTD, masks.stem, new_masks.stem, damping, mesh
     )
     repaired = repaired.replace(unembed=unembed)
   return repaired, fits
 
 
-def _readers(matrices, x, alive_D, keep_D, damping):
+def _readers(matrices, x, alive_D, keep_D, damping, mesh):
   """Matrices that read the same inputs share one Gram matrix and one solve."""
   flat = [w.reshape(len(w), -1) for w in matrices]
   joined, fit = _repaired(
-    jnp.concatenate(flat, axis=1), x, alive_D, keep_D, damping
+    jnp.concatenate(flat, axis=1), x, alive_D, keep_D, damping, mesh
   )
   sizes = [w.shape[1] for w in flat]
   ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
@@ -214,11 +219,12 @@ def _readers(matrices, x, alive_D, keep_D, damping):
   ], fit
 
 
-def _repaired(w_IO, x, alive_I, keep_I, damping):
+def _repaired(w_IO, x, alive_I, keep_I, damping, mesh):
   """`repair`, or nothing at all where no live input is removed."""
 
   def some(w_IO):
-    repaired_IO, fit = repair(w_IO, gram(x), keep_I | ~alive_I, damping)
+    gram_II = sharding.constrain(gram(x), 'II', mesh)
+    repaired_IO, fit = repair(w_IO, gram_II, keep_I | ~alive_I, damping)
     # What was dead before is not touched: its inputs are 0.
     return repaired_IO, fit
 
@@ -226,4 +232,6 @@ def _repaired(w_IO, x, alive_I, keep_I, damping):
     zero = jnp.zeros((), jnp.float32)
     return w_IO, Fit(zero, zero, zero)
 
+  # A factor is not computed in parts: every device solves for itself.
+  w_IO = sharding.constrain(w_IO, 'IO', mesh)
   return jax.lax.cond((alive_I & ~keep_I).any(), some, none, w_IO)

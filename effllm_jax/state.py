@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effllm_jax import sharding
 from effllm_jax import structure
 
 Array = jax.Array
@@ -79,9 +80,54 @@ def fresh_state(
 
 
 def abstract_state(
-  cfg: structure.ModelConfig, tx: optax.GradientTransformation
+  cfg: structure.ModelConfig,
+  tx: optax.GradientTransformation,
+  mesh: sharding.Mesh | None = None,
 ) -> TrainState:
-  """Shapes and dtypes of a state of this architecture, without arrays."""
-  return jax.eval_shape(
+  """Shapes and dtypes of a state of this architecture, without arrays.
+
+  With a mesh also where each array lives on it.
+  """
+  state = jax.eval_shape(
     lambda params: fresh_state(params, cfg, tx), structure.shapes(cfg)
   )
+  if mesh is None:
+    return state
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    shardings(state, tx, mesh),
+  )
+
+
+def shardings(
+  state: TrainState, tx: optax.GradientTransformation, mesh: sharding.Mesh
+) -> TrainState:
+  """Where each array of a state lives: moments where their parameters do."""
+  params, whole = sharding.params(state.params, mesh), sharding.everywhere(mesh)
+  moments = optax.tree.map_params(
+    tx,
+    lambda _, s: s,
+    state.opt_state,
+    params,
+    transform_non_params=lambda _: whole,
+  )
+  everywhere = jax.tree.map(lambda _: whole, state)
+  return everywhere.replace(params=params, opt_state=moments)
+
+
+def placed_state(
+  params: structure.Params,
+  cfg: structure.ModelConfig,
+  tx: optax.GradientTransformation,
+  mesh: sharding.Mesh,
+  masks: structure.Groups | None = None,
+) -> TrainState:
+  """`fresh_state` of host arrays, made in shards: never whole on one device."""
+  spread = shardings(abstract_state(cfg, tx), tx, mesh)
+  make = jax.jit(
+    lambda params: fresh_state(params, cfg, tx, masks),
+    donate_argnums=0,
+    out_shardings=spread,
+  )
+  return make(sharding.put(params, spread.params))

@@ -14,6 +14,7 @@ from effllm_jax import distillation
 from effllm_jax import model
 from effllm_jax import repair
 from effllm_jax import saliency
+from effllm_jax import sharding
 from effllm_jax import shrink
 from effllm_jax import state as state_lib
 from effllm_jax import structure
@@ -62,7 +63,7 @@ def teach_step(
   One micro-batch after another, so that its logits are bounded like those of
   the student.
   """
-  return jax.lax.map(
+  answers = jax.lax.map(
     lambda windows_BT: distillation.targets(
       params,
       masks,
@@ -74,6 +75,8 @@ def teach_step(
     ),
     windows_ABT,
   )
+  mesh = recipe.compute.mesh
+  return jax.tree.map(lambda x: sharding.constrain(x, 'ABTC', mesh), answers)
 
 
 @functools.partial(
@@ -107,7 +110,7 @@ def train_step(
     (from the teacher, if there is one) and `grad_norm` (before the clip),
     float32 scalars.
   """
-  kind = recipe.saliency if score else None
+  kind, mesh = recipe.saliency if score else None, recipe.compute.mesh
   grad = jax.value_and_grad(_objective, has_aux=True)
 
   def gradients(batch):
@@ -119,7 +122,7 @@ def train_step(
       squares = jax.tree.map(jnp.square, grads)
     elif kind == 'fisher':
       squares = saliency.fisher(state.params, grads, windows_ABT[0, :, 1:].size)
-    return grads, squares, aux
+    return sharding.constrain_params(grads, mesh), squares, aux
 
   # The first micro-batch starts the sum: without accumulation no second copy
   # of the gradient is ever held.
@@ -158,7 +161,16 @@ def train_step(
     opt_state=opt_state,
     prune=prune,
   )
-  return state, numbers | {'grad_norm': norm}
+  return _placed(state, tx, mesh), numbers | {'grad_norm': norm}
+
+
+def _placed(state, tx, mesh):
+  """A state where `state.shardings` wants it."""
+  if mesh is None:
+    return state
+  return jax.lax.with_sharding_constraint(
+    state, state_lib.shardings(state, tx, mesh)
+  )
 
 
 def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
@@ -220,7 +232,7 @@ def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
 
 
 @functools.partial(
-  jax.jit, static_argnames=('cfg', 'damping'), donate_argnames='params'
+  jax.jit, static_argnames=('cfg', 'damping', 'mesh'), donate_argnames='params'
 )
 def repair_step(
   params: structure.Params,
@@ -230,6 +242,7 @@ def repair_step(
   *,
   cfg: structure.ModelConfig,
   damping: float,
+  mesh: sharding.Mesh | None = None,
 ) -> tuple[structure.Params, dict[str, dict[str, Array]]]:
   """Repairs the survivors of a prune on the activations of one batch.
 
@@ -240,6 +253,7 @@ def repair_step(
     windows_BT: int32.
     cfg: architecture of the arrays.
     damping: see `repair.repair`.
+    mesh: devices of the arrays; None: one.
 
   Returns:
     The repaired parameters, and by input ('attn_in', 'heads', 'ffn_in', 'ffn',
@@ -247,9 +261,9 @@ def repair_step(
     (sums over the layers), 0 where nothing was removed.
   """
   params, fits = repair.repair_model(
-    params, masks, new_masks, windows_BT[:, :-1], cfg, damping
+    params, masks, new_masks, windows_BT[:, :-1], cfg, damping, mesh
   )
-  return params, {
+  return sharding.constrain_params(params, mesh), {
     name: {
       'damping': fit.damping.max(),
       'error_without': fit.error_without.sum(),
@@ -287,15 +301,18 @@ def sum_losses(
   return (losses * weight_BT).sum()
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'new_cfg', 'tx'))
+@functools.partial(jax.jit, static_argnames=('cfg', 'new_cfg', 'tx', 'mesh'))
 def shrink_step(
   state: state_lib.TrainState,
   *,
   cfg: structure.ModelConfig,
   new_cfg: structure.ModelConfig,
   tx: optax.GradientTransformation,
+  mesh: sharding.Mesh | None = None,
 ) -> tuple[state_lib.TrainState, structure.Groups]:
   """Gathers the survivors of a state into arrays of `new_cfg`.
+
+  On a mesh the devices exchange them; no array goes through a host.
 
   Returns:
     The smaller state, and the kept indices into the axes of `cfg`.
@@ -311,4 +328,7 @@ def shrink_step(
       origin=shrink.take_groups(prune.origin, kept),
     ),
   )
-  return small, kept
+  if mesh is not None:
+    everywhere = sharding.everywhere(mesh)
+    kept = jax.lax.with_sharding_constraint(kept, everywhere)
+  return _placed(small, tx, mesh), kept

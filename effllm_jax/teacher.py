@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effllm_jax import distillation
 from effllm_jax import errors
+from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import steps
 from effllm_jax import structure
@@ -21,14 +23,17 @@ class Teacher:
   """
 
   def __init__(self, teacher: sources.Source, recipe: steps.Recipe):
-    """Puts the weights on the device, in the dtype that they compute in."""
-    dtype = jnp.dtype(recipe.compute.dtype)
+    """Puts the weights on the devices, in the dtype that they compute in."""
+    dtype, self._mesh = jnp.dtype(recipe.compute.dtype), recipe.compute.mesh
     # Never differentiated: there is nothing to recompute.
-    compute = dataclasses.replace(recipe.compute, remat=False)
+    compute = dataclasses.replace(recipe.compute, remat='none')
     self.cfg = teacher.cfg
-    self._params = jax.tree.map(lambda x: jnp.asarray(x, dtype), teacher.params)
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), teacher.params)
+    self._params = sharding.put(params, sharding.params(params, self._mesh))
     # A teacher may itself be an event of a run, with dead groups in its arrays.
-    self._masks = teacher.masks or structure.all_alive(teacher.cfg)
+    masks = teacher.masks or structure.all_alive(teacher.cfg)
+    whole = sharding.everywhere(self._mesh)
+    self._masks = sharding.put(masks, jax.tree.map(lambda _: whole, masks))
     self._recipe = dataclasses.replace(recipe, compute=compute)
     self._compiled = None
 
@@ -39,7 +44,11 @@ class Teacher:
     )
     if self._compiled is None:
       self._compiled = lowered.compile()
-    return lowered.out_info
+    spread = sharding.batches(self._mesh)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
+      lowered.out_info,
+    )
 
   def __call__(self, windows_ABT: Array) -> distillation.Targets:
     """The answer to a batch, leaves [A, B, T - 1, top_k]; see `compile`."""

@@ -9,7 +9,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -26,6 +25,7 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
 from effllm_jax import runlog
 from effllm_jax import selection
+from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -54,7 +54,9 @@ def run(
   # Everything that can be refused is checked before anything is written.
   workdir_lib.check(workdir, config.to_dict())
   source = sources.load(config.source, cache, params=False)
-  plan = plan_lib.make(config, source.cfg, source.masks)
+  mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  plan = plan_lib.make(config, source.cfg, source.masks, mesh)
+  reader, readers = sharding.reader(mesh)
   _use_blocks(config.model.blocks)
   text = corpus.prepare(config.data.text, cache)
   batches = data.train_iterator(
@@ -62,12 +64,12 @@ def run(
     source.tokenizer,
     source.separator_id,
     seq_len=config.data.seq_len,
-    batch_size=config.train.accumulate * config.data.batch_size,
+    batch_size=config.train.accumulate * config.data.batch_size // readers,
     seed=config.seed,
     weights=config.data.weights.to_dict(),
     workers=config.data.workers,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=reader,
+    process_count=readers,
   )
   heldout = data.heldout(
     text,
@@ -81,11 +83,13 @@ def run(
     teacher = sources.load(config.distill.teacher or config.source, cache)
     teacher_lib.check(teacher, source)
     teacher = teacher_lib.Teacher(teacher, plan.recipe)
-  workdir_lib.claim(workdir, config.to_dict())
+  if jax.process_index() == 0:
+    workdir_lib.claim(workdir, config.to_dict())
+  sharding.wait('workdir')
   # Read once and not held on to: the state has its own copy.
   initial = lambda: sources.load(config.source, cache).params
   try:
-    if not checkpoints.moments(workdir):
+    if jax.process_index() == 0 and not checkpoints.moments(workdir):
       sources.save(source, workdir / 'source')
       workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
     Run(
@@ -106,7 +110,7 @@ def _use_blocks(path: str) -> None:
 
 
 class Run:
-  """One run in one process: the state on the device and its files."""
+  """One run: the state on the devices and, in the first process, its files."""
 
   def __init__(
     self,
@@ -124,6 +128,7 @@ class Run:
     `source` is without its parameters, which `initial` loads.
     """
     self.config, self.workdir, self.plan = config, workdir, plan
+    self.mesh = plan.recipe.compute.mesh
     self.teacher = teacher
     self.source_widths = {
       t: float(w.mean())
@@ -147,20 +152,21 @@ class Run:
       config.optimizer.weight_decay,
       config.optimizer.clip,
     )
-    restored = checkpoints.restore_latest(workdir, self.tx, batches)
+    restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:
       self.state, moment = restored
       self.cfg, self.num_events = moment.cfg, moment.num_events
     else:
       self.cfg, self.num_events = source.cfg, 0
-      params = jax.tree.map(jnp.asarray, initial())
-      self.state = state_lib.fresh_state(
-        params, self.cfg, self.tx, source.masks
+      self.state = state_lib.placed_state(
+        initial(), self.cfg, self.tx, self.mesh, source.masks
       )
     self.first_step = int(self.state.step)
     resume = self.first_step if restored else -1
-    self.metrics = workdir_lib.Log(workdir / 'metrics.jsonl', resume)
-    self.trace = workdir_lib.Log(workdir / 'trace.jsonl', resume)
+    # The other processes know the same, and write nothing of it.
+    log = workdir_lib.Log if jax.process_index() == 0 else workdir_lib.NoLog
+    self.metrics = log(workdir / 'metrics.jsonl', resume)
+    self.trace = log(workdir / 'trace.jsonl', resume)
     self.writer = checkpoints.Writer(workdir, config.checkpoint.keep)
     self.meter = accounting.Meter(
       config.data.seq_len,
@@ -174,7 +180,8 @@ class Run:
   def train(self) -> None:
     """Runs every step that is left, then waits for the last checkpoint."""
     plan, first = self.plan, self.first_step
-    with console.Progress(plan.steps, first) as progress:
+    quiet = jax.process_index() > 0
+    with console.Progress(plan.steps, first, quiet) as progress:
       self.progress = progress
       if first:
         progress.say(f'resuming {self.workdir} after step {first}')
@@ -182,6 +189,7 @@ class Run:
         progress.say(
           f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
         )
+        self._say_mesh()
         self._evaluate(0, 'source')
       with contextlib.ExitStack() as stack:
         # Also on the way out of an error: what was started gets finished.
@@ -195,8 +203,8 @@ class Run:
     start = time.perf_counter()
     windows = next(self.batches)
     waited = time.perf_counter() - start
-    windows_ABT = jnp.asarray(windows).reshape(
-      self.config.train.accumulate, -1, windows.shape[-1]
+    windows_ABT = sharding.put_batch(
+      windows, self.config.train.accumulate, self.mesh
     )
     compile_seconds = self._compile(windows_ABT, plan.scores(step))
     start = time.perf_counter()
@@ -278,6 +286,7 @@ class Run:
         _flat(windows_ABT),
         cfg=self.cfg,
         damping=self.plan.damping,
+        mesh=self.mesh,
       ).compile()
     # The first calls compile; the times of steps shall not include that.
     pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
@@ -298,7 +307,9 @@ class Run:
     """Flips mask bits until the schedule's size is reached; logs what went."""
     prune, plan = self.state.prune, self.plan
     target = plan.schedule.at(plan.tokens(step))
-    masks = pruning.select(prune, plan, target)
+    masks = jax.device_put(
+      pruning.select(prune, plan, target), sharding.everywhere(self.mesh)
+    )
     repaired = {}
     if plan.damping is not None:
       params, fits = self.repair(
@@ -325,6 +336,17 @@ class Run:
     )
     self.state = self.state.replace(prune=prune.replace(masks=masks))
     self.extents = self._extents()
+
+  def _say_mesh(self) -> None:
+    """Tells which devices there are, and what they do not divide."""
+    if self.mesh.size == 1:
+      return
+    shape = ' x '.join(f'{name} {n}' for name, n in self.mesh.shape.items())
+    whole = sharding.undivided(self.cfg, self.mesh)
+    self.progress.say(
+      f'mesh: {shape}'
+      + (f'; whole on every device: {", ".join(whole)}' if whole else '')
+    )
 
   def _extents(self) -> dict[str, np.ndarray] | None:
     """Where the kernels of a training step stop; None: they do not."""
@@ -357,6 +379,7 @@ class Run:
     )
     if new != old:
       self.cfg, self.compiled = new, {}
+      self._say_mesh()
     self.num_events += 1
     self.extents = self._extents()
     seconds = time.perf_counter() - start

@@ -51,7 +51,8 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
   changed = [
     f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
+    # A run may go on on other devices.
+    if old.get(key) != new.get(key) and not key.startswith('mesh.')
   ]
   if changed:
     raise errors.InputError(
@@ -108,6 +109,19 @@ class Log:
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
+
+
+class NoLog(Log):
+  """A log that another process keeps."""
+
+  def __init__(self, path: pathlib.Path, resume_step: int):
+    """Takes what `Log` takes, and opens nothing."""
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Writes nothing."""
+
+  def close(self) -> None:
+    """Closes nothing."""
 
 
 def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
 
-COMPUTE = model.Compute(remat=False)
+COMPUTE = model.Compute(remat='none')
 # As in experiments/configs/efficientllm_a.py.
 DECAY, B1, B2, CLIP = 0.9, 0.9, 0.95, 1.0
 # Kinds that estimate a change of the loss: only they compare types.

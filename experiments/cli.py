@@ -73,6 +73,23 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     ) from e
 
 
+def join() -> None:
+  """Joins the processes of this run, started by whatever runs the cluster.
+
+  Raises:
+    errors.InputError: no cluster is found, or its processes do not meet.
+  """
+  import jax
+
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError) as e:
+    raise errors.InputError(
+      f'--distributed: {_last_line(e)}; start the command on every host '
+      'through srun, mpirun, GKE or the TPU pod, or leave the flag out'
+    ) from e
+
+
 def _last_line(error: Exception) -> str:
   return str(error).strip().splitlines()[-1].strip()
 

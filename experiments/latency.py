@@ -180,7 +180,7 @@ def _jax_times(cut, shapes, dtype) -> dict[tuple[int, int, int], list[float]]:
   from effllm_jax import model
   from effllm_jax import structure
 
-  compute = model.Compute(dtype=dtype, remat=False)
+  compute = model.Compute(dtype=dtype, remat='none')
 
   @jax.jit(static_argnames='cfg')
   def prefill(params, tokens_BT, cfg):

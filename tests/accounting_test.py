@@ -28,16 +28,16 @@ def by_hand(cfg, tokens):
   return cfg.N * layer, 2 * cfg.D * cfg.V * tokens
 
 
-def meter(remat=False, tokens=32):
+def meter(remat='none', tokens=32):
   return accounting.Meter(T, tokens, remat)
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 def test_a_step_is_three_forward_passes_and_adam(remat):
   layers, output = by_hand(CFG, 32)
   spent = meter(remat)
   spent.step(CFG, scores=False, teacher=None)
-  again = layers if remat else 0
+  again = layers if remat == 'full' else 0
   assert spent.spent == {
     'train': 3 * (layers + output) + again + 12 * CFG.num_params(),
     'score': 0,
@@ -100,7 +100,7 @@ def test_agrees_with_what_the_compiler_counts():
     structure.all_alive(cfg),
     tokens,
     cfg=cfg,
-    compute=model.Compute(remat=False),
+    compute=model.Compute(remat='none'),
   ).compile()
   layers, output = by_hand(cfg, 32)
   assert compiled.cost_analysis()['flops'] == pytest.approx(

@@ -100,7 +100,7 @@ def test_targets_are_the_largest_probabilities_of_the_teacher():
   cfg = conftest.make_config()
   params, masks = conftest.make_params(cfg), structure.all_alive(cfg)
   tokens = conftest.make_tokens(cfg)
-  compute = model.Compute(remat=False)
+  compute = model.Compute(remat='none')
   targets = distillation.targets(params, masks, tokens, cfg, compute, 2.0, 7)
   logits, _ = model.forward(params, masks, tokens, cfg, compute)
   p = scipy.special.softmax(np.asarray(logits, np.float64) / 2, -1)

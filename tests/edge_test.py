@@ -67,7 +67,7 @@ def test_measures_what_we_measure(source, text, tmp_path, name):
     m = models[row['model']]
     want = evaluate.bits_per_byte(
       m.params, widths.whole(m.masks, m.cfg), held, m.cfg,
-      model.Compute(remat=False), 2,
+      model.Compute(remat='none'), 2,
     )  # fmt: skip
     assert math.isclose(
       row['bits_per_byte'], want['bits_per_byte'], rel_tol=1e-4

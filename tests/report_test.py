@@ -513,7 +513,7 @@ def test_page_is_self_contained(done):
 def test_command_gives_the_same_config(tmp_path):
   write_run(tmp_path / 'a b')
   config = smollm2_135m.get_config()
-  config.seed, config.model.remat, config.data.text = 7, True, "my 'own' texts"
+  config.seed, config.train.log_every, config.data.text = 7, 3, "my 'own' texts"
   config.optimizer.peak, config.prune.every = 1.25e-4, 3
   path = tmp_path / 'a b' / 'config.json'
   path.write_text(json.dumps(config.to_dict()))

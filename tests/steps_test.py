@@ -16,7 +16,7 @@ from effllm_jax import steps
 from effllm_jax import structure
 from tests import conftest
 
-COMPUTE = model.Compute(remat=False)
+COMPUTE = model.Compute(remat='none')
 B1, B2, CLIP = 0.9, 0.95, 1.02
 
 

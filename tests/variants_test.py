@@ -150,7 +150,7 @@ def test_the_divergence_from_the_teacher_is_logged(everything):
 
 def test_flops_are_those_of_the_arrays_of_each_step(reference):
   """Summed again from the record: architectures, prunes and repairs."""
-  meter = accounting.Meter(32, 64, remat=False)
+  meter = accounting.Meter(32, 64, remat='none')
   teacher = sources.load(
     json.loads((reference / 'config.json').read_text())['source'],
     '', params=False,

@@ -35,12 +35,19 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.dtype = 'float32'  # of activations; 'bfloat16' on accelerators
-  config.model.remat = False  # recompute activations: less memory, more time
+  # What the backward pass computes again instead of keeping it: 'none', 'dots'
+  # (all but the products with weights) or 'full': less memory, more time.
+  config.model.remat = 'none'
   # How matrix products skip what is dead: 'auto' (what was measured best on
   # this platform), or one of xla, xla_loop, bucket, pallas_tpu, pallas_hopper.
   config.model.kernels = 'auto'
   # Their block sizes: a file of experiments.bench_kernels; '': the defaults.
   config.model.blocks = ''
+
+  # Devices along each axis of the mesh, of all processes together; -1: all that
+  # are left. The batch is split over data and fsdp, weights and moments over
+  # fsdp and tensor. A run may be resumed on another mesh.
+  config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
 
   config.train = ml_collections.ConfigDict()
   config.train.tokens = 61_440

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.batch_size = 4
   config.data.workers = 8
   config.model.dtype = 'bfloat16'
-  config.model.remat = True
+  config.model.remat = 'full'
   # 512 sequences an update: 1,048,576 tokens, as digitised from the figure.
   config.train.accumulate = 128
   config.train.tokens = 50_000_000_000

@@ -1,0 +1,257 @@
+"""Where arrays live: a mesh of devices, and specs from the axis letters.
+
+The mesh has three axes. The batch is split over `data` and `fsdp`; parameters
+and the optimizer's moments over `fsdp` along the stem, and over `tensor` along
+heads, feed-forward channels and vocabulary. A layer whose turn it is gathers
+its weights over `fsdp`, one layer at a time inside the scan; over `tensor` they
+stay apart, and activations are summed instead. Masks, scores and what selection
+makes of them are a few kilobytes and the same everywhere.
+
+Two tables of letters say all of that. An axis that a mesh does not divide (9
+heads over 2 devices, a width after a shrink) is kept whole on every device:
+`undivided` names them.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from effllm_jax import errors
+from effllm_jax import structure
+
+Array = jax.Array
+Mesh = jax.sharding.Mesh
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')
+# Axis letter -> axis of the mesh: of activations, and of the weights of a layer
+# while they are multiplied; and of parameters and moments between that.
+IN_USE = {'B': BATCH, 'K': 'tensor', 'F': 'tensor', 'V': 'tensor'}
+AT_REST = IN_USE | {'D': 'fsdp'}
+
+
+def make(data: int, fsdp: int, tensor: int) -> Mesh:
+  """The mesh of a run over the devices of all processes.
+
+  Args:
+    data, fsdp, tensor: devices along each axis; one may be -1, for all that
+      are left.
+
+  Raises:
+    errors.InputError: the sizes do not fit the devices.
+  """
+  shape, devices = [data, fsdp, tensor], jax.devices()
+  asked = f'data {data} x fsdp {fsdp} x tensor {tensor}'
+  known = math.prod(n for n in shape if n != -1)
+  if any(n < 1 and n != -1 for n in shape) or shape.count(-1) > 1:
+    raise errors.InputError(
+      f'mesh {asked} is no shape: sizes are at least 1, and one may be -1; set '
+      '--config.mesh'
+    )
+  shape = [len(devices) // known if n == -1 else n for n in shape]
+  used = math.prod(shape)
+  if not 0 < used <= len(devices):
+    raise errors.InputError(
+      f'mesh {asked} needs {max(used, known)} devices, there are '
+      f'{len(devices)}; set --config.mesh'
+    )
+  if used < len(devices) and jax.process_count() > 1:
+    raise errors.InputError(
+      f'mesh {asked} leaves {len(devices) - used} of {len(devices)} devices '
+      'out, and each process needs its own; set --config.mesh'
+    )
+  return jax.make_mesh(
+    shape,
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    devices=devices[:used],
+  )
+
+
+def batch_parts(mesh: Mesh) -> int:
+  """Number of parts that a batch is split into."""
+  return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+  """Which part of a batch this process reads, and how many parts are read.
+
+  Processes whose devices differ along `tensor` only read the same part.
+
+  Raises:
+    errors.InputError: what this process would read is not one piece.
+  """
+  ids = np.arange(batch_parts(mesh)).repeat(mesh.shape['tensor'])
+  mine = sorted(
+    {
+      int(i)
+      for i, device in zip(ids, mesh.devices.flat, strict=True)
+      if device.process_index == jax.process_index()
+    }
+  )
+  index, count = mine[0] // len(mine), batch_parts(mesh) // len(mine)
+  if mine != [index * len(mine) + i for i in range(len(mine))]:
+    raise errors.InputError(
+      f'mesh {dict(mesh.shape)} gives process {jax.process_index()} parts '
+      f'{mine} of a batch, which are not one piece; set --config.mesh'
+    )
+  return index, count
+
+
+def spec(
+  letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any]
+) -> PartitionSpec:
+  """How an array with these axes lies on the mesh.
+
+  Vectors are whole everywhere: they are too small to be worth a message.
+  """
+  if letters in ('D', 'ND', 'NH'):
+    return PartitionSpec()
+  parts = [rules.get(letter) for letter in letters]
+  return PartitionSpec(
+    *(
+      part if part and size % _devices(part, mesh) == 0 else None
+      for part, size in zip(parts, shape, strict=True)
+    )
+  )
+
+
+def _devices(part, mesh) -> int:
+  names = (part,) if isinstance(part, str) else part
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def undivided(cfg: structure.ModelConfig, mesh: Mesh) -> list[str]:
+  """What a mesh does not divide and every device holds whole, in words."""
+  names = structure.PRUNABLE | {'V': 'vocabulary'}
+  return [
+    f'{name} {getattr(cfg, letter)} (over {AT_REST[letter]} '
+    f'{mesh.shape[AT_REST[letter]]})'
+    for letter, name in names.items()
+    if getattr(cfg, letter) % mesh.shape[AT_REST[letter]]
+  ]
+
+
+def wait(name: str) -> None:
+  """Returns when every process has come here; `name` is for error messages."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batches(mesh: Mesh) -> NamedSharding:
+  """Micro-batches [A, B, ...], each split over the mesh."""
+  return NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+
+def params(
+  like: structure.Params,
+  mesh: Mesh,
+  rules: Mapping[str, Any] = AT_REST,
+) -> structure.Params:
+  """The sharding of every parameter of a tree of arrays or shapes."""
+  return structure.map_axes(
+    lambda letters, x: NamedSharding(mesh, spec(letters, x.shape, mesh, rules)),
+    like,
+  )
+
+
+def constrain(
+  x: Array, letters: str, mesh: Mesh | None, rules: Mapping[str, Any] = IN_USE
+) -> Array:
+  """Tells the compiler where an activation or a weight in use lives."""
+  if mesh is None or mesh.size == 1:
+    return x
+  sharding = NamedSharding(mesh, spec(letters, x.shape, mesh, rules))
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrain_params(
+  tree: structure.Params, mesh: Mesh | None
+) -> structure.Params:
+  """A parameter-shaped tree at rest, told to the compiler."""
+  return structure.map_axes(
+    lambda letters, x: constrain(x, letters, mesh, AT_REST), tree
+  )
+
+
+def gathered(layers: structure.Layers, mesh: Mesh | None) -> structure.Layers:
+  """The weights of one layer, without N, as its products read them."""
+  if mesh is None or mesh.size == 1:
+    return layers
+  table = structure.axes_of(
+    structure.Params(embed=None, layers=layers, final_norm=None)
+  ).layers
+  return jax.tree.map(
+    lambda letters, x: constrain(x, letters.removeprefix('N'), mesh),
+    table,
+    layers,
+  )
+
+
+def over_batch(op: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+  """op(x, *args, **kwargs) on every device's part of the batch x by itself.
+
+  The rest of the arguments is whole on every device, and their gradients are
+  summed. All results have the batch in front.
+  """
+  if mesh is None or mesh.size == 1:
+    return op
+
+  def split(x, *args, **kwargs):
+    return jax.shard_map(
+      lambda x, args, kwargs: op(x, *args, **kwargs),
+      mesh=mesh,
+      in_specs=(PartitionSpec(BATCH), PartitionSpec(), PartitionSpec()),
+      out_specs=PartitionSpec(BATCH),
+      # Kernels say nothing of what varies over the mesh.
+      check_vma=False,
+    )(x, args, kwargs)
+
+  return split
+
+
+def put_rows(rows: np.ndarray, mesh: Mesh | None) -> np.ndarray | Array:
+  """Rows that every process has, split over the mesh like a batch."""
+  if mesh is None:
+    return rows
+  return put(rows, NamedSharding(mesh, PartitionSpec(BATCH)))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Arrays of the host, the same in every process, as shards on the devices.
+
+  Each device gets its own part; the whole is never on one.
+  """
+
+  def leaf(x, sharding):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(leaf, tree, shardings)
+
+
+def put_batch(rows: np.ndarray, accumulate: int, mesh: Mesh) -> Array:
+  """This process's rows of a batch as its part of the global one.
+
+  Args:
+    rows: [accumulate * b, T] of this process.
+    accumulate: number of micro-batches A.
+    mesh: of the run.
+
+  Returns:
+    [A, B, T], where B is b of every process together, split over the mesh.
+  """
+  rows = rows.reshape(accumulate, -1, rows.shape[-1])
+  return jax.make_array_from_process_local_data(batches(mesh), rows)

@@ -1,0 +1,250 @@
+"""Eight simulated devices, in a process of their own, against one."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from effllm_jax import checkpoints
+from effllm_jax import errors
+from effllm_jax import sharding
+from effllm_jax import train
+from effllm_jax import workdir as workdir_lib
+from experiments.configs import smollm2_135m
+from tests import conftest
+
+MESHES = {'8-1-1': 'bucket', '1-8-1': 'xla', '1-1-8': 'xla', '2-2-2': 'xla'}
+STEPS, SAVED = 7, 5
+CFG = conftest.make_config(
+  V=512, D=64, N=2, K=8, G=2, H=8, F=128, context=128, tied=True
+)
+
+SCRIPT = """
+import json, pathlib, sys
+from tests import sharding_test
+root = pathlib.Path(sys.argv[1])
+print(json.dumps(sharding_test.on_eight_devices(root)))
+"""
+
+
+def run(root, name, mesh, kernels='xla'):
+  """The real loop: repair, a shrink, checkpoints; on a mesh like '2-2-2'."""
+  config = smollm2_135m.get_config()
+  tokens = 8 * 32
+  changes = {
+    'data.batch_size': 8,
+    'train.tokens': STEPS * tokens,
+    'budget.target': 70_000.0,
+    'prune.begin_tokens': tokens,
+    'prune.end_tokens': 4 * tokens,
+    'prune.floors.ffn': 16,
+    'prune.floors.stem': 32,
+    'prune.multiple_of.ffn': 16,
+    'prune.multiple_of.stem': 16,
+    'optimizer.warmup_tokens': tokens,
+    'optimizer.decay_tokens': tokens,
+    'repair.enabled': True,
+    'repair.damping': 1.0,
+    'shrink.threshold': 0.9,
+    'checkpoint.every_steps': SAVED,
+    'model.kernels': kernels,
+  }
+  changes |= {
+    f'mesh.{axis}': int(n)
+    for axis, n in zip(sharding.AXES, mesh.split('-'), strict=True)
+  }
+  config.update_from_flattened_dict(
+    conftest.small_run(root / 'model', root / 'text', **changes)
+  )
+  config = ml_collections.FrozenConfigDict(config)
+  train.run(config, root / name, root / 'cache')
+
+
+def rewound(root, name, new):
+  """A copy of a run as it was at its checkpoint of step `SAVED`."""
+  shutil.copytree(root / name, root / new)
+  for moment in checkpoints.moments(root / new):
+    if moment.step > SAVED:
+      shutil.rmtree(moment.path)
+  assert checkpoints.moments(root / new)[0].step == SAVED
+
+
+def on_eight_devices(root):
+  """What the other process does and tells; imports of its own."""
+  import collections
+  import dataclasses
+  import re
+
+  from effllm_jax import model
+  from effllm_jax import optimizers
+  from effllm_jax import state as state_lib
+  from effllm_jax import steps
+  from tests import steps_test
+
+  for mesh, kernels in MESHES.items():
+    run(root, mesh, mesh, kernels)
+  rewound(root, 'one', 'one-then-eight')
+  run(root, 'one-then-eight', '2-2-2')
+  rewound(root, '8-1-1', 'eight-then-two')
+  run(root, 'eight-then-two', '1-2-1', 'bucket')
+
+  said = {}
+  tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
+  params = jax.tree.map(np.asarray, conftest.make_params(CFG))
+  for name in MESHES:
+    mesh = sharding.make(*map(int, name.split('-')))
+    state = state_lib.placed_state(params, CFG, tx, mesh)
+    arrays = jax.tree.leaves((state.params, state.opt_state))
+    shard = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+    compute = model.Compute(remat='none', mesh=mesh)
+    recipe = dataclasses.replace(
+      steps_test.RECIPE, compute=compute, saliency='taylor1'
+    )
+    windows = np.zeros((2 * 8, 17), np.int32)
+    step = steps.train_step.lower(
+      state, sharding.put_batch(windows, 2, mesh), None,
+      cfg=CFG, tx=tx, recipe=recipe, score=True,
+    ).compile()  # fmt: skip
+    gathers = collections.Counter(
+      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', step.as_text())
+    )
+    said[name] = {
+      'share': shard / sum(x.nbytes for x in arrays),
+      'gathers': {x: n for x, n in gathers.items()},
+    }
+  return said
+
+
+@pytest.fixture(scope='module', name='ran')
+def _ran(tmp_path_factory):
+  """Folder of all runs, and what the other process says of its arrays."""
+  root = tmp_path_factory.mktemp('sharding')
+  conftest.write_model_folder(root / 'model', CFG)
+  conftest.write_text_folder(root / 'text')
+  run(root, 'one', '1-1-1')
+  flags = os.environ['XLA_FLAGS']
+  done = subprocess.run(
+    [sys.executable, '-c', SCRIPT, str(root)],
+    cwd=conftest.ROOT,
+    env=os.environ
+    | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return root, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def same(a: pathlib.Path, b: pathlib.Path):
+  """Asserts equal masks and shrinks, and numbers equal to float tolerance."""
+  rows = [
+    [r for r in workdir_lib.read(x / 'metrics.jsonl') if r['kind'] != 'shrink']
+    for x in (a, b)
+  ]
+  for x, y in zip(*rows, strict=True):
+    assert x['step'] == y['step']
+    for key in {'loss', 'bits_per_byte', 'grad_norm'} & x.keys():
+      assert x[key] == pytest.approx(y[key], rel=1e-4), (x, y)
+  removed = [
+    [r['removed'] for r in workdir_lib.read(x / 'trace.jsonl')] for x in (a, b)
+  ]
+  assert removed[0] == removed[1] and len(removed[0]) == 2
+  shrinks = [checkpoints.read_events(x) for x in (a, b)]
+  assert len(shrinks[0]) == 1
+  for x, y in zip(*shrinks, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, x.kept, y.kept)
+  (params, prune, cfg, _), want = map(checkpoints.restore_params, (a, b))
+  assert cfg == want[2]
+  conftest.check_close(prune.scores, want[1].scores, 1e-3, 1e-9)
+  # Adam's first updates have the size of the rate however small a gradient is.
+  conftest.check_close(params, want[0], 1e-3, 2e-4)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_eight_devices_are_one(ran, mesh):
+  """Loss, scores, masks, repair, shrink (invariant 9)."""
+  root, _, _ = ran
+  same(root / mesh, root / 'one')
+
+
+@pytest.mark.parametrize('name', ['one-then-eight', 'eight-then-two'])
+def test_goes_on_on_other_devices(ran, name):
+  root, _, _ = ran
+  same(root / name, root / 'one')
+
+
+def test_goes_on_on_one_device(ran):
+  root, _, _ = ran
+  rewound(root, '2-2-2', 'eight-then-one')
+  run(root, 'eight-then-one', '1-1-1')
+  same(root / 'eight-then-one', root / 'one')
+
+
+def test_no_device_holds_what_others_do(ran):
+  """All but norm scales is in parts, weights and moments alike."""
+  _, said, _ = ran
+  assert said['8-1-1']['share'] == 1
+  assert said['1-8-1']['share'] == pytest.approx(1 / 8, rel=0.03)
+  assert said['1-1-8']['share'] == pytest.approx(1 / 8, rel=0.03)
+  assert said['2-2-2']['share'] == pytest.approx(1 / 4, rel=0.03)
+
+
+def test_no_step_gathers_what_it_need_not(ran):
+  """Copies gather nothing; `fsdp` one layer at a time; `tensor` no weights."""
+  _, said, _ = ran
+  sizes = {
+    mesh: [tuple(map(int, x.split(','))) for x in found['gathers']]
+    for mesh, found in said.items()
+  }
+  assert sizes['8-1-1'] == []
+  whole = CFG.D * CFG.F
+  # The embedding, and of the layers one.
+  large = [x for x in sizes['1-8-1'] if np.prod(x) >= whole]
+  assert large and all(x[0] == 1 or x == (CFG.V, CFG.D) for x in large)
+  assert all(np.prod(x) < whole // 8 for x in sizes['1-1-8'])
+  assert all(np.prod(x) <= CFG.V * CFG.D // 2 for x in sizes['2-2-2'])
+
+
+def test_says_what_a_mesh_does_not_divide(ran):
+  _, _, stderr = ran
+  assert 'mesh: data 1 x fsdp 1 x tensor 8' in stderr
+  assert 'whole on every device: heads ' in stderr
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    ((0, 1, 1), 'is no shape'),
+    ((-1, -1, 1), 'is no shape'),
+    ((2, 1, 1), 'needs 2 devices, there are 1; set --config.mesh'),
+    ((-1, 4, 1), 'needs 4 devices, there are 1'),
+  ],
+)
+def test_meshes_that_cannot_be(sizes, message):
+  with pytest.raises(errors.InputError, match=message):
+    sharding.make(*sizes)
+
+
+def test_rules_by_letters():
+  mesh = jax.sharding.AbstractMesh((2, 4, 2), sharding.AXES)
+  at = lambda letters, *shape: tuple(
+    sharding.spec(letters, shape, mesh, sharding.AT_REST)
+  )
+  assert at('NDKGH', 3, 8, 2, 1, 4) == (None, 'fsdp', 'tensor', None, None)
+  assert at('NDKGH', 3, 8, 3, 1, 4) == (None, 'fsdp', None, None, None)
+  assert at('NDF', 3, 6, 10) == (None, None, 'tensor')
+  assert at('ND', 3, 8) == ()
+  in_use = sharding.spec('NDF', (3, 8, 10), mesh, sharding.IN_USE)
+  assert tuple(in_use) == (None, None, 'tensor')
+  cfg = conftest.make_config(D=6, K=2, F=9, V=61)
+  assert sharding.undivided(cfg, mesh) == [
+    'ffn 9 (over tensor 2)',
+    'stem 6 (over fsdp 4)',
+    'vocabulary 61 (over tensor 2)',
+  ]
