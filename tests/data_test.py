@@ -1,5 +1,9 @@
 import collections
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import grain
 import hypothesis
@@ -59,7 +63,8 @@ def _built(tmp_path_factory):
 
 def batches(built, bpe, **changes):
   settings = (
-    dict(seq_len=SEQ, batch_size=4, seed=0, weights={}, workers=0) | changes
+    dict(seq_len=SEQ, batch_size=4, seed=0, weights={}, workers=0, timeout=60.0)
+    | changes
   )
   return data.train_iterator(built, bpe, SEPARATOR, **settings)
 
@@ -361,3 +366,33 @@ def test_real_text_on_real_bytes():
     text = _SMALL.decode(scored(of_domain))
     assert len(text.encode()) == of_domain.num_bytes
     assert any(t.startswith(text[:500]) for t in texts)
+
+
+@pytest.mark.parametrize(
+  ('signum', 'words'),
+  [
+    (signal.SIGSTOP, r'gave no batch in 3 s, .*data\.timeout'),
+    (signal.SIGKILL, 'a data worker has ended'),
+  ],
+)
+def test_a_lost_worker_ends_in_one_line(built, bpe, signum, words):
+  """Stopped for good, or killed as when memory runs out."""
+  iterator = batches(built, bpe, workers=2, timeout=60.0)
+  next(iterator)
+  iterator._timeout = 3.0
+  workers = [
+    p for p in multiprocessing.active_children() if p.name.startswith('grain-')
+  ]
+  assert len(workers) == 2
+  os.kill(workers[0].pid, signum)
+  start = time.monotonic()
+  with pytest.raises(errors.InputError, match=words) as refusal:
+    # What it had read before is still to come.
+    for _ in range(100):
+      next(iterator)
+  iterator.close()
+  assert time.monotonic() - start < 20
+  assert '\n' not in str(refusal.value)
+  for worker in workers:
+    worker.join(5)
+    assert not worker.is_alive()

@@ -20,7 +20,7 @@ ORDER = [
   'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'plots',
-  'figures', 'report', 'console', 'train',
+  'figures', 'report', 'console', 'interrupts', 'train',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
