@@ -11,11 +11,18 @@ also `event` (JSON). A resume takes the newest moment of either kind, so nothing
 is written twice at a shrink. Reading goes in two steps, architecture first:
 nobody has to know a shape. Orbax commits a folder by a rename, so a killed
 process leaves no half of one.
+
+The last file that is written before that rename is `digests.json`: the SHA-256
+of all others, which whoever reads a file compares first. Orbax notices a file
+that is too short, and not a bit that has flipped inside of an array. Digests of
+files do not care how an array is split among them, or who reads it.
 """
 
 from collections.abc import Iterator
+import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -23,7 +30,6 @@ import pathlib
 import shutil
 from typing import Any
 
-from grain import checkpoint as grain_checkpoint
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,6 +42,9 @@ from effllm_jax import state as state_lib
 from effllm_jax import structure
 
 _ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
+_DIGESTS = 'digests.json'
+# What Orbax writes after everything else: dates, which nothing here reads.
+_UNREAD = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Moment:
 
   path: pathlib.Path
   step: int
+  skipped: int
+  in_a_row: int
   num_events: int
   cfg: structure.ModelConfig
   flops: dict[str, int]
@@ -55,16 +66,8 @@ class Writer:
   def __init__(self, workdir: str | os.PathLike, keep: int):
     """Opens both folders of `workdir`; `keep` rolling checkpoints stay."""
     self._workdir = workdir = pathlib.Path(workdir).absolute()
-    self._rolling = ocp.CheckpointManager(
-      workdir / _ROLLING,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
-      ),
-    )
-    self._events = ocp.CheckpointManager(
-      workdir / _EVENTS,
-      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
-    )
+    self._rolling = _manager(workdir / _ROLLING, keep)
+    self._events = _manager(workdir / _EVENTS, None)
 
   def save(
     self,
@@ -133,10 +136,58 @@ class Writer:
       raise write_error(e) from e
 
 
+def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
+  return ocp.CheckpointManager(
+    folder,
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      cleanup_tmp_directories=True,
+      # In the thread that saves: after the last array, before the rename.
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=lambda: _write_digests(folder)
+      ),
+    ),
+  )
+
+
+def _write_digests(folder: pathlib.Path) -> None:
+  """Writes the digests of the one moment of `folder` that is being saved."""
+  (moment,) = folder.glob('*.orbax-checkpoint-tmp*')
+  files = sorted(p for p in moment.rglob('*') if p.is_file())
+  names = [p.relative_to(moment).as_posix() for p in files]
+  names = [name for name in names if name not in _UNREAD]
+  (moment / _DIGESTS).write_text(json.dumps(_digests(moment, names), indent=0))
+
+
+def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
+  """SHA-256 of some files of a folder."""
+
+  def digest(name):
+    with (folder / name).open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _verify(moment: pathlib.Path, part: str = '') -> None:
+  """Raises ValueError unless the files of `part` (all) are what was saved."""
+  saved = json.loads((moment / _DIGESTS).read_text())
+  names = [name for name in saved if name.startswith(part)]
+  if part and not names:
+    raise ValueError(f'{_DIGESTS} does not know {part}')
+  found = _digests(moment, names)
+  for name in names:
+    if found[name] != saved[name]:
+      raise ValueError(f'{name} is not what was written: its digest differs')
+
+
 def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
   arch = {
     'model': dataclasses.asdict(cfg),
     'step': int(state.step),
+    'skipped': int(state.skipped),
+    'in_a_row': int(state.in_a_row),
     'num_events': num_events,
     'flops': flops,
   }
@@ -145,7 +196,8 @@ def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
     'params': ocp.args.StandardSave(_on_disk(state.params)),
     'prune': ocp.args.StandardSave(state.prune),
     'optimizer': ocp.args.StandardSave(_on_disk(state.opt_state)),
-    'data': grain_checkpoint.CheckpointSave(data),
+    # What one process has read, all others have: it is one number.
+    'data': ocp.args.JsonSave(data.get_state()),
   }
 
 
@@ -188,19 +240,22 @@ def _committed(workdir, kind) -> list[pathlib.Path]:
 
 
 def _moment(path: pathlib.Path) -> Moment:
-  arch = _read_json(path / 'arch')
+  arch = _read_json(path, 'arch')
   return Moment(
     path=path,
     step=arch['step'],
+    skipped=arch['skipped'],
+    in_a_row=arch['in_a_row'],
     num_events=arch['num_events'],
     cfg=structure.ModelConfig.from_dict(arch['model']),
     flops=arch['flops'],
   )
 
 
-def _read_json(folder: pathlib.Path) -> dict[str, Any]:
+def _read_json(moment: pathlib.Path, part: str) -> dict[str, Any]:
+  _verify(moment, f'{part}/')
   # Orbax's JsonSave writes one file, `metadata`.
-  return json.loads((folder / 'metadata').read_text())
+  return json.loads((moment / part / 'metadata').read_text())
 
 
 def restore_latest(
@@ -228,8 +283,9 @@ def restore_latest(
   candidates = moments(workdir)
   for moment in candidates:
     try:
+      _verify(moment.path)
       state = _restore(moment, tx, mesh)
-      restore_data(moment, data)
+      data.set_state(_read_json(moment.path, 'data'))
     except errors.InputError:
       raise
     except Exception as e:  # Orbax raises many kinds, for one reason: damage.
@@ -247,18 +303,13 @@ def restore_latest(
   return None
 
 
-def restore_data(moment: Moment, data: Iterator) -> None:
-  """Moves the input pipeline to where it was at `moment`."""
-  with ocp.Checkpointer(grain_checkpoint.CheckpointHandler()) as reader:
-    reader.restore(
-      moment.path / 'data', args=grain_checkpoint.CheckpointRestore(data)
-    )
-
-
 def _restore(moment: Moment, tx, mesh) -> state_lib.TrainState:
   abstract = state_lib.abstract_state(moment.cfg, tx, mesh)
+  number = lambda n: jnp.asarray(n, jnp.int32, device=abstract.step.sharding)
   return state_lib.TrainState(
-    step=jnp.asarray(moment.step, jnp.int32, device=abstract.step.sharding),
+    step=number(moment.step),
+    skipped=number(moment.skipped),
+    in_a_row=number(moment.in_a_row),
     params=_read(moment.path / 'params', abstract.params),
     prune=_read(moment.path / 'prune', abstract.prune),
     opt_state=_read(moment.path / 'optimizer', abstract.opt_state),
@@ -332,11 +383,18 @@ def _set_aside(path: pathlib.Path, error: Exception) -> None:
 
 
 def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
-  """All shrink events of a run, in order."""
-  return [
-    events_lib.ShrinkEvent.from_json(_read_json(path / 'event'))
-    for path in _committed(workdir, _EVENTS)
-  ]
+  """All shrink events of a run, in order; raises InputError if damaged."""
+  return [_read_event(path) for path in _committed(workdir, _EVENTS)]
+
+
+def _read_event(path: pathlib.Path) -> events_lib.ShrinkEvent:
+  try:
+    return events_lib.ShrinkEvent.from_json(_read_json(path, 'event'))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.InputError(
+      f'{path} is damaged ({e}), and with it the lineage of the run; put a '
+      'copy of it back, or start again in a new --workdir'
+    ) from e
 
 
 def restore_params(
@@ -399,6 +457,7 @@ def read_prune(moment: Moment) -> state_lib.PruneState:
 
 def _read_part(moment, name, abstract):
   try:
+    _verify(moment.path, f'{name}/')
     return _read(moment.path / name, abstract)
   except Exception as e:
     raise errors.InputError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import logging
+import math
 import time
 from typing import Any
 
@@ -61,8 +62,9 @@ class Progress:
       0.1 if self._seconds else 1.0
     )
     left = int(self._seconds * (self._steps - row['step']))
+    loss = math.nan if row['loss'] is None else row['loss']
     numbers = (
-      f'loss {row["loss"]:.3f}  {row["tokens_per_second"]:,.0f} tok/s  '
+      f'loss {loss:.3f}  {row["tokens_per_second"]:,.0f} tok/s  '
       f'{row["live_params"]:,} live  heads {widths["heads"]:g} '
       f'ffn {widths["ffn"]:g} stem {widths["stem"]:g}  '
       f'{left // 60}:{left % 60:02d} left'

@@ -9,15 +9,19 @@ number, and reading costs next to nothing (millions of tokens a second, against
 metrics is what a step waited).
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import tempfile
+import threading
 
 from absl import flags
 import grain
@@ -139,12 +143,41 @@ class _Windows:
 class TrainIterator(grain.DatasetIterator):
   """Endless batches, with a state that names the stream it belongs to."""
 
-  def __init__(self, parent: grain.DatasetIterator, stream: dict):
+  def __init__(
+    self, parent: grain.DatasetIterator, stream: dict, timeout: float
+  ):
+    """Reads `parent`; `timeout` is in seconds, 0 waits for ever."""
     super().__init__(parent)
-    self._stream = stream
+    self._stream, self._timeout = stream, timeout
 
   def __next__(self) -> np.ndarray:
-    return next(self._parent)
+    """The next batch.
+
+    Raises:
+      errors.InputError: a worker process has ended, or gives no batch in time.
+    """
+    if not self._timeout:
+      return next(self._parent)
+    remedy = (
+      'run the same command again to resume; if it happens again, check the '
+      'memory and the disk of this machine, or start in a new --workdir with '
+      '--config.data.workers=0'
+    )
+    try:
+      return _within(self._timeout, lambda: next(self._parent))
+    except TimeoutError as e:
+      for process in multiprocessing.active_children():
+        # Grain would wait 25 seconds for each.
+        if process.name.startswith('grain-'):
+          process.kill()
+      raise errors.InputError(
+        f'the data workers gave no batch in {self._timeout:g} s, which is '
+        f'--config.data.timeout; {remedy}'
+      ) from e
+    except RuntimeError as e:
+      if 'Worker process was terminated' not in str(e):
+        raise
+      raise errors.InputError(f'a data worker has ended: {e}; {remedy}') from e
 
   def get_state(self) -> dict:
     """JSON: the stream's settings and Grain's own state."""
@@ -170,6 +203,24 @@ class TrainIterator(grain.DatasetIterator):
     self._parent.close()
 
 
+def _within(seconds: float, call: Callable[[], np.ndarray]) -> np.ndarray:
+  """What `call` returns; raises TimeoutError after so many seconds.
+
+  In a thread that dies with the process: reading from a worker that was stopped
+  in the middle of a message never returns.
+  """
+  answer = concurrent.futures.Future()
+
+  def run():
+    try:
+      answer.set_result(call())
+    except BaseException as e:
+      answer.set_exception(e)
+
+  threading.Thread(target=run, daemon=True).start()
+  return answer.result(timeout=seconds)
+
+
 def train_iterator(
   data_dir: str | os.PathLike,
   tokenizer: tokenizers.Tokenizer,
@@ -180,10 +231,11 @@ def train_iterator(
   seed: int,
   weights: Mapping[str, float],
   workers: int,
+  timeout: float,
   process_index: int = 0,
   process_count: int = 1,
 ) -> TrainIterator:
-  """Endless batches of packed training text, int32 [batch_size, seq_len + 1].
+  """Endless batches of packed training text, int32 [rows, seq_len + 1].
 
   Inputs are `[:, :-1]`, targets `[:, 1:]`. Documents are joined by separators
   and cut into windows, which are drawn in a new order every epoch. The batches
@@ -195,13 +247,15 @@ def train_iterator(
     tokenizer: its special tokens are not looked for in the text.
     separator_id: token between documents.
     seq_len: targets a window.
-    batch_size: windows a batch, of this process.
+    batch_size: windows a batch, of all processes together; their number
+      divides it, and rows is what is left for this one.
     seed: of the order of the windows.
     weights: share of the tokens by domain, of any sum; a domain that is left
       out is not read. Empty: every window once per epoch.
     workers: Grain processes; 0 reads in a thread of this process.
-    process_index: which of the disjoint shards of the windows to read.
-    process_count: number of shards.
+    timeout: seconds that a batch of theirs may take.
+    process_index: which of the disjoint shards of every batch to read.
+    process_count: number of shards; a state can be read with another one.
 
   Raises:
     errors.InputError: a weight or a number that makes no sense, or too little
@@ -222,22 +276,22 @@ def train_iterator(
   streams = []
   for name, paths in groups.items():
     windows = _Windows(paths, seq_len)
-    if len(windows) < process_count:
+    if not len(windows):
       raise errors.InputError(
-        f'{name} has {len(windows)} training windows of {seq_len} tokens for '
-        f'{process_count} processes; add text or lower --config.data.seq_len'
+        f'{name} has no training window of {seq_len} tokens; add text or lower '
+        '--config.data.seq_len'
       )
     streams.append(
       grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     )
   shares = [weights[name] for name in groups] if weights else None
   # Dealt out last of all: what all processes read in a step is what one process
-  # would have read.
+  # would have read, and a state of one is that of all.
   mixed = grain.MapDataset.mix(streams, shares)[process_index::process_count]
   # The stream has no remainder, but rounding its length up overflows at 1.
-  batches = mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
-  )
+  batches = mixed.batch(
+    batch_size // process_count, drop_remainder=True
+  ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16))
   if workers:
     # Grain reads flags of its own; a notebook or a test has parsed none.
     if not flags.FLAGS.is_parsed():
@@ -254,10 +308,8 @@ def train_iterator(
     'seed': seed,
     'weights': weights,
     'workers': workers,
-    'process_index': process_index,
-    'process_count': process_count,
   }
-  return TrainIterator(iter(batches), stream)
+  return TrainIterator(iter(batches), stream, timeout if workers else 0)
 
 
 def _check_weights(

@@ -225,7 +225,7 @@ def _kernels(config, mesh) -> str:
 def _check_ranges(config):
   at_least_one = [
     'data.seq_len', 'data.batch_size', 'train.accumulate', 'train.tokens',
-    'train.log_every', 'prune.every', 'prune.end_tokens',
+    'train.log_every', 'train.max_skipped', 'prune.every', 'prune.end_tokens',
     'checkpoint.every_steps', 'checkpoint.keep', 'eval.every_tokens',
     'shrink.quantum.heads', 'shrink.quantum.ffn', 'shrink.quantum.stem',
     'distill.top_k',
@@ -236,7 +236,7 @@ def _check_ranges(config):
               'optimizer.decay_tokens', 'eval.tokens_per_domain'):  # fmt: skip
     _require(config, key, lambda v: v >= 0, 'at least 0')
   for key in ('optimizer.peak', 'optimizer.clip', 'distill.temperature',
-              'repair.damping'):  # fmt: skip
+              'repair.damping', 'data.timeout'):  # fmt: skip
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
     _require(config, key, lambda v: 0 <= v < 1, 'in [0, 1)')

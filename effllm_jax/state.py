@@ -34,9 +34,21 @@ class PruneState:
 
 @struct.dataclass
 class TrainState:
-  """A run at one moment; `step` counts finished optimizer updates (int32)."""
+  """A run at one moment.
+
+  Attributes:
+    step: int32 [], batches that have been seen.
+    skipped: int32 [], how many of them changed nothing, because the loss or the
+      gradient was not finite; `step - skipped` counts optimizer updates.
+    in_a_row: int32 [], how many of the last ones were skipped.
+    params: float32.
+    opt_state: of the optimizer.
+    prune: masks and scores.
+  """
 
   step: Array
+  skipped: Array
+  in_a_row: Array
   params: structure.Params
   opt_state: Any
   prune: PruneState
@@ -73,6 +85,8 @@ def fresh_state(
     prune = prune.replace(masks=jax.tree.map(jnp.asarray, masks))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+    in_a_row=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=tx.init(params),
     prune=prune,

@@ -96,6 +96,11 @@ def train_step(
 ) -> tuple[state_lib.TrainState, dict[str, Array]]:
   """One optimizer update; scores every group from the same gradient.
 
+  Where the loss or the norm of the gradient is not finite, the step is skipped:
+  parameters, optimizer and scores keep every bit, only the counters go on.
+  `optax.apply_if_finite` would do half of that: it knows nothing of the scores,
+  passes over the gradient once more, and applies a bad update in the end.
+
   Args:
     state: donated.
     windows_ABT: int32, A micro-batches whose gradients are averaged.
@@ -155,11 +160,19 @@ def train_step(
       scores=saliency.average(prune.scores, scores, prune.count, recipe.decay),
       count=prune.count + 1,
     )
-  state = state.replace(
-    step=state.step + 1,
+  finite = jnp.isfinite(numbers['loss']) & jnp.isfinite(norm)
+  new = state.replace(
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     prune=prune,
+  )
+  # The choice becomes part of the loops that write the update and have read
+  # the old values anyway; a conditional would wait for a GPU to answer.
+  state = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+  state = state.replace(
+    step=state.step + 1,
+    skipped=state.skipped + ~finite,
+    in_a_row=jnp.where(finite, 0, state.in_a_row + 1),
   )
   return _placed(state, tx, mesh), numbers | {'grad_norm': norm}
 
@@ -200,7 +213,7 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
 
 def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
   """The scores of one update; `squares` are means over the micro-batches."""
-  params, count = state.params, state.step + 1
+  params, count = state.params, state.step - state.skipped + 1
   # Adam's moments start at 0, and are this factor too small.
   unbiased = lambda decay: 1 / (1 - decay ** count.astype(jnp.float32))
   match recipe.saliency:

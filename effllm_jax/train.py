@@ -20,6 +20,7 @@ from effllm_jax import data
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import events
+from effllm_jax import interrupts
 from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
@@ -49,6 +50,7 @@ def run(
 
   Raises:
     errors.InputError: something that the user can put right.
+    interrupts.Stopped: SIGTERM or SIGINT came; everything is saved.
   """
   workdir = pathlib.Path(workdir)
   # Everything that can be refused is checked before anything is written.
@@ -64,10 +66,11 @@ def run(
     source.tokenizer,
     source.separator_id,
     seq_len=config.data.seq_len,
-    batch_size=config.train.accumulate * config.data.batch_size // readers,
+    batch_size=config.train.accumulate * config.data.batch_size,
     seed=config.seed,
     weights=config.data.weights.to_dict(),
     workers=config.data.workers,
+    timeout=config.data.timeout,
     process_index=reader,
     process_count=readers,
   )
@@ -195,6 +198,7 @@ class Run:
         # Also on the way out of an error: what was started gets finished.
         for resource in (self.batches, self.writer, self.trace, self.metrics):
           stack.callback(resource.close)
+        self.requests = stack.enter_context(interrupts.requests())
         for step in range(first + 1, plan.steps + 1):
           self._one_step(step)
 
@@ -219,10 +223,8 @@ class Run:
       self.extents,
     )
     log = step % self.config.train.log_every == 0 or step == plan.steps
-    # Before anything is kept of this step: every checkpoint is a good one.
-    if log or plan.prunes(step) or plan.checkpoints(step):
-      self._check_finite(step, numbers)
     if plan.prunes(step):
+      self._check_scored(step, numbers)
       self._prune(step, windows_ABT)
     seconds = time.perf_counter() - start
     row = (
@@ -230,8 +232,13 @@ class Run:
         'kind': 'train',
         'step': step,
         'tokens': plan.tokens(step),
-        **{name: float(number) for name, number in numbers.items()},
-        'learning_rate': float(self.rate(step - 1)),
+        **{
+          name: pruning.finite(float(number))
+          for name, number in numbers.items()
+        },
+        'skipped': int(self.state.skipped),
+        # Of the last update.
+        'learning_rate': float(self.rate(step - 1 - int(self.state.skipped))),
         # Includes the prune; not the compilation, the input or the shrink.
         'seconds': seconds,
         'compile_seconds': compile_seconds,
@@ -246,15 +253,18 @@ class Run:
     )
     event = self._shrink(step, windows_ABT[0])
     if row:
+      if int(self.state.in_a_row):
+        self.progress.say(f'step {step} is skipped: {_told(numbers)}')
       row['tokens_per_second'] = plan.tokens_per_step / seconds
       self.metrics.write(row)
       self.progress.step(row)
     if plan.evaluates(step):
       self._evaluate(step, self._phase(step))
+    stop = self._why_stop(step, log, numbers)
     # Last of all, so that a resume from here has lost nothing of this step.
     if event:
       self.writer.save_event(event, self.state, self.batches, self.meter.spent)
-    elif plan.checkpoints(step):
+    elif plan.checkpoints(step) or stop:
       self.writer.save(
         self.state,
         self.cfg,
@@ -262,6 +272,29 @@ class Run:
         self.num_events,
         self.meter.spent,
       )
+    if stop:
+      raise stop
+
+  def _why_stop(self, step: int, look: bool, numbers) -> Exception | None:
+    """What ends the run after this step, before its time; None: nothing.
+
+    Processes that train together have to answer alike. Without `look` nothing
+    is read from the device.
+    """
+    limit = self.config.train.max_skipped
+    if look and int(self.state.in_a_row) >= limit:
+      # The batches behind this one get as many tries.
+      again = jax.device_put(np.int32(0), sharding.everywhere(self.mesh))
+      self.state = self.state.replace(in_a_row=again)
+      return errors.InputError(
+        f'{limit} steps in a row were skipped, step {step} because of '
+        f'{_told(numbers)}; the state before them is saved: run the same '
+        'command again to go on with the batches after them, or lower '
+        '--config.optimizer.peak and start in a new --workdir'
+      )
+    if self.requests.signum is not None and step < self.plan.steps:
+      return interrupts.Stopped(self.requests.signum, step)
+    return None
 
   def _compile(self, windows_ABT, score: bool) -> float:
     """Compiles the step once per architecture; returns the seconds it took."""
@@ -294,13 +327,13 @@ class Run:
     self.progress.phase('pruning' if score else 'recovery')
     return time.perf_counter() - start
 
-  def _check_finite(self, step: int, numbers) -> None:
-    if not math.isfinite(float(numbers['loss'] + numbers['grad_norm'])):
+  def _check_scored(self, step: int, numbers) -> None:
+    if not int(self.state.prune.count):
       raise errors.InputError(
-        f'loss {float(numbers["loss"])} or gradient norm '
-        f'{float(numbers["grad_norm"])} at step {step} is not finite; the '
-        'last checkpoint is intact: lower --config.optimizer.peak and start '
-        'in a new --workdir'
+        f'step {step} cannot prune: every step up to it was skipped, the last '
+        f'because of {_told(numbers)}; check --config.source and '
+        '--config.data.text, or start in a new --workdir with another '
+        '--config.model.dtype'
       )
 
   def _prune(self, step: int, windows_ABT) -> None:
@@ -374,6 +407,11 @@ class Run:
       return None
     start = time.perf_counter()
     self.progress.phase('shrinking')
+    if int(self.state.in_a_row):
+      # A batch that was skipped has no loss to compare.
+      held = next(iter(self.heldout.values()))
+      rows = np.resize(held.windows, windows_BT.shape)
+      windows_BT = sharding.put_rows(rows, self.mesh)
     self.state, event = pruning.shrink(
       self.state, windows_BT, old, new, self.plan, self.tx, self.num_events
     )
@@ -447,6 +485,10 @@ class Run:
     if self.plan.last_prune(step):
       return 'pruned'
     return 'pruning' if self.plan.scores(step) else 'recovery'
+
+
+def _told(numbers) -> str:
+  return f'loss {numbers["loss"]} and gradient norm {numbers["grad_norm"]}'
 
 
 def _flat(windows_ABT):

@@ -124,6 +124,7 @@ def main(argv: list[str]) -> None:
       seed=seed,
       weights=config.data.weights.to_dict(),
       workers=0,
+      timeout=config.data.timeout,
     )
     batches = [next(stream) for _ in range(_BATCHES.value)]
     masks = selection.select(score(batches), alive, target, target, rules, cost)

@@ -84,7 +84,7 @@ def train_batches(
   batches = data.train_iterator(
     text, tokenizer, separator_id, seq_len=sizes.seq_len,
     batch_size=sizes.accumulate * sizes.micro_batch, seed=seed, weights={},
-    workers=0,
+    workers=0, timeout=0.0,
   )  # fmt: skip
   shape = (sizes.accumulate, sizes.micro_batch, sizes.seq_len + 1)
   return (jnp.asarray(x).reshape(shape) for x in batches)

@@ -13,6 +13,7 @@ from absl import logging
 import ml_collections
 
 from effllm_jax import errors
+from effllm_jax import interrupts
 
 CACHE = flags.DEFINE_string(
   'cache',
@@ -25,8 +26,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   """Parses flags and runs `main`; the entry point of every command.
 
   An unknown flag or config key, a value of the wrong type, and every
-  `errors.InputError` end in one line on stderr and exit code 2. Anything else
-  is a bug and keeps its traceback.
+  `errors.InputError` end in one line on stderr and exit code 2; a signal that
+  asked for the end in one line and 128 + its number, as a shell would say it.
+  Anything else is a bug and keeps its traceback.
   """
 
   def parse(argv):
@@ -48,8 +50,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       main(argv)
     except errors.InputError as e:
       _fail(e)
+    except interrupts.Stopped as e:
+      _end(str(e), 128 + e.signum)
     except KeyboardInterrupt:
-      _fail('stopped; run the same command again to resume', code=130)
+      _end('stopped; run the same command again to resume', 130)
 
   app.run(guarded, flags_parser=parse)
 
@@ -111,7 +115,10 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
   )
 
 
-def _fail(message: object, code: int = 2) -> None:
-  text = ' '.join(str(message).split())
-  print(f'error: {text}', file=sys.stderr)
+def _fail(message: object) -> None:
+  _end('error: ' + ' '.join(str(message).split()), 2)
+
+
+def _end(line: str, code: int) -> None:
+  print(line, file=sys.stderr)
   sys.exit(code)

@@ -147,7 +147,11 @@ def test_a_damaged_architecture_file_falls_back(tmp_path, tx):
   assert int(restore(tmp_path, tx)[0].step) == 1
 
 
-def test_arrays_of_another_architecture_are_never_padded_or_cut(tmp_path, tx):
+def test_arrays_of_another_architecture_are_never_padded_or_cut(
+  tmp_path, tx, monkeypatch
+):
+  """Where even the digests say that all is well."""
+  monkeypatch.setattr(checkpoints, '_verify', lambda *_: None)
   write(tmp_path, tx, [1, 3])
   path = tmp_path / 'checkpoints' / '3' / 'arch' / 'metadata'
   arch = json.loads(path.read_text())
@@ -199,3 +203,74 @@ def test_a_half_written_folder_is_not_a_checkpoint(tmp_path, tx):
   assert checkpoints.moments(tmp_path) == []
   assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
   assert not (tmp_path / 'damaged').exists()
+
+
+def flip(path, bit):
+  """Flips one bit of a file."""
+  content = bytearray(path.read_bytes())
+  content[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(content)
+
+
+def test_a_flipped_bit_anywhere_is_refused(tmp_path, tx):
+  """One random bit of every file of a rolling checkpoint and of an event."""
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer.save(make_state(tx, 3), CFG, make_data(), 0, FLOPS)
+  writer.save_event(make_event(CFG), make_state(tx, 4), make_data(), FLOPS)
+  writer.close()
+  rng = np.random.default_rng(0)
+  for folder in ('checkpoints/3', 'events/0'):
+    moment = tmp_path / folder
+    files = [p for p in moment.rglob('*') if p.is_file()]
+    assert len(files) > 20
+    for path in files:
+      bit = int(rng.integers(8 * path.stat().st_size))
+      flip(path, bit)
+      if path.parent == moment and path.name in checkpoints._UNREAD:
+        checkpoints._verify(moment)
+      else:
+        with pytest.raises((ValueError, OSError)):
+          checkpoints._verify(moment)
+      flip(path, bit)
+    checkpoints._verify(moment)
+
+
+def test_a_flipped_bit_is_set_aside(tmp_path, tx, caplog):
+  write(tmp_path, tx, [1, 3, 5])
+  files = (tmp_path / 'checkpoints' / '5' / 'params').rglob('d/*')
+  largest = max(files, key=lambda p: p.stat().st_size)
+  flip(largest, 8 * largest.stat().st_size // 2)
+  with pytest.raises(errors.InputError, match='digest differs') as refusal:
+    checkpoints.restore_params(tmp_path)
+  assert '\n' not in str(refusal.value)
+  with caplog.at_level(logging.WARNING):
+    state, _, _, item = restore(tmp_path, tx)
+  equal(state, make_state(tx, 3))
+  assert item == 3
+  assert 'its digest differs' in caplog.text
+  assert 'taking the one before' in caplog.text
+
+
+@pytest.mark.parametrize('part', ['params', 'prune', 'arch', 'event'])
+def test_every_reader_refuses_a_damaged_part(tmp_path, tx, part):
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer.save_event(make_event(CFG), make_state(tx, 4), make_data(), FLOPS)
+  writer.close()
+  path = tmp_path / 'events' / '0'
+  files = [p for p in (path / part).rglob('*') if p.is_file()]
+  flip(max(files, key=lambda p: p.stat().st_size), 300)
+
+  def read():
+    moment = checkpoints.read_moment(path)
+    checkpoints.read_params(moment)
+    checkpoints.read_prune(moment)
+    checkpoints.read_events(tmp_path)
+
+  with pytest.raises(errors.InputError, match=f'{part}/.* its digest differs'):
+    read()
+
+
+def test_a_moment_without_digests_is_not_one(tmp_path, tx):
+  write(tmp_path, tx, [1, 3])
+  (tmp_path / 'checkpoints' / '3' / 'digests.json').unlink()
+  assert int(restore(tmp_path, tx)[0].step) == 1

@@ -77,6 +77,7 @@ def test_no_key_has_a_hidden_default():
   [
     ({'data.seq_len': 10_000}, "seq_len 10000 exceeds the source model's"),
     ({'data.batch_size': 0}, 'data.batch_size 0 is not at least 1'),
+    ({'train.max_skipped': 0}, 'train.max_skipped 0 is not at least 1'),
     ({'prune.ema': 1.0}, r'prune.ema 1.0 is not in \[0, 1\)'),
     ({'prune.policy': 'magic'}, "prune.policy 'magic' is not one of uniform"),
     ({'model.dtype': 'int8'}, "model.dtype 'int8' is not one of float32"),

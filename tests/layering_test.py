@@ -20,7 +20,7 @@ ORDER = [
   'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'plots',
-  'figures', 'report', 'console', 'train',
+  'figures', 'report', 'console', 'interrupts', 'train',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -29,7 +29,7 @@ KERNELS = [
 # Package -> the only modules of effllm_jax that may import it.
 ONLY = {
   'orbax': {'checkpoints'},
-  'grain': {'checkpoints', 'data'},
+  'grain': {'data'},
   'tensorflow_datasets': {'corpus'},
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
   'matplotlib': {'plots', 'figures'},

@@ -504,3 +504,47 @@ def test_sum_losses_counts_weighted_tokens_only():
     params, masks, tokens, weight, cfg=cfg, compute=COMPUTE
   )
   np.testing.assert_allclose(got, losses[0, 3] + losses[1, 10], rtol=1e-5)
+
+
+def bits(tree):
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize('cause', ['loss', 'gradient'])
+@pytest.mark.parametrize('score', [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(tx, cause, score):
+  """And is counted; one good step ends the row."""
+  cfg = conftest.make_config(N=1, tied=False)
+  state, batch = make_state(cfg, tx), one_batch(cfg)
+  step = functools.partial(
+    steps.train_step, cfg=cfg, tx=tx, recipe=RECIPE, score=score
+  )
+  state, _ = step(state, batch)
+  bad = batch
+  if cause == 'loss':
+    bad = batch.at[0, 0, -1].set(cfg.V)  # There is no such token.
+  else:
+    # The logits are what they were, their gradient's square overflows.
+    scale = lambda p, by: p.replace(
+      final_norm=p.final_norm * by, unembed=p.unembed / by
+    )
+    state = state.replace(params=scale(state.params, 2.0**80))
+  kept = bits((state.params, state.opt_state, state.prune))
+  for count in (1, 2):
+    state, numbers = step(state, bad)
+    assert bool(jnp.isfinite(numbers['loss'])) == (cause == 'gradient')
+    assert bool(jnp.isfinite(numbers['grad_norm'])) == (cause == 'loss')
+    assert bits((state.params, state.opt_state, state.prune)) == kept
+    assert int(state.step) == 1 + count
+    assert int(state.skipped) == int(state.in_a_row) == count
+  if cause == 'gradient':
+    state = state.replace(params=scale(state.params, 2.0**-80))
+  after, _ = step(state, batch)
+  assert [int(after.step), int(after.skipped), int(after.in_a_row)] == [4, 2, 0]
+
+  # What was skipped leaves no trace in what follows.
+  never = make_state(cfg, tx)
+  for _ in range(2):
+    never, _ = step(never, batch)
+  same = lambda s: bits((s.params, s.opt_state, s.prune))
+  assert same(after) == same(never)

@@ -29,6 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.seq_len = 256
   config.data.batch_size = 1  # sequences per micro-batch
   config.data.workers = 0  # processes; 0 reads in a thread of this one
+  # Seconds that a batch of theirs may take, their start included: a worker that
+  # hangs stops the run instead of hanging it.
+  config.data.timeout = 300.0
   # Sampling weight by domain, as in ConfigDict({'drama': 2.0, 'wiki': 1.0});
   # empty: every window of the text once per epoch.
   config.data.weights = ml_collections.ConfigDict()
@@ -53,6 +56,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.tokens = 61_440
   config.train.accumulate = 2  # micro-batches per optimizer update
   config.train.log_every = 1  # steps
+  # A step whose loss or gradient is not finite changes nothing; this many in a
+  # row stop the run, with a checkpoint behind them.
+  config.train.max_skipped = 10
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.schedule = 'wsd'  # or 'cosine'
