@@ -20,7 +20,12 @@ from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
 
-MESHES = {'8-1-1': 'bucket', '1-8-1': 'xla', '1-1-8': 'xla', '2-2-2': 'xla'}
+MESHES = {
+  '8-1-1': ((8, 1, 1), 'bucket'),
+  '1-8-1': ((1, 8, 1), 'xla'),
+  '1-1-8': ((1, 1, 8), 'xla'),
+  '2-2-2': ((2, 2, 2), 'xla'),
+}
 STEPS, SAVED = 7, 5
 CFG = conftest.make_config(
   V=512, D=64, N=2, K=8, G=2, H=8, F=128, context=128, tied=True
@@ -34,9 +39,8 @@ print(json.dumps(sharding_test.on_eight_devices(root)))
 """
 
 
-def run(root, name, mesh, kernels='xla'):
-  """The real loop: repair, a shrink, checkpoints; on a mesh like '2-2-2'."""
-  config = smollm2_135m.get_config()
+def changes_of(root, mesh, kernels='xla'):
+  """Overrides of a small run: repair, a shrink, checkpoints."""
   tokens = 8 * 32
   changes = {
     'data.batch_size': 8,
@@ -57,12 +61,15 @@ def run(root, name, mesh, kernels='xla'):
     'model.kernels': kernels,
   }
   changes |= {
-    f'mesh.{axis}': int(n)
-    for axis, n in zip(sharding.AXES, mesh.split('-'), strict=True)
+    f'mesh.{axis}': n for axis, n in zip(sharding.AXES, mesh, strict=True)
   }
-  config.update_from_flattened_dict(
-    conftest.small_run(root / 'model', root / 'text', **changes)
-  )
+  return conftest.small_run(root / 'model', root / 'text', **changes)
+
+
+def run(root, name, mesh, kernels='xla'):
+  """The real loop on a mesh of (data, fsdp, tensor)."""
+  config = smollm2_135m.get_config()
+  config.update_from_flattened_dict(changes_of(root, mesh, kernels))
   config = ml_collections.FrozenConfigDict(config)
   train.run(config, root / name, root / 'cache')
 
@@ -88,18 +95,18 @@ def on_eight_devices(root):
   from effllm_jax import steps
   from tests import steps_test
 
-  for mesh, kernels in MESHES.items():
-    run(root, mesh, mesh, kernels)
+  for name, (mesh, kernels) in MESHES.items():
+    run(root, name, mesh, kernels)
   rewound(root, 'one', 'one-then-eight')
-  run(root, 'one-then-eight', '2-2-2')
+  run(root, 'one-then-eight', (2, 2, 2))
   rewound(root, '8-1-1', 'eight-then-two')
-  run(root, 'eight-then-two', '1-2-1', 'bucket')
+  run(root, 'eight-then-two', (1, 2, 1), 'bucket')
 
   said = {}
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(np.asarray, conftest.make_params(CFG))
-  for name in MESHES:
-    mesh = sharding.make(*map(int, name.split('-')))
+  for name, (sizes, _) in MESHES.items():
+    mesh = sharding.make(*sizes)
     state = state_lib.placed_state(params, CFG, tx, mesh)
     arrays = jax.tree.leaves((state.params, state.opt_state))
     shard = sum(x.addressable_shards[0].data.nbytes for x in arrays)
@@ -128,7 +135,7 @@ def _ran(tmp_path_factory):
   root = tmp_path_factory.mktemp('sharding')
   conftest.write_model_folder(root / 'model', CFG)
   conftest.write_text_folder(root / 'text')
-  run(root, 'one', '1-1-1')
+  run(root, 'one', (1, 1, 1))
   flags = os.environ['XLA_FLAGS']
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, str(root)],
@@ -182,7 +189,7 @@ def test_goes_on_on_other_devices(ran, name):
 def test_goes_on_on_one_device(ran):
   root, _, _ = ran
   rewound(root, '2-2-2', 'eight-then-one')
-  run(root, 'eight-then-one', '1-1-1')
+  run(root, 'eight-then-one', (1, 1, 1))
   same(root / 'eight-then-one', root / 'one')
 
 
@@ -248,3 +255,61 @@ def test_rules_by_letters():
     'stem 6 (over fsdp 4)',
     'vocabulary 61 (over tensor 2)',
   ]
+
+
+@pytest.fixture(scope='module', name='processes')
+def _processes(ran):
+  """Two processes of one device each, as Slurm would start them."""
+  root, _, _ = ran
+  changes = changes_of(root, (-1, 1, 1))
+  arguments = [
+    conftest.CONFIG_FILE,
+    '--distributed',
+    f'--cache={root / "cache"}',
+    *conftest.flags_of(changes),
+  ]
+
+  def start(name):
+    running = [
+      subprocess.Popen(
+        [sys.executable, '-m', 'experiments.main', f'--workdir={root / name}',
+         *arguments],
+        cwd=conftest.ROOT,
+        env=os.environ
+        | {
+          # Which also names the port where they meet.
+          'SLURM_JOB_ID': str(os.getpid()),
+          'SLURM_STEP_NODELIST': 'localhost',
+          'SLURM_NTASKS': '2',
+          'SLURM_PROCID': str(i),
+          'SLURM_LOCALID': str(i),
+        },
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      )
+      for i in range(2)
+    ]  # fmt: skip
+    return [(p, p.communicate(timeout=300)[1]) for p in running]
+
+  return root, start
+
+
+def test_two_processes_are_one(processes):
+  """Each reads its part of every batch; the first alone writes and speaks."""
+  root, start = processes
+  first, second = start('two')
+  assert first[0].returncode == second[0].returncode == 0, first[1] + second[1]
+  same(root / 'two', root / 'one')
+  assert 'mesh: data 2 x fsdp 1 x tensor 1' in first[1]
+  assert 'held out' in first[1] and 'held out' not in second[1]
+
+
+def test_goes_on_with_other_processes(processes):
+  """One process after two, and two after one."""
+  root, start = processes
+  rewound(root, 'two', 'two-then-one')
+  run(root, 'two-then-one', (1, 1, 1))
+  same(root / 'two-then-one', root / 'one')
+  rewound(root, 'one', 'one-then-two')
+  for process, stderr in start('one-then-two'):
+    assert process.returncode == 0, stderr
+  same(root / 'one-then-two', root / 'one')
