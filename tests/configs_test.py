@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import pathlib
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from effllm_jax import errors
 from effllm_jax import optimizers
 from effllm_jax import plan
+from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from tests import conftest
@@ -144,7 +146,13 @@ def test_the_paper_scale_needs_what_its_docstring_says():
     x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
   prunes = sum(made.prunes(s) for s in range(1, made.steps + 1))
+  mesh = jax.sharding.AbstractMesh((1, 8, 1), sharding.AXES)
+  of_one = sum(
+    x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+    for x in jax.tree.leaves(state_lib.abstract_state(SMOLLM_1P7B, tx, mesh))
+  )
   for said in (
+    f'{of_one / 1e9:.2f} GB of it on the mesh',
     f'{SMOLLM_1P7B.num_params():,}',
     f'{made.schedule.target:,}',
     f'{made.steps:,} of {made.tokens_per_step:,} tokens; {prunes:,} prunes',
@@ -154,7 +162,7 @@ def test_the_paper_scale_needs_what_its_docstring_says():
     f'origins {size(state.prune) / 1e6:.1f} MB',
   ):
     assert said in text
-  windows = jax.ShapeDtypeStruct((2, 4, 2049), jnp.int32)
+  windows = jax.ShapeDtypeStruct((2, 8, 2049), jnp.int32)
   after, numbers = jax.eval_shape(
     functools.partial(
       steps.train_step, cfg=SMOLLM_1P7B, tx=tx, recipe=made.recipe, score=True

@@ -2,7 +2,8 @@ r"""SmolLM-1.7B to at most 469M parameters: the paper's own scale.
 
     python -m experiments.main \
       --config=experiments/configs/smollm_1p7b_to_469m.py \
-      --workdir=runs/469m --config.data.text=<folder of .jsonl files>
+      --workdir=runs/469m --config.data.text=<folder of .jsonl files> \
+      --distributed
 
 What would run on a pod; not run by us. What is checked, by abstract evaluation
 (no array is ever made), is that the plan is valid for this source and what it
@@ -12,11 +13,13 @@ needs (tests/configs_test.py):
     updates             47,684 of 1,048,576 tokens; 7,666 prunes
     state               20.54 GB: parameters 6.85, moments 13.69 (float32), and
                         masks, scores and origins 1.8 MB
-    temporaries         29.7 GB for micro-batches of 4 x 2048 tokens, of which
-                        6.8 GB are the gradient (XLA's own figure for a CPU)
+    of one device       2.57 GB of it on the mesh below, with fsdp 8
+    temporaries         6.6 GB a device for one sequence of 2048 tokens there
+                        (XLA's own figure for a CPU)
 
-So one device needs 50.2 GB: it fits an 80 GB accelerator whole, and batches are
-split over devices. Parameters and moments are not yet sharded over them.
+So 64 devices of 16 GB take an update in 8 micro-batches, one sequence a device
+each; 8 devices with --config.data.batch_size=8 --config.train.accumulate=64.
+With mesh.fsdp=1 a device needs 20.54 GB for the state alone.
 
 Sizes and tokens were digitised from the paper's Figure 2 (our inference); peak
 rate and batch are those of the source's own training.
@@ -34,12 +37,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.source = 'models/SmolLM-1.7B'
 
   config.data.seq_len = 2048
-  config.data.batch_size = 4
+  config.data.batch_size = 64
+  config.mesh.fsdp = 8
   config.data.workers = 8
   config.model.dtype = 'bfloat16'
   config.model.remat = 'full'
   # 512 sequences an update: 1,048,576 tokens, as digitised from the figure.
-  config.train.accumulate = 128
+  config.train.accumulate = 8
   config.train.tokens = 50_000_000_000
   config.train.log_every = 10
 
