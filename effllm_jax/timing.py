@@ -72,7 +72,7 @@ def speed(
 
 def _measure(runtime, path, threads, prefill, decode, rounds) -> Speed:
   """What `speed` returns, in this process."""
-  before = _memory('VmRSS')
+  before = memory('VmRSS')
   with runtime.opened(path, threads, prefill + decode) as decoder:
     tokens = np.random.default_rng(0).integers(
       0, decoder.vocab, prefill + decode
@@ -88,7 +88,7 @@ def _measure(runtime, path, threads, prefill, decode, rounds) -> Speed:
         decoder.read([token])
       times.append((middle - start, time.perf_counter() - middle))
     first, second = map(statistics.median, zip(*times[1:], strict=True))
-    peak = _memory('VmHWM')
+    peak = memory('VmHWM')
   return Speed(
     prefill=prefill / first,
     decode=decode / second,
@@ -96,9 +96,10 @@ def _measure(runtime, path, threads, prefill, decode, rounds) -> Speed:
   )
 
 
-def _memory(key):
+def memory(key: str) -> int | None:
   """Bytes that Linux reports for this process under a key of its status.
 
+  `VmRSS` is what it has now, `VmHWM` the most it ever had; None elsewhere.
   Not `ru_maxrss`: a child inherits that from a larger parent.
   """
   try:

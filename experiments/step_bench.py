@@ -13,11 +13,16 @@ from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
 
-# The shape of SmolLM2-135M; nothing is downloaded.
+# The shapes of SmolLM2; nothing is downloaded.
 SMOLLM2 = structure.ModelConfig(
   V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=8192,
   rope_theta=1e5, norm_eps=1e-5, tied=True,
 )  # fmt: skip
+SHAPES = {
+  '135m': SMOLLM2,
+  '360m': dataclasses.replace(SMOLLM2, D=960, N=32, K=5, F=2560),
+  '1.7b': dataclasses.replace(SMOLLM2, D=2048, N=24, K=32, G=1, F=8192),
+}
 
 
 @dataclasses.dataclass(frozen=True)

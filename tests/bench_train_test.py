@@ -1,0 +1,68 @@
+"""What the benchmark beside PyTorch times: two steps of the same model."""
+
+import multiprocessing
+import threading
+
+import pytest
+
+from effllm_jax import errors
+from experiments import bench_train
+from experiments import step_bench
+from experiments.configs import efficientllm_a
+from tests import conftest
+
+
+@pytest.fixture(name='config')
+def _config(monkeypatch):
+  cfg = conftest.make_config(V=512, D=32, N=2, K=2, G=2, H=8, F=64)
+  monkeypatch.setitem(step_bench.SHAPES, '135m', cfg)
+  config = efficientllm_a.get_config()
+  config.update_from_flattened_dict(
+    {
+      'budget.target': cfg.num_params() * 0.8,
+      'prune.multiple_of.ffn': 8,
+      'prune.multiple_of.stem': 8,
+      'prune.floors.stem': 8,
+      'data.seq_len': 16,
+    }
+  )
+  return config.to_dict()
+
+
+def served(work, *arguments):
+  """All that the process of one variant says, in a thread of this one."""
+  ours, theirs = multiprocessing.Pipe()
+  thread = threading.Thread(
+    target=bench_train._serve, args=(theirs, work, *arguments)
+  )
+  thread.start()
+  facts = bench_train._ask(ours)
+  said = []
+  for request in ('step', 'step', 'end'):
+    ours.send(request)
+    said.append(bench_train._ask(ours))
+  thread.join()
+  return facts, said
+
+
+def test_both_train_the_same_model(config):
+  pytest.importorskip('torch')
+  ours, first = served(bench_train._ours, config, '135m', True)
+  rival, second = served(bench_train._rival, config, '135m')
+  assert ours['params'] == rival['params'] > 0
+  # Three forward passes and Adam, by hand in accounting_test.
+  assert ours['flops'] > 6 * ours['tokens'] * ours['params'] * 0.5
+  for *seconds, peak in (first, second):
+    assert all(x > 0 for x in seconds) and peak > 10**7
+
+
+def test_a_product_has_its_operations():
+  facts, (seconds, _, _) = served(bench_train._product, 'float32')
+  assert facts['flops'] == 2 * 4096**3 and seconds > 0
+
+
+def test_what_cannot_start_is_told(config):
+  pytest.importorskip('torch')
+  config['model']['dtype'] = 'bfloat16'
+  with pytest.raises(errors.InputError, match='--rival=false'):
+    served(bench_train._rival, config, '135m')
