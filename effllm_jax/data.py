@@ -177,7 +177,10 @@ class TrainIterator(grain.DatasetIterator):
     except RuntimeError as e:
       if 'Worker process was terminated' not in str(e):
         raise
-      raise errors.InputError(f'a data worker has ended: {e}; {remedy}') from e
+      ended = str(e).partition('.')[0]
+      raise errors.InputError(
+        f'a data worker has ended ({ended}); {remedy}'
+      ) from e
 
   def get_state(self) -> dict:
     """JSON: the stream's settings and Grain's own state."""

@@ -5,6 +5,9 @@ import contextlib
 import signal
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Stopped(Exception):
   """A run ended before its last step, because it was asked to.
@@ -21,10 +24,21 @@ class Stopped(Exception):
 
 
 class Requests:
-  """Remembers the first signal that came; `signum` is None before."""
+  """Remembers the first signal that came."""
 
   def __init__(self):
     self.signum: int | None = None
+
+  def asked(self, step: int) -> int | None:
+    """The signal that asks to stop after `step`, which has just been finished.
+
+    Several processes agree on the step: one of them gets a SIGTERM, all of them
+    stop after the same one. Each must ask after every step.
+    """
+    if jax.process_count() == 1:
+      return self.signum
+    reached = multihost_utils.reached_preemption_sync_point(step)
+    return signal.SIGTERM if reached else None
 
 
 @contextlib.contextmanager
@@ -33,10 +47,12 @@ def requests() -> Iterator[Requests]:
 
   Only the first one: the next does what it did outside, so that a second Ctrl-C
   ends at once what does not stop soon enough. Outside the main thread, where
-  Python allows no handlers, nothing is changed.
+  Python allows no handlers, nothing is changed; nor are processes that train
+  together, for which jax itself waits for SIGTERM.
   """
   found = Requests()
-  if threading.current_thread() is not threading.main_thread():
+  alone = jax.process_count() == 1
+  if not alone or threading.current_thread() is not threading.main_thread():
     yield found
     return
   before = {}

@@ -147,33 +147,37 @@ def train_step(
   grads, squares, (numbers, activations) = total
   norm = optax.tree.norm(grads)
 
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  prune = state.prune
-  if score:
-    # Of the parameters at which the gradient was taken.
-    scores = activations
-    if scores is None:
-      scores = _scores(
-        state, grads, squares, opt_state, norm, windows_ABT, recipe
+  def update(state):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    prune = state.prune
+    if score:
+      # Of the parameters at which the gradient was taken.
+      scores = activations
+      if scores is None:
+        scores = _scores(
+          state, grads, squares, opt_state, norm, windows_ABT, recipe
+        )
+      prune = prune.replace(
+        scores=saliency.average(
+          prune.scores, scores, prune.count, recipe.decay
+        ),
+        count=prune.count + 1,
       )
-    prune = prune.replace(
-      scores=saliency.average(prune.scores, scores, prune.count, recipe.decay),
-      count=prune.count + 1,
+    return state.replace(
+      in_a_row=jnp.zeros((), jnp.int32),
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      prune=prune,
     )
+
+  def skip(state):
+    return state.replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+
+  # Costs nothing that can be measured on a CPU; to choose between the old and
+  # the new state by `jnp.where` copies it: 40 % more for 32 tokens a step.
   finite = jnp.isfinite(numbers['loss']) & jnp.isfinite(norm)
-  new = state.replace(
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-    prune=prune,
-  )
-  # The choice becomes part of the loops that write the update and have read
-  # the old values anyway; a conditional would wait for a GPU to answer.
-  state = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
-  state = state.replace(
-    step=state.step + 1,
-    skipped=state.skipped + ~finite,
-    in_a_row=jnp.where(finite, 0, state.in_a_row + 1),
-  )
+  state = jax.lax.cond(finite, update, skip, state)
+  state = state.replace(step=state.step + 1)
   return _placed(state, tx, mesh), numbers | {'grad_norm': norm}
 
 

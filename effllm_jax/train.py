@@ -292,8 +292,9 @@ class Run:
         'command again to go on with the batches after them, or lower '
         '--config.optimizer.peak and start in a new --workdir'
       )
-    if self.requests.signum is not None and step < self.plan.steps:
-      return interrupts.Stopped(self.requests.signum, step)
+    signum = self.requests.asked(step)
+    if signum is not None and step < self.plan.steps:
+      return interrupts.Stopped(signum, step)
     return None
 
   def _compile(self, windows_ABT, score: bool) -> float:

@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import ml_collections
@@ -19,6 +22,7 @@ from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import runs
 
 MESHES = {
   '8-1-1': ((8, 1, 1), 'bucket'),
@@ -87,7 +91,6 @@ def on_eight_devices(root):
   """What the other process does and tells; imports of its own."""
   import collections
   import dataclasses
-  import re
 
   from effllm_jax import model
   from effllm_jax import optimizers
@@ -261,16 +264,15 @@ def test_rules_by_letters():
 def _processes(ran):
   """Two processes of one device each, as Slurm would start them."""
   root, _, _ = ran
-  changes = changes_of(root, (-1, 1, 1))
-  arguments = [
-    conftest.CONFIG_FILE,
-    '--distributed',
-    f'--cache={root / "cache"}',
-    *conftest.flags_of(changes),
-  ]
 
-  def start(name):
-    running = [
+  def start(name, **changes):
+    arguments = [
+      conftest.CONFIG_FILE,
+      '--distributed',
+      f'--cache={root / "cache"}',
+      *conftest.flags_of(changes_of(root, (-1, 1, 1)) | changes),
+    ]
+    return [
       subprocess.Popen(
         [sys.executable, '-m', 'experiments.main', f'--workdir={root / name}',
          *arguments],
@@ -288,19 +290,24 @@ def _processes(ran):
       )
       for i in range(2)
     ]  # fmt: skip
-    return [(p, p.communicate(timeout=300)[1]) for p in running]
 
   return root, start
+
+
+def finished(running):
+  """What each process of a run says; all of them have to succeed."""
+  said = [process.communicate(timeout=300)[1] for process in running]
+  assert all(process.returncode == 0 for process in running), said
+  return said
 
 
 def test_two_processes_are_one(processes):
   """Each reads its part of every batch; the first alone writes and speaks."""
   root, start = processes
-  first, second = start('two')
-  assert first[0].returncode == second[0].returncode == 0, first[1] + second[1]
+  first, second = finished(start('two'))
   same(root / 'two', root / 'one')
-  assert 'mesh: data 2 x fsdp 1 x tensor 1' in first[1]
-  assert 'held out' in first[1] and 'held out' not in second[1]
+  assert 'mesh: data 2 x fsdp 1 x tensor 1' in first
+  assert 'held out' in first and 'held out' not in second
 
 
 def test_goes_on_with_other_processes(processes):
@@ -310,6 +317,20 @@ def test_goes_on_with_other_processes(processes):
   run(root, 'two-then-one', (1, 1, 1))
   same(root / 'two-then-one', root / 'one')
   rewound(root, 'one', 'one-then-two')
-  for process, stderr in start('one-then-two'):
-    assert process.returncode == 0, stderr
+  finished(start('one-then-two'))
   same(root / 'one-then-two', root / 'one')
+
+
+def test_processes_stop_after_the_same_step(processes):
+  """Only one of them is asked to."""
+  root, start = processes
+  running = start('stopped', **{'train.tokens': 10**6})
+  deadline = time.monotonic() + 120
+  while runs.reached(root / 'stopped') < 5 and time.monotonic() < deadline:
+    time.sleep(0.1)
+  running[1].send_signal(signal.SIGTERM)
+  said = [process.communicate(timeout=120)[1] for process in running]
+  assert [p.returncode for p in running] == [143, 143], said
+  stopped = [re.search(r'stopped after step (\d+);', x)[1] for x in said]
+  moment = checkpoints.moments(root / 'stopped')[0]
+  assert stopped == [str(moment.step)] * 2

@@ -1,0 +1,380 @@
+"""The real command, broken in every way that a machine knows.
+
+Whatever happened, the same command again ends with the same bits. 50 kills;
+EFFLLM_KILLS=200 asks for more.
+"""
+
+import collections
+import concurrent.futures
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from effllm_jax import checkpoints
+from effllm_jax import workdir as workdir_lib
+from tests import conftest
+from tests import runs
+
+KILLS = int(os.environ.get('EFFLLM_KILLS', '50'))
+CHAINS = 2
+# The plainest kernels compile fastest; three saves between two shrinks.
+CHANGES = {'model.kernels': 'xla', 'checkpoint.every_steps': 3}
+SHRINKS = (8, 12, 16)
+
+
+class Process:
+  """A command that runs; `wait` for its end."""
+
+  def __init__(self, server: subprocess.Popen, pid: int, output: pathlib.Path):
+    self._server, self._output = server, output
+    self.pid = pid
+
+  def said(self) -> str:
+    return self._output.read_text()
+
+  def wait(self) -> subprocess.CompletedProcess:
+    code = int(self._server.stdout.readline())
+    # What refused() reads; both streams are in one file.
+    return subprocess.CompletedProcess(self.pid, code, '', self.said())
+
+
+class Server:
+  """`tests.fork_server`: starts commands for the price of a fork."""
+
+  def __init__(self, root: pathlib.Path, name: str):
+    self._output = root / f'{name}.txt'
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', 'tests.fork_server'],
+      cwd=conftest.ROOT, env=os.environ | {'OPENBLAS_NUM_THREADS': '1'},
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  def start(self, flags: list[str]) -> Process:
+    self._output.unlink(missing_ok=True)
+    request = {
+      'module': 'experiments.main',
+      'flags': flags,
+      'output': str(self._output),
+    }
+    self._process.stdin.write(json.dumps(request) + '\n')
+    self._process.stdin.flush()
+    pid = int(self._process.stdout.readline())
+    while not self._output.exists():
+      time.sleep(0.001)
+    return Process(self._process, pid, self._output)
+
+  def run(self, flags: list[str]) -> subprocess.CompletedProcess:
+    return self.start(flags).wait()
+
+  def close(self):
+    self._process.communicate()
+
+
+@pytest.fixture(scope='module', name='setting')
+def _setting(tmp_path_factory) -> runs.Setting:
+  return runs.Setting(tmp_path_factory.mktemp('faults'))
+
+
+@pytest.fixture(scope='module', name='servers')
+def _servers(setting):
+  servers = [Server(setting.root, f'said{i}') for i in range(CHAINS)]
+  yield servers
+  for server in servers:
+    server.close()
+
+
+@pytest.fixture(scope='module', name='finished')
+def _finished(setting, servers) -> pathlib.Path:
+  """The workdir of an undisturbed run."""
+  workdir = setting.root / 'run'
+  done = servers[0].run(setting.arguments(workdir, **CHANGES))
+  assert done.returncode == 0, done.stderr
+  assert tuple(row['step'] for row in runs.rows(workdir, 'shrink')) == SHRINKS
+  return workdir
+
+
+class Watch:
+  """What a run is doing, seen from outside through its files."""
+
+  def __init__(self, workdir: pathlib.Path, process: Process):
+    self._workdir, self._process = workdir, process
+    self._unfinished = self._folders()
+    self._first = runs.reached(workdir)
+
+  def _folders(self):
+    # By inode: what a killed process left has the name of what comes next.
+    return {
+      (path.parent.name, path.stat().st_ino)
+      for path in self._workdir.glob('*/*.orbax-checkpoint-tmp*')
+      if path.exists()
+    }
+
+  def saves(self, kind: str) -> bool:
+    """Whether a moment of this kind is being written."""
+    try:
+      return any(k == kind for k, _ in self._folders() - self._unfinished)
+    except FileNotFoundError:  # It has just been committed.
+      return False
+
+  def shrinks(self) -> bool:
+    """Between the prune that a shrink follows and the row of the shrink."""
+    pruned = _last(self._workdir / 'trace.jsonl')
+    return pruned in SHRINKS and runs.reached(self._workdir) < pruned
+
+  def steps(self) -> bool:
+    return runs.reached(self._workdir) > self._first
+
+  def compiles(self) -> bool:
+    """Restored, and no step finished."""
+    said = self._process.said()
+    return ('resuming' in said or 'held out' in said) and not self.steps()
+
+  def phase(self) -> str:
+    """What was going on when it died."""
+    for name, holds in PHASES.items():
+      if holds(self):
+        return name
+    return 'start'
+
+
+def _last(path: pathlib.Path) -> int:
+  """Step of the last row; -1 before the first."""
+  lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+  return json.loads(lines[-1])['step'] if lines else -1
+
+
+PHASES = {
+  'rolling save': lambda watch: watch.saves('checkpoints'),
+  'event save': lambda watch: watch.saves('events'),
+  'shrink': Watch.shrinks,
+  'compile': Watch.compiles,
+  'step': Watch.steps,
+}
+# How long after the beginning of a phase it is killed, seconds at most.
+JITTER = {
+  'rolling save': 0.02, 'event save': 0.02, 'shrink': 0.3, 'compile': 0.5,
+  'step': 0.3, 'start': 1.0,
+}  # fmt: skip
+# In this order every run comes by a shrink, then its save, then one after it.
+ORDER = ('start', 'shrink', 'event save', 'rolling save', 'compile', 'step')
+
+
+def test_kills_change_nothing(setting, finished, servers):
+  """Invariant 8: SIGKILL, the same command again, the same bits at the end."""
+
+  def chain(number):
+    rng, hit, ends = random.Random(number), collections.Counter(), 0
+    workdir = setting.root / f'killed{number}'
+    flags = setting.arguments(workdir, **CHANGES)
+    while True:
+      process = servers[number].start(flags)
+      watch = Watch(workdir, process)
+      wanted = ORDER[hit.total() % len(ORDER)]
+      alive = lambda p=process: pathlib.Path(f'/proc/{p.pid}/root').exists()
+      if hit.total() < KILLS // CHAINS:
+        begins = PHASES.get(wanted, lambda _: True)
+        while alive() and not begins(watch):
+          time.sleep(0.001)
+        time.sleep(rng.random() * JITTER[wanted])
+        if alive():
+          os.kill(process.pid, signal.SIGKILL)
+      done = process.wait()
+      if done.returncode == -signal.SIGKILL:
+        hit[watch.phase()] += 1
+        continue
+      assert done.returncode == 0, done.stderr
+      runs.same_result(workdir, finished)
+      ends += 1
+      if hit.total() >= KILLS // CHAINS:
+        return hit, ends
+      shutil.rmtree(workdir)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    results = list(pool.map(chain, range(CHAINS)))
+  hit = sum((hit for hit, _ in results), collections.Counter())
+  ends = sum(ends for _, ends in results)
+  print(f'{hit.total()} kills, {dict(hit)}; {ends} runs to the same bits')
+  assert hit.total() >= KILLS
+  assert set(hit) == {*ORDER}
+  assert min(hit.values()) >= KILLS // 25, hit
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_cleanly(setting, finished, servers, signum):
+  workdir = setting.root / f'signal{signum}'
+  flags = setting.arguments(workdir, **CHANGES)
+  process = servers[0].start(flags)
+  while runs.reached(workdir) < 1:
+    time.sleep(0.001)
+  os.kill(process.pid, signum)
+  done = process.wait()
+  assert done.returncode == 128 + signum, done.stderr
+  step = checkpoints.moments(workdir)[0].step
+  assert 1 <= step < 24
+  # Nothing was lost, the step that it came in included.
+  assert step == _last(workdir / 'metrics.jsonl')
+  assert done.stderr.splitlines()[-1] == (
+    f'stopped after step {step}; run the same command again to resume'
+  )
+  assert 'Traceback' not in done.stderr
+  done = servers[0].run(flags)
+  assert done.returncode == 0, done.stderr
+  assert f'after step {step}' in done.stderr
+  runs.same_result(workdir, finished)
+
+
+@pytest.mark.parametrize(
+  ('part', 'damage'),
+  [('*', 'truncate'), ('params', 'flip'), ('optimizer', 'flip')],
+)
+def test_a_damaged_newest_checkpoint_falls_back(
+  setting, finished, servers, part, damage
+):
+  workdir = setting.root / f'{damage}-{part.strip("*")}'
+  shutil.copytree(finished, workdir)
+  files = (workdir / 'checkpoints' / '24').glob(f'{part}/**/d/*')
+  files = sorted(files, key=lambda p: p.stat().st_size)
+  if damage == 'truncate':
+    for path in files:
+      os.truncate(path, path.stat().st_size // 2)
+  else:
+    content = bytearray(files[-1].read_bytes())
+    content[len(content) // 2] ^= 4
+    files[-1].write_bytes(content)
+  done = servers[0].run(setting.arguments(workdir, **CHANGES))
+  assert done.returncode == 0, done.stderr
+  assert 'cannot be read' in done.stderr
+  assert 'taking the one before' in done.stderr
+  runs.same_result(workdir, finished)
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(
+  setting, finished, servers
+):
+  """On a real file system of 2.6 MB that fills up while the run goes on."""
+  disk = setting.root / 'disk'
+  disk.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=2600k', 'tmpfs', str(disk)],
+    capture_output=True, check=False,
+  )  # fmt: skip
+  if mounted.returncode:
+    pytest.skip('mounting a small file system needs root')
+  flags = setting.arguments(disk / 'run', **CHANGES)
+  try:
+    done = servers[0].run(flags)
+    runs.refused(done, 'the disk is full')
+    assert checkpoints.moments(disk / 'run')
+    # With room again, the same command goes on to the same bits.
+    subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
+    done = servers[0].run(flags)
+    assert done.returncode == 0, done.stderr
+    runs.same_result(disk / 'run', finished)
+  finally:
+    subprocess.run(['umount', str(disk)], check=True)
+
+
+@pytest.fixture(name='tokens')
+def _tokens(setting, finished):
+  """The tokens that the runs read, to be damaged; mended in the end."""
+  del finished  # It has written them.
+  (path,) = (setting.root / 'cache').rglob('tokens-*/0.npy')
+  whole = path.read_bytes()
+  yield np.load(path, mmap_mode='r+')
+  path.write_bytes(whole)
+
+
+def test_steps_that_are_not_finite_are_skipped(setting, servers, tokens):
+  """Tokens that do not exist, in some windows of the text."""
+  tokens[::300] = 60_000
+  tokens.flush()
+  whole, stopped = setting.root / 'nan', setting.root / 'nan-stopped'
+  done = servers[0].run(setting.arguments(whole, **CHANGES))
+  assert done.returncode == 0, done.stderr
+  strict = lambda word: pytest.fail(f'{word} is not JSON')
+  rows = [
+    json.loads(line, parse_constant=strict)
+    for line in (whole / 'metrics.jsonl').read_text().splitlines()
+  ]
+  rows = [row for row in rows if row['kind'] == 'train']
+  bad = [row['step'] for row in rows if row['loss'] is None]
+  assert 2 <= len(bad) <= 12
+  skipped = [row['skipped'] for row in rows]
+  assert skipped == [sum(s <= row['step'] for s in bad) for row in rows]
+  assert f'step {bad[0]} is skipped: loss nan' in done.stderr
+
+  # The count comes through a resume.
+  flags = setting.arguments(stopped, **CHANGES)
+  process = servers[0].start(flags)
+  while runs.reached(stopped) < bad[0]:
+    time.sleep(0.001)
+  os.kill(process.pid, signal.SIGTERM)
+  assert process.wait().returncode == 128 + signal.SIGTERM
+  assert servers[0].run(flags).returncode == 0
+  runs.same_result(stopped, whole)
+
+
+def test_too_many_skipped_steps_end_in_one_line(setting, servers, tokens):
+  whole = tokens.copy()
+  tokens[:] = 60_000
+  tokens.flush()
+  workdir = setting.root / 'skipped'
+  flags = setting.arguments(
+    workdir, **CHANGES | {'train.max_skipped': 2, 'checkpoint.every_steps': 9}
+  )
+  runs.refused(servers[0].run(flags), '2 steps in a row were skipped, step 2')
+  # What is saved are good parameters, and the batches after the bad ones.
+  (moment,) = checkpoints.moments(workdir)
+  assert (moment.step, moment.skipped, moment.in_a_row) == (2, 2, 0)
+  assert np.isfinite(checkpoints.read_params(moment).embed).all()
+  done = servers[0].run(flags)
+  runs.refused(done, 'step 4 cannot prune: every step up to it was skipped')
+  tokens[:] = whole
+  tokens.flush()
+  done = servers[0].run(flags)
+  assert done.returncode == 0, done.stderr
+  assert runs.rows(workdir, 'train')[-1]['skipped'] == 2
+
+
+def test_a_killed_data_worker_ends_in_one_line(setting, finished):
+  """In a process of its own: Grain starts the program once more."""
+  del finished  # It has prepared the text.
+  workdir = setting.root / 'worker'
+  flags = setting.arguments(workdir, **CHANGES, **{'data.workers': 1})
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'experiments.main', *flags],
+    cwd=conftest.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  while runs.reached(workdir) < 1:
+    assert process.poll() is None
+    time.sleep(0.001)
+  for child in _children(process.pid):
+    if 'spawn_main' in pathlib.Path(f'/proc/{child}/cmdline').read_text():
+      os.kill(child, signal.SIGKILL)
+  _, said = process.communicate(timeout=120)
+  # After the last line Python may tell of the dead worker's shared memory.
+  lines = [line for line in said.splitlines() if 'warn' not in line]
+  said = '\n'.join(lines)
+  done = subprocess.CompletedProcess('main', process.returncode, '', said)
+  runs.refused(done, 'a data worker has ended', '--config.data.workers=0')
+
+
+def _children(pid: int) -> list[int]:
+  tasks = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
+  return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def test_the_record_is_written_by_lines(finished):
+  """What `reached` and the kills rely on."""
+  rows = list(workdir_lib.read(finished / 'metrics.jsonl'))
+  assert runs.reached(finished) == rows[-1]['step'] == 24
