@@ -25,7 +25,7 @@ from tests import conftest
 from tests import runs
 
 MESHES = {
-  '8-1-1': ((8, 1, 1), 'bucket'),
+  '8-1-1': ((8, 1, 1), 'xla_loop'),
   '1-8-1': ((1, 8, 1), 'xla'),
   '1-1-8': ((1, 1, 8), 'xla'),
   '2-2-2': ((2, 2, 2), 'xla'),
@@ -103,7 +103,7 @@ def on_eight_devices(root):
   rewound(root, 'one', 'one-then-eight')
   run(root, 'one-then-eight', (2, 2, 2))
   rewound(root, '8-1-1', 'eight-then-two')
-  run(root, 'eight-then-two', (1, 2, 1), 'bucket')
+  run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
 
   said = {}
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
