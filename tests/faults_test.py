@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from effllm_jax import checkpoints
-from effllm_jax import workdir as workdir_lib
 from tests import conftest
 from tests import runs
 
@@ -162,7 +161,7 @@ PHASES = {
 # How long after the beginning of a phase it is killed, seconds at most.
 JITTER = {
   'rolling save': 0.02, 'event save': 0.02, 'shrink': 0.3, 'compile': 0.5,
-  'step': 0.3, 'start': 1.0,
+  'step': 0.02, 'start': 0.5,
 }  # fmt: skip
 # In this order every run comes by a shrink, then its save, then one after it.
 ORDER = ('start', 'shrink', 'event save', 'rolling save', 'compile', 'step')
@@ -183,7 +182,7 @@ def test_kills_change_nothing(setting, finished, servers):
       if hit.total() < KILLS // CHAINS:
         begins = PHASES.get(wanted, lambda _: True)
         while alive() and not begins(watch):
-          time.sleep(0.001)
+          time.sleep(0.004)
         time.sleep(rng.random() * JITTER[wanted])
         if alive():
           os.kill(process.pid, signal.SIGKILL)
@@ -208,16 +207,15 @@ def test_kills_change_nothing(setting, finished, servers):
   assert min(hit.values()) >= KILLS // 25, hit
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_cleanly(setting, finished, servers, signum):
-  workdir = setting.root / f'signal{signum}'
+def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
+  workdir = setting.root / 'terminated'
   flags = setting.arguments(workdir, **CHANGES)
   process = servers[0].start(flags)
   while runs.reached(workdir) < 1:
     time.sleep(0.001)
-  os.kill(process.pid, signum)
+  os.kill(process.pid, signal.SIGTERM)
   done = process.wait()
-  assert done.returncode == 128 + signum, done.stderr
+  assert done.returncode == 128 + signal.SIGTERM, done.stderr
   step = checkpoints.moments(workdir)[0].step
   assert 1 <= step < 24
   # Nothing was lost, the step that it came in included.
@@ -372,9 +370,3 @@ def test_a_killed_data_worker_ends_in_one_line(setting, finished):
 def _children(pid: int) -> list[int]:
   tasks = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
   return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-def test_the_record_is_written_by_lines(finished):
-  """What `reached` and the kills rely on."""
-  rows = list(workdir_lib.read(finished / 'metrics.jsonl'))
-  assert runs.reached(finished) == rows[-1]['step'] == 24

@@ -65,37 +65,6 @@ def test_blocks_that_cannot_be_used_are_refused(setting, text):
   assert not (root / 'refused').exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(setting, monkeypatch):
-  run, root = setting
-  good_step = steps.train_step
-
-  class Exploding:
-    """The real step, compiled as ever, with parameters blown up at step 7."""
-
-    def lower(self, state, *args, **kwargs):
-      lowered = good_step.lower(state, *args, **kwargs)
-
-      class Compiled:
-        def compile(self):
-          step = lowered.compile()
-
-          def call(state, windows, answers):
-            if int(state.step) == 6:
-              state = state.replace(
-                params=jax.tree.map(lambda x: x * jnp.inf, state.params)
-              )
-            return step(state, windows, answers)
-
-          return call
-
-      return Compiled()
-
-  monkeypatch.setattr(steps, 'train_step', Exploding())
-  with pytest.raises(errors.InputError, match='step 7 is not finite; the last'):
-    run('nan')
-  assert checkpoints.moments(root / 'nan')[0].step == 5
-
-
 def test_a_repair_that_needed_more_damping_is_told():
   said = []
   run = types.SimpleNamespace(
