@@ -16,7 +16,6 @@ process leaves no half of one.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -33,6 +32,7 @@ from effllm_jax import errors
 from effllm_jax import events as events_lib
 from effllm_jax import state as state_lib
 from effllm_jax import structure
+from effllm_jax import untrusted
 
 _ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
 
@@ -188,18 +188,22 @@ def _committed(workdir, kind) -> list[pathlib.Path]:
 
 def _moment(path: pathlib.Path) -> Moment:
   arch = _read_json(path / 'arch')
+  counts = {'step': arch['step'], 'num_events': arch['num_events']}
+  flops = dict(**arch['flops'])
+  for name, count in (counts | flops).items():
+    if type(count) is not int or count < 0:
+      raise ValueError(f'{name} = {count!r}')
   return Moment(
     path=path,
-    step=arch['step'],
-    num_events=arch['num_events'],
     cfg=structure.ModelConfig.from_dict(arch['model']),
-    flops=arch['flops'],
+    flops=flops,
+    **counts,
   )
 
 
 def _read_json(folder: pathlib.Path) -> dict[str, Any]:
   # Orbax's JsonSave writes one file, `metadata`.
-  return json.loads((folder / 'metadata').read_text())
+  return untrusted.read_json(folder / 'metadata', 'choose another one')
 
 
 def restore_latest(
@@ -317,11 +321,22 @@ def _set_aside(path: pathlib.Path, error: Exception) -> None:
 
 
 def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
-  """All shrink events of a run, in order."""
-  return [
-    events_lib.ShrinkEvent.from_json(_read_json(path / 'event'))
-    for path in _committed(workdir, _EVENTS)
-  ]
+  """All shrink events of a run, in order.
+
+  Raises:
+    errors.InputError: one of them is damaged.
+  """
+  return [_read_event(path) for path in _committed(workdir, _EVENTS)]
+
+
+def _read_event(path) -> events_lib.ShrinkEvent:
+  record = _read_json(path / 'event')
+  try:
+    return events_lib.ShrinkEvent.from_json(record)
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.InputError(
+      f'{path} is not a complete event of a run ({e}); restore it'
+    ) from e
 
 
 def restore_params(

@@ -10,7 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
-  'errors', 'structure', 'model', 'distillation', 'saliency', 'budgets',
+  'errors', 'untrusted', 'structure', 'model', 'distillation', 'saliency',
+  'budgets',
   'selection', 'schedules', 'optimizers', 'repair', 'state', 'shrink',
   'events', 'steps', 'accounting',
   'fetch', 'workdir', 'checkpoints',
