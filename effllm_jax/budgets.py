@@ -221,7 +221,7 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
   remedy = (
     'write one with python -m experiments.latency and set --config.budget.table'
   )
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise errors.InputError(
       f'budget.table {str(table)!r} is not a file; {remedy}'
     )

@@ -142,7 +142,7 @@ def _folder(text: str) -> tuple[str, dict[str, bytes]]:
     folder = pathlib.Path(text).expanduser()
   except RuntimeError:  # '~nobody'
     folder = pathlib.Path(text)
-  if not text or not folder.is_dir():
+  if not text or not os.path.isdir(folder):
     raise errors.InputError(
       f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt "
       'or .jsonl files; set --config.data.text'

@@ -7,6 +7,7 @@ never opened: reading one runs whatever code it contains.
 import collections
 import contextlib
 import hashlib
+import os
 import pathlib
 import re
 
@@ -127,7 +128,8 @@ def _weight_files(folder):
           f'{index}: {name} is not the name of a file beside it; fetch it again'
         )
     for name in names:
-      if not (folder / name).is_file():
+      # Unlike pathlib's, False also for a name that no path can have.
+      if not os.path.isfile(folder / name):
         raise errors.InputError(
           f'{folder / name} is missing, the index names it; fetch it as well'
         )

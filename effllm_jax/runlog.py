@@ -59,10 +59,13 @@ _SHRINK = {
 }  # fmt: skip
 _TEXT = {
   'domains': {str: {'train': {'bytes': float}}},
-  'packages': [{'name': str, 'version': str, 'licence': str, 'domain': str}],
+  'packages': (
+    [{'name': str, 'version': str, 'licence': str, 'domain': str}],
+    None,
+  ),
 }
 _EDGE = {
-  'step': int,
+  'step': (int, None),
   'machine': str,
   'rows': [
     {
@@ -337,12 +340,18 @@ def _as(shape, value, name='row') -> Any:
 
 
 def _object(path: pathlib.Path, shape: dict[str, Any]) -> dict[str, Any]:
-  """An object of which the keys of `shape`, where they are, are as it says."""
+  """An object of which the keys of `shape` are as it says; empty: no file.
+
+  A shape of a tuple is that of an object that may lack it.
+  """
   if not path.is_file():
     return {}
   about = untrusted.read_json(path, 'restore it')
   try:
-    known = {x: _as(shape[x], about[x], x) for x in shape.keys() & about.keys()}
+    known = {
+      key: _as(x, about.get(key) if isinstance(x, tuple) else about[key], key)
+      for key, x in shape.items()
+    }
   except (KeyError, TypeError, ValueError) as e:
     raise errors.InputError(f'{path} lacks or misspells {e}; restore it') from e
   return about | known

@@ -73,11 +73,12 @@ def load(
     path = pathlib.Path(source).expanduser()
   except RuntimeError:  # '~nobody'
     path = pathlib.Path(source)
-  if (path / 'arch').is_dir():
+  # Unlike pathlib's, False also for a name that no path can have.
+  if os.path.isdir(path / 'arch'):
     return _pruned(path, params)
-  if path.is_dir():
+  if os.path.isdir(path):
     return hf_source.read(path, params)
-  if path.suffix.lower() == '.gguf' and path.is_file():
+  if path.suffix.lower() == '.gguf' and os.path.isfile(path):
     return gguf_source.read(path, params)
   raise errors.InputError(
     f'source {str(source)!r} is not known; set --config.source to {DEFAULT}, '

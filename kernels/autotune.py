@@ -23,6 +23,8 @@ from kernels import forms
 # Rounds of timing; the least of them counts, since noise only adds.
 _ROUNDS = 5
 _KEY = ('device', 'implementation', 'form', 'm', 'n', 'k', 'dtype')
+# Longest axis of a row: candidates are looked for up to it.
+_LONGEST = 2**22
 # The implementations that have blocks.
 _TUNED = ('xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
 # What `use` has read: key -> blocks.
@@ -162,6 +164,8 @@ def _blocks(row):
   # Nothing is imported that only a file names.
   if row['implementation'] not in _TUNED:
     raise ValueError(f'no blocks of {row["implementation"]}')
+  if not all(0 < row[x] <= _LONGEST for x in ('m', 'n', 'k')):
+    raise ValueError(f'no product has sizes {[row[x] for x in "mnk"]}')
   module = importlib.import_module(f'kernels.{row["implementation"]}')
   blocks = module.Blocks(**row['blocks'])
   if blocks not in module.candidates(*(row[x] for x in _KEY[2:])):
