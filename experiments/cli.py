@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import itertools
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from absl import logging
 import ml_collections
 
 from effllm_jax import errors
+from experiments.configs import smollm2_135m
 
 CACHE = flags.DEFINE_string(
   'cache',
@@ -31,12 +33,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
   def parse(argv):
     try:
+      _check_files(argv)
       return flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:
       _fail(_unknown_key(argv, str(e.args[0])))
     except (flags.Error, TypeError, ValueError) as e:
       _fail(e)
-    except (ImportError, OSError, SyntaxError) as e:
+    except Exception as e:  # The config is a program of the user's.
       _fail(f'--config cannot be read: {_last_line(e)}')
 
   def guarded(argv):
@@ -58,7 +61,8 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   """The config of a `config_flags` flag.
 
   Raises:
-    errors.InputError: the file does not exist, or has no `get_config`.
+    errors.InputError: the file does not exist, has no `get_config`, or that
+      returns something else than a config with all keys, see `check`.
   """
   path = pathlib.Path(flags.FLAGS[flag.name].config_filename)
   if not path.is_file():
@@ -66,15 +70,65 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   try:
     # The flag reports a broken file only when its value is used.
     flag.value.to_dict()
-    return flag.value
-  except (OSError, AttributeError) as e:
+  except Exception as e:  # A program of the user's.
     raise errors.InputError(
       f'{path} cannot be read as a config: {_last_line(e)}'
     ) from e
 
 
+  check(flag.value, path)
+  return flag.value
+
+
+def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
+  """Raises InputError unless a config has the keys and types of the shipped.
+
+  Args:
+    config: of a user.
+    file: named in errors.
+  """
+
+  def compare(have, base, at=''):
+    for key in sorted(base.keys() ^ have.keys()):
+      raise errors.InputError(
+        f'{file}: the config {"lacks" if key in base else "has no"} key '
+        f'{at}{key}; import a shipped config and change lines'
+      )
+    for key, value in base.items():
+      kind, found = type(value), have[key]
+      if kind is ml_collections.ConfigDict and isinstance(found, kind):
+        # Weights of domains have the names of domains.
+        if value or not found:
+          compare(found, value, f'{at}{key}.')
+          continue
+        kind = float
+        values = found.values()
+      else:
+        values = [found]
+      for x in values:
+        right = isinstance(x, (int, float) if kind is float else kind)
+        if not right or (isinstance(x, bool) and kind is not bool):
+          raise errors.InputError(
+            f'{file}: {at}{key} = {x!r} is no {kind.__name__}; set '
+            f'--config.{at}{key}'
+          )
+
+  compare(config, smollm2_135m.get_config())
+
+
+def _check_files(argv: Sequence[str]) -> None:
+  """Raises ValueError where --config is a pipe or a device, which block."""
+  for flag, value in itertools.pairwise([*argv, '']):
+    name, equals, given = flag.partition('=')
+    path = given if equals else value
+    if name in ('--config', '-config') and os.path.exists(path):
+      if not os.path.isfile(path):
+        raise ValueError(f'{path} is not a file; set --config')
+
+
 def _last_line(error: Exception) -> str:
-  return str(error).strip().splitlines()[-1].strip()
+  lines = str(error).strip().splitlines()
+  return lines[-1].strip() if lines else type(error).__name__
 
 
 def _unknown_key(argv: Sequence[str], text: str) -> str:
@@ -95,6 +149,5 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
 
 
 def _fail(message: object, code: int = 2) -> None:
-  text = ' '.join(str(message).split())
-  print(f'error: {text}', file=sys.stderr)
+  print(f'error: {errors.InputError(str(message))}', file=sys.stderr)
   sys.exit(code)

@@ -1117,3 +1117,114 @@ def test_overrides(data):
       plan.make(ml_collections.FrozenConfigDict(config), source)
     except errors.InputError as e:
       assert '--config' in str(e) or ';' in str(e), e
+
+
+# The command line.
+
+
+COMMAND = """
+import json, os, signal, sys, tempfile
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+from experiments import cli
+CONFIG = config_flags.DEFINE_config_file('config', None, '', lock_config=True)
+flags.mark_flag_as_required('config')
+def main(argv):
+  ml_collections.FrozenConfigDict(cli.config(CONFIG))
+for arguments in json.load(sys.stdin):
+  read, write = os.pipe()
+  child = os.fork()
+  if not child:
+    signal.alarm(10)
+    os.dup2(write, 2)
+    sys.argv = ['main', *map(os.fsdecode, map(bytes, arguments))]
+    cli.run(main)
+    os._exit(0)
+  os.close(write)
+  with os.fdopen(read, errors='replace') as file:
+    text = file.read()
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  print(json.dumps([status, text]))
+"""
+
+
+def run_commands(arguments):
+  """(exit code, stderr) of a command with each of the lists of flags.
+
+  One process reads the flags of all of them, each in a fork of it.
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', COMMAND],
+    input=json.dumps([[[*os.fsencode(x)] for x in a] for a in arguments]),
+    cwd=conftest.ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+CONFIGS = {
+  'nothing': b'',
+  'syntax': b'def get_config(:\n',
+  'indent': b'def get_config():\nreturn 1\n',
+  'nul': b'x = 1\0\n',
+  'latin1': b'# \xe9\ndef get_config(): pass\n',
+  'binary': bytes(range(256)) * 100,
+  'none': b'def get_config(): return None\n',
+  'number': b'def get_config(): return 7\n',
+  'dict': b'def get_config(): return {"seed": 1}\n',
+  'argument': b'def get_config(x): return x\n',
+  'divides': b'def get_config(): return 1 / 0\n',
+  'name': b'def get_config(): return nobody\n',
+  'recurses': b'def get_config(): return get_config()\n',
+  'nested': b'x = ' + b'(' * 10_000 + b')' * 10_000,
+  'raises': b'def get_config(): raise Exception("a\\nb")\n',
+  'asserts': b'def get_config(): assert False\n',
+  'imports': b'import nothing_of_that_name\n',
+  'memory': b'def get_config(): raise MemoryError\n',
+  'empty': b'import ml_collections\n'
+  b'def get_config(): return ml_collections.ConfigDict()\n',
+}
+
+
+def test_config_files(tmp_path):
+  cases = []
+  for name, data in CONFIGS.items():
+    (tmp_path / f'{name}.py').write_bytes(data)
+  for name, put in THINGS.items():
+    put(tmp_path / f'thing-{name}.py')
+  for path in sorted(tmp_path.glob('*.py')):
+    for more in ([], ['--config.seed=1'], ['--config.nothing=1']):
+      cases.append([f'--config={path}', *more])
+      cases.append(['--config', str(path), *more])
+  for (status, text), flags in zip(run_commands(cases), cases, strict=True):
+    said = text.strip().splitlines()
+    assert status == 2, (flags, status, text[-2000:])
+    assert len(said) == 1 and said[0].startswith('error: '), (flags, text)
+    assert len(said[0]) < 3000
+
+
+def test_overrides_of_the_command_line():
+  values = [
+    '', ' ', '-1', '0', '1e999', 'nan', 'inf', '9' * 5000, '1' * 400, '(1,)',
+    '[' * 1000, '{}', 'None', '../x', '\udcff', '\x1b[2J', 'True', '1.5', "'",
+  ]  # fmt: skip
+  keys = [
+    'seed', 'optimizer.peak', 'source', 'model.remat', 'data.weights',
+    'data.weights.x', 'prune', 'nothing', 'prune.nothing', '', '.', 'seed.x',
+    'prune.floors.ffn', 'data', '__class__', 'budget.target',
+  ]  # fmt: skip
+  file = '--config=experiments/configs/smollm2_135m.py'
+  cases = [[file, f'--config.{key}={x}'] for key in keys for x in values]
+  cases += [[file, f'--config.{key}'] for key in keys]
+  cases += [['--config='], ['--config'], ['--config', '--config'], []]
+  accepted = 0
+  for (status, text), flags in zip(run_commands(cases), cases, strict=True):
+    if status == 0:
+      accepted += 1
+      continue
+    said = text.strip().splitlines()
+    assert status == 2, (flags, status, text[-2000:])
+    assert len(said) == 1 and said[0].startswith('error: '), (flags, text)
+    assert len(said[0]) < 3000
+  assert 20 < accepted < len(cases) / 2
