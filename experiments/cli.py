@@ -89,7 +89,7 @@ def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
   """
 
   def compare(have, base, at=''):
-    for key in sorted(base.keys() ^ have.keys()):
+    for key in sorted({*base} ^ {*have}):
       raise errors.InputError(
         f'{file}: the config {"lacks" if key in base else "has no"} key '
         f'{at}{key}; import a shipped config and change lines'
