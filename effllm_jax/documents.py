@@ -17,7 +17,6 @@ import re
 from typing import NamedTuple
 import xml.etree.ElementTree as ElementTree
 
-
 # Of one package, packed or not; the largest here has a tenth of that.
 MOST_BYTES = 2**28
 

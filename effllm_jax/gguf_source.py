@@ -330,7 +330,9 @@ def _config(meta, tensors):
       raise meta.refused(f'{arch}.{key}', f'{get(key)} (head width {H})')
   embed = tensors.get('token_embd.weight')
   cfg = structure.ModelConfig(
-    V=get('vocab_size', default=embed.shape[0] if embed and embed.shape else None),
+    V=get(
+      'vocab_size', default=embed.shape[0] if embed and embed.shape else None
+    ),
     D=D,
     N=get('block_count'),
     K=K,

@@ -9,10 +9,12 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
             and per type: widths (mean over the layers), price (nats/token per
             parameter, or per unit of the budget; None while nothing is
             scored), pruned (share of the source model's groups)
-    eval    step, tokens, phase, live_params, bits_per_byte, domains
+            compile_seconds and data_seconds are not in `seconds`
+    eval    step, tokens, phase, live_params, bits_per_byte, domains, seconds
     shrink  event, step, tokens, widths_before, widths_after, params_before and
             params_after of the arrays; live_params, and widths_live, the least
             and the most of a layer; loss_before, loss_after, seconds
+    save    step, tokens, seconds that the run waited for a checkpoint
 
 `trace.jsonl` has one line per prune, of which `tokens` and `removed` are read:
 the groups that went, by their place in the source model, heads and ffn as
@@ -40,7 +42,8 @@ TEXT = 'text.json'
 EDGE = 'edge.json'
 _SCALARS = (
   'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
-  'array_params', 'live_cost', 'target_cost',
+  'array_params', 'live_cost', 'target_cost', 'compile_seconds',
+  'data_seconds',
 )  # fmt: skip
 _PER_TYPE = ('widths', 'price', 'pruned')
 # What else is read, and as what: `float` is any number, None after it another
@@ -48,12 +51,12 @@ _PER_TYPE = ('widths', 'price', 'pruned')
 _BY_TYPE = dict.fromkeys(structure.TYPES, float)
 _EVAL = {
   'step': float, 'tokens': float, 'phase': str, 'live_params': float,
-  'bits_per_byte': float, 'domains': {str: float},
+  'bits_per_byte': float, 'domains': {str: float}, 'seconds': float,
 }  # fmt: skip
 _SHRINK = {
   'event': int, 'step': float, 'tokens': float, 'widths_before': _BY_TYPE,
   'widths_after': _BY_TYPE,
-  'widths_live': dict.fromkeys(structure.TYPES, [float]),
+  'widths_live': {t: [float] for t in structure.TYPES},
   'params_before': float, 'params_after': float, 'live_params': float,
   'loss_before': float, 'loss_after': float, 'seconds': float,
 }  # fmt: skip
@@ -95,6 +98,7 @@ class Run:
     train: column name (`loss`, `widths.ffn`) -> float64 [rows]; nan = None.
     evals: held-out evaluations.
     shrinks: shrink events.
+    save_seconds: that the run waited for its checkpoints, all together.
     prune_tokens: tokens seen at each prune, float64 [prunes].
     text: manifest of the training text; empty when not recorded.
     edge: what `experiments.edge` measured, and of which step; empty before.
@@ -111,6 +115,7 @@ class Run:
   shrinks: list[dict]
   prune_tokens: np.ndarray
   removed: dict[str, np.ndarray]
+  save_seconds: float = 0.0
   text: dict = dataclasses.field(default_factory=dict)
   edge: dict = dataclasses.field(default_factory=dict)
 
@@ -235,7 +240,7 @@ def read(folder: str | os.PathLike) -> Run:
     f'{x}.{t}': array.array('d') for x in _PER_TYPE for t in structure.TYPES
   }
   columns |= {f'flops.{x}': array.array('d') for x in accounting.PURPOSES}
-  evals, shrinks, prune_tokens = [], [], array.array('d')
+  evals, shrinks, saves, prune_tokens = [], [], [], array.array('d')
 
   def keep(row):
     kind = row['kind']
@@ -254,6 +259,8 @@ def read(folder: str | os.PathLike) -> Run:
       evals.append(_as(_EVAL, row))
     elif kind == 'shrink':
       shrinks.append(_as(_SHRINK, row))
+    elif kind == 'save':
+      saves.append(_number(row['seconds']))
 
   _each(folder / 'metrics.jsonl', keep)
   if not len(columns['step']):
@@ -282,6 +289,7 @@ def read(folder: str | os.PathLike) -> Run:
     evals=evals,
     shrinks=shrinks,
     prune_tokens=np.asarray(prune_tokens),
+    save_seconds=math.fsum(saves),
     removed=removed,
     text=_object(folder / TEXT, _TEXT),
     edge=_object(folder / EDGE, _EDGE),

@@ -189,9 +189,7 @@ def load_saved(folder: str | os.PathLike) -> Source:
         raise TypeError(f'{name} = {about[name]!r}')
     if about['origin'] is not None:
       about['origin'] = structure.Groups(
-        **{
-          t: np.asarray(about['origin'][t], np.int64) for t in structure.TYPES
-        }
+        **{t: np.asarray(about['origin'][t], np.int64) for t in structure.TYPES}
       )
       shapes = jax.tree.map(np.shape, about['origin'])
       if shapes != structure.group_shapes(about['cfg']):

@@ -169,6 +169,8 @@ class Run:
       moment.flops if restored else None,
     )
     self.compiled = {}
+    # Since the last row: not every step has one.
+    self.compile_seconds = 0.0
     self.extents = self._extents()
 
   def train(self) -> None:
@@ -198,7 +200,7 @@ class Run:
     windows_ABT = jnp.asarray(windows).reshape(
       self.config.train.accumulate, -1, windows.shape[-1]
     )
-    compile_seconds = self._compile(windows_ABT, plan.scores(step))
+    self.compile_seconds += self._compile(windows_ABT, plan.scores(step))
     start = time.perf_counter()
     answers = self.teacher(windows_ABT) if self.teacher else None
     self.state, numbers = self.compiled[plan.scores(step)](
@@ -226,7 +228,7 @@ class Run:
         'learning_rate': float(self.rate(step - 1)),
         # Includes the prune; not the compilation, the input or the shrink.
         'seconds': seconds,
-        'compile_seconds': compile_seconds,
+        'compile_seconds': self.compile_seconds,
         'data_seconds': waited,
         **pruning.sizes(
           self.state.prune, self.cfg, plan, step, self.source_widths
@@ -239,11 +241,13 @@ class Run:
     event = self._shrink(step, windows_ABT[0])
     if row:
       row['tokens_per_second'] = plan.tokens_per_step / seconds
+      self.compile_seconds = 0.0
       self.metrics.write(row)
       self.progress.step(row)
     if plan.evaluates(step):
       self._evaluate(step, self._phase(step))
     # Last of all, so that a resume from here has lost nothing of this step.
+    start = time.perf_counter()
     if event:
       self.writer.save_event(event, self.state, self.batches, self.meter.spent)
     elif plan.checkpoints(step):
@@ -254,6 +258,17 @@ class Run:
         self.num_events,
         self.meter.spent,
       )
+    else:
+      return
+    self.metrics.write(
+      {
+        'kind': 'save',
+        'step': step,
+        'tokens': plan.tokens(step),
+        # What the run waited; the rest is written while it goes on.
+        'seconds': time.perf_counter() - start,
+      }
+    )
 
   def _compile(self, windows_ABT, score: bool) -> float:
     """Compiles the step once per architecture; returns the seconds it took."""
@@ -279,9 +294,10 @@ class Run:
         cfg=self.cfg,
         damping=self.plan.damping,
       ).compile()
-    # The first calls compile; the times of steps shall not include that.
-    pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
-    pruning.prices(self.state.prune, self.plan)
+    if score:
+      # The first calls compile; the times of steps shall not include that.
+      pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
+      pruning.prices(self.state.prune, self.plan)
     self.progress.phase('pruning' if score else 'recovery')
     return time.perf_counter() - start
 
