@@ -10,6 +10,7 @@ from tokenizers import pre_tokenizers
 from tokenizers import processors
 
 from effllm_jax import errors
+from effllm_jax import untrusted
 
 # Digits of a number come three at a time in Llama 3, one at a time in Qwen2.
 _WORDS = (
@@ -81,19 +82,15 @@ def tokenizer(
       f'{file}: {len(tokens)} tokens ({len(set(tokens))} different) with '
       f'{len(kinds)} token types; fetch the file again'
     )
-  try:
+  with untrusted.parsing(
+    f'{file}: merges do not fit the vocabulary', 'fetch the file again'
+  ):
     model = models.BPE(
       vocab={token: i for i, token in enumerate(tokens)},
       merges=[tuple(merge.split(' ')) for merge in merges],
       # As llama.cpp does for this rule: a word that is a token stays whole.
       ignore_merges=pre == 'llama-bpe',
     )
-  except Exception as e:  # The bindings raise nothing narrower.
-    reason = ' '.join(str(e).split())[:200]
-    raise errors.InputError(
-      f'{file}: merges do not fit the vocabulary ({reason}); fetch the file '
-      'again'
-    ) from e
   result = tokenizers.Tokenizer(model)
   result.pre_tokenizer = pre_tokenizers.Sequence(list(_RULES[pre]))
   result.decoder = decoders.ByteLevel()

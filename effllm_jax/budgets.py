@@ -11,7 +11,6 @@ channels of all layers together. The layers may differ in width.
 
 import dataclasses
 import fractions
-import json
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ from scipy import optimize
 
 from effllm_jax import errors
 from effllm_jax import structure
+from effllm_jax import untrusted
 
 KINDS = ('params', 'bytes', 'flops', 'ms')
 # Format -> sixteenths of a byte per weight: of a matrix, and of the output
@@ -35,6 +35,9 @@ FORMATS = {
   'q8_0': (34 * 16 // 32, 34 * 16 // 32),
   'q4_0': (18 * 16 // 32, 34 * 16 // 32),
 }
+# Neither a width nor a time in milliseconds comes near it; the fit of numbers
+# of any size would overflow.
+_LONGEST = 1e9
 # The letters that pruning leaves alone: a latency table holds for these.
 FIXED = ('V', 'N', 'G', 'H')
 
@@ -218,20 +221,20 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
   remedy = (
     'write one with python -m experiments.latency and set --config.budget.table'
   )
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise errors.InputError(
       f'budget.table {str(table)!r} is not a file; {remedy}'
     )
+  raw = untrusted.read_json(path, remedy)
   try:
-    raw = json.loads(path.read_text(encoding='utf-8'))
     model = {letter: raw['model'][letter] for letter in FIXED}
     columns = np.array(
       [[s[t] for t in (*structure.TYPES, 'ms')] for s in raw['shapes']], float
     ).T
-    if not (np.isfinite(columns) & (columns > 0)).all():
-      raise ValueError('a width or a time is not positive')
     heads, ffn, stem, ms = columns
-  except (KeyError, TypeError, ValueError) as e:
+    if not ((columns > 0) & (columns < _LONGEST)).all():
+      raise ValueError(f'a width or a time is not in (0, {_LONGEST:,.0f})')
+  except (KeyError, OverflowError, TypeError, ValueError) as e:
     raise errors.InputError(
       f'budget.table {path} is not a table of latencies '
       f'({type(e).__name__}: {e}); {remedy}'

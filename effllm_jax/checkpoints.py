@@ -40,6 +40,7 @@ from effllm_jax import events as events_lib
 from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
+from effllm_jax import untrusted
 
 _ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
 _DIGESTS = 'digests.json'
@@ -241,21 +242,25 @@ def _committed(workdir, kind) -> list[pathlib.Path]:
 
 def _moment(path: pathlib.Path) -> Moment:
   arch = _read_json(path, 'arch')
+  names = ('step', 'skipped', 'in_a_row', 'num_events')
+  counts = {name: arch[name] for name in names}
+  flops = dict(**arch['flops'])
+  for name, count in (counts | flops).items():
+    if type(count) is not int or count < 0:
+      raise ValueError(f'{name} = {count!r}')
   return Moment(
     path=path,
-    step=arch['step'],
-    skipped=arch['skipped'],
-    in_a_row=arch['in_a_row'],
-    num_events=arch['num_events'],
     cfg=structure.ModelConfig.from_dict(arch['model']),
-    flops=arch['flops'],
+    flops=flops,
+    **counts,
   )
 
 
 def _read_json(moment: pathlib.Path, part: str) -> dict[str, Any]:
   _verify(moment, f'{part}/')
   # Orbax's JsonSave writes one file, `metadata`.
-  return json.loads((moment / part / 'metadata').read_text())
+  where = moment / part / 'metadata'
+  return untrusted.read_json(where, 'choose another one')
 
 
 def restore_latest(
@@ -383,7 +388,11 @@ def _set_aside(path: pathlib.Path, error: Exception) -> None:
 
 
 def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
-  """All shrink events of a run, in order; raises InputError if damaged."""
+  """All shrink events of a run, in order.
+
+  Raises:
+    errors.InputError: one of them is damaged.
+  """
   return [_read_event(path) for path in _committed(workdir, _EVENTS)]
 
 

@@ -24,6 +24,7 @@ from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import packages as packages_lib
 from effllm_jax import splitting
+from effllm_jax import untrusted
 
 Document = documents_lib.Document
 
@@ -62,7 +63,9 @@ class Text(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, documents):
     for document in documents:
-      yield f'{document.domain}/{document.id}', document._asdict()
+      # 'a/b' and 'c' are not 'a' and 'b/c'.
+      domain = document.domain.replace('%', '%25').replace('/', '%2f')
+      yield f'{domain}/{document.id}', document._asdict()
 
 
 def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
@@ -135,8 +138,11 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
 
 def _folder(text: str) -> tuple[str, dict[str, bytes]]:
   """The name of a user's folder and the bytes of its files, by path."""
-  folder = pathlib.Path(text).expanduser()
-  if not text or not folder.is_dir():
+  try:
+    folder = pathlib.Path(text).expanduser()
+  except RuntimeError:  # '~nobody'
+    folder = pathlib.Path(text)
+  if not text or not os.path.isdir(folder):
     raise errors.InputError(
       f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt "
       'or .jsonl files; set --config.data.text'
@@ -146,12 +152,11 @@ def _folder(text: str) -> tuple[str, dict[str, bytes]]:
     name = path.relative_to(folder)
     hidden = any(part.startswith('.') for part in name.parts)
     if path.suffix in ('.txt', '.jsonl') and path.is_file() and not hidden:
-      try:
-        files[name.as_posix()] = path.read_bytes()
-      except OSError as e:
-        raise errors.InputError(
-          f'cannot read {path}: {e.strerror}; make it readable or move it away'
-        ) from e
+      if not _is_utf8(name.as_posix()):
+        raise errors.InputError(f'the name of {path} is not UTF-8; rename it')
+      files[name.as_posix()] = untrusted.read(
+        path, 'make it readable or move it away'
+      )
   return folder.resolve().name, files
 
 
@@ -193,19 +198,13 @@ def _user_documents(
 
 def _row(where: str, line: str, default: Document) -> Document:
   """One line of a .jsonl file."""
-  try:
-    row = json.loads(line)
-  except json.JSONDecodeError as e:
-    raise errors.InputError(
-      f'{where}: not JSON ({e.msg} at column {e.colno}); write one object a '
-      'line'
-    ) from e
+  row = untrusted.parse_json(line, where, 'write one object a line')
   if not isinstance(row, dict) or not isinstance(row.get('text'), str):
     raise errors.InputError(
       f'{where}: no string under the key "text"; write {{"text": "..."}}'
     )
   domain = row.get('domain', default.domain)
-  if not isinstance(domain, str) or not domain:
+  if not isinstance(domain, str) or not domain or not _is_utf8(domain):
     raise errors.InputError(
       f'{where}: domain {domain!r} is not a name; give a string, or leave the '
       'key out'
@@ -218,6 +217,15 @@ def _row(where: str, line: str, default: Document) -> Document:
       'the character itself'
     ) from e
   return default._replace(domain=domain, text=row['text'])
+
+
+def _is_utf8(text: str) -> bool:
+  """Not so for half a surrogate pair, which Python makes of stray bytes."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
@@ -265,7 +273,7 @@ def manifest(data_dir: str | os.PathLike) -> dict:
       f'{data_dir} is not a dataset of this project; build one with '
       'corpus.prepare'
     )
-  return json.loads(path.read_text())
+  return untrusted.read_json(path, 'delete the folder, it is built again')
 
 
 def domains(data_dir: str | os.PathLike) -> list[str]:

@@ -17,6 +17,9 @@ import re
 from typing import NamedTuple
 import xml.etree.ElementTree as ElementTree
 
+# Of one package, packed or not; the largest here has a tenth of that.
+MOST_BYTES = 2**28
+
 
 class Document(NamedTuple):
   """One whole document; paragraphs are separated by a blank line."""
@@ -147,15 +150,24 @@ def wikitext(text: str) -> str:
 def read_wiki(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
   """The articles of MediaWiki dumps, as plain text."""
   for data in files.values():
-    with bz2.open(io.BytesIO(data)) as dump:
-      for _, page in ElementTree.iterparse(dump):
-        if not page.tag.endswith('}page'):
-          continue
-        title = page.findtext('{*}title')
-        if page.findtext('{*}ns') == '0' and page.find('{*}redirect') is None:
-          text = wikitext(page.findtext('{*}revision/{*}text') or '')
-          yield title, f'{title}\n\n{text}'
-        page.clear()
+    dump = io.BytesIO(_unpacked(bz2.BZ2File(io.BytesIO(data))))
+    for _, page in ElementTree.iterparse(dump):
+      if not page.tag.endswith('}page'):
+        continue
+      title = page.findtext('{*}title')
+      if page.findtext('{*}ns') == '0' and page.find('{*}redirect') is None:
+        text = wikitext(page.findtext('{*}revision/{*}text') or '')
+        yield title, f'{title}\n\n{text}'
+      page.clear()
+
+
+def _unpacked(file: io.BufferedIOBase) -> bytes:
+  """What a compressed file holds, if that is not absurdly much."""
+  with file:
+    text = file.read(MOST_BYTES + 1)
+  if len(text) > MOST_BYTES:
+    raise ValueError(f'more than {MOST_BYTES:,} bytes, unpacked')
+  return text
 
 
 class _Prose(html.parser.HTMLParser):
@@ -242,7 +254,7 @@ def read_html(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
 def read_foldoc(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
   """dictd: a head word at the margin, its entry indented; dictzip is gzip."""
   for data in files.values():
-    text = gzip.decompress(data).decode()
+    text = _unpacked(gzip.GzipFile(fileobj=io.BytesIO(data))).decode()
     for entry in re.split(r'\n(?=\S[^\n]*\n\n? )', text):
       head, _, body = entry.strip().partition('\n')
       if not head.startswith('00-database'):

@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 import contextlib
 import os
+import re
+
+# Characters of a message that are kept of its start and of its end.
+_HEAD, _TAIL = 1500, 500
 
 
 class InputError(ValueError):
@@ -10,7 +14,20 @@ class InputError(ValueError):
 
   The message is one line that names the offending value and the remedy. The
   commands in `experiments` print it without a traceback and exit with 2.
+  Whatever it quotes of a file, it stays one printable line of bounded length.
   """
+
+  def __init__(self, message: str):
+    text = re.sub(r'\s*[\r\n]\s*', ' ', message)
+    if len(text) > _HEAD + _TAIL:
+      text = f'{text[:_HEAD]} ... {text[-_TAIL:]}'
+    # No control sequence of a terminal, no half of a surrogate pair.
+    super().__init__(
+      ''.join(
+        c if c.isprintable() else c.encode('unicode_escape').decode()
+        for c in text
+      )
+    )
 
 
 @contextlib.contextmanager

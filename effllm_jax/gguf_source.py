@@ -6,9 +6,13 @@ the quantisation, the weights come out as float32.
 
 import collections
 import dataclasses
+import itertools
 import math
+import mmap
 import pathlib
+import struct
 from typing import Any
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -28,10 +32,21 @@ _PERMUTED = ('llama',)
 _NEUTRAL = ('vocab_size', 'context_length', 'tensor_data_layout')
 # Divisors of the rotary frequencies.
 _ROPE_FREQS = 'rope_freqs.weight'
-# Reads of the header; a vocabulary of 256k tokens with its merges takes 1.6M.
-_MOST_VALUES = 5_000_000
-# How the reader, which trusts the header, fails on one that lies.
-_LIES = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
+# Codes of `struct`.
+_SCALARS = {
+  gguf.GGUFValueType[name]: code
+  for name, code in {
+    'UINT8': 'B', 'INT8': 'b', 'UINT16': 'H', 'INT16': 'h', 'UINT32': 'I',
+    'INT32': 'i', 'UINT64': 'Q', 'INT64': 'q', 'FLOAT32': 'f', 'FLOAT64': 'd',
+    'BOOL': '?',
+  }.items()
+}  # fmt: skip
+# Types that are arrays of numbers; the others are bytes.
+_ARRAYS = {
+  gguf.GGMLQuantizationType.F32: np.dtype('<f4'),
+  gguf.GGMLQuantizationType.F16: np.dtype('<f2'),
+}
+_MOST_AXES = 4  # as in llama.cpp
 
 
 def read(path: pathlib.Path, params: bool) -> weights.Source:
@@ -49,7 +64,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   meta = _Metadata(path, fields)
   cfg = _config(meta, tensors)
   found = {
-    name: tuple(int(n) for n in reversed(t.shape))
+    name: t.shape
     for name, t in tensors.items()
     if cfg.rope_scaling is None or name != _ROPE_FREQS
   }
@@ -67,19 +82,19 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(path))
 
   def tensor(name):
-    array = _dequantised(tensors[name], path)
+    array = _dequantised(tensors, name, path)
     heads = {'attn_q': cfg.K * cfg.G, 'attn_k': cfg.K}.get(name.split('.')[-2])
     permuted = heads and fields['general.architecture'] in _PERMUTED
     return unpermute(array, heads) if permuted else array
 
   sizes = collections.Counter()
   for t in tensors.values():
-    sizes[t.tensor_type.name] += t.n_elements
+    sizes[t.tensor_type.name] += math.prod(t.shape)
   dtype = sizes.most_common(1)[0][0]
   return weights.Source(
     name=path.name,
-    description=f'{fields.get("general.name", path.stem)}, {dtype} GGUF',
-    licence=fields.get('general.license'),
+    description=f'{meta.text("general.name") or path.stem}, {dtype} GGUF',
+    licence=meta.text('general.license'),
     sha256=fetch.sha256(path),
     dtype=dtype,
     cfg=cfg,
@@ -87,7 +102,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     bos_id=bos,
     eos_ids=eos_ids,
     pad_id=pad,
-    chat_template=fields.get('tokenizer.chat_template'),
+    chat_template=meta.text('tokenizer.chat_template'),
     tokenizer=tokenizer,
     params=(
       weights.read_params(cfg, weights.GGUF, tensor, str(path))
@@ -97,40 +112,146 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   )
 
 
-def contents(
-  path: pathlib.Path,
-) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+class Tensor(NamedTuple):
+  """A tensor as a file stores it.
+
+  Attributes:
+    shape: of the values, the longest stride first.
+    tensor_type: how they are encoded.
+    data: read-only view of the file: float16, float32, or bytes [..., row].
+  """
+
+  shape: tuple[int, ...]
+  tensor_type: gguf.GGMLQuantizationType
+  data: np.ndarray
+
+
+def contents(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """Metadata and tensors of a file, by their names.
+
+  The header is believed in nothing: every length is checked against what is
+  left of the file before something of that length is made, and no two tensors
+  share a byte, so that what is read is never much larger than the file.
 
   Raises:
     errors.InputError: not a complete GGUF file.
   """
   try:
-    reader = _Reader(path)
-    fields = {k: field.contents() for k, field in reader.fields.items()}
+    with open(path, 'rb') as file:
+      data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _parse(_Header(data))
   except OSError as e:
     raise errors.InputError(
       f'cannot read {path}: {e.strerror}; give a complete GGUF file'
     ) from e
-  except _LIES as e:
-    reason = ' '.join(str(e).split()) or type(e).__name__
+  except ValueError as e:
     raise errors.InputError(
-      f'{path} is not a complete GGUF file ({reason}); fetch it again'
+      f'{path} is not a complete GGUF file ({e}); fetch it again'
     ) from e
-  if reader.byte_order == 'S':
-    raise errors.InputError(
-      f'{path} has the byte order of another machine; convert it first'
+
+
+class _Header:
+  """Reads the values of a header one after another, never past the end."""
+
+  def __init__(self, data: mmap.mmap):
+    self.data, self.at = data, 0
+
+  def take(self, size: int) -> bytes:
+    if size > len(self.data) - self.at:
+      raise ValueError(
+        f'a value of its header would end at byte {self.at + size} of '
+        f'{len(self.data)}'
+      )
+    self.at += size
+    return self.data[self.at - size : self.at]
+
+  def number(self, code: str) -> int | float | bool:
+    return struct.unpack(f'<{code}', self.take(struct.calcsize(code)))[0]
+
+  def string(self) -> str:
+    return self.take(self.number('Q')).decode()
+
+  def value(self, kind: int) -> Any:
+    if kind in _SCALARS:
+      return self.number(_SCALARS[kind])
+    if kind == gguf.GGUFValueType.STRING:
+      return self.string()
+    if kind != gguf.GGUFValueType.ARRAY:
+      raise ValueError(f'no metadata have type {kind}')
+    kind, count = self.number('I'), self.number('Q')
+    if kind in _SCALARS:
+      code = _SCALARS[kind]
+      data = self.take(count * struct.calcsize(code))
+      return [x for (x,) in struct.iter_unpack(f'<{code}', data)]
+    # As in llama.cpp, no array holds arrays.
+    if kind != gguf.GGUFValueType.STRING:
+      raise ValueError(f'no array holds type {kind}')
+    return [self.string() for _ in range(count)]
+
+
+def _parse(header):
+  """Metadata and tensors; a ValueError says what is wrong."""
+  if header.take(4) != b'GGUF':
+    raise ValueError('it does not begin with GGUF')
+  version = header.number('I')
+  if version not in (2, 3):
+    swapped = version & 0xFFFF == 0
+    raise ValueError(
+      'the byte order of another machine' if swapped else f'version {version}'
     )
-  return fields, {t.name: t for t in reader.tensors}
+  num_tensors, num_fields = header.number('Q'), header.number('Q')
+  fields = {}
+  for _ in range(num_fields):
+    key = header.string()
+    if key in fields:
+      raise ValueError(f'metadata {key} twice')
+    fields[key] = header.value(header.number('I'))
+  stored = {}
+  for _ in range(num_tensors):
+    name = header.string()
+    if name in stored:
+      raise ValueError(f'tensor {name} twice')
+    rank = header.number('I')
+    if rank > _MOST_AXES:
+      raise ValueError(f'tensor {name} with {rank} axes')
+    shape = tuple(header.number('Q') for _ in range(rank))[::-1]
+    if 0 in shape:
+      raise ValueError(f'tensor {name} with shape {shape}')
+    kind = gguf.GGMLQuantizationType(header.number('I'))
+    stored[name] = shape, kind, header.number('Q')
+  alignment = fields.get('general.alignment', gguf.GGUF_DEFAULT_ALIGNMENT)
+  if not isinstance(alignment, int) or alignment < 1:
+    raise ValueError(f'general.alignment = {alignment}')
+  start = -(-header.at // alignment) * alignment
+  spans, tensors = [], {}
+  for name, (shape, kind, offset) in stored.items():
+    begin = start + offset
+    dtype = _ARRAYS.get(kind, np.dtype(np.uint8))
+    layout = shape
+    if kind not in _ARRAYS:
+      layout = gguf.quants.quant_shape_to_byte_shape(shape or (1,), kind)
+    end = begin + math.prod(layout) * dtype.itemsize
+    if end > len(header.data):
+      raise ValueError(
+        f'tensor {name} would end at byte {end} of {len(header.data)}'
+      )
+    flat = np.frombuffer(header.data, dtype, math.prod(layout), begin)
+    tensors[name] = Tensor(shape, kind, flat.reshape(layout))
+    spans.append((begin, end, name))
+  for (_, end, _), (begin, _, name) in itertools.pairwise(sorted(spans)):
+    if begin < end:
+      raise ValueError(f'tensor {name} overlaps another one')
+  return fields, tensors
 
 
-def _dequantised(tensor, path):
+def _dequantised(tensors, name, path):
   """The float32 array in a tensor of any type that the gguf package knows."""
+  tensor = tensors[name]
   try:
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
   except NotImplementedError as e:
     raise errors.InputError(
-      f'{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which '
+      f'{path}: tensor {name} has type {tensor.tensor_type.name}, which '
       'the gguf package cannot dequantise; use a file in F16, Q8_0 or Q4_1'
     ) from e
 
@@ -144,26 +265,6 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   """
   pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
   return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-class _Reader(gguf.GGUFReader):
-  """A reader that stops where the file does.
-
-  The package's own returns empty values past the end: with a damaged length of
-  an array it goes on, and keeps them all, until memory runs out.
-  """
-
-  _values = 0
-
-  def _get(self, offset, dtype, count=1, override_order=None):
-    end = int(offset) + int(count) * np.dtype(dtype).itemsize
-    self._values += 1
-    if end > len(self.data) or self._values > _MOST_VALUES:
-      raise ValueError(
-        f'value {self._values} of its header or tensors would end at byte '
-        f'{end} of {len(self.data)}'
-      )
-    return super()._get(offset, dtype, count, override_order)
 
 
 class _Metadata:
@@ -184,7 +285,16 @@ class _Metadata:
     if kind is float and isinstance(value, int):
       value = float(value)
     right = isinstance(value, kind) and not isinstance(value, bool)
-    if not right or (kind in (int, float) and not value >= least):
+    if not right or (
+      kind in (int, float) and not least <= value <= structure.MOST[kind]
+    ):
+      raise self.refused(key, value)
+    return value
+
+  def text(self, key):
+    """A string, or None where there is none."""
+    value = self.fields.get(key)
+    if not isinstance(value, str | None):
       raise self.refused(key, value)
     return value
 
@@ -220,7 +330,9 @@ def _config(meta, tensors):
       raise meta.refused(f'{arch}.{key}', f'{get(key)} (head width {H})')
   embed = tensors.get('token_embd.weight')
   cfg = structure.ModelConfig(
-    V=get('vocab_size', default=int(embed.shape[-1]) if embed else None),
+    V=get(
+      'vocab_size', default=embed.shape[0] if embed and embed.shape else None
+    ),
     D=D,
     N=get('block_count'),
     K=K,
@@ -244,7 +356,7 @@ def _config(meta, tensors):
       raise meta.refused(key, value)
   # llama.cpp reads this tensor for `llama`; elsewhere nothing has a use for it.
   if arch == 'llama' and _ROPE_FREQS in tensors:
-    divisors = _dequantised(tensors[_ROPE_FREQS], meta.path)
+    divisors = _dequantised(tensors, _ROPE_FREQS, meta.path)
     return dataclasses.replace(cfg, rope_scaling=_scaling(meta, cfg, divisors))
   return cfg
 
@@ -262,13 +374,13 @@ def _scaling(meta, cfg, divisors):
     divisors: of each rotary frequency, [H/2].
   """
   low, high = 1.0, 4.0
-  plain = cfg.rotary_frequencies(scaled=False)
   factor = float(divisors.max(initial=0))
   if (
-    divisors.shape == plain.shape
+    divisors.shape == (cfg.H // 2,)
     and 1 < factor < math.inf
     and divisors.min() > 0
   ):
+    plain = cfg.rotary_frequencies(scaled=False)
     mix = (1 / divisors.astype(float) - 1 / factor) / (1 - 1 / factor)
     between = (mix > 0.01) & (mix < 0.99)
     turns = low + mix[between] * (high - low)

@@ -75,8 +75,9 @@ def read(raw: dict[str, Any], file: str) -> structure.ModelConfig:
       continue
     if key in raw and raw[key] not in allowed:
       raise _refused(file, key, raw[key])
-  if set(raw.get('layer_types') or ()) - {'full_attention'}:
-    raise _refused(file, 'layer_types', raw['layer_types'])
+  layers = raw.get('layer_types') or []
+  if not isinstance(layers, list) or any(x != 'full_attention' for x in layers):
+    raise _refused(file, 'layer_types', layers)
   D = _number(file, raw, 'hidden_size')
   heads = _number(file, raw, 'num_attention_heads')
   K = _number(file, raw, 'num_key_value_heads', heads)
@@ -219,7 +220,9 @@ def _number(file, raw, key, default=None, kind=int):
     raise errors.InputError(
       f'{file}: {key} is missing; fetch the complete config.json again'
     )
-  if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+  if isinstance(value, bool) or not isinstance(value, kind):
+    raise _refused(file, key, value)
+  if not 0 < value <= structure.MOST[int if kind is int else float]:
     raise _refused(file, key, value)
   return value
 

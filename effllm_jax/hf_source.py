@@ -7,7 +7,7 @@ never opened: reading one runs whatever code it contains.
 import collections
 import contextlib
 import hashlib
-import json
+import os
 import pathlib
 import re
 
@@ -19,9 +19,11 @@ import tokenizers
 from effllm_jax import errors
 from effllm_jax import fetch
 from effllm_jax import hf_config
+from effllm_jax import untrusted
 from effllm_jax import weights
 
 _DTYPES = ('F64', 'F32', 'F16', 'BF16')
+_AGAIN = 'fetch it again'
 
 
 def read(folder: pathlib.Path, params: bool) -> weights.Source:
@@ -36,7 +38,9 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     errors.InputError: an incomplete folder, or something that the block
       here cannot represent.
   """
-  raw = _json(folder / 'config.json')
+  raw = untrusted.read_json(
+    folder / 'config.json', 'give a complete Hugging Face folder'
+  )
   cfg = hf_config.read(raw, str(folder / 'config.json'))
   files = _weight_files(folder)
   with contextlib.ExitStack() as stack:
@@ -49,24 +53,22 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
           f'{path} is not a complete safetensors file ({e}); fetch it again'
         ) from e
       tensors |= {name: opened for name in opened.keys()}  # noqa: SIM118
-    slices = {name: f.get_slice(name) for name, f in tensors.items()}
-    found = {name: tuple(s.get_shape()) for name, s in slices.items()}
-    for name in tensors:
+    found, sizes = {}, collections.Counter()
+    for name, opened in tensors.items():
       # Tables of angles that old conversions of Llama still carry.
-      if name.endswith('.rotary_emb.inv_freq') or _is_tied_copy(
-        name, cfg, tensors
-      ):
-        del found[name]
-    weights.check_tensors(cfg, weights.HUGGING_FACE, found, str(folder))
-    sizes = collections.Counter()
-    for name in found:
-      dtype = slices[name].get_dtype()
-      if dtype not in _DTYPES:
+      if name.endswith('.rotary_emb.inv_freq'):
+        continue
+      part = opened.get_slice(name)
+      if part.get_dtype() not in _DTYPES:
         raise errors.InputError(
-          f'{folder}: tensor {name} has type {dtype}, only '
+          f'{folder}: tensor {name} has type {part.get_dtype()}, only '
           f'{", ".join(_DTYPES)} are read; use unquantised weights'
         )
-      sizes[dtype] += 1
+      found[name] = tuple(part.get_shape())
+      sizes[part.get_dtype()] += 1
+    if _has_tied_copy(cfg, tensors, found):
+      del found[weights.HUGGING_FACE.unembed]
+    weights.check_tensors(cfg, weights.HUGGING_FACE, found, str(folder))
     arrays = (
       weights.read_params(
         cfg,
@@ -99,13 +101,13 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
   )
 
 
-def _is_tied_copy(name, cfg, tensors):
-  """Whether it is an output matrix that only repeats the tied embedding."""
-  if not cfg.tied or name != weights.HUGGING_FACE.unembed:
-    return False
-  embed = weights.HUGGING_FACE.embed
-  return embed in tensors and np.array_equal(
-    tensors[name].get_tensor(name), tensors[embed].get_tensor(embed)
+def _has_tied_copy(cfg, tensors, found):
+  """Whether an output matrix is there that only repeats the tied embedding."""
+  names = weights.HUGGING_FACE.unembed, weights.HUGGING_FACE.embed
+  return (
+    cfg.tied
+    and all(name in found for name in names)
+    and np.array_equal(*(tensors[name].get_tensor(name) for name in names))
   )
 
 
@@ -116,21 +118,22 @@ def _weight_files(folder):
     return [single]
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    names = _json(index).get('weight_map')
-    names = set(names.values()) if isinstance(names, dict) else set()
+    names = untrusted.read_json(index, _AGAIN).get('weight_map')
+    names = list(names.values()) if isinstance(names, dict) else []
     if not names:
       raise errors.InputError(f'{index}: weight_map is empty; fetch it again')
     for name in names:
-      if pathlib.PurePath(name).name != name:
+      if not isinstance(name, str) or pathlib.PurePath(name).name != name:
         raise errors.InputError(
           f'{index}: {name} is not the name of a file beside it; fetch it again'
         )
     for name in names:
-      if not (folder / name).is_file():
+      # Unlike pathlib's, False also for a name that no path can have.
+      if not os.path.isfile(folder / name):
         raise errors.InputError(
           f'{folder / name} is missing, the index names it; fetch it as well'
         )
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]
   if list(folder.glob('*.bin')) or list(folder.glob('*.pt*')):
     raise errors.InputError(
       f'{folder} holds weights as a Python pickle, which is never opened; save '
@@ -149,37 +152,39 @@ def _tokenizer(folder):
     raise errors.InputError(
       f'{path} is missing; save the tokenizer with transformers (use_fast=True)'
     )
-  try:
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as e:  # The bindings raise nothing narrower.
-    reason = ' '.join(str(e).split())[:200]
-    raise errors.InputError(
-      f'{path} is not a tokenizer ({reason}); fetch it again'
-    ) from e
+  text = untrusted.read_text(path, _AGAIN)
+  with untrusted.parsing(f'{path} is not a tokenizer', _AGAIN):
+    tokenizer = tokenizers.Tokenizer.from_str(text)
   # Files may carry the settings of their training; documents stay whole here.
   tokenizer.no_truncation()
   tokenizer.no_padding()
   template = folder / 'chat_template.jinja'
   if template.is_file():
-    return tokenizer, template.read_text(encoding='utf-8')
+    return tokenizer, untrusted.read_text(template, _AGAIN)
   config = folder / 'tokenizer_config.json'
-  chat = _json(config).get('chat_template') if config.is_file() else None
+  chat = _object(config).get('chat_template')
   if isinstance(chat, list):
-    chat = {c['name']: c['template'] for c in chat}.get('default')
+    # Several by name: the one that is meant where none is named.
+    named = [c for c in chat if isinstance(c, dict)]
+    chats = [c.get('template') for c in named if c.get('name') == 'default']
+    chat = chats[-1] if chats else None
+  if not isinstance(chat, str | None):
+    raise errors.InputError(
+      f'{config}: chat_template is not a text; correct it or leave it out'
+    )
   return tokenizer, chat
 
 
 def _special_ids(raw, folder):
   """(bos, all eos, pad), of generation_config.json before config.json."""
-  path = folder / 'generation_config.json'
-  generation = _json(path) if path.is_file() else {}
+  generation = _object(folder / 'generation_config.json')
   bos, eos, pad = (
     raw.get(key) if generation.get(key) is None else generation[key]
     for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
   )
   eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
   for i in (bos, *eos, pad):
-    if i is not None and not isinstance(i, int):
+    if i is not None and (isinstance(i, bool) or not isinstance(i, int)):
       raise errors.InputError(
         f'{folder}: token id {i} is not an integer; correct the ids of bos, '
         'eos and pad in generation_config.json or config.json'
@@ -206,16 +211,6 @@ def _sha256(files):
   return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
-def _json(path):
-  """The object in a JSON file."""
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot read {path}: {e.strerror}; give a complete Hugging Face folder'
-    ) from e
-  except ValueError as e:
-    raise errors.InputError(f'{path} is not JSON ({e}); fetch it again') from e
-  if not isinstance(value, dict):
-    raise errors.InputError(f'{path} is not a JSON object; fetch it again')
-  return value
+def _object(path):
+  """The object in a JSON file, empty where there is no such file."""
+  return untrusted.read_json(path, _AGAIN) if path.is_file() else {}

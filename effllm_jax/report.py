@@ -124,6 +124,10 @@ _COST = (
   'Tokens are those that the model was trained on. Scoring, repair and the '
   'teacher are what pruning costs on top of plain training.'
 )
+_TIME = (
+  'Compiling, shrinking and waiting for checkpoints are what a change of '
+  'architecture costs. A run that was resumed has compiled more than once.'
+)
 _COMMAND = (
   'Runs the same configuration again, in a new workdir. Every value is written '
   'out, so it does not matter which file they came from.'
@@ -142,6 +146,7 @@ def _summary(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
   if run.shrinks:
     parts.append(tables.events(run).markdown())
   parts += [tables.spent(run).markdown(), f'{_COST}\n']
+  parts += [tables.time(run).markdown(), f'{_TIME}\n']
   layers = tables.layers(run)
   if layers:
     parts.append(layers.markdown())
@@ -183,6 +188,8 @@ def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
     types=text(_TYPES),
     events=shrinks.html() if run.shrinks else '<p>None yet.</p>',
     spent=tables.spent(run).html(),
+    time=tables.time(run).html(),
+    lost=text(_TIME),
     cost=text(_COST),
     layers=(
       f'<details><summary>{text(layers.title)}</summary>\n{layers.html()}\n'
@@ -297,6 +304,9 @@ $events
 <h2>Tokens and FLOPs spent</h2>
 $spent
 <p>$cost</p>
+<h2>Time</h2>
+$time
+<p>$lost</p>
 $edge$layers<details class="config"><summary>Configuration</summary>
 $config
 </details>

@@ -9,10 +9,12 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
             and per type: widths (mean over the layers), price (nats/token per
             parameter, or per unit of the budget; None while nothing is
             scored), pruned (share of the source model's groups)
-    eval    step, tokens, phase, live_params, bits_per_byte, domains
+            compile_seconds and data_seconds are not in `seconds`
+    eval    step, tokens, phase, live_params, bits_per_byte, domains, seconds
     shrink  event, step, tokens, widths_before, widths_after, params_before and
             params_after of the arrays; live_params, and widths_live, the least
             and the most of a layer; loss_before, loss_after, seconds
+    save    step, tokens, seconds that the run waited for a checkpoint
 
 `trace.jsonl` has one line per prune, of which `tokens` and `removed` are read:
 the groups that went, by their place in the source model, heads and ffn as
@@ -22,7 +24,7 @@ the groups that went, by their place in the source model, heads and ffn as
 import array
 from collections.abc import Callable
 import dataclasses
-import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -32,6 +34,7 @@ import numpy as np
 from effllm_jax import accounting
 from effllm_jax import errors
 from effllm_jax import structure
+from effllm_jax import untrusted
 from effllm_jax import workdir
 
 # Manifest of the training text, and what `experiments.edge` measured.
@@ -39,15 +42,49 @@ TEXT = 'text.json'
 EDGE = 'edge.json'
 _SCALARS = (
   'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
-  'array_params', 'live_cost', 'target_cost',
+  'array_params', 'live_cost', 'target_cost', 'compile_seconds',
+  'data_seconds',
 )  # fmt: skip
 _PER_TYPE = ('widths', 'price', 'pruned')
-_EVAL = ('step', 'tokens', 'phase', 'live_params', 'bits_per_byte', 'domains')
-_SHRINK = (
-  'event', 'step', 'tokens', 'widths_before', 'widths_after', 'widths_live',
-  'params_before', 'params_after', 'live_params', 'loss_before', 'loss_after',
-  'seconds',
-)  # fmt: skip
+# What else is read, and as what: `float` is any number, None after it another
+# word for none; {str: x} has keys of any name, [x] any length.
+_BY_TYPE = dict.fromkeys(structure.TYPES, float)
+_EVAL = {
+  'step': float, 'tokens': float, 'phase': str, 'live_params': float,
+  'bits_per_byte': float, 'domains': {str: float}, 'seconds': float,
+}  # fmt: skip
+_SHRINK = {
+  'event': int, 'step': float, 'tokens': float, 'widths_before': _BY_TYPE,
+  'widths_after': _BY_TYPE,
+  'widths_live': {t: [float] for t in structure.TYPES},
+  'params_before': float, 'params_after': float, 'live_params': float,
+  'loss_before': float, 'loss_after': float, 'seconds': float,
+}  # fmt: skip
+_TEXT = {
+  'domains': {str: {'train': {'bytes': float}}},
+  'packages': (
+    [{'name': str, 'version': str, 'licence': str, 'domain': str}],
+    None,
+  ),
+}
+_EDGE = {
+  'step': (int, None),
+  'machine': str,
+  'rows': [
+    {
+      'format': str, 'model': str, 'bytes': float, 'prefill': (float, None),
+      'decode': (float, None), 'memory': (float, None),
+      'bits_per_byte': (float, None),
+    }
+  ],
+}  # fmt: skip
+_SOURCE = {
+  'name': (str, None), 'description': (str, None), 'licence': (str, None),
+}  # fmt: skip
+# No count of tokens, parameters or FLOPs comes near it.
+_LARGEST = 1e30
+# Groups of a source model: Llama 3.1 405B has 6.8M of them.
+_MOST_GROUPS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +98,7 @@ class Run:
     train: column name (`loss`, `widths.ffn`) -> float64 [rows]; nan = None.
     evals: held-out evaluations.
     shrinks: shrink events.
+    save_seconds: that the run waited for its checkpoints, all together.
     prune_tokens: tokens seen at each prune, float64 [prunes].
     text: manifest of the training text; empty when not recorded.
     edge: what `experiments.edge` measured, and of which step; empty before.
@@ -77,6 +115,7 @@ class Run:
   shrinks: list[dict]
   prune_tokens: np.ndarray
   removed: dict[str, np.ndarray]
+  save_seconds: float = 0.0
   text: dict = dataclasses.field(default_factory=dict)
   edge: dict = dataclasses.field(default_factory=dict)
 
@@ -101,7 +140,7 @@ class Run:
     try:
       budget = self.config['budget']
       return str(budget['kind']), float(budget['target'])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
       return 'params', None
 
   def source_cost(self) -> float:
@@ -201,13 +240,15 @@ def read(folder: str | os.PathLike) -> Run:
     f'{x}.{t}': array.array('d') for x in _PER_TYPE for t in structure.TYPES
   }
   columns |= {f'flops.{x}': array.array('d') for x in accounting.PURPOSES}
-  evals, shrinks, prune_tokens = [], [], array.array('d')
+  evals, shrinks, saves, prune_tokens = [], [], [], array.array('d')
 
   def keep(row):
     kind = row['kind']
     if kind == 'train':
       for x in _SCALARS:
         columns[x].append(_number(row[x]))
+      if not (columns['step'][-1] >= 1 and columns['tokens'][-1] >= 1):
+        raise ValueError('step or tokens')
       for x in _PER_TYPE:
         values = row[x] or dict.fromkeys(structure.TYPES)
         for t in structure.TYPES:
@@ -215,9 +256,11 @@ def read(folder: str | os.PathLike) -> Run:
       for x in accounting.PURPOSES:
         columns[f'flops.{x}'].append(_number(row['flops'][x]))
     elif kind == 'eval':
-      evals.append({x: row[x] for x in _EVAL})
+      evals.append(_as(_EVAL, row))
     elif kind == 'shrink':
-      shrinks.append({x: row[x] for x in _SHRINK})
+      shrinks.append(_as(_SHRINK, row))
+    elif kind == 'save':
+      saves.append(_number(row['seconds']))
 
   _each(folder / 'metrics.jsonl', keep)
   if not len(columns['step']):
@@ -226,7 +269,7 @@ def read(folder: str | os.PathLike) -> Run:
       f'experiments.main with --workdir={folder} first'
     )
   source = folder / 'source' / 'source.json'
-  about = _object(source, {})
+  about = _object(source, _SOURCE)
   removed = _alive(about, source)
 
   def prune(row):
@@ -240,15 +283,16 @@ def read(folder: str | os.PathLike) -> Run:
   _each(folder / 'trace.jsonl', prune)
   return Run(
     name=folder.resolve().name,
-    config=_object(folder / 'config.json'),
+    config=untrusted.read_json(folder / 'config.json', 'restore it'),
     source=about,
     train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
     evals=evals,
     shrinks=shrinks,
     prune_tokens=np.asarray(prune_tokens),
+    save_seconds=math.fsum(saves),
     removed=removed,
-    text=_object(folder / TEXT, {}),
-    edge=_object(folder / EDGE, {}),
+    text=_object(folder / TEXT, _TEXT),
+    edge=_object(folder / EDGE, _EDGE),
   )
 
 
@@ -258,42 +302,81 @@ def _alive(about, path) -> dict[str, np.ndarray]:
   if cfg is None:
     return {}
   try:
-    return {
-      t: np.full(
-        [int(cfg[x]) for x in getattr(structure.GROUP_AXES, t)], np.inf
-      )
+    shapes = {
+      t: [int(cfg[x]) for x in getattr(structure.GROUP_AXES, t)]
       for t in structure.TYPES
     }
-  except (KeyError, TypeError, ValueError) as e:
+    if any(n < 1 for shape in shapes.values() for n in shape):
+      raise ValueError(f'widths {shapes}')
+    if sum(map(math.prod, shapes.values())) > _MOST_GROUPS:
+      raise ValueError(f'widths {shapes}')
+  except (KeyError, OverflowError, TypeError, ValueError) as e:
     raise errors.InputError(
       f'{path} lacks or misspells {e} in cfg; restore it'
     ) from e
+  return {t: np.full(shape, np.inf) for t, shape in shapes.items()}
 
 
 def _number(value) -> float:
-  return float('nan') if value is None else float(value)
+  return float('nan') if value is None else float(_as(float, value))
 
 
-def _object(path: pathlib.Path, default=None) -> dict[str, Any]:
-  if default is not None and not path.is_file():
-    return default
+def _as(shape, value, name='row') -> Any:
+  """The part of a JSON value that `shape` describes.
+
+  Raises:
+    KeyError, TypeError, ValueError: what is missing, or is something else.
+  """
+  if isinstance(shape, tuple):
+    return None if value is None else _as(shape[0], value, name)
+  if isinstance(shape, list):
+    if not isinstance(value, list):
+      raise TypeError(f'{name}, a list')
+    return [_as(shape[0], x, name) for x in value]
+  if isinstance(shape, dict):
+    if not isinstance(value, dict):
+      raise TypeError(f'{name}, an object')
+    if str in shape:
+      return {key: _as(shape[str], x, key) for key, x in value.items()}
+    return {key: _as(x, value[key], key) for key, x in shape.items()}
+  kinds = (int, float) if shape is float else shape
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise TypeError(name)
+  if shape is not str and not abs(value) < _LARGEST:
+    raise ValueError(f'{name} {value}')
+  return value
+
+
+def _object(path: pathlib.Path, shape: dict[str, Any]) -> dict[str, Any]:
+  """An object of which the keys of `shape` are as it says; empty: no file.
+
+  A shape of a tuple is that of an object that may lack it.
+  """
+  if not path.is_file():
+    return {}
+  about = untrusted.read_json(path, 'restore it')
   try:
-    return dict(json.loads(path.read_text()))
-  except (TypeError, ValueError) as e:
-    raise errors.InputError(
-      f'{path} is not a JSON object ({e}); restore it'
-    ) from e
+    known = {
+      key: _as(x, about.get(key) if isinstance(x, tuple) else about[key], key)
+      for key, x in shape.items()
+    }
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.InputError(f'{path} lacks or misspells {e}; restore it') from e
+  return about | known
 
 
 def _each(path: pathlib.Path, use: Callable[[dict[str, Any]], None]) -> None:
-  try:
-    for number, row in enumerate(workdir.read(path), 1):
-      try:
-        use(row)
-      except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise errors.InputError(
-          f'{path} row {number} lacks or misspells {e}: {str(row)[:60]!r}; '
-          'restore or delete it'
-        ) from e
-  except UnicodeDecodeError as e:
-    raise errors.InputError(f'{path} is not text ({e}); restore it') from e
+  for number, row in enumerate(workdir.read(path), 1):
+    try:
+      use(row)
+    except (
+      AttributeError,
+      KeyError,
+      OverflowError,
+      TypeError,
+      ValueError,
+    ) as e:
+      raise errors.InputError(
+        f'{path} row {number} lacks or misspells {e}: {str(row)[:60]!r}; '
+        'restore or delete it'
+      ) from e

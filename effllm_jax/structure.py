@@ -28,6 +28,9 @@ Array = jax.Array
 
 # The pruning types in the order in which results are listed.
 TYPES = ('heads', 'ffn', 'stem')
+# Largest numbers of an architecture, by type: what every runtime and every file
+# format can hold.
+MOST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
 # Axis letter -> pruning type. Every other letter keeps its size.
 PRUNABLE = {'K': 'heads', 'F': 'ffn', 'D': 'stem'}
 
@@ -104,9 +107,19 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
-    """The inverse of `dataclasses.asdict`."""
-    scaling = fields.get('rope_scaling')
-    return cls(**{**fields, 'rope_scaling': scaling and RopeScaling(**scaling)})
+    """The inverse of `dataclasses.asdict`, of a record that may be damaged.
+
+    Raises:
+      TypeError: no mapping, a field too many or too few, or of another type.
+      ValueError: a number out of range.
+    """
+    scaling = dict(**fields).get('rope_scaling')
+    if scaling is not None:
+      scaling = _checked(RopeScaling(**scaling))
+    cfg = _checked(cls(**{**fields, 'rope_scaling': scaling}))
+    if cfg.H % 2:
+      raise ValueError(f'H = {cfg.H} is odd')
+    return cfg
 
   def widths(self) -> dict[str, int]:
     """Widths of the arrays by pruning type."""
@@ -147,6 +160,20 @@ class ModelConfig:
   def stem_rows(self) -> int:
     """Rows of length D outside heads and ffn: embeddings and norm scales."""
     return (1 if self.tied else 2) * self.V + 2 * self.N + 1
+
+
+def _checked(record):
+  """A dataclass of which every number has its type, and is in range."""
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    if field.type in (int, float):
+      if not isinstance(value, (int, field.type)) or isinstance(value, bool):
+        raise TypeError(f'{field.name} = {value!r} is no {field.type.__name__}')
+      if not 0 < value <= MOST[field.type]:
+        raise ValueError(f'{field.name} = {value} is out of range')
+    elif field.type is bool and not isinstance(value, bool):
+      raise TypeError(f'{field.name} = {value!r} is no bool')
+  return record
 
 
 @struct.dataclass

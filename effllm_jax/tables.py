@@ -211,6 +211,33 @@ def spent(run: runlog.Run) -> Table:
   )
 
 
+def time(run: runlog.Run) -> Table:
+  """Seconds since the start of the run, by what they went into.
+
+  Steps without a row are taken to be as long as those that have one.
+  """
+  steps = run.train['step']
+  # A resume writes no rows anew, so that every step is counted once.
+  each = steps[-1] / len(steps)
+  parts = {
+    'training steps and prunes': run.train['seconds'].sum() * each,
+    'waiting for text': run.train['data_seconds'].sum() * each,
+    'compiling': run.train['compile_seconds'].sum(),
+    'shrinking': math.fsum(x['seconds'] for x in run.shrinks),
+    'waiting for checkpoints': run.save_seconds,
+    'evaluating': math.fsum(x['seconds'] for x in run.evals),
+  }
+  total = math.fsum(parts.values())
+  return Table(
+    title='Time',
+    columns=('', 'seconds', 'share'),
+    rows=tuple(
+      (name, _tenths(x), f'{100 * x / total:.1f}{PERCENT}' if total else _NONE)
+      for name, x in (*parts.items(), ('total', total))
+    ),
+  )
+
+
 def edge(run: runlog.Run) -> Table:
   """Size, speed and quality of source and pruned model in other runtimes."""
   record = run.edge

@@ -178,6 +178,8 @@ class Run:
       moment.flops if restored else None,
     )
     self.compiled = {}
+    # Since the last row: not every step has one.
+    self.compile_seconds = 0.0
     self.extents = self._extents()
 
   def train(self) -> None:
@@ -210,7 +212,7 @@ class Run:
     windows_ABT = sharding.put_batch(
       windows, self.config.train.accumulate, self.mesh
     )
-    compile_seconds = self._compile(windows_ABT, plan.scores(step))
+    self.compile_seconds += self._compile(windows_ABT, plan.scores(step))
     start = time.perf_counter()
     answers = self.teacher(windows_ABT) if self.teacher else None
     self.state, numbers = self.compiled[plan.scores(step)](
@@ -241,7 +243,7 @@ class Run:
         'learning_rate': float(self.rate(step - 1 - int(self.state.skipped))),
         # Includes the prune; not the compilation, the input or the shrink.
         'seconds': seconds,
-        'compile_seconds': compile_seconds,
+        'compile_seconds': self.compile_seconds,
         'data_seconds': waited,
         **pruning.sizes(
           self.state.prune, self.cfg, plan, step, self.source_widths
@@ -256,12 +258,14 @@ class Run:
       if int(self.state.in_a_row):
         self.progress.say(f'step {step} is skipped: {_told(numbers)}')
       row['tokens_per_second'] = plan.tokens_per_step / seconds
+      self.compile_seconds = 0.0
       self.metrics.write(row)
       self.progress.step(row)
     if plan.evaluates(step):
       self._evaluate(step, self._phase(step))
     stop = self._why_stop(step, log, numbers)
     # Last of all, so that a resume from here has lost nothing of this step.
+    start = time.perf_counter()
     if event:
       self.writer.save_event(event, self.state, self.batches, self.meter.spent)
     elif plan.checkpoints(step) or stop:
@@ -271,6 +275,16 @@ class Run:
         self.batches,
         self.num_events,
         self.meter.spent,
+      )
+    if event or plan.checkpoints(step) or stop:
+      self.metrics.write(
+        {
+          'kind': 'save',
+          'step': step,
+          'tokens': plan.tokens(step),
+          # What the run waited; the rest is written while it goes on.
+          'seconds': time.perf_counter() - start,
+        }
       )
     if stop:
       raise stop
@@ -322,9 +336,10 @@ class Run:
         damping=self.plan.damping,
         mesh=self.mesh,
       ).compile()
-    # The first calls compile; the times of steps shall not include that.
-    pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
-    pruning.prices(self.state.prune, self.plan)
+    if score:
+      # The first calls compile; the times of steps shall not include that.
+      pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
+      pruning.prices(self.state.prune, self.plan)
     self.progress.phase('pruning' if score else 'recovery')
     return time.perf_counter() - start
 

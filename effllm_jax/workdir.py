@@ -8,12 +8,19 @@ import pathlib
 from typing import Any
 
 from effllm_jax import errors
+from effllm_jax import untrusted
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
   """Writes a JSON file at once: readers see the old file or the new one."""
+  _replace(path, json.dumps(record, indent=2) + '\n')
+
+
+def _replace(path, text):
   scratch = path.with_name(path.name + '.tmp')
-  scratch.write_text(json.dumps(record, indent=2) + '\n')
+  # A link of that name would lead the text out of the folder.
+  scratch.unlink(missing_ok=True)
+  scratch.write_text(text)
   scratch.replace(path)
 
 
@@ -40,12 +47,7 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
         'new --workdir'
       )
     return
-  try:
-    known = json.loads(path.read_bytes())
-  except ValueError as e:
-    raise errors.InputError(
-      f'{path} is not JSON ({e}); restore it or choose another --workdir'
-    ) from e
+  known = untrusted.read_json(path, 'restore it or choose another --workdir')
   # Through JSON, so that a tuple equals the list that it was written as.
   old, new = _flat(known), _flat(json.loads(json.dumps(config)))
   changed = [
@@ -95,11 +97,20 @@ class Log:
   """Appends JSON lines; after a resume, without the rows of a lost future."""
 
   def __init__(self, path: pathlib.Path, resume_step: int):
-    """Opens `path` and drops rows later than `resume_step` (-1: all)."""
-    kept = [row for row in read(path) if row['step'] <= resume_step]
-    scratch = path.with_name(path.name + '.tmp')
-    scratch.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    scratch.replace(path)
+    """Opens `path` and drops rows later than `resume_step` (-1: all).
+
+    Raises:
+      errors.InputError: as `read`, or a row without a step.
+    """
+    kept = []
+    for number, row in enumerate(read(path), 1):
+      if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+        raise errors.InputError(
+          f'{path} row {number} has no integer as step; restore or delete it'
+        )
+      if row['step'] <= resume_step:
+        kept.append(row)
+    _replace(path, ''.join(json.dumps(row) + '\n' for row in kept))
     self._file = path.open('a', buffering=1)
 
   def write(self, row: Mapping[str, Any]) -> None:
@@ -128,18 +139,18 @@ def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Rows of a log; a torn last line, of a killed process, is left out.
 
   Raises:
-    errors.InputError: a line that is not JSON and not the last one.
+    errors.InputError: no regular file, or a line that is not the torn last one
+      and not JSON.
   """
   if not path.exists():
     return
-  with path.open('rb') as file:
+  remedy = 'restore or delete it'
+  with untrusted.opened(path, remedy) as file:
     for number, line in enumerate(file, 1):
       try:
-        row = json.loads(line)
-      except ValueError as e:  # Not JSON, or not even text.
+        row = untrusted.parse_json(line, f'{path} line {number}', remedy)
+      except errors.InputError:
         if not line.endswith(b'\n'):
           return
-        raise errors.InputError(
-          f'{path} line {number} is not JSON ({e}); restore or delete it'
-        ) from e
+        raise
       yield row

@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import hashlib
+import itertools
 import os
 import pathlib
+import platform
 import re
 import sys
+import tempfile
+import zlib
 
 from absl import app
 from absl import flags
@@ -14,7 +19,10 @@ import ml_collections
 
 from effllm_jax import errors
 from effllm_jax import interrupts
+from experiments.configs import smollm2_135m
 
+# Of the folder of compiled programs; a run of the quickstart makes 2 MB.
+_MOST_BYTES = 2**30
 CACHE = flags.DEFINE_string(
   'cache',
   os.path.join('~', '.cache', 'effllm_jax'),
@@ -33,12 +41,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
   def parse(argv):
     try:
+      _check_files(argv)
       return flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:
       _fail(_unknown_key(argv, str(e.args[0])))
     except (flags.Error, TypeError, ValueError) as e:
       _fail(e)
-    except (ImportError, OSError, SyntaxError) as e:
+    except Exception as e:  # The config is a program of the user's.
       _fail(f'--config cannot be read: {_last_line(e)}')
 
   def guarded(argv):
@@ -46,6 +55,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _fail(f'unexpected argument {argv[1]!r}; flags start with --')
     # Orbax, TFDS and jax report their own progress at INFO.
     logging.set_verbosity(logging.WARNING)
+    keep_compiled(os.path.expanduser(CACHE.value))
     try:
       main(argv)
     except errors.InputError as e:
@@ -58,11 +68,96 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   app.run(guarded, flags_parser=parse)
 
 
+def keep_compiled(cache: str | os.PathLike) -> None:
+  """Lets jax keep what it compiles in `<cache>/compiled/<this processor>`.
+
+  A later process with the same program, jax and processor loads it: the result
+  has the same bits. Without effect where the user has set jax's own
+  `JAX_COMPILATION_CACHE_DIR` (or `JAX_ENABLE_COMPILATION_CACHE=false`); a
+  folder that cannot be written costs a warning and nothing else.
+  """
+  # After the flags have been parsed: this import takes a second.
+  import jax
+
+  if (
+    jax.config.jax_compilation_cache_dir is not None
+    or not jax.config.jax_enable_compilation_cache
+  ):
+    return
+  # What XLA compiles for a CPU is for the instructions of this one; jax's key
+  # does not promise to tell two of them apart.
+  try:
+    about = pathlib.Path('/proc/cpuinfo').read_text()
+  except OSError:
+    about = platform.processor()
+  features = re.findall(r'^(?:flags|Features|model name).*', about, re.M)
+  kind = f'{platform.machine()} {sorted({*features}) or about}'
+  name = hashlib.sha256(kind.encode()).hexdigest()[:16]
+  folder = pathlib.Path(cache) / 'compiled' / name
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+    tidy(folder)
+  except OSError as e:
+    logging.warning(
+      'cannot write %s (%s): what is compiled is not kept; set --cache',
+      folder,
+      e.strerror,
+    )
+    return
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  # All of them: jax's own threshold of a second leaves out half of what a small
+  # model compiles, and what is quick to compile is small.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def tidy(folder: pathlib.Path) -> None:
+  """Deletes damaged programs, then what was used longest ago.
+
+  jax writes its files in place and never again: what a killed process has left
+  unfinished would be warned of, and compiled anew, for ever. Its own limit of
+  the size breaks on the same remains, and needs a package.
+
+  Args:
+    folder: of `*-cache` files; at most `_MOST_BYTES` of them stay.
+  """
+  stamp = folder / '.tidy'
+  since = stamp.stat().st_mtime if stamp.exists() else 0.0
+  entries = []
+  for path in folder.glob('*-cache'):
+    stat = path.stat()
+    if stat.st_mtime >= since and not _is_whole(path):
+      path.unlink(missing_ok=True)
+    else:
+      used = max(stat.st_atime, stat.st_mtime)
+      entries.append((used, stat.st_size, path))
+  stamp.touch()
+  size = sum(entry[1] for entry in entries)
+  for _, own, path in sorted(entries):
+    if size <= _MOST_BYTES:
+      break
+    path.unlink(missing_ok=True)
+    size -= own
+
+
+def _is_whole(path):
+  data = path.read_bytes()
+  # Where the package zstandard is installed, jax uses that instead.
+  if data and not data.startswith(b'\x78'):
+    return True
+  try:
+    return bool(zlib.decompress(data))
+  except zlib.error:
+    return False
+
+
 def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   """The config of a `config_flags` flag.
 
   Raises:
-    errors.InputError: the file does not exist, or has no `get_config`.
+    errors.InputError: the file does not exist, has no `get_config`, or that
+      returns something else than a config with all keys, see `check`.
   """
   path = pathlib.Path(flags.FLAGS[flag.name].config_filename)
   if not path.is_file():
@@ -70,11 +165,59 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   try:
     # The flag reports a broken file only when its value is used.
     flag.value.to_dict()
-    return flag.value
-  except (OSError, AttributeError) as e:
+  except Exception as e:  # A program of the user's.
     raise errors.InputError(
       f'{path} cannot be read as a config: {_last_line(e)}'
     ) from e
+
+  check(flag.value, path)
+  return flag.value
+
+
+def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
+  """Raises InputError unless a config has the keys and types of the shipped.
+
+  Args:
+    config: of a user.
+    file: named in errors.
+  """
+
+  def compare(have, base, at=''):
+    for key in sorted({*base} ^ {*have}):
+      raise errors.InputError(
+        f'{file}: the config {"lacks" if key in base else "has no"} key '
+        f'{at}{key}; import a shipped config and change lines'
+      )
+    for key, value in base.items():
+      kind, found = type(value), have[key]
+      if kind is ml_collections.ConfigDict and isinstance(found, kind):
+        # Weights of domains have the names of domains.
+        if value or not found:
+          compare(found, value, f'{at}{key}.')
+          continue
+        kind = float
+        values = found.values()
+      else:
+        values = [found]
+      for x in values:
+        right = isinstance(x, (int, float) if kind is float else kind)
+        if not right or (isinstance(x, bool) and kind is not bool):
+          raise errors.InputError(
+            f'{file}: {at}{key} = {x!r} is no {kind.__name__}; set '
+            f'--config.{at}{key}'
+          )
+
+  compare(config, smollm2_135m.get_config())
+
+
+def _check_files(argv: Sequence[str]) -> None:
+  """Raises ValueError where --config is a pipe or a device, which block."""
+  for flag, value in itertools.pairwise([*argv, '']):
+    name, equals, given = flag.partition('=')
+    path = given if equals else value
+    blocks = os.path.exists(path) and not os.path.isfile(path)
+    if name in ('--config', '-config') and blocks:
+      raise ValueError(f'{path} is not a file; set --config')
 
 
 def join() -> None:
@@ -95,7 +238,8 @@ def join() -> None:
 
 
 def _last_line(error: Exception) -> str:
-  return str(error).strip().splitlines()[-1].strip()
+  lines = str(error).strip().splitlines()
+  return lines[-1].strip() if lines else type(error).__name__
 
 
 def _unknown_key(argv: Sequence[str], text: str) -> str:
@@ -116,7 +260,7 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
 
 
 def _fail(message: object) -> None:
-  _end('error: ' + ' '.join(str(message).split()), 2)
+  _end(f'error: {errors.InputError(str(message))}', 2)
 
 
 def _end(line: str, code: int) -> None:

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
   for overrides in module.sweep():
     config = module.get_config()
     config.update_from_flattened_dict(overrides)
+    cli.check(config, path)
     name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
     folder = pathlib.Path(_WORKDIR.value) / name.replace(os.sep, '_')
     train.run(config, folder, os.path.expanduser(cli.CACHE.value))

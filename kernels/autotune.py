@@ -23,6 +23,10 @@ from kernels import forms
 # Rounds of timing; the least of them counts, since noise only adds.
 _ROUNDS = 5
 _KEY = ('device', 'implementation', 'form', 'm', 'n', 'k', 'dtype')
+# Longest axis of a row: candidates are looked for up to it.
+_LONGEST = 2**22
+# The implementations that have blocks.
+_TUNED = ('xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
 # What `use` has read: key -> blocks.
 _choices: dict[tuple, Any] = {}
 
@@ -114,10 +118,11 @@ def use(path: str | os.PathLike | None) -> int:
   if path is None:
     return 0
   for row in _parse(pathlib.Path(path)):
-    module = importlib.import_module(f'kernels.{row["implementation"]}')
     if row['device'] == jax.devices()[0].device_kind:
-      key = tuple(row[x] for x in _KEY)
-      _choices[key] = module.Blocks(**row['blocks'])
+      try:
+        _choices[tuple(row[x] for x in _KEY)] = _blocks(row)
+      except (TypeError, ValueError) as e:
+        raise ValueError(f'{path} is no use here ({e}); delete it') from e
   return len(_choices)
 
 
@@ -139,13 +144,33 @@ def _key(implementation, form, m, n, k, dtype) -> tuple:
 
 
 def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
+  # A pipe would block.
+  if path.exists() and not path.is_file():
+    raise ValueError(f'{path} is not a file of tuned blocks')
   try:
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(encoding='utf-8'))
     for row in rows:
-      _ = [row[x] for x in (*_KEY, 'blocks')]
-  except (ValueError, TypeError, KeyError) as e:
+      for name in _KEY:
+        if type(row[name]) is not (int if name in ('m', 'n', 'k') else str):
+          raise TypeError(name)
+      dict(**row['blocks'])
+  except (KeyError, RecursionError, TypeError, ValueError) as e:
     raise ValueError(f'{path} is not a file of tuned blocks; delete it') from e
   return rows
+
+
+def _blocks(row):
+  """The blocks in a row; a ValueError where they are none of its product."""
+  # Nothing is imported that only a file names.
+  if row['implementation'] not in _TUNED:
+    raise ValueError(f'no blocks of {row["implementation"]}')
+  if not all(0 < row[x] <= _LONGEST for x in ('m', 'n', 'k')):
+    raise ValueError(f'no product has sizes {[row[x] for x in "mnk"]}')
+  module = importlib.import_module(f'kernels.{row["implementation"]}')
+  blocks = module.Blocks(**row['blocks'])
+  if blocks not in module.candidates(*(row[x] for x in _KEY[2:])):
+    raise ValueError(f'{blocks} of a product that cannot be cut so')
+  return blocks
 
 
 def _least(call: Callable[[], Any]) -> float:

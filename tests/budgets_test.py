@@ -188,13 +188,13 @@ def test_a_latency_of_another_form_says_how_far_off_it_is(tmp_path):
   ('spoil', 'message'),
   [
     (lambda p: p.unlink(), 'is not a file; write one with python -m'),
-    (lambda p: p.write_text('heads ffn'), 'is not a table of lat.*JSONDecode'),
-    (lambda p: p.write_text('[]'), 'is not a table of latencies'),
+    (lambda p: p.write_text('heads ffn'), 'is not JSON.*budget.table'),
+    (lambda p: p.write_text('[]'), 'is not a JSON object'),
     (lambda p: p.write_text('{"model": {}}'), "not a table.*KeyError: 'V'"),
-    (lambda p: p.write_bytes(b'\xff\xfe'), 'not a table.*UnicodeDecodeError'),
+    (lambda p: p.write_bytes(b'\xff\xfe'), 'is not JSON.*invalid start byte'),
     (
       lambda p: p.write_text(p.read_text().replace('"ms": 1.0', '"ms": 0')),
-      'a width or a time is not positive',
+      'a width or a time is not in',
     ),
     (
       lambda p: p.write_text(p.read_text().replace('"V": 61', '"V": 64')),

@@ -11,6 +11,8 @@ import sys
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+# No test writes what it compiles into the user's cache, nor reads it there.
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 # Most of the time goes into compiling small functions once: without LLVM's
 # optimisations the suite takes a third less. What is computed is the same.
 os.environ['XLA_FLAGS'] = (

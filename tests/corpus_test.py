@@ -274,7 +274,7 @@ def test_debian_needs_apt(pypi, monkeypatch):
     ({'a_txt': '  \n', 'b_jsonl': '\n'}, 'holds no text; put .txt'),
     ({'a_txt': b'good\nb\xe9d\n'}, r'a.txt:2: byte 0xe9 is not UTF-8'),
     ({'a_jsonl': b'{"text": "x"}\n{"text": "\xff"}'}, 'a.jsonl:2: byte 0xff'),
-    ({'a_jsonl': '{"text": "x"}\n{"text": '}, 'a.jsonl:2: not JSON'),
+    ({'a_jsonl': '{"text": "x"}\n{"text": '}, 'a.jsonl:2 is not JSON'),
     ({'a_jsonl': '{"txt": "x"}'}, 'a.jsonl:1: no string under the key "text"'),
     ({'a_jsonl': '["x"]'}, 'a.jsonl:1: no string under the key "text"'),
     ({'a_jsonl': '{"text": 3}'}, 'a.jsonl:1: no string under the key "text"'),

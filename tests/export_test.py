@@ -428,7 +428,8 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   writer.close()
   per_type = dict.fromkeys(structure.TYPES, 0.5)
   row = dict.fromkeys(
-    ('loss', 'seconds', 'tokens_per_second', 'live_cost', 'target_cost'), 1.0
+    ('loss', 'seconds', 'tokens_per_second', 'live_cost', 'target_cost',
+     'compile_seconds', 'data_seconds'), 1.0
   ) | {
     'kind': 'train', 'step': 5, 'tokens': 50, 'live_params': 900,
     'array_params': 1000, 'widths': per_type, 'price': per_type,

@@ -10,9 +10,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
-  'errors', 'structure', 'sharding', 'model', 'distillation', 'saliency',
-  'budgets', 'selection', 'schedules', 'optimizers', 'repair', 'state',
-  'shrink', 'events', 'steps', 'accounting',
+  'errors', 'untrusted', 'structure', 'sharding', 'model', 'distillation',
+  'saliency', 'budgets', 'selection', 'schedules', 'optimizers', 'repair',
+  'state', 'shrink', 'events', 'steps', 'accounting',
   'fetch', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',

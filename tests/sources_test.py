@@ -618,7 +618,7 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
     'tokenizer_config.json',
   ]
   (folder / 'source.json').write_text('{')
-  with pytest.raises(errors.InputError, match='saved source'):
+  with pytest.raises(errors.InputError, match=r'source\.json is not JSON'):
     sources.load_saved(folder)
 
 
