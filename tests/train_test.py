@@ -3,7 +3,6 @@
 import math
 import types
 
-import jax
 import jax.numpy as jnp
 import pytest
 
