@@ -15,8 +15,8 @@ needs (tests/configs_test.py):
     temporaries         29.7 GB for micro-batches of 4 x 2048 tokens, of which
                         6.8 GB are the gradient (XLA's own figure for a CPU)
 
-    architecture        16 shrinks x (30 s to compile and check + 4 s to save) + 190
-                        saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
+    architecture        16 shrinks x (30 s to compile and check + 4 s to save)
+                        + 190 saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
 
 The last two lines are an estimate for one device at 400 TFLOP/s: 30 s is what
 SmolLM2-135M took on 2 cores (layers are scanned, so that depth does not count),
