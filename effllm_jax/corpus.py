@@ -152,8 +152,12 @@ def _folder(text: str) -> tuple[str, dict[str, bytes]]:
     name = path.relative_to(folder)
     hidden = any(part.startswith('.') for part in name.parts)
     if path.suffix in ('.txt', '.jsonl') and path.is_file() and not hidden:
-      if not _is_utf8(name.as_posix()):
-        raise errors.InputError(f'the name of {path} is not UTF-8; rename it')
+      try:
+        name.as_posix().encode()
+      except UnicodeEncodeError as e:
+        raise errors.InputError(
+          f'the name of {path} is not UTF-8; rename it'
+        ) from e
       files[name.as_posix()] = untrusted.read(
         path, 'make it readable or move it away'
       )
@@ -204,28 +208,12 @@ def _row(where: str, line: str, default: Document) -> Document:
       f'{where}: no string under the key "text"; write {{"text": "..."}}'
     )
   domain = row.get('domain', default.domain)
-  if not isinstance(domain, str) or not domain or not _is_utf8(domain):
+  if not isinstance(domain, str) or not domain:
     raise errors.InputError(
       f'{where}: domain {domain!r} is not a name; give a string, or leave the '
       'key out'
     )
-  try:
-    row['text'].encode()
-  except UnicodeEncodeError as e:
-    raise errors.InputError(
-      f'{where}: half a surrogate pair at character {e.start} of "text"; write '
-      'the character itself'
-    ) from e
   return default._replace(domain=domain, text=row['text'])
-
-
-def _is_utf8(text: str) -> bool:
-  """Not so for half a surrogate pair, which Python makes of stray bytes."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):

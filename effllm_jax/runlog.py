@@ -84,7 +84,7 @@ _SOURCE = {
 # No count of tokens, parameters or FLOPs comes near it.
 _LARGEST = 1e30
 # Groups of a source model: Llama 3.1 405B has 6.8M of them.
-_MOST_GROUPS = 2**24
+_MOST_GROUPS = 2**23
 
 
 @dataclasses.dataclass(frozen=True)

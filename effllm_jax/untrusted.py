@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
+import re
 import stat
 from typing import Any
 from typing import BinaryIO
@@ -83,9 +84,9 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
     errors.InputError: it is not JSON, or nested too deeply.
   """
   try:
-    value = json.loads(
-      text.decode('utf-8-sig') if isinstance(text, bytes) else text
-    )
+    if isinstance(text, bytes):
+      text = text.decode('utf-8-sig')
+    value = json.loads(text)
   except RecursionError as e:
     raise _too_deep(where, remedy) from e
   except ValueError as e:  # Not JSON, not UTF-8, an integer of 5,000 digits.
@@ -99,8 +100,18 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
       for child in (node.values() if isinstance(node, dict) else node)
     ]
     if not level:
-      return value
-  raise _too_deep(where, remedy)
+      break
+  else:
+    raise _too_deep(where, remedy)
+  # Python takes half a surrogate pair for text, and fails where it is written.
+  if re.search(r'\\u[dD][89a-fA-F]', text):
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+      raise errors.InputError(
+        f'{where} is not JSON (half a surrogate pair in a string); {remedy}'
+      ) from e
+  return value
 
 
 def _too_deep(where, remedy):

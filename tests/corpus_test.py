@@ -279,7 +279,10 @@ def test_debian_needs_apt(pypi, monkeypatch):
     ({'a_jsonl': '["x"]'}, 'a.jsonl:1: no string under the key "text"'),
     ({'a_jsonl': '{"text": 3}'}, 'a.jsonl:1: no string under the key "text"'),
     ({'a_jsonl': '{"text": "x", "domain": 3}'}, 'a.jsonl:1: domain 3 is not'),
-    ({'a_jsonl': '{"text": "\\ud800"}'}, 'a.jsonl:1: half a surrogate'),
+    (
+      {'a_jsonl': '{"text": "\\ud800"}'},
+      r'a.jsonl:1 is not JSON \(half a surrogate',
+    ),
     ({'a_txt': prose(0)}, "'text' is a single paragraph .a.txt., so nothing"),
     ({'a_txt': f'{prose(0)}\n\n{prose(0)}'}, "'text' repeats itself"),
   ],
