@@ -46,7 +46,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except (AttributeError, KeyError) as e:
       _fail(_unknown_key(argv, str(e.args[0])))
     except (flags.Error, TypeError, ValueError) as e:
-      _fail(e)
+      # ml_collections quotes the traceback of a config that fails.
+      before, traceback, _ = str(e).partition('Traceback (most recent')
+      _fail(f'{before} {_last_line(e)}' if traceback else e)
     except Exception as e:  # The config is a program of the user's.
       _fail(f'--config cannot be read: {_last_line(e)}')
 

@@ -1203,13 +1203,12 @@ def test_config_files(tmp_path):
 
 def test_overrides_of_the_command_line():
   values = [
-    '', ' ', '-1', '0', '1e999', 'nan', 'inf', '9' * 5000, '1' * 400, '(1,)',
-    '[' * 1000, '{}', 'None', '../x', '\udcff', '\x1b[2J', 'True', '1.5', "'",
+    '', '-1', '1e999', 'nan', '9' * 5000, '(1,)', '[' * 1000, '{}', 'None',
+    '\udcff', '\x1b[2J', 'True', "'",
   ]  # fmt: skip
   keys = [
     'seed', 'optimizer.peak', 'source', 'model.remat', 'data.weights',
-    'data.weights.x', 'prune', 'nothing', 'prune.nothing', '', '.', 'seed.x',
-    'prune.floors.ffn', 'data', '__class__', 'budget.target',
+    'data.weights.x', 'prune', 'nothing', '', '.', 'seed.x', '__class__',
   ]  # fmt: skip
   file = '--config=experiments/configs/smollm2_135m.py'
   cases = [[file, f'--config.{key}={x}'] for key in keys for x in values]
