@@ -58,7 +58,7 @@ class Server:
     self._output = root / f'{name}.txt'
     self._process = subprocess.Popen(
       [sys.executable, '-m', 'tests.fork_server'],
-      cwd=conftest.ROOT, env=os.environ | {'OPENBLAS_NUM_THREADS': '1'},
+      cwd=conftest.ROOT, env=runs.ENV | {'OPENBLAS_NUM_THREADS': '1'},
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 

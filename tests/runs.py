@@ -1,6 +1,7 @@
 """Runs of the real commands on a small model, and what they left behind."""
 
 import json
+import os
 import pathlib
 import subprocess
 
@@ -10,6 +11,9 @@ import numpy as np
 from effllm_jax import checkpoints
 from effllm_jax import workdir as workdir_lib
 from tests import conftest
+
+# As a user has it: what is compiled once is kept, below --cache.
+ENV = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'true'}
 
 
 class Setting:
@@ -33,7 +37,9 @@ class Setting:
     ]
 
   def main(self, workdir, *more, **changes) -> subprocess.CompletedProcess:
-    return conftest.command('main', *self.arguments(workdir, *more, **changes))
+    return conftest.command(
+      'main', *self.arguments(workdir, *more, **changes), env=ENV
+    )
 
 
 def rows(workdir, kind):
