@@ -179,7 +179,8 @@ class Run:
     )
     self.compiled = {}
     # Since the last row: not every step has one.
-    self.compile_seconds = 0.0
+    self.compile_seconds = self.busy_seconds = 0.0
+    self.unlogged = 0
     self.extents = self._extents()
 
   def train(self) -> None:
@@ -228,7 +229,14 @@ class Run:
     if plan.prunes(step):
       self._check_scored(step, numbers)
       self._prune(step, windows_ABT)
-    seconds = time.perf_counter() - start
+    if (
+      log or plan.prunes(step) or plan.evaluates(step) or plan.checkpoints(step)
+    ):
+      # Until here the time is that of asking for steps; what follows shall not
+      # be charged with them.
+      jax.block_until_ready(self.state.params)
+    self.busy_seconds += time.perf_counter() - start
+    self.unlogged += 1
     row = (
       {
         'kind': 'train',
@@ -241,8 +249,9 @@ class Run:
         'skipped': int(self.state.skipped),
         # Of the last update.
         'learning_rate': float(self.rate(step - 1 - int(self.state.skipped))),
-        # Includes the prune; not the compilation, the input or the shrink.
-        'seconds': seconds,
+        # Of a step, the mean since the last row. Includes the prune; not the
+        # compilation, the input or the shrink.
+        'seconds': self.busy_seconds / self.unlogged,
         'compile_seconds': self.compile_seconds,
         'data_seconds': waited,
         **pruning.sizes(
@@ -257,8 +266,9 @@ class Run:
     if row:
       if int(self.state.in_a_row):
         self.progress.say(f'step {step} is skipped: {_told(numbers)}')
-      row['tokens_per_second'] = plan.tokens_per_step / seconds
-      self.compile_seconds = 0.0
+      row['tokens_per_second'] = plan.tokens_per_step / row['seconds']
+      self.compile_seconds = self.busy_seconds = 0.0
+      self.unlogged = 0
       self.metrics.write(row)
       self.progress.step(row)
     if plan.evaluates(step):

@@ -1,8 +1,10 @@
 """What the loop does when something inside it goes wrong."""
 
 import math
+import time
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +12,7 @@ from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import steps
 from effllm_jax import train
+from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
 
@@ -75,3 +78,44 @@ def test_a_repair_that_needed_more_damping_is_told():
   assert len(said) == 2
   assert said[0] == 'repair after step 7: ffn_in needed damping 0.1'
   assert 'ffn found no damping that works' in said[1]
+
+
+@pytest.mark.parametrize('log_every', [1, 3])
+def test_seconds_are_those_of_the_devices(setting, monkeypatch, log_every):
+  """Not those of asking for a step: here each takes 0.1 s and says so late."""
+  run, root = setting
+  good_step = steps.train_step
+
+  def nap(x):
+    time.sleep(0.1)
+    return x
+
+  @jax.jit
+  def late(x):
+    return jax.pure_callback(nap, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+  class Slow:
+    """The real step, compiled as ever; one parameter takes its time."""
+
+    def lower(self, *args, **kwargs):
+      compiled = good_step.lower(*args, **kwargs).compile()
+
+      class Compiled:
+        def compile(self):
+          def call(*args):
+            state, numbers = compiled(*args)
+            norm = late(state.params.final_norm)
+            params = state.params.replace(final_norm=norm)
+            return state.replace(params=params), numbers
+
+          return call
+
+      return Compiled()
+
+  monkeypatch.setattr(steps, 'train_step', Slow())
+  workdir = f'slow{log_every}'
+  run(workdir, **{'train.log_every': log_every})
+  rows = list(workdir_lib.read(root / workdir / 'metrics.jsonl'))
+  seconds = [row['seconds'] for row in rows if row['kind'] == 'train']
+  assert len(seconds) == 24 // log_every
+  assert min(seconds) >= 0.1
