@@ -285,10 +285,12 @@ def restore_latest(
     errors.InputError: the input pipeline is not the one that was saved, or
       nothing in a used workdir can be read.
   """
-  candidates = moments(workdir)
-  for moment in candidates:
+  # One process reads all files and moves folders; then all see the same ones.
+  if jax.process_index() == 0:
+    _set_damaged_aside(workdir)
+  sharding.wait('verified')
+  for moment in moments(workdir):
     try:
-      _verify(moment.path)
       state = _restore(moment, tx, mesh)
       data.set_state(_read_json(moment.path, 'data'))
     except errors.InputError:
@@ -296,9 +298,11 @@ def restore_latest(
     except Exception as e:  # Orbax raises many kinds, for one reason: damage.
       _set_aside(moment.path, e)
       continue
-    for path in _committed(workdir, _EVENTS):
-      if int(path.name) >= moment.num_events:
-        shutil.rmtree(path)
+    if jax.process_index() == 0:
+      for path in _committed(workdir, _EVENTS):
+        if int(path.name) >= moment.num_events:
+          shutil.rmtree(path)
+    sharding.wait('restored')
     return state, moment
   if (pathlib.Path(workdir) / _DAMAGED).exists():
     raise errors.InputError(
@@ -306,6 +310,17 @@ def restore_latest(
       'again with an empty --workdir'
     )
   return None
+
+
+def _set_damaged_aside(workdir) -> None:
+  """Moves away what is newer than the newest moment that is as it was saved."""
+  for moment in moments(workdir):
+    try:
+      _verify(moment.path)
+    except (KeyError, OSError, TypeError, ValueError) as e:
+      _set_aside(moment.path, e)
+    else:
+      return
 
 
 def _restore(moment: Moment, tx, mesh) -> state_lib.TrainState:
