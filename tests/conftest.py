@@ -50,6 +50,17 @@ def make_config(**changes) -> structure.ModelConfig:
   return structure.ModelConfig(**(fields | changes))
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _forget_compiled():
+  """Lets go of what the tests of a file have compiled.
+
+  Linux gives a process 65,530 pieces of memory, a compiled function takes
+  several of them, and XLA aborts, or fails to "materialize symbols", without.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(params=list(CONFIGS), name='cfg')
 def _cfg(request) -> structure.ModelConfig:
   return make_config(**CONFIGS[request.param])
