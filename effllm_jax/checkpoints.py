@@ -44,6 +44,7 @@ from effllm_jax import untrusted
 
 _ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
 _DIGESTS = 'digests.json'
+_REMEDY = 'choose another one'
 # What Orbax writes after everything else: dates, which nothing here reads.
 _UNREAD = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 
@@ -164,7 +165,7 @@ def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
   """SHA-256 of some files of a folder."""
 
   def digest(name):
-    with (folder / name).open('rb') as file:
+    with untrusted.opened(folder / name, _REMEDY) as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -173,7 +174,7 @@ def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
 
 def _verify(moment: pathlib.Path, part: str = '') -> None:
   """Raises ValueError unless the files of `part` (all) are what was saved."""
-  saved = json.loads((moment / _DIGESTS).read_text())
+  saved = untrusted.read_json(moment / _DIGESTS, _REMEDY)
   names = [name for name in saved if name.startswith(part)]
   if part and not names:
     raise ValueError(f'{_DIGESTS} does not know {part}')
@@ -260,7 +261,7 @@ def _read_json(moment: pathlib.Path, part: str) -> dict[str, Any]:
   _verify(moment, f'{part}/')
   # Orbax's JsonSave writes one file, `metadata`.
   where = moment / part / 'metadata'
-  return untrusted.read_json(where, 'choose another one')
+  return untrusted.read_json(where, _REMEDY)
 
 
 def restore_latest(
