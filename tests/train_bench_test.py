@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from effllm_jax import errors
-from experiments import bench_train
 from experiments import step_bench
+from experiments import train_bench
 from experiments.configs import efficientllm_a
 from tests import conftest
 
@@ -33,22 +33,22 @@ def served(work, *arguments):
   """All that the process of one variant says, in a thread of this one."""
   ours, theirs = multiprocessing.Pipe()
   thread = threading.Thread(
-    target=bench_train._serve, args=(theirs, work, *arguments)
+    target=train_bench.serve, args=(theirs, work, *arguments)
   )
   thread.start()
-  facts = bench_train._ask(ours)
+  facts = train_bench.ask(ours)
   said = []
   for request in ('step', 'step', 'end'):
     ours.send(request)
-    said.append(bench_train._ask(ours))
+    said.append(train_bench.ask(ours))
   thread.join()
   return facts, said
 
 
 def test_both_train_the_same_model(config):
   pytest.importorskip('torch')
-  ours, first = served(bench_train._ours, config, '135m', True)
-  rival, second = served(bench_train._rival, config, '135m')
+  ours, first = served(train_bench.ours, config, '135m', True)
+  rival, second = served(train_bench.rival, config, '135m')
   assert ours['params'] == rival['params'] > 0
   # Three forward passes and Adam, by hand in accounting_test.
   assert ours['flops'] > 6 * ours['tokens'] * ours['params'] * 0.5
@@ -57,7 +57,7 @@ def test_both_train_the_same_model(config):
 
 
 def test_a_product_has_its_operations():
-  facts, (seconds, _, _) = served(bench_train._product, 'float32')
+  facts, (seconds, _, _) = served(train_bench.product, 'float32')
   assert facts['flops'] == 2 * 4096**3 and seconds > 0
 
 
@@ -65,4 +65,4 @@ def test_what_cannot_start_is_told(config):
   pytest.importorskip('torch')
   config['model']['dtype'] = 'bfloat16'
   with pytest.raises(errors.InputError, match='--rival=false'):
-    served(bench_train._rival, config, '135m')
+    served(train_bench.rival, config, '135m')
