@@ -183,7 +183,7 @@ def block(
   dtype = jnp.dtype(compute.dtype)
   stem_D = masks.stem.astype(dtype)
   norm = functools.partial(_rms_norm, stem_D=masks.stem, eps=cfg.norm_eps)
-  angles_TH = _angles(length, cfg)
+  cos_sin_2TH = _cos_sin(length, cfg)
 
   attention, swiglu = (
     functools.partial(op, implementation=compute.kernels, hidden=taps)
@@ -204,7 +204,7 @@ def block(
     w = sharding.gathered(w, compute.mesh)
     attn_in_BTD = norm(x_BTD, w.attn_norm.astype(dtype))
     out_BTD = attention(
-      attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, angles_TH,
+      attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, cos_sin_2TH,
       bq=w.bq, bk=w.bk, bv=w.bv, q_norm=w.q_norm, k_norm=w.k_norm,
     )  # fmt: skip
     if taps:
@@ -288,7 +288,8 @@ def _rms_norm(x_BTD, scale_D, stem_D, eps):
   return normed_BTD.astype(x_BTD.dtype) * scale_D
 
 
-def _angles(length, cfg):
-  """Rotary angles [T, H/2], float32: position times frequency."""
+def _cos_sin(length, cfg):
+  """Of the rotary angles, position times frequency; [2, T, H/2], float32."""
   frequencies = jnp.asarray(cfg.rotary_frequencies(), jnp.float32)
-  return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+  angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+  return jnp.stack([jnp.cos(angles), jnp.sin(angles)])

@@ -57,6 +57,7 @@ def swiglu(x, w_gate, w_up, w_down, keep, implementation=None, hidden=False):
 
 EPS = 0.1
 ANGLES = np.arange(T)[:, None] * np.array([1.0, 0.3])
+COS_SIN = np.stack([np.cos(ANGLES), np.sin(ANGLES)])
 
 
 def attention(x, wq, wk, wv, wo, *extras, implementation=None, hidden=False):
@@ -65,7 +66,7 @@ def attention(x, wq, wk, wv, wo, *extras, implementation=None, hidden=False):
   bq, bk, bv, q_norm, k_norm = extras or [None] * 5
   if implementation:
     return kernels.masked_attention(
-      x, wq, wk, wv, wo, keep, jnp.asarray(ANGLES, jnp.float32),
+      x, wq, wk, wv, wo, keep, jnp.asarray(COS_SIN, jnp.float32),
       bq=bq, bk=bk, bv=bv, q_norm=q_norm, k_norm=k_norm, norm_eps=EPS,
       implementation=implementation, hidden=hidden,
     )  # fmt: skip
@@ -80,7 +81,7 @@ def attention(x, wq, wk, wv, wo, *extras, implementation=None, hidden=False):
   def rotate(z):
     a, b = z[..., : H // 2], z[..., H // 2 :]
     shape = (T, *(1,) * (z.ndim - 3), H // 2)
-    cos, sin = np.cos(ANGLES).reshape(shape), np.sin(ANGLES).reshape(shape)
+    cos, sin = COS_SIN.reshape(2, *shape)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
   q = rotate(project(wq, bq, q_norm))
