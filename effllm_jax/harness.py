@@ -227,13 +227,15 @@ def run(
     (None where one item gives none).
   """
   names = list(names)
-  found = evaluator.evaluate(
-    model,
-    manager.load(names),
-    limit=limit or None,
-    bootstrap_iters=_DRAWS,
-    log_samples=False,
-  )
+  # It prints while it draws for a standard error.
+  with contextlib.redirect_stdout(None):
+    found = evaluator.evaluate(
+      model,
+      manager.load(names),
+      limit=limit or None,
+      bootstrap_iters=_DRAWS,
+      log_samples=False,
+    )
   rows = []
   for name in names:
     members = [

@@ -42,15 +42,26 @@ _BATCH_TOKENS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
   """Asks source and pruned model, prints the table, keeps it."""
   del argv
-  # After the flags have been parsed: these imports take seconds.
+  from effllm_jax import benchmark_items
+  from effllm_jax import errors
+
+  names = benchmark_items.names(_TASKS.value)
+  if (_WORKDIR.value is None) == (_MODEL.value is None):
+    raise errors.InputError(
+      'evaluate takes a run or a model; set one of --workdir and --model'
+    )
+  if _MODEL.value is not None and _EVENT.value is not None:
+    raise errors.InputError(
+      f'--event {_EVENT.value} is that of a run; set --workdir, or set '
+      "--model to the run's events/<index>"
+    )
+  # After the flags have been checked: these imports take seconds.
   import pathlib
   import time
 
   import rich.console
   import rich.progress
 
-  from effllm_jax import benchmark_items
-  from effllm_jax import errors
   from effllm_jax import finished
   from effllm_jax import harness
   from effllm_jax import runlog
@@ -58,27 +69,16 @@ def main(argv: list[str]) -> None:
   from effllm_jax import tables
   from effllm_jax import workdir
 
-  names = benchmark_items.names(_TASKS.value)
-  if (_WORKDIR.value is None) == (_MODEL.value is None):
-    raise errors.InputError(
-      'evaluate takes a run or a model; set one of --workdir and --model'
-    )
   record = {'harness': harness.VERSION, 'rows': []}
   models = {}
-  if _WORKDIR.value is None:
-    if _EVENT.value is not None:
-      raise errors.InputError(
-        f'--event {_EVENT.value} is that of a run; set --workdir, or set '
-        "--model to the run's events/<index>"
-      )
-    source = _MODEL.value
-  else:
+  source = _MODEL.value
+  if _WORKDIR.value is not None:
     model, made = finished.read(_WORKDIR.value, _EVENT.value)
     models[made.step] = model
     source = made.run.config['source']
     # Figures of another version may be of other prompts.
     if made.run.benchmarks.get('harness') == harness.VERSION:
-      record = made.run.benchmarks
+      record = dict(made.run.benchmarks)
   known = {
     x['task']
     for x in record['rows']
