@@ -166,22 +166,22 @@ def prepared(
       written.
   """
   cache = pathlib.Path(cache).expanduser()
-  try:
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(dir=cache, prefix='.items-')
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write the cache {cache}: {e.strerror}; set --cache'
-    ) from e
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
   datasets.disable_progress_bars()
-  with scratch as tmp:
-    folder = pathlib.Path(tmp)
-    for name in names:
-      for task, path in benchmark_items.write(name, cache, folder).items():
-        config = json.dumps(_config(task, path))
-        # JSON is YAML.
-        path.with_suffix('.yaml').write_text(config, encoding='utf-8')
+  with contextlib.ExitStack() as stack:
+    try:
+      cache.mkdir(parents=True, exist_ok=True)
+      scratch = tempfile.TemporaryDirectory(dir=cache, prefix='.items-')
+      folder = pathlib.Path(stack.enter_context(scratch))
+      for name in names:
+        for task, path in benchmark_items.write(name, cache, folder).items():
+          config = json.dumps(_config(task, path))
+          # JSON is YAML.
+          path.with_suffix('.yaml').write_text(config, encoding='utf-8')
+    except OSError as e:
+      raise errors.InputError(
+        f'cannot write the cache {cache}: {e.strerror}; set --cache'
+      ) from e
     # The later folder wins: of MMLU's own only the groups are left.
     yield lm_eval_tasks.TaskManager(
       include_path=[_MMLU, folder], include_defaults=False
@@ -218,7 +218,7 @@ def run(
 
   Args:
     model: of any backend.
-    manager: of `prepare`.
+    manager: of `prepared`.
     names: of tasks and groups.
     limit: the first items of a task, or of a subject of MMLU; 0: all.
 
