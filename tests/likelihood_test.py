@@ -35,11 +35,12 @@ def some_requests(cfg, lengths, seed=0):
 def test_equals_a_plain_pass(kernels):
   cfg = conftest.make_config(context=48, tied=kernels == 'xla')
   params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
-  requests = some_requests(cfg, [(9, 3), (40, 2), (1, 1), (47, 2), (60, 5)])
-  # Two answers of one token to one question, and a greedy one of two.
-  question = requests[0][0]
-  best = model.greedy(params, masks, question, 2, cfg)
-  requests += [(question, [5]), (question, [6]), (question, best)]
+  # Two lengths, for the plain passes; the last one loses 17 tokens.
+  requests = some_requests(cfg, [(11, 1), (1, 11), (4, 8), (47, 2), (61, 5)])
+  # Two more answers to one question, and the greedy ones of another.
+  requests += [(requests[0][0], [5]), (requests[0][0], [6])]
+  question = requests[0][0][:10]
+  requests += [(question, model.greedy(params, masks, question, 2, cfg))]
   found = likelihood.score(
     params, masks, cfg, requests,
     compute=model.Compute(remat='none', kernels=kernels), batch_tokens=128,
