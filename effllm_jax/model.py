@@ -110,6 +110,25 @@ def forward(
   Returns:
     logits_BTV in float32, and `Taps` or None.
   """
+  final_BTD, tapped = hidden(params, masks, tokens_BT, cfg, compute, taps)
+  logits_BTV = unembed(final_BTD, params, compute)
+  return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
+
+
+def hidden(
+  params: structure.Params,
+  masks: structure.Groups,
+  tokens_BT: Array,
+  cfg: structure.ModelConfig,
+  compute: Compute = Compute(),
+  taps: bool = False,
+) -> tuple[Array, tuple[Array, ...] | None]:
+  """`forward` up to the output matrix.
+
+  Returns:
+    The input of the output matrix, [B, T, D], and the fields of `Taps` without
+    `final`, or None.
+  """
   layer = block(masks, tokens_BT.shape[1], cfg, compute, taps)
   gathers = compute.mesh is not None and compute.mesh.shape['fsdp'] > 1
   if compute.remat != 'none' or gathers:
@@ -122,19 +141,24 @@ def forward(
   x_BTD, tapped = jax.lax.scan(
     layer, x_BTD, (params.layers, masks.heads, masks.ffn)
   )
-  final_BTD = final_norm(x_BTD, params, masks, cfg)
-  unembed, letters = (
+  return final_norm(x_BTD, params, masks, cfg), tapped
+
+
+def unembed(
+  final_BTD: Array, params: structure.Params, compute: Compute = Compute()
+) -> Array:
+  """Logits [B, T, V] in float32 of what `hidden` returns."""
+  matrix, letters = (
     (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
   )
-  unembed = sharding.constrain(unembed, letters, compute.mesh)
+  matrix = sharding.constrain(matrix, letters, compute.mesh)
   logits_BTV = jnp.einsum(
     f'BTD,{letters}->BTV',
     final_BTD,
-    unembed.astype(final_BTD.dtype),
+    matrix.astype(final_BTD.dtype),
     preferred_element_type=jnp.float32,
   )
-  logits_BTV = sharding.constrain(logits_BTV, 'BTV', compute.mesh)
-  return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
+  return sharding.constrain(logits_BTV, 'BTV', compute.mesh)
 
 
 def embed(

@@ -69,6 +69,9 @@ def text(
     _text(made).markdown(),
     _files(files, agreements).markdown(),
   ]
+  measured = {x['step'] for x in run.benchmarks.get('rows', ())}
+  if made.step in measured:
+    parts.append(tables.benchmarks(run.benchmarks, made.step).markdown())
   if run.edge.get('step') == made.step:
     parts.append(tables.edge(run).markdown())
   parts.append(f'## Use\n\n{_use(agreements)}')

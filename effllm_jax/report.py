@@ -150,6 +150,8 @@ def _summary(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
   layers = tables.layers(run)
   if layers:
     parts.append(layers.markdown())
+  if run.benchmarks:
+    parts.append(tables.benchmarks(run.benchmarks).markdown())
   if run.edge:
     parts.append(tables.edge(run).markdown())
   parts.append('## Figures\n')
@@ -197,10 +199,13 @@ def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
       if layers
       else ''
     ),
-    edge=(
-      f'<h2>{text(tables.edge(run).title)}</h2>\n{tables.edge(run).html()}\n'
-      if run.edge
-      else ''
+    measured=''.join(
+      f'<h2>{text(x.title)}</h2>\n{x.html()}\n'
+      for x in (
+        run.benchmarks and tables.benchmarks(run.benchmarks),
+        run.edge and tables.edge(run),
+      )
+      if x
     ),
     figures=pictures,
     config=tables.config(run).html(),
@@ -307,7 +312,7 @@ $spent
 <h2>Time</h2>
 $time
 <p>$lost</p>
-$edge$layers<details class="config"><summary>Configuration</summary>
+$measured$layers<details class="config"><summary>Configuration</summary>
 $config
 </details>
 <details><summary>Command</summary>

@@ -37,9 +37,11 @@ from effllm_jax import structure
 from effllm_jax import untrusted
 from effllm_jax import workdir
 
-# Manifest of the training text, and what `experiments.edge` measured.
+# Manifest of the training text, and what `experiments.edge` and
+# `experiments.evaluate` measured.
 TEXT = 'text.json'
 EDGE = 'edge.json'
+BENCHMARKS = 'benchmarks.json'
 _SCALARS = (
   'step', 'tokens', 'loss', 'seconds', 'tokens_per_second', 'live_params',
   'array_params', 'live_cost', 'target_cost', 'compile_seconds',
@@ -78,6 +80,15 @@ _EDGE = {
     }
   ],
 }  # fmt: skip
+_BENCHMARKS = {
+  'harness': str,
+  'rows': [
+    {
+      'step': (int, None), 'task': str, 'metric': str, 'items': int,
+      'limit': int, 'value': float, 'stderr': (float, None),
+    }
+  ],
+}  # fmt: skip
 _SOURCE = {
   'name': (str, None), 'description': (str, None), 'licence': (str, None),
 }  # fmt: skip
@@ -102,6 +113,8 @@ class Run:
     prune_tokens: tokens seen at each prune, float64 [prunes].
     text: manifest of the training text; empty when not recorded.
     edge: what `experiments.edge` measured, and of which step; empty before.
+    benchmarks: what `experiments.evaluate` measured, a row for each step (None:
+      the source model), task and metric; empty before.
     removed: by pruning type, tokens seen when each group of the source model
       went, inf where it is alive: float64, heads [N, K], ffn [N, F], stem [D].
       Empty when the shape of the source model is not recorded.
@@ -118,6 +131,7 @@ class Run:
   save_seconds: float = 0.0
   text: dict = dataclasses.field(default_factory=dict)
   edge: dict = dataclasses.field(default_factory=dict)
+  benchmarks: dict = dataclasses.field(default_factory=dict)
 
   @property
   def tokens(self) -> np.ndarray:
@@ -293,6 +307,7 @@ def read(folder: str | os.PathLike) -> Run:
     removed=removed,
     text=_object(folder / TEXT, _TEXT),
     edge=_object(folder / EDGE, _EDGE),
+    benchmarks=_object(folder / BENCHMARKS, _BENCHMARKS),
   )
 
 

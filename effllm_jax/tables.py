@@ -1,10 +1,13 @@
 """The tables of a report, each made once and rendered three ways."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import html
 import json
 import math
 import re
+from typing import Any
 
 import numpy as np
 import rich.box
@@ -12,6 +15,7 @@ import rich.table
 import rich.text
 
 from effllm_jax import accounting
+from effllm_jax import benchmark_items
 from effllm_jax import runlog
 from effllm_jax import structure
 
@@ -262,6 +266,65 @@ def edge(run: runlog.Run) -> Table:
   )  # fmt: skip
 
 
+def benchmarks(record: Mapping[str, Any], step: int | None = None) -> Table:
+  """Public benchmarks: the source model beside what it became.
+
+  Args:
+    record: `runlog.Run.benchmarks`, not empty.
+    step: of the one model to show; None: all that were measured.
+  """
+  rows = [
+    x for x in record['rows'] if step is None or x['step'] in (None, step)
+  ]
+  cells = {}
+  for x in [*rows, *_averages(rows)]:
+    key = (x['task'], x['metric'], x['items'])
+    cells.setdefault(key, {})[x['step']] = _measured(x)
+  steps = sorted({x['step'] for x in rows} - {None})
+  return Table(
+    title=f'Benchmarks: {record["harness"]}, zero-shot, with standard errors',
+    columns=('task', 'items', 'source', *(f'step {x:,}' for x in steps)),
+    rows=tuple(
+      (
+        f'{task}, {metric}',
+        _count(items),
+        *(found.get(x, _NONE) for x in (None, *steps)),
+      )
+      for (task, metric, items), found in cells.items()
+    ),
+  )
+
+
+def _averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """A row for each model that has answered all tasks of the paper's table.
+
+  Of acc_norm where lm-eval has it, of acc elsewhere: our choice, the paper does
+  not say.
+  """
+  best = {}
+  # acc comes before acc_norm.
+  for x in sorted(rows, key=lambda x: x['metric']):
+    if x['task'] in benchmark_items.TABLE2:
+      best.setdefault((x['limit'], x['step']), {})[x['task']] = x
+  found = []
+  for (_, step), tasks in best.items():
+    if len(tasks) == len(benchmark_items.TABLE2):
+      errors = [x['stderr'] for x in tasks.values()]
+      found.append(
+        {
+          'task': 'average of table2',
+          'metric': 'acc_norm or acc',
+          'items': sum(x['items'] for x in tasks.values()),
+          'step': step,
+          'value': math.fsum(x['value'] for x in tasks.values()) / len(tasks),
+          'stderr': None
+          if None in errors
+          else math.hypot(*errors) / len(tasks),
+        }
+      )
+  return found
+
+
 def config(run: runlog.Run) -> Table:
   """Every key of the configuration, as it is set on the command line."""
 
@@ -358,6 +421,17 @@ def _count(x: float | None) -> str:
 
 def _bits(x: float | None) -> str:
   return f'{x:.4f}' if _known(x) else _NONE
+
+
+def _measured(x: Mapping[str, Any]) -> str:
+  """`0.475 ± 0.080`; a perplexity with two digits."""
+  digits = 3 if x['metric'].startswith('acc') else 2
+  value = f'{x["value"]:,.{digits}f}'
+  return (
+    value
+    if x['stderr'] is None
+    else (f'{value} \N{PLUS-MINUS SIGN} {x["stderr"]:,.{digits}f}')
+  )
 
 
 def _tenths(x: float | None) -> str:

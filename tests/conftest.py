@@ -280,8 +280,13 @@ def flags_of(changes) -> list[str]:
 
 def command(name: str, *arguments, **options) -> subprocess.CompletedProcess:
   """Runs `python -m experiments.<name>` as a user would."""
+  return python('-m', f'experiments.{name}', *arguments, **options)
+
+
+def python(*arguments, **options) -> subprocess.CompletedProcess:
+  """Runs Python in the root of the repository."""
   return subprocess.run(
-    [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],
+    [sys.executable, *map(str, arguments)],
     cwd=ROOT, capture_output=True, text=True, check=False, **options,
   )  # fmt: skip
 

@@ -977,6 +977,7 @@ def _done(place):
   for name, content in (
     (runlog.EDGE, {**model_card_test.SPEEDS, 'step': 40}),
     (runlog.TEXT, model_card_test.TEXT),
+    (runlog.BENCHMARKS, model_card_test.BENCHMARKS),
   ):
     (folder / name).write_text(json.dumps(content))
   return folder
@@ -1001,7 +1002,14 @@ def _read_run(monkeypatch, place):
 
 
 @pytest.mark.parametrize(
-  'name', ['config.json', 'source/source.json', 'edge.json', 'text.json']
+  'name',
+  [
+    'config.json',
+    'source/source.json',
+    'edge.json',
+    'text.json',
+    'benchmarks.json',
+  ],
 )
 def test_json_of_a_workdir(done, read_run, name):
   path = done / name
@@ -1048,7 +1056,7 @@ def test_rows_of_a_workdir(done, read_run, name, tmp_path):
 @pytest.mark.parametrize(
   'name',
   ['config.json', 'metrics.jsonl', 'trace.jsonl', 'edge.json', 'text.json',
-   'source/source.json', 'source'],
+   'benchmarks.json', 'source/source.json', 'source'],
 )  # fmt: skip
 def test_a_thing_in_a_workdir(done, read_run, tmp_path, name, thing):
   folder = shutil.copytree(done, tmp_path / 'run')

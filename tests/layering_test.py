@@ -13,14 +13,14 @@ ORDER = [
   'errors', 'untrusted', 'structure', 'sharding', 'model', 'distillation',
   'saliency', 'budgets', 'selection', 'schedules', 'optimizers', 'repair',
   'state', 'shrink', 'events', 'steps', 'accounting',
-  'fetch', 'workdir', 'checkpoints',
+  'fetch', 'benchmark_items', 'workdir', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
   'teacher', 'runlog', 'tables', 'widths', 'agreement', 'modeling_effllm',
   'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
-  'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'plots',
-  'figures', 'report', 'console', 'interrupts', 'train',
+  'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'likelihood',
+  'harness', 'plots', 'figures', 'report', 'console', 'interrupts', 'train',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -45,9 +45,12 @@ ONLY = {
   'onnxruntime': {'onnx_export'},
   'onnxscript': {'onnx_export'},
   'xllamacpp': {'llama_cpp'},
+  'lm_eval': {'harness'},
+  'datasets': {'harness'},
+  'pyarrow': {'benchmark_items'},
   'absl': {'data'},
   'experiments': set(),
-  'kernels': {'model', 'plan', 'train'},
+  'kernels': {'model', 'plan', 'train', 'harness'},
 }
 
 

