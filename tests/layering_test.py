@@ -20,7 +20,8 @@ ORDER = [
   'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'plots',
-  'figures', 'report', 'console', 'interrupts', 'train',
+  'figures', 'report', 'console', 'interrupts', 'train', 'small_run',
+  'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -32,7 +33,9 @@ ONLY = {
   'grain': {'data'},
   'tensorflow_datasets': {'corpus'},
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
-  'matplotlib': {'plots', 'figures'},
+  'matplotlib': {'plots', 'figures', 'pictures'},
+  'treescope': {'notebook'},
+  'IPython': {'notebook'},
   'torch': {
     'hf_export',
     'modeling_effllm',
