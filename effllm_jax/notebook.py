@@ -187,9 +187,7 @@ def small_model(text: str = 'To prune is to choose what to keep. ') -> Model:
     V=256, D=16, N=2, K=4, G=2, H=4, F=12, context=128,
     rope_theta=1e4, norm_eps=1e-5, tied=True,
   )  # fmt: skip
-  params = jax.jit(model_lib.init, static_argnames='cfg')(
-    jax.random.key(0), cfg=cfg
-  )
+  params = small_run_lib.random_params(cfg, deviation=0.3)
   prune = state_lib.fresh_prune_state(cfg)
   window_BT = np.frombuffer(text.encode(), np.uint8)[None].astype(np.int32)
   scores = _taylor1(params, prune.masks, window_BT, cfg=cfg)

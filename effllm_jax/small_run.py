@@ -15,7 +15,6 @@ import pydoc
 import tempfile
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from safetensors import numpy as safetensors_numpy
@@ -23,7 +22,6 @@ import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
-from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import train
@@ -126,6 +124,24 @@ def config(
   )  # fmt: skip
 
 
+def random_params(
+  cfg: structure.ModelConfig, deviation: float
+) -> structure.Params:
+  """Random float32 numpy parameters; norm scales are 1.
+
+  As `model.init`, of which jax would have to compile a dozen functions; for
+  models without biases.
+  """
+  rng = np.random.default_rng(0)
+
+  def leaf(letters, like):
+    if structure.is_matrix(letters):
+      return rng.normal(0, deviation, like.shape).astype(np.float32)
+    return np.ones(like.shape, np.float32)
+
+  return structure.map_axes(leaf, structure.shapes(cfg))
+
+
 def _once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
   """A folder that is there only when all of it is."""
   if not target.exists():
@@ -138,11 +154,9 @@ def _once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
 
 def _write_model(folder: pathlib.Path) -> None:
   """What a source is read from: config.json, safetensors, tokenizer.json."""
-  init = jax.jit(model.init, static_argnames='cfg')  # one compile, not eleven
-  params = jax.tree.map(np.array, init(jax.random.key(0), cfg=CFG))
   tensors = {
     name: np.ascontiguousarray(x)
-    for name, x in weights.views(params, weights.HUGGING_FACE)
+    for name, x in weights.views(random_params(CFG, 0.02), weights.HUGGING_FACE)
   }
   safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

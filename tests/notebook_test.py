@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from effllm_jax import errors
+from effllm_jax import events
 from effllm_jax import figures
 from effllm_jax import plots
 from effllm_jax import runlog
@@ -93,6 +94,28 @@ def test_lineage_through_two_shrinks(masked):
           twice.params.layers.wo[n, slot],
           params.layers.wo[n, source][..., stem],
         )
+
+
+def test_the_lineage_of_events_composes_the_indices_that_they_kept():
+  groups = lambda *x: structure.Groups(*x)
+  kept = [
+    groups([[2, 0], [1, 2]], [[5, 3, 4], [0, 1, 2]], [7, 1, 3, 0]),
+    groups([[1], [0]], [[2, 0], [1, 2]], [3, 1]),
+  ]
+  wide, mid, small = (
+    dataclasses.replace(CFG, K=k, F=f, D=d)
+    for k, f, d in ((3, 6, 8), (2, 3, 4), (1, 2, 2))
+  )
+  made = [
+    events.ShrinkEvent(i, i, i, a, b, groups(0, 0, 0), kept[i], 1.0, 1.0)
+    for i, (a, b) in enumerate(((wide, mid), (mid, small)))
+  ]
+  run = notebook.Run(None, None, None, made)
+  first, second = (notebook.event_lineage(run, i) for i in range(2))
+  assert first.stem.tolist() == kept[0].stem
+  assert second.heads.tolist() == [[0], [1]]
+  assert second.ffn.tolist() == [[4, 5], [1, 2]]
+  assert second.stem.tolist() == [0, 1]
 
 
 def test_what_is_alive_is_told_in_the_coordinates_of_the_source(masked):
