@@ -21,7 +21,7 @@ ORDER = [
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'plots',
   'figures', 'report', 'console', 'interrupts', 'train', 'small_run',
-  'pictures', 'notebook',
+  'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
