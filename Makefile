@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt requirements-torch.txt requirements-edge.txt \
-  requirements-eval.txt requirements-dev.txt
+  requirements-eval.txt requirements-notebook.txt requirements-dev.txt
 JOBS ?= 2
 CONFIG ?= experiments/configs/smollm2_135m.py
 RUN ?= runs/quickstart

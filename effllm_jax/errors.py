@@ -29,6 +29,10 @@ class InputError(ValueError):
       )
     )
 
+  def _render_traceback_(self) -> list[str]:
+    """What a notebook shows instead of a traceback."""
+    return [f'error: {self}']
+
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[None]:

@@ -4,6 +4,7 @@ One colour per pruning type in all figures, from the palette of Okabe and Ito,
 which the common forms of colour blindness tell apart.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import io
 
@@ -17,6 +18,7 @@ from effllm_jax import runlog
 from effllm_jax import structure
 from effllm_jax import tables
 
+NAMES = ('size', 'price', 'loss', 'widths', 'layers', 'speed')
 COLORS = {'heads': '#0072B2', 'ffn': '#D55E00', 'stem': '#009E73'}
 
 
@@ -27,14 +29,19 @@ class Figure:
   name: str
   title: str
   caption: str
-  png: bytes
+  png: bytes = dataclasses.field(repr=False)
+
+  def _repr_png_(self) -> bytes:
+    """What a notebook shows."""
+    return self.png
 
 
-def draw(run: runlog.Run) -> list[Figure]:
-  """All figures of a run, also of one that has only just begun."""
+def draw(run: runlog.Run, names: Sequence[str] = NAMES) -> list[Figure]:
+  """Figures of a run, also of one that has only just begun."""
+  drawn = (_size, _price, _loss, _widths, _layers, _speed)
+  makers = dict(zip(NAMES, drawn, strict=True))
   with matplotlib.rc_context(plots.STYLE):
-    drawn = (_size, _price, _loss, _widths, _layers, _speed)
-    return [f(run) for f in drawn]
+    return [makers[name](run) for name in names]
 
 
 def layer_maps(run: runlog.Run) -> dict[str, np.ndarray]:
@@ -81,7 +88,7 @@ def _size(run):
     _cost(cost, run, kind)
   what = 'the live parameters' if by_params else 'the live cost'
   arrays = 'the widest layer' if run.uneven() else 'what is live'
-  return _figure(
+  return render(
     fig,
     'size',
     f'Model size against training tokens: each prune takes {what} '
@@ -166,7 +173,7 @@ def _price(run):
     f'{y[-1]:.3g}{tables.PERCENT} of {t}' for t, y in shares.items()
   )
   plots.title(bottom, f'Pruned: {ends}', legend=not scored.size)
-  return _figure(
+  return render(
     fig,
     'price',
     'Price and pruned share of each pruning type; the price is the score of a '
@@ -211,7 +218,7 @@ def _loss(run):
     plots.empty(bottom, 'no evaluation yet')
     plots.title(bottom, 'Held-out text', legend=False)
   bottom.set_ylabel('bits per byte')
-  return _figure(
+  return render(
     fig,
     'loss',
     'Loss on the training text and bits per byte on held-out text; shaded from '
@@ -267,7 +274,7 @@ def _widths(run):
       + (became if after[t] != before[t] else '(nothing pruned)'),
       legend=ax is panels[0],
     )
-  return _figure(
+  return render(
     fig,
     'widths',
     'Live width of each pruning type, mean over the layers, and the width of '
@@ -301,7 +308,7 @@ def _layers(run):
   top.set_ylabel('head')
   bottom.set_ylabel('ffn channels')
   bottom.set_xlabel('layer')
-  return _figure(
+  return render(
     fig,
     'layers',
     'What each layer kept and when the rest went: a column is a layer, the '
@@ -366,7 +373,7 @@ def _speed(run):
     f'{tables.si(fast, 3)} {end}',
     legend=False,
   )
-  return _figure(
+  return render(
     fig,
     'speed',
     'Wall time of a training step, prune included, compilation left out, and '
@@ -374,7 +381,8 @@ def _speed(run):
   )
 
 
-def _figure(fig, name, caption):
+def render(fig: figure.Figure, name: str, caption: str) -> Figure:
+  """A drawn figure; its title is made of those of its panels."""
   buffer = io.BytesIO()
   # Without the version of matplotlib: the same run gives the same bytes.
   fig.savefig(buffer, format='png', metadata={'Software': None})

@@ -81,6 +81,7 @@ def check_runtimes(names: Sequence[str]) -> None:
       raise errors.InputError(
         f'format {name!r} has no runtime here; set --formats to some of {known}'
       )
+  for name in names:
     FORMATS[name].runtime.require()
 
 

@@ -101,6 +101,10 @@ class Table:
       f'<tbody>\n{body}</tbody></table></div>'
     )
 
+  def _repr_html_(self) -> str:
+    """What a notebook shows."""
+    return f'<b>{html.escape(self.title)}</b>{self.html()}'
+
 
 def compare(run: runlog.Run) -> Table:
   """Source model against pruned model; "so far" while the run goes on."""

@@ -21,6 +21,7 @@ ORDER = [
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'likelihood',
   'harness', 'plots', 'figures', 'report', 'console', 'interrupts', 'train',
+  'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -32,7 +33,9 @@ ONLY = {
   'grain': {'data'},
   'tensorflow_datasets': {'corpus'},
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
-  'matplotlib': {'plots', 'figures'},
+  'matplotlib': {'plots', 'figures', 'pictures'},
+  'treescope': {'notebook'},
+  'IPython': {'notebook'},
   'torch': {
     'hf_export',
     'modeling_effllm',
