@@ -1,6 +1,7 @@
 # make quickstart   venv, requirements, source model, text, run, export, report
 # make test         the whole suite
 # make lint         ruff
+# make docs         a page for each module, in out/api
 # make kernels-aot  compiles the kernels for TPU and Hopper; needs neither
 # make clean        removes the virtual environments, never a run
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PY = $(VENV)/bin/python
 # The compiler for Hopper comes with a jax that needs it.
 PYTHON_CUDA ?= python3.13
 
-.PHONY: quickstart test lint kernels-aot clean
+.PHONY: quickstart test lint docs kernels-aot clean
 
 # Large pages for large arrays: a step on a CPU spends a tenth of its time on
 # page faults without. Of no effect but with glibc.
@@ -35,6 +36,9 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.ready
+	$(PY) -m experiments.api --out=out/api
 
 kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
 	.venv-tpu/bin/python -m experiments.aot_tpu

@@ -433,24 +433,32 @@ def restore_params(
   Raises:
     errors.InputError: there is no such run or event, or it cannot be read.
   """
+  moment = choose(workdir, event)
+  return read_params(moment), read_prune(moment), moment.cfg, moment.step
+
+
+def choose(workdir: str | os.PathLike, event: int | None = None) -> Moment:
+  """The newest moment of a run, or that right after one shrink.
+
+  Raises:
+    errors.InputError: there is no such run or event.
+  """
   known = moments(workdir)
   if not known:
     raise errors.InputError(
       f'no checkpoint in {workdir}; give the --workdir of a run'
     )
   if event is None:
-    moment = known[0]
-  else:
-    by_index = {
-      int(m.path.name): m for m in known if m.path.parent.name == _EVENTS
-    }
-    if event not in by_index:
-      names = ', '.join(map(str, sorted(by_index))) or 'none yet'
-      raise errors.InputError(
-        f'no event {event} in {workdir}; there are: {names}'
-      )
-    moment = by_index[event]
-  return read_params(moment), read_prune(moment), moment.cfg, moment.step
+    return known[0]
+  by_index = {
+    int(m.path.name): m for m in known if m.path.parent.name == _EVENTS
+  }
+  if event not in by_index:
+    names = ', '.join(map(str, sorted(by_index))) or 'none yet'
+    raise errors.InputError(
+      f'no event {event} in {workdir}; there are: {names}'
+    )
+  return by_index[event]
 
 
 def read_moment(path: str | os.PathLike) -> Moment:

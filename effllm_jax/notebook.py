@@ -27,6 +27,7 @@ from effllm_jax import errors
 from effllm_jax import events as events_lib
 from effllm_jax import figures
 from effllm_jax import inspection
+from effllm_jax import overlap as overlap_lib
 from effllm_jax import pictures
 from effllm_jax import runlog
 from effllm_jax import small_run as small_run_lib
@@ -235,6 +236,23 @@ def figure_a0(run: Run) -> figures.Figure:
 def quality(runs: Sequence[Run]) -> figures.Figure:
   """Held-out bits per byte against live parameters."""
   return pictures.quality([x.log for x in runs])
+
+
+def overlap(
+  runs: Sequence[Run], event: int | None = None, part: str = 'alive'
+) -> tables.Table:
+  """Which groups every two runs share, beside what chance would give.
+
+  Args:
+    runs: from one source; of a single one the table is empty.
+    event: right after this shrink of each; None: as last saved.
+    part: 'alive', or 'removed' for the groups that went.
+
+  Raises:
+    errors.InputError: the runs are of different sources, see `overlap.compare`.
+  """
+  found = [overlap_lib.read(x.workdir, event) for x in runs]
+  return overlap_lib.table(overlap_lib.compare(found), part)
 
 
 def _named() -> list[str]:

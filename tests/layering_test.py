@@ -19,9 +19,9 @@ ORDER = [
   'teacher', 'runlog', 'tables', 'widths', 'agreement', 'modeling_effllm',
   'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
-  'export', 'finished', 'edge', 'plan', 'pruning', 'evaluate', 'likelihood',
-  'harness', 'plots', 'figures', 'report', 'console', 'interrupts', 'train',
-  'small_run', 'inspection', 'pictures', 'notebook',
+  'export', 'finished', 'overlap', 'edge', 'plan', 'pruning', 'evaluate',
+  'likelihood', 'harness', 'plots', 'figures', 'report', 'console',
+  'interrupts', 'train', 'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',

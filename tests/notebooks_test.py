@@ -165,3 +165,8 @@ def test_reproduce_figures(execute, workdir, tmp_path):
   said = '\n'.join(out.of_kind('text/plain'))
   bits = re.search(r'per byte now: run (\S+), again (\S+)\'', said)
   assert bits.group(1) == bits.group(2)
+  # A run and its copy.
+  shown = out.of_kind('text/html')[-1]
+  row = re.search(r'run, again: ffn</th>(.*?)</tr>', shown).group(1)
+  one, other, _, shared, *_ = re.findall(r'<td>(.*?)</td>', row)
+  assert one == other == shared

@@ -1,0 +1,57 @@
+"""Writes a page for each module of the library, out of its docstrings.
+
+    python -m experiments.api --out=out/api
+
+A module is left out, with a line, where a package that it needs is not
+installed. Any warning of pdoc is an error.
+"""
+
+from absl import flags
+
+from experiments import cli
+
+_OUT = flags.DEFINE_string('out', None, 'Folder to write.')
+
+
+def main(argv: list[str]) -> None:
+  """Imports what can be imported and renders it."""
+  del argv
+  import importlib
+  import pathlib
+  import pkgutil
+  import warnings
+
+  from effllm_jax import errors
+
+  try:
+    import pdoc
+  except ImportError as e:
+    raise errors.InputError(
+      f'API pages need pdoc ({e}); pip install -r requirements-dev.txt'
+    ) from e
+  import effllm_jax
+  import kernels
+
+  # In the language of pdoc: these packages, without what follows a `!`.
+  wanted = ['effllm_jax', 'kernels']
+  for package in (effllm_jax, kernels):
+    for found in pkgutil.iter_modules(package.__path__):
+      name = f'{package.__name__}.{found.name}'
+      try:
+        importlib.import_module(name)
+      except (ImportError, errors.InputError) as e:
+        print(f'{name} is left out: {e}')
+        wanted.append(f'!{name}')
+  pdoc.render.configure(docformat='google', show_source=False)
+  out = pathlib.Path(_OUT.value)
+  with errors.writing(out), warnings.catch_warnings():
+    warnings.simplefilter('error')
+    # Said above, in a line.
+    warnings.filterwarnings('ignore', "Couldn't import")
+    pdoc.pdoc(*wanted, output_directory=out)
+  print(f'{out / "index.html"}')
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('out')
+  cli.run(main)

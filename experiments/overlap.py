@@ -1,0 +1,56 @@
+r"""Which groups runs have in common, beside what chance would give.
+
+    python -m experiments.overlap --workdirs=runs/a,runs/b,runs/c \
+      [--event=3] [--out=overlap.json]
+
+The runs must have started from one source, or from events of a run from it.
+Compared is every pair, as last saved or, with --event, right after that shrink
+of each: does another seed, saliency or schedule find the same structure? The
+measures are defined in effllm_jax/overlap.py.
+"""
+
+from absl import flags
+
+from experiments import cli
+
+_WORKDIRS = flags.DEFINE_list('workdirs', None, 'Folders of two runs or more.')
+_EVENT = flags.DEFINE_integer('event', None, 'Index of a shrink event.')
+_OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
+
+
+def main(argv: list[str]) -> None:
+  """Compares, prints two tables, and writes them where --out says."""
+  del argv
+  import pathlib
+
+  from effllm_jax import errors
+
+  if len(_WORKDIRS.value) < 2:
+    raise errors.InputError(
+      f'an overlap takes two runs or more, not {len(_WORKDIRS.value)}; set '
+      '--workdirs to several, separated by commas'
+    )
+  out = _OUT.value and pathlib.Path(_OUT.value)
+  if out and not out.absolute().parent.is_dir():
+    raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  # After the flags have been checked: these imports take seconds.
+  import rich.console
+
+  from effllm_jax import overlap
+  from effllm_jax import workdir
+
+  record = overlap.compare(
+    [overlap.read(x, _EVENT.value) for x in _WORKDIRS.value]
+  )
+  console = rich.console.Console()
+  for part in ('alive', 'removed'):
+    console.print(overlap.table(record, part).rich())
+  if out:
+    with errors.writing(out):
+      workdir.write_json(out, record)
+    console.print(f'{out}', soft_wrap=True, highlight=False)
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('workdirs')
+  cli.run(main)

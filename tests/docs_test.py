@@ -1,0 +1,42 @@
+"""What README, CONTRIBUTING and CITATION say is true."""
+
+import pathlib
+import re
+import tomllib
+
+import numpy as np
+import yaml
+
+from tests import conftest
+from tests import saliency_test
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_the_saliency_of_the_readme_is_its_formula(cfg):
+  blocks = re.findall(
+    r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S
+  )
+  (code,) = [x for x in blocks if 'group_scores' in x]
+  found = {}
+  exec(code, found)
+  trees = [conftest.make_params(cfg, seed) for seed in range(2)]
+  want = saliency_test.brute_force(lambda w, g: np.square(g * w), cfg, *trees)
+  conftest.check_close(found['taylor1_squared'](*trees), want, 1e-5, 2e-5)
+
+
+def test_every_invariant_has_its_test():
+  text = (ROOT / 'CONTRIBUTING.md').read_text()
+  named = re.findall(r'`(\w+_test)\.(\w+)`', text)
+  assert len(named) > 15
+  for module, name in named:
+    code = (ROOT / 'tests' / f'{module}.py').read_text()
+    assert re.search(rf'^(def )?{name}\b', code, re.M), (module, name)
+
+
+def test_the_citation_is_of_this_version():
+  cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  assert (cited['title'], cited['version'], cited['license']) == (
+    project['name'], project['version'], project['license'],
+  )  # fmt: skip
