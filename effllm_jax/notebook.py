@@ -245,7 +245,7 @@ def overlap(
 
   Args:
     runs: from one source; of a single one the table is empty.
-    event: right after this shrink of each; None: as last saved.
+    event: right after this shrink of each; None: as they are now.
     part: 'alive', or 'removed' for the groups that went.
 
   Raises:

@@ -33,6 +33,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 
@@ -85,24 +86,30 @@ def read(workdir: str | os.PathLike, event: int | None = None) -> Structure:
   workdir = pathlib.Path(workdir)
   log = runlog.read(workdir)
   source = sources.load_saved(workdir / 'source')
-  moment = checkpoints.choose(workdir, event)
-  prune = checkpoints.read_prune(moment)
   fresh = state.fresh_prune_state(source.cfg)
-  alive = _sets(prune.masks, events.compose(source.origin, prune.origin))
-  if source.origin is None:
-    start = _sets(fresh.masks, fresh.origin)
+  removed = structure.Groups(
+    **{t: np.isfinite(x) for t, x in log.removed.items()}
+  )
+  start = _sets(fresh.masks, fresh.origin)
+  if source.origin is None and event is None:
+    # The trace says it all, also where the checkpoints have been deleted.
+    step = int(log.train['step'][-1])
+    alive = _sets(jax.tree.map(np.logical_not, removed), fresh.origin)
   else:
-    # Arrays that a run goes on from may hold what was dead before it began.
-    removed = structure.Groups(
-      **{t: np.isfinite(x) for t, x in log.removed.items()}
-    )
-    gone = _sets(removed, source.origin)
-    start = {
-      t: [x | y for x, y in zip(alive[t], gone[t], strict=True)] for t in alive
-    }
+    moment = checkpoints.choose(workdir, event)
+    prune = checkpoints.read_prune(moment)
+    step = moment.step
+    alive = _sets(prune.masks, events.compose(source.origin, prune.origin))
+    if source.origin is not None:
+      # Arrays that a run goes on from may hold what was dead before it began.
+      gone = _sets(removed, source.origin)
+      start = {
+        t: [x | y for x, y in zip(alive[t], gone[t], strict=True)]
+        for t in alive
+      }
   return Structure(
     workdir=str(workdir),
-    step=moment.step,
+    step=step,
     source=(source.name, source.sha256),
     start=start,
     alive=alive,

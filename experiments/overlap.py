@@ -4,9 +4,9 @@ r"""Which groups runs have in common, beside what chance would give.
       [--event=3] [--out=overlap.json]
 
 The runs must have started from one source, or from events of a run from it.
-Compared is every pair, as last saved or, with --event, right after that shrink
-of each: does another seed, saliency or schedule find the same structure? The
-measures are defined in effllm_jax/overlap.py.
+Compared is every pair, as far as its record goes or, with --event, right after
+that shrink of each: does another seed, saliency or schedule find the same
+structure? The measures are defined in effllm_jax/overlap.py.
 """
 
 from absl import flags
