@@ -21,6 +21,7 @@ files do not care how an array is split among them, or who reads it.
 from collections.abc import Iterator
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -191,7 +192,8 @@ def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
     'skipped': int(state.skipped),
     'in_a_row': int(state.in_a_row),
     'num_events': num_events,
-    'flops': flops,
+    # Copies: a thread writes them, while the run goes on counting.
+    'flops': dict(flops),
   }
   return {
     'arch': ocp.args.JsonSave(arch),
@@ -199,7 +201,7 @@ def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
     'prune': ocp.args.StandardSave(state.prune),
     'optimizer': ocp.args.StandardSave(_on_disk(state.opt_state)),
     # What one process has read, all others have: it is one number.
-    'data': ocp.args.JsonSave(data.get_state()),
+    'data': ocp.args.JsonSave(copy.deepcopy(data.get_state())),
   }
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import os
+import types
 
 import grain
 import jax
@@ -80,6 +81,24 @@ def test_round_trip_is_bit_identical(tmp_path, tx):
   assert (cfg, count, item) == (CFG, 0, 5)
   # Only the newest two stay.
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['3', '5']
+
+
+def test_what_the_run_counts_on_is_saved_as_it_was(tmp_path, tx, monkeypatch):
+  """Files are written in a thread, at times after the next step."""
+  data = types.SimpleNamespace(get_state=lambda: live['data'])
+  live = {'data': {'read': [1]}, 'flops': dict(FLOPS)}
+  given, save = [], checkpoints.ocp.args.JsonSave
+  monkeypatch.setattr(
+    checkpoints.ocp.args, 'JsonSave', lambda x: given.append(x) or save(x)
+  )
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer.save(make_state(tx, 1), CFG, data, 0, live['flops'])
+  live['flops']['train'] += 1
+  live['data']['read'].append(2)
+  writer.close()
+  arch, read = given
+  assert arch['flops'] == FLOPS
+  assert read == {'read': [1]}
 
 
 def test_a_fresh_workdir_has_nothing(tmp_path, tx):
