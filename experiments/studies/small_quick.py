@@ -1,0 +1,13 @@
+r"""The study of the small Llama in an eighth of the tokens.
+
+    python -m experiments.compare --study=experiments/studies/small_quick.py \
+      --workdir=runs/compare --budgets=tokens
+"""
+
+from experiments import arms
+from experiments.studies import small
+
+
+def get_study() -> arms.Study:
+  """Half of all parameters, 256k tokens an arm."""
+  return small.study(target=small.CFG.num_params() // 2, tokens=256_000)
