@@ -4,13 +4,17 @@ from collections.abc import Mapping
 import dataclasses
 import fractions
 import os
+import re
 from typing import Any
 
 import ml_collections
 
+from effllm_jax import errors
 from effllm_jax import plan as plan_lib
 from effllm_jax import structure
 from experiments import pretraining
+
+STARTS = ('source', 'found', 'uniform')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Arm:
   name: str
   changes: Mapping[str, Any]
   start: str = 'source'
+
+  def __post_init__(self):
+    if not re.fullmatch(r'\w+', self.name) or self.start not in STARTS:
+      raise errors.InputError(
+        f'arm {self.name!r} from {self.start!r}: a name has letters, digits '
+        f'and _, and a start is one of {", ".join(STARTS)}; correct the study'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +59,6 @@ class Study:
   pretrained: pretraining.Recipe | None = None
 
 
-STARTS = ('source', 'found', 'uniform')
 # What others start from, or are measured by.
 OURS = 'ours_a'
 _SCRATCH = {'init': 'random', 'prune.policy': 'none'}

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
 
   path = pathlib.Path(_STUDY.value)
   study = choices.load(path)
+  cli.check(study.config, path)
   choice = same_budget.Choice(
     arms=choices.arms(study, _ARMS.value),
     seeds=choices.seeds(_SEEDS.value),

@@ -2,7 +2,7 @@
 
     <workdir>/lock                one comparison at a time
     <workdir>/<source>/           a source that is made here
-    <workdir>/<study>/uniform/    the shape that was made by hand
+    <workdir>/<study>/uniform-*/  the shape that was made by hand
     <workdir>/<study>/runs/<budget>/<arm>/...    a run, for experiments.report
     <workdir>/<study>/results.jsonl              a row for every finished run
     <workdir>/<study>/summary.md, *.png          made of these rows alone
@@ -140,7 +140,7 @@ class Runner:
     self.say = rich.console.Console(stderr=True, highlight=False).print
     with errors.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
-      workdir_lib.once(folder / 'uniform', self._write_uniform)
+      self.uniform = self._write_uniform()
     self.path = folder / 'results.jsonl'
     self.rows = {row.key: row for row in comparison.read(self.path)}
 
@@ -215,12 +215,9 @@ class Runner:
     return abs(row.total_flops / self._most() - 1) <= TOLERANCE
 
   def _most(self) -> int:
-    """FLOPs of the costliest run at equal tokens, of the arms compared."""
-    names = {arm.name for arm in self.study.arms}
+    """FLOPs of the costliest run at equal tokens."""
     return max(
-      row.total_flops
-      for row in self.rows.values()
-      if row.budget == 'tokens' and row.arm in names
+      row.total_flops for row in self.rows.values() if row.budget == 'tokens'
     )
 
   def _one(self, budget: str, arm: arms_lib.Arm, seed: int) -> None:
@@ -284,7 +281,7 @@ class Runner:
     return self.folder / 'runs' / budget / arm / f'{seed}-{tokens}'
 
   def _config(self, arm: arms_lib.Arm, seed: int) -> ml_collections.ConfigDict:
-    starts = {'source': self.source, 'uniform': self.folder / 'uniform'}
+    starts = {'source': self.source, 'uniform': self.uniform}
     if arm.start == 'found':
       key = ('tokens', arms_lib.OURS, seed)
       run = self._workdir(key, self.study.config.train.tokens)
@@ -292,19 +289,24 @@ class Runner:
       starts['found'] = found[0].path if found else run
     return arms_lib.config(arm, self.study.config, seed, starts)
 
-  def _write_uniform(self, folder: pathlib.Path) -> None:
+  def _write_uniform(self) -> pathlib.Path:
     """A model folder; of its random weights only the shape is used."""
     source = sources.load(self.source, self.cache, params=False)
     plan = plan_lib.make(self.study.config, source.cfg, source.masks)
     cfg = arms_lib.uniform_shape(source.cfg, plan)
-    self.say(
-      f'made by hand: heads {cfg.K}, ffn {cfg.F}, stem {cfg.D}, '
-      f'{cfg.num_params():,} parameters'
-    )
-    params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
-    sources.write_model(
-      dataclasses.replace(source, cfg=cfg, params=params), folder
-    )
+    folder = self.folder / f'uniform-{cfg.num_params()}'
+
+    def write(new):
+      params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
+      shaped = dataclasses.replace(source, cfg=cfg, masks=None, params=params)
+      sources.write_model(shaped, new)
+      self.say(
+        f'made by hand: heads {cfg.K}, ffn {cfg.F}, stem {cfg.D}, '
+        f'{cfg.num_params():,} parameters'
+      )
+
+    workdir_lib.once(folder, write)
+    return folder
 
 
 def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:
