@@ -286,7 +286,7 @@ def costs(rows: Sequence[Row], budget: str) -> figure.Figure:
         )  # fmt: skip
       ax.set_xlabel(label)
       ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    panels[0].xaxis.set_major_formatter(plots.SI)
+      ax.xaxis.set_major_formatter(plots.SI)
     panels[0].set_ylabel('held-out bits per byte')
     handles, labels = panels[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc='outside right center', frameon=False)

@@ -55,7 +55,7 @@ def make(
     The last checkpoint, which `config.source` takes.
 
   Raises:
-    errors.InputError: as `train.run`.
+    errors.InputError: as `train.run`; the model there is of another recipe.
   """
   folder = pathlib.Path(workdir, recipe.name)
   text = corpus.prepare(recipe.config.data.text, cache)
@@ -67,6 +67,8 @@ def make(
   config = ml_collections.ConfigDict(recipe.config)
   config.source = str(folder / 'shape')
   run, facts = folder / 'run', folder / 'facts.json'
+  # Also a model that is finished must be that of this recipe.
+  workdir_lib.check(run, config.to_dict())
   if not facts.exists():
     train.run(config, run, cache)
     found = {

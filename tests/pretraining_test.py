@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from effllm_jax import data
+from effllm_jax import errors
 from effllm_jax import small_run
 from effllm_jax import sources
 from effllm_jax import train
@@ -52,3 +53,6 @@ def test_a_source_is_made_once(tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'run', None)
   again = pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
   assert again == path
+  config.optimizer.peak = 0.1
+  with pytest.raises(errors.InputError, match=r'peak=0\.003 there, 0\.1 now'):
+    pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
