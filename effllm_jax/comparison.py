@@ -186,15 +186,12 @@ def make_tables(
   made = [
     table(
       'held-out bits per byte',
-      ('parameters', 'bits/byte', f'against {reference}', 'tokens', 'FLOPs',
-       'seconds'),
+      ('parameters', 'bits/byte', f'against {reference}', 'FLOPs'),
       lambda arm, members: (
         tables.si(mean(members, lambda x: x.live_params)),
         estimate(map(bits, members)).text(4),
         against(arm, members),
-        tables.si(mean(members, lambda x: x.tokens)),
         tables.flops(mean(members, lambda x: x.total_flops)),
-        f'{mean(members, lambda x: x.seconds):,.0f}',
       ),
     ),
     table(
@@ -205,14 +202,18 @@ def make_tables(
       ],
     ),
     table(
-      'FLOPs by purpose',
-      _SPENT,
-      lambda _, members: [
-        tables.flops(mean(members, lambda x, p=p: x.flops[p]))
-        for p in accounting.PURPOSES
-      ],
+      'what it took, FLOPs by purpose',
+      ('tokens', 'seconds', *_SPENT),
+      lambda _, members: (
+        tables.si(mean(members, lambda x: x.tokens)),
+        f'{mean(members, lambda x: x.seconds):,.0f}',
+        *(
+          tables.flops(mean(members, lambda x, p=p: x.flops[p]))
+          for p in accounting.PURPOSES
+        ),
+      ),
     ),
-  ]  # fmt: skip
+  ]
   asked = {
     (t['task'], t['metric'], t['limit']): None
     for members in arms.values() for x in members for t in x.tasks
