@@ -208,7 +208,7 @@ def make_tables(
         tables.si(mean(members, lambda x: x.tokens)),
         f'{mean(members, lambda x: x.seconds):,.0f}',
         *(
-          tables.flops(mean(members, lambda x, p=p: x.flops[p]))
+          tables.flops(mean(members, lambda x, p=p: x.flops[p]), 3)
           for p in accounting.PURPOSES
         ),
       ),

@@ -121,9 +121,18 @@ def config(
 
 
 def lengthened(
-  config: ml_collections.ConfigDict, tokens: int
+  config: ml_collections.ConfigDict, tokens: float
 ) -> ml_collections.ConfigDict:
-  """The same run over more tokens: pruned at the same ones, decay in step."""
+  """The same run over more tokens: pruned at the same ones, decay in step.
+
+  Args:
+    config: of a run.
+    tokens: of the longer one, which has the nearest number of whole steps.
+  """
+  per_step = (
+    config.train.accumulate * config.data.batch_size * config.data.seq_len
+  )
+  tokens = round(tokens / per_step) * per_step
   made = ml_collections.ConfigDict(config.to_dict()).lock()
   share = config.optimizer.decay_tokens / config.train.tokens
   made.train.tokens = tokens

@@ -229,7 +229,7 @@ class Runner:
       if missing < TOLERANCE / 2 * most:
         self._keep(dataclasses.replace(first, budget=budget))
         return
-      config = arms_lib.lengthened(config, round(tokens))
+      config = arms_lib.lengthened(config, tokens)
     key = (budget, arm.name, seed)
     workdir = self._workdir(key, config.train.tokens)
     workdir.parent.mkdir(parents=True, exist_ok=True)

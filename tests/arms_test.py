@@ -78,6 +78,9 @@ def test_a_longer_run_is_pruned_at_the_same_tokens():
   assert longer.optimizer.decay_tokens == 3 * config.optimizer.decay_tokens
   assert longer.prune.to_dict() == config.prune.to_dict()
   assert config.train.tokens * 3 == longer.train.tokens
+  # 1,024 tokens a step.
+  for tokens, steps in ((10_751.5, 10), (10_752.5, 11)):
+    assert arms.lengthened(config, tokens).train.tokens == 1024 * steps
 
 
 def test_arms_are_chosen_by_name_and_run_in_the_order_of_the_study():
