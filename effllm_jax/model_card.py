@@ -27,6 +27,13 @@ _USE = {
 
     program = runtime.Runtime.get().load_program('{file}')""",
 }
+_PRUNED = (
+  'Pruned from {} by pruning-aware pretraining (EfficientLLM, arXiv '
+  '2502.06663) with effllm_jax: trained on text, while the least salient '
+  'heads, feed-forward channels and channels of the residual stream were taken '
+  'out.'
+)
+_TRAINED = 'Trained on text with effllm_jax, nothing pruned: {}.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +62,16 @@ def text(
   """The card; the same inputs give the same bytes."""
   plain = tables.markdown_text
   run = made.run
-  name = f'{model.name}, pruned to {tables.si(made.params)} parameters'
+  size = tables.si(made.params)
+  name, how = f'{model.name}, pruned to {size} parameters', _PRUNED
+  if run.only_trains:
+    name, how = f'{model.name}, {size} parameters, trained further', _TRAINED
   parts = [
     _front_matter(model),
     f'# {plain(name)}\n',
-    f'Pruned from {plain(model.description)} by pruning-aware pretraining '
-    '(EfficientLLM, arXiv 2502.06663) with effllm_jax: trained on text, while '
-    'the least salient heads, feed-forward channels and channels of the '
-    'residual stream were taken out. Not instruction-tuned again, and not '
-    'evaluated for safety: what its source may say, it may say.\n',
+    how.format(plain(model.description))
+    + ' Not instruction-tuned again, and not evaluated for safety: what its '
+    'source may say, it may say.\n',
     _facts(model, made).markdown(),
     _quality(run, made).markdown(),
     _text(made).markdown(),
@@ -117,7 +125,8 @@ def _facts(model, made) -> tables.Table:
       ('its licence', model.licence or 'not stated'),
       (
         'budget',
-        'not recorded' if target is None
+        'none: training only' if run.only_trains
+        else 'not recorded' if target is None
         else f'at most {tables.costs(kind, target, unit=True)}',
       ),
       ('parameters', f'{made.params:,} of {run.source_params():,}'),

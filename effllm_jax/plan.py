@@ -18,6 +18,11 @@ from effllm_jax import steps
 from effllm_jax import structure
 import kernels
 
+# Where the weights of a run come from: `config.init`.
+INITS = ('source', 'random')
+# What `config.prune.policy` may be; 'none' only trains.
+POLICIES = (*selection.POLICIES, 'none')
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -65,6 +70,12 @@ class Plan:
     since = max(step - self.every, 0)
     falls = self.schedule.falls(self.tokens(since), self.tokens(step))
     return (step % self.every == 0 and falls) or self.last_prune(step)
+
+  def phase(self, step: int) -> str:
+    """What goes on in this step."""
+    if self.rules.policy == 'none':
+      return 'training'
+    return 'pruning' if self.scores(step) else 'recovery'
 
   def last_prune(self, step: int) -> bool:
     """Whether this is the step after which the target is reached."""
@@ -123,14 +134,16 @@ def make(
     context=config.budget.context,
     table=config.budget.table,
   )
-  target = cost.units(config.budget.target)
-  selection.check_target(source, rules, cost, target)
   start = cost.of_config(source) if masks is None else cost.live(masks)
-  if target >= start:
-    raise errors.InputError(
-      f'budget.target {cost.text(target)} is not below the {cost.text(start)} '
-      'that are alive in the source model; set --config.budget.target'
-    )
+  per_step = (
+    config.train.accumulate * config.data.batch_size * config.data.seq_len
+  )
+  length = math.ceil(config.train.tokens / per_step)
+  if rules.policy == 'none':
+    schedule = schedules.constant(start, after=length * per_step)
+  else:
+    schedule = _schedule(config.prune, start, cost.units(config.budget.target))
+    _check_target(source, rules, cost, schedule)
   widths = {} if masks is None else selection.live_widths(masks)
   ragged = [t for t, w in widths.items() if np.ptp(w)]
   if ragged and rules.policy == 'uniform':
@@ -145,23 +158,12 @@ def make(
       f'{parts} parts of mesh.data x mesh.fsdp; set --config.data.batch_size '
       'to a multiple, or --config.mesh.data'
     )
-  per_step = (
-    config.train.accumulate * config.data.batch_size * config.data.seq_len
-  )
   return Plan(
     tokens_per_step=per_step,
-    steps=math.ceil(config.train.tokens / per_step),
+    steps=length,
     every=config.prune.every,
     cost=cost,
-    schedule=schedules.Schedule(
-      begin=config.prune.begin_tokens,
-      end=config.prune.end_tokens,
-      start=start,
-      target=target,
-      kind=config.prune.schedule,
-      stages=config.prune.stages,
-      rest=config.prune.rest,
-    ),
+    schedule=schedule,
     rules=rules,
     quantum=structure.Groups(**config.shrink.quantum.to_dict()),
     shrink_threshold=config.shrink.threshold,
@@ -185,6 +187,28 @@ def make(
     ),
     damping=config.repair.damping if config.repair.enabled else None,
   )
+
+
+def _schedule(prune, start, target) -> schedules.Schedule:
+  return schedules.Schedule(
+    begin=prune.begin_tokens,
+    end=prune.end_tokens,
+    start=start,
+    target=target,
+    kind=prune.schedule,
+    stages=prune.stages,
+    rest=prune.rest,
+  )
+
+
+def _check_target(source, rules, cost, schedule):
+  start, target = schedule.start, schedule.target
+  selection.check_target(source, rules, cost, target)
+  if target >= start:
+    raise errors.InputError(
+      f'budget.target {cost.text(target)} is not below the {cost.text(start)} '
+      'that are alive in the source model; set --config.budget.target'
+    )
 
 
 def _kernels(config, mesh) -> str:
@@ -225,14 +249,14 @@ def _kernels(config, mesh) -> str:
 def _check_ranges(config):
   at_least_one = [
     'data.seq_len', 'data.batch_size', 'train.accumulate', 'train.tokens',
-    'train.log_every', 'train.max_skipped', 'prune.every', 'prune.end_tokens',
+    'train.log_every', 'train.max_skipped', 'prune.every',
     'checkpoint.every_steps', 'checkpoint.keep', 'eval.every_tokens',
     'shrink.quantum.heads', 'shrink.quantum.ffn', 'shrink.quantum.stem',
     'distill.top_k',
   ]  # fmt: skip
   for key in at_least_one:
     _require(config, key, lambda v: v >= 1, 'at least 1')
-  for key in ('data.workers', 'prune.begin_tokens', 'optimizer.warmup_tokens',
+  for key in ('data.workers', 'optimizer.warmup_tokens',
               'optimizer.decay_tokens', 'eval.tokens_per_domain'):  # fmt: skip
     _require(config, key, lambda v: v >= 0, 'at least 0')
   for key in ('optimizer.peak', 'optimizer.clip', 'distill.temperature',
@@ -244,18 +268,22 @@ def _check_ranges(config):
   for key in ('optimizer.end', 'optimizer.weight_decay'):
     _require(config, key, lambda v: v >= 0, 'at least 0')
   for key, known in (
+    ('init', INITS),
+    ('prune.policy', POLICIES),
     ('optimizer.schedule', ('cosine', 'wsd')),
     ('model.dtype', ('float32', 'bfloat16')),
     ('model.remat', model.REMAT),
     ('prune.saliency', saliency.KINDS),
   ):
     _require(config, key, known.__contains__, f'one of {", ".join(known)}')
-  prune = config.prune
-  if not prune.begin_tokens < prune.end_tokens <= config.train.tokens:
+  prune, tokens = config.prune, config.train.tokens
+  if prune.policy != 'none' and not (
+    0 <= prune.begin_tokens < prune.end_tokens <= tokens
+  ):
     raise errors.InputError(
-      f'prune.begin_tokens {prune.begin_tokens:,} < prune.end_tokens '
-      f'{prune.end_tokens:,} <= train.tokens {config.train.tokens:,} does not '
-      'hold; change the three'
+      f'0 <= prune.begin_tokens {prune.begin_tokens:,} < prune.end_tokens '
+      f'{prune.end_tokens:,} <= train.tokens {tokens:,} does not hold; change '
+      'the three'
     )
   ramps = config.optimizer.warmup_tokens + config.optimizer.decay_tokens
   if ramps > config.train.tokens:

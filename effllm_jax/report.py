@@ -75,7 +75,9 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
   start, live = run.source_params(), run.train['live_params'][-1]
   source = [name, about.get('description'), about.get('licence')]
   kind, target = run.budget
-  if target is None:
+  if run.only_trains:
+    target = 'none: training only'
+  elif target is None:
     target = 'not recorded'
   else:
     share = tables.change(run.source_cost(), target)
@@ -84,7 +86,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
       if kind == 'params'
       else tables.costs(kind, target, unit=True)
     )
-    target = f'at most {size} ({share})'
+    target = f'at most {size} ({share}), {setting("prune.policy")} policy'
   progress = (
     f'{"finished" if run.finished else "not finished"}: '
     f'{int(run.train["step"][-1]):,} steps, {int(run.tokens[-1]):,} tokens; '
@@ -95,7 +97,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
     [
       ('source model', ', '.join(str(x) for x in source if x)),
       ('text', setting('data.text')),
-      ('target', f'{target}, {setting("prune.policy")} policy'),
+      ('target', target),
       ('workdir', run.name),
       ('progress', progress),
     ],

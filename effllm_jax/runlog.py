@@ -149,6 +149,14 @@ class Run:
     return next((x for x in reversed(self.evals) if x['phase'] == phase), None)
 
   @property
+  def only_trains(self) -> bool:
+    """Whether nothing was to be pruned: `prune.policy` is 'none'."""
+    try:
+      return self.config['prune']['policy'] == 'none'
+    except (KeyError, TypeError):
+      return False
+
+  @property
   def budget(self) -> tuple[str, float | None]:
     """What the target limits (`budget.kind`), and the target, if recorded."""
     try:

@@ -84,3 +84,8 @@ class Schedule:
     stage = min(math.floor(time), self.stages - 1)
     fallen = stage + min((time - stage) / falling, 1)
     return fractions.Fraction(fallen, self.stages)
+
+
+def constant(size: int, after: int) -> Schedule:
+  """The schedule of a run that prunes nothing; begins `after` its tokens."""
+  return Schedule(after, after + 1, size, size, 'linear', stages=1, rest=0.0)

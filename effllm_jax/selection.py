@@ -96,11 +96,6 @@ def check_target(
   Raises:
     errors.InputError: it cannot; the message has the config's key to change.
   """
-  if rules.policy not in POLICIES:
-    raise errors.InputError(
-      f'prune.policy {rules.policy!r} is not one of {", ".join(POLICIES)}; set '
-      '--config.prune.policy'
-    )
   for i, name in enumerate(structure.TYPES):
     width = cfg.widths()[name]
     floor, multiple = rules.floors[i], rules.multiple_of[i]

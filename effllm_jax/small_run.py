@@ -7,25 +7,21 @@ machine has. It shows the mechanism; what it reaches says nothing about models
 that can read.
 """
 
-from collections.abc import Callable
-import json
 import os
 import pathlib
 import pydoc
-import tempfile
 from typing import Any
 
 import ml_collections
 import numpy as np
-from safetensors import numpy as safetensors_numpy
 import tokenizers
 
 from effllm_jax import errors
-from effllm_jax import hf_config
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import weights
+from effllm_jax import workdir
 
 # Bytes and a separator.
 CFG = structure.ModelConfig(
@@ -67,12 +63,17 @@ def make(
       f'{changes} does not fit the config: {" ".join(str(e).split())}; use '
       'keys of experiments/configs/smollm2_135m.py'
     ) from e
-  with errors.writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    _once(folder / 'model', _write_model)
-    _once(folder / 'text', _write_text)
+  write_inputs(folder)
   train.run(settings, folder / name, folder / 'cache')
   return folder / name
+
+
+def write_inputs(folder: pathlib.Path) -> None:
+  """Writes the model and the text of all runs: `model`, `text`."""
+  with errors.writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    workdir.once(folder / 'model', _write_model)
+    workdir.once(folder / 'text', _write_text)
 
 
 def config(
@@ -84,6 +85,7 @@ def config(
     {
       'seed': 0,
       'source': str(source),
+      'init': 'source',
       'data': {
         'text': str(text), 'seq_len': 32, 'batch_size': 2, 'workers': 0,
         'timeout': 300.0, 'weights': {},
@@ -142,23 +144,7 @@ def random_params(
   return structure.map_axes(leaf, structure.shapes(cfg))
 
 
-def _once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-  """A folder that is there only when all of it is."""
-  if not target.exists():
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-      new = pathlib.Path(scratch, 'new')
-      new.mkdir()
-      write(new)
-      new.rename(target)
-
-
 def _write_model(folder: pathlib.Path) -> None:
-  """What a source is read from: config.json, safetensors, tokenizer.json."""
-  tensors = {
-    name: np.ascontiguousarray(x)
-    for name, x in weights.views(random_params(CFG, 0.02), weights.HUGGING_FACE)
-  }
-  safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   vocab = {x: i for i, x in enumerate([*alphabet, _SEPARATOR])}
   source = weights.Source(
@@ -166,15 +152,13 @@ def _write_model(folder: pathlib.Path) -> None:
     sha256='', dtype='float32', cfg=CFG, separator_id=vocab[_SEPARATOR],
     bos_id=None, eos_ids=(vocab[_SEPARATOR],), pad_id=None, chat_template=None,
     tokenizer=tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])),
-    params=None,
+    params=random_params(CFG, 0.02),
   )  # fmt: skip
   source.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
     add_prefix_space=False
   )
   source.tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  sources.write_tokenizer(source, folder)
-  about = hf_config.write(CFG) | {'eos_token_id': vocab[_SEPARATOR]}
-  (folder / 'config.json').write_text(json.dumps(about, indent=2) + '\n')
+  sources.write_model(source, folder)
 
 
 def _write_text(folder: pathlib.Path) -> None:

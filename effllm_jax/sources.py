@@ -13,6 +13,7 @@ import tempfile
 
 import jax
 import numpy as np
+from safetensors import numpy as safetensors_numpy
 import tokenizers
 
 from effllm_jax import checkpoints
@@ -20,6 +21,7 @@ from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import fetch
 from effllm_jax import gguf_source
+from effllm_jax import hf_config
 from effllm_jax import hf_source
 from effllm_jax import selection
 from effllm_jax import structure
@@ -139,6 +141,25 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
     ('generation_config.json', generation),
   ):
     _write_json(folder / name, _set(content))
+
+
+def write_model(source: Source, folder: pathlib.Path) -> None:
+  """Writes a folder that `load` reads as a model; `source` has parameters.
+
+  config.json, model.safetensors (float32) and the files of `write_tokenizer`.
+  """
+  tensors = weights.views(source.params, weights.HUGGING_FACE)
+  safetensors_numpy.save_file(
+    {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
+    folder / 'model.safetensors',
+  )
+  write_tokenizer(source, folder)
+  special = {
+    'bos_token_id': source.bos_id,
+    'eos_token_id': list(source.eos_ids) or None,
+    'pad_token_id': source.pad_id,
+  }
+  _write_json(folder / 'config.json', hf_config.write(source.cfg) | special)
 
 
 def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:

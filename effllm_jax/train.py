@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -21,6 +22,7 @@ from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import events
 from effllm_jax import interrupts
+from effllm_jax import model
 from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
@@ -89,8 +91,14 @@ def run(
   if jax.process_index() == 0:
     workdir_lib.claim(workdir, config.to_dict())
   sharding.wait('workdir')
-  # Read once and not held on to: the state has its own copy.
-  initial = lambda: sources.load(config.source, cache).params
+  if config.init == 'random':
+    source = dataclasses.replace(
+      source, description=f'from scratch, in the shape of {source.description}'
+    )
+    initial = lambda: _random(source.cfg, config.seed)
+  else:
+    # Read once and not held on to: the state has its own copy.
+    initial = lambda: sources.load(config.source, cache).params
   try:
     if jax.process_index() == 0 and not checkpoints.moments(workdir):
       sources.save(source, workdir / 'source')
@@ -100,6 +108,11 @@ def run(
     ).train()
   except OSError as e:
     raise checkpoints.write_error(e) from e
+
+
+def _random(cfg: structure.ModelConfig, seed: int) -> structure.Params:
+  """New weights on the host, as those of a file would be."""
+  return jax.tree.map(np.asarray, model.init(jax.random.key(seed), cfg))
 
 
 def _use_blocks(path: str) -> None:
@@ -213,7 +226,7 @@ class Run:
     windows_ABT = sharding.put_batch(
       windows, self.config.train.accumulate, self.mesh
     )
-    self.compile_seconds += self._compile(windows_ABT, plan.scores(step))
+    self.compile_seconds += self._compile(windows_ABT, step)
     start = time.perf_counter()
     answers = self.teacher(windows_ABT) if self.teacher else None
     self.state, numbers = self.compiled[plan.scores(step)](
@@ -321,8 +334,9 @@ class Run:
       return interrupts.Stopped(signum, step)
     return None
 
-  def _compile(self, windows_ABT, score: bool) -> float:
+  def _compile(self, windows_ABT, step: int) -> float:
     """Compiles the step once per architecture; returns the seconds it took."""
+    score = self.plan.scores(step)
     if score in self.compiled:
       return 0.0
     self.progress.phase('compiling')
@@ -350,7 +364,7 @@ class Run:
       # The first calls compile; the times of steps shall not include that.
       pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
       pruning.prices(self.state.prune, self.plan)
-    self.progress.phase('pruning' if score else 'recovery')
+    self.progress.phase(self.plan.phase(step))
     return time.perf_counter() - start
 
   def _check_scored(self, step: int, numbers) -> None:
@@ -503,14 +517,14 @@ class Run:
     self.progress.say(
       f'held out, {phase}: {result["bits_per_byte"]:.4f} bits per byte'
     )
-    self.progress.phase('pruning' if self.plan.scores(step) else 'recovery')
+    self.progress.phase(self.plan.phase(step))
 
   def _phase(self, step: int) -> str:
     if step == self.plan.steps:
       return 'final'
     if self.plan.last_prune(step):
       return 'pruned'
-    return 'pruning' if self.plan.scores(step) else 'recovery'
+    return self.plan.phase(step)
 
 
 def _told(numbers) -> str:

@@ -1,10 +1,12 @@
 """The plain files of a run: config.json, metrics.jsonl, trace.jsonl."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from effllm_jax import errors
@@ -12,16 +14,27 @@ from effllm_jax import untrusted
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
-  """Writes a JSON file at once: readers see the old file or the new one."""
-  _replace(path, json.dumps(record, indent=2) + '\n')
+  """Writes a JSON file as `write_text` does."""
+  write_text(path, json.dumps(record, indent=2) + '\n')
 
 
-def _replace(path, text):
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file at once: readers see the old one or the new one."""
   scratch = path.with_name(path.name + '.tmp')
   # A link of that name would lead the text out of the folder.
   scratch.unlink(missing_ok=True)
-  scratch.write_text(text)
+  scratch.write_text(text, encoding='utf-8')
   scratch.replace(path)
+
+
+def once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+  """Makes a folder that is there only when all of it is; else leaves it."""
+  if not target.exists():
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+      new = pathlib.Path(scratch, 'new')
+      new.mkdir()
+      write(new)
+      new.rename(target)
 
 
 def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -110,7 +123,7 @@ class Log:
         )
       if row['step'] <= resume_step:
         kept.append(row)
-    _replace(path, ''.join(json.dumps(row) + '\n' for row in kept))
+    write_text(path, ''.join(json.dumps(row) + '\n' for row in kept))
     self._file = path.open('a', buffering=1)
 
   def write(self, row: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from effllm_jax import plan
 from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import steps
+from effllm_jax import structure
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -81,6 +82,7 @@ def test_no_key_has_a_hidden_default():
     ({'data.batch_size': 0}, 'data.batch_size 0 is not at least 1'),
     ({'train.max_skipped': 0}, 'train.max_skipped 0 is not at least 1'),
     ({'prune.ema': 1.0}, r'prune.ema 1.0 is not in \[0, 1\)'),
+    ({'init': 'zeros'}, "init 'zeros' is not one of source, random"),
     ({'prune.policy': 'magic'}, "prune.policy 'magic' is not one of uniform"),
     ({'model.dtype': 'int8'}, "model.dtype 'int8' is not one of float32"),
     ({'model.kernels': 'cuda'}, "'cuda' is not one of auto, xla, xla_loop"),
@@ -125,6 +127,31 @@ def test_kernels_are_named_in_the_plan():
   for name, want in (('auto', 'bucket'), ('xla', 'xla')):
     made = plan.make(small(**{'model.kernels': name}), SMOLLM2)
     assert made.recipe.compute.kernels == want
+
+
+def test_a_run_that_prunes_nothing_asks_nothing_of_target_and_schedule():
+  made = plan.make(
+    small(
+      **{
+        'prune.policy': 'none',
+        'prune.schedule': 'magic',
+        'prune.stages': 0,
+        'prune.begin_tokens': 10**9,
+        'prune.end_tokens': -1,
+        'prune.floors.ffn': 10**6,
+        'budget.target': 1e12,
+      }
+    ),
+    SMOLLM2,
+  )
+  for step in range(1, made.steps + 1):
+    assert not (made.scores(step) or made.prunes(step) or made.last_prune(step))
+    assert made.phase(step) == 'training'
+  # Its log states no target: none is due before the end.
+  assert made.schedule.begin == made.tokens(made.steps)
+  ragged = structure.all_alive(SMOLLM2)
+  ragged = ragged.replace(ffn=ragged.ffn.at[3, 64:].set(False))
+  assert plan.make(small(**{'prune.policy': 'none'}), SMOLLM2, ragged).steps
 
 
 def test_pruning_ends_even_between_two_prunes():

@@ -20,8 +20,9 @@ ORDER = [
   'hf_trimmed', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'overlap', 'edge', 'plan', 'pruning', 'evaluate',
-  'likelihood', 'harness', 'plots', 'figures', 'report', 'console',
-  'interrupts', 'train', 'small_run', 'inspection', 'pictures', 'notebook',
+  'likelihood', 'harness', 'plots', 'figures', 'report', 'comparison',
+  'console', 'interrupts', 'train', 'small_run', 'inspection', 'pictures',
+  'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -33,7 +34,7 @@ ONLY = {
   'grain': {'data'},
   'tensorflow_datasets': {'corpus'},
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
-  'matplotlib': {'plots', 'figures', 'pictures'},
+  'matplotlib': {'plots', 'figures', 'pictures', 'comparison'},
   'treescope': {'notebook'},
   'IPython': {'notebook'},
   'torch': {

@@ -105,6 +105,15 @@ def test_lineage_quality_and_files(card):
   assert text == card(text=TEXT)
 
 
+def test_a_run_that_pruned_nothing_does_not_claim_it(card, tmp_path):
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert 'Pruned from' in card()
+  config['prune']['policy'] = 'none'
+  text = card(config=config)
+  assert rows(text)['budget'] == ['none: training only']
+  assert 'nothing pruned' in text and 'Pruned from' not in text
+
+
 def test_what_was_not_measured_is_not_claimed(card):
   text = card(step=1)
   assert rows(text)['all text'] == ['0.9970', 'not measured']

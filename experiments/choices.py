@@ -1,0 +1,94 @@
+"""What a user says of a comparison, checked: study, arms, seeds, budgets."""
+
+from collections.abc import Sequence
+import importlib.util
+import os
+import pathlib
+
+from effllm_jax import comparison
+from effllm_jax import errors
+from experiments import arms as arms_lib
+
+
+def load(path: str | os.PathLike) -> arms_lib.Study:
+  """The study of a file.
+
+  Raises:
+    errors.InputError: no such file, or it has no `get_study`, or that fails.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise errors.InputError(f'{path} is not a file; set --study')
+  spec = importlib.util.spec_from_file_location('study', path)
+  if spec is None:
+    raise errors.InputError(f'{path} is no Python file; set --study')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    study = module.get_study()
+  except Exception as e:  # A program of the user's.
+    raise errors.InputError(
+      f'{path} cannot be read as a study: {type(e).__name__}: {e}; see '
+      'experiments/studies'
+    ) from e
+  if not isinstance(study, arms_lib.Study):
+    raise errors.InputError(
+      f'{path}: get_study() gives a {type(study).__name__}, not a Study; see '
+      'experiments/studies'
+    )
+  return study
+
+
+def arms(
+  study: arms_lib.Study, names: Sequence[str]
+) -> tuple[arms_lib.Arm, ...]:
+  """The arms of these names, in the study's order; 'all' and 'sensitivity'.
+
+  Raises:
+    errors.InputError: no name, or one that the study does not have.
+  """
+  groups = {'all': study.arms, 'sensitivity': study.sensitivity}
+  known = {arm.name: arm for group in groups.values() for arm in group}
+  wanted = set()
+  for name in names:
+    if name not in groups and name not in known:
+      raise errors.InputError(
+        f'arm {name!r} is not one of {", ".join([*groups, *known])}; set --arms'
+      )
+    wanted |= {arm.name for arm in groups.get(name, ())} or {name}
+  if not wanted:
+    raise errors.InputError('no arm is named; set --arms')
+  return tuple(arm for name, arm in known.items() if name in wanted)
+
+
+def seeds(words: Sequence[str]) -> tuple[int, ...]:
+  """Numbers from words, each once.
+
+  Raises:
+    errors.InputError: none, or one that is no number from 0 on.
+  """
+  for word in words:
+    if not (word.isascii() and word.isdecimal() and int(word) < 2**31):
+      raise errors.InputError(
+        f'seed {word!r} is not a number from 0 to 2147483647; set --seeds'
+      )
+  if not words:
+    raise errors.InputError('no seed is given; set --seeds=0,1,2')
+  return tuple(dict.fromkeys(map(int, words)))
+
+
+def budgets(words: Sequence[str]) -> tuple[str, ...]:
+  """Those of `comparison.BUDGETS` that are named, equal tokens first.
+
+  Raises:
+    errors.InputError: none, or an unknown one.
+  """
+  for word in words:
+    if word not in comparison.BUDGETS:
+      raise errors.InputError(
+        f'budget {word!r} is not one of {", ".join(comparison.BUDGETS)}; set '
+        '--budgets'
+      )
+  if not words:
+    raise errors.InputError('no budget is named; set --budgets=tokens,flops')
+  return tuple(x for x in comparison.BUDGETS if x in words)

@@ -1,0 +1,74 @@
+r"""Ours, from scratch, distilled, one-shot: all at the same budget.
+
+    python -m experiments.compare \
+      --study=experiments/studies/small_quick.py --workdir=runs/compare \
+      [--arms=ours_a,scratch_found] [--seeds=0,1,2] [--budgets=tokens]
+
+One trainer runs every arm of the study, on the same text with the same
+optimizer: first at equal training tokens, then once more as long as it takes to
+spend the FLOPs of the costliest arm, the pruning phase included. Run it again:
+what is finished is kept, what was interrupted goes on. The tables are printed
+and, with two kinds of figures, kept in the workdir's folder of the study
+(summary.md), all of them made of its results.jsonl.
+
+`--arms=sensitivity` runs the study's variants of `ours_a` instead.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from experiments import cli
+
+_STUDY = flags.DEFINE_string('study', None, 'A file in experiments/studies.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all studies.')
+_ARMS = flags.DEFINE_list(
+  'arms', ['all'], 'all, sensitivity, or some arms by name.'
+)
+_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'A run of each arm each.')
+_BUDGETS = flags.DEFINE_list(
+  'budgets', ['tokens', 'flops'], 'What arms have in common; each is a table.'
+)
+_TASKS = flags.DEFINE_list(
+  'tasks', [], 'Public benchmarks to ask, as in experiments.evaluate.'
+)
+_LIMIT = flags.DEFINE_integer(
+  'limit', 100, 'The first items of each task; 0: all.', lower_bound=0
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs what is missing, then prints the tables."""
+  del argv
+  # After the flags have been parsed: these imports take seconds.
+  import rich.console
+
+  from effllm_jax import benchmark_items
+  from experiments import choices
+  from experiments import same_budget
+
+  path = pathlib.Path(_STUDY.value)
+  study = choices.load(path)
+  cli.check(study.config, path)
+  choice = same_budget.Choice(
+    arms=choices.arms(study, _ARMS.value),
+    seeds=choices.seeds(_SEEDS.value),
+    budgets=choices.budgets(_BUDGETS.value),
+    tasks=tuple(benchmark_items.names(_TASKS.value)) if _TASKS.value else (),
+    limit=_LIMIT.value,
+  )
+  cache = os.path.expanduser(cli.CACHE.value)
+  made = same_budget.run(study, path.stem, _WORKDIR.value, cache, choice)
+  console = rich.console.Console()
+  for table in made:
+    console.print(table.rich())
+  console.print(
+    pathlib.Path(_WORKDIR.value, path.stem, 'summary.md'),
+    soft_wrap=True, highlight=False,
+  )  # fmt: skip
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['study', 'workdir'])
+  cli.run(main)

@@ -1,0 +1,331 @@
+"""Runs the arms of a study, one after another, and keeps what they reached.
+
+    <workdir>/lock                one comparison at a time
+    <workdir>/<source>/           a source that is made here
+    <workdir>/<study>/uniform-*/  the shape that was made by hand
+    <workdir>/<study>/runs/<budget>/<arm>/...    a run, for experiments.report
+    <workdir>/<study>/results.jsonl              a row for every finished run
+    <workdir>/<study>/summary.md, *.png          made of these rows alone
+
+A finished run loses its checkpoints and events, but for the last checkpoint of
+`ours_a` at equal tokens, whose shape other arms start from.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import os
+import pathlib
+import shutil
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import rich.console
+
+from effllm_jax import accounting
+from effllm_jax import checkpoints
+from effllm_jax import comparison
+from effllm_jax import errors
+from effllm_jax import finished
+from effllm_jax import harness
+from effllm_jax import model
+from effllm_jax import plan as plan_lib
+from effllm_jax import runlog
+from effllm_jax import sources
+from effllm_jax import tables
+from effllm_jax import train
+from effllm_jax import weights
+from effllm_jax import workdir as workdir_lib
+from experiments import arms as arms_lib
+from experiments import pretraining
+
+# How far the FLOPs of two runs of equal FLOPs may be apart.
+TOLERANCE = 0.02
+# Of public benchmarks, read at once.
+_BATCH_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What of a study is to be run.
+
+  Attributes:
+    arms: in an order in which `ours_a` stands before what starts from it.
+    seeds: one run of every arm each.
+    budgets: of `comparison.BUDGETS`; equal FLOPs come after equal tokens.
+    tasks: public benchmarks that every model is asked.
+    limit: first items of each; 0: all.
+  """
+
+  arms: tuple[arms_lib.Arm, ...]
+  seeds: tuple[int, ...]
+  budgets: tuple[str, ...]
+  tasks: tuple[str, ...] = ()
+  limit: int = 100
+
+
+def run(
+  study: arms_lib.Study,
+  name: str,
+  workdir: str | os.PathLike,
+  cache: str | os.PathLike,
+  choice: Choice,
+) -> list[tables.Table]:
+  """Runs what is not there yet; returns the tables of all that is.
+
+  Args:
+    study: which arms there are.
+    name: of its folder below `workdir`.
+    workdir: of all studies.
+    cache: of downloaded models and texts.
+    choice: what of it to run.
+
+  Raises:
+    errors.InputError: a choice that cannot be run, another comparison at work,
+      results of another config, or as `train.run`.
+    RuntimeError: a run of equal FLOPs spent others.
+  """
+  workdir = pathlib.Path(workdir)
+  with errors.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+  with _alone(workdir), contextlib.ExitStack() as stack:
+    if study.pretrained:
+      source = pretraining.make(study.pretrained, workdir, cache)
+    else:
+      source = study.config.source
+    ask = None
+    if choice.tasks:
+      manager = stack.enter_context(harness.prepared(choice.tasks, cache))
+      ask = functools.partial(_ask, manager, choice)
+    runner = Runner(study, workdir / name, cache, source, ask)
+    runner.check(choice)
+    runner.run(choice)
+    with errors.writing(runner.folder):
+      return comparison.publish(runner.folder, arms_lib.OURS)
+
+
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a workdir, which a killed process lets go of."""
+  path = workdir / 'lock'
+  with errors.writing(path), path.open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise errors.InputError(
+        f'another comparison is at work in {workdir}; wait for its end or set '
+        'another --workdir'
+      ) from e
+    yield
+
+
+def _ask(manager, choice, model: weights.Source):
+  """What a model answers to the public benchmarks."""
+  asked = harness.Model(finished.tight(model), _BATCH_TOKENS, lambda *_: None)
+  return harness.run(asked, manager, choice.tasks, choice.limit)
+
+
+class Runner:
+  """The runs of one study, and their rows."""
+
+  def __init__(self, study, folder, cache, source, ask):
+    """Reads the rows that are there, and writes the shape made by hand."""
+    self.study, self.folder, self.cache = study, folder, cache
+    self.source, self.ask = source, ask
+    self.say = rich.console.Console(stderr=True, highlight=False).print
+    with errors.writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      self.uniform = self._write_uniform()
+    self.path = folder / 'results.jsonl'
+    self.rows = {row.key: row for row in comparison.read(self.path)}
+
+  def check(self, choice: Choice) -> None:
+    """Refuses what cannot be run, or belongs to other settings."""
+    names = [arm.name for arm in choice.arms]
+    for arm in choice.arms:
+      for seed in choice.seeds:
+        ours = ('tokens', arms_lib.OURS, seed)
+        coming = 'tokens' in choice.budgets and arms_lib.OURS in names
+        if arm.start == 'found' and ours not in self.rows and not coming:
+          raise errors.InputError(
+            f'arm {arm.name} starts from what {arms_lib.OURS} of seed {seed} '
+            f'ended as, which has not been run; add {arms_lib.OURS} to --arms '
+            'and tokens to --budgets'
+          )
+        key = ('tokens', arm.name, seed)
+        if key in self.rows:
+          workdir_lib.check(
+            self._workdir(key, self.study.config.train.tokens),
+            self._config(arm, seed).to_dict(),
+          )
+        elif 'tokens' not in choice.budgets:
+          raise errors.InputError(
+            f'equal FLOPs of arm {arm.name}, seed {seed}, follow from its run '
+            'at equal tokens, which is missing; add tokens to --budgets'
+          )
+    for row in self.rows.values():
+      asked = {x['task'] for x in row.tasks if x['limit'] == choice.limit}
+      missing = sorted({*choice.tasks} - asked)
+      if missing and row.arm in names and row.seed in choice.seeds:
+        raise errors.InputError(
+          f'{row.arm}, seed {row.seed}, was not asked {", ".join(missing)} '
+          f'with --limit={choice.limit}, and its model is gone; set another '
+          '--workdir'
+        )
+
+  def run(self, choice: Choice) -> None:
+    """All runs that have no row."""
+    self._tidy()
+    start, done = time.monotonic(), 0
+    for budget in choice.budgets:
+      for seed in choice.seeds:
+        for arm in choice.arms:
+          left = self._pending(choice)
+          key = (budget, arm.name, seed)
+          if key not in left:
+            continue
+          number = len(choice.budgets) * len(choice.seeds) * len(choice.arms)
+          took = time.monotonic() - start
+          self.say(
+            f'run {number - len(left) + 1} of {number}: {budget}, {arm.name}, '
+            f'seed {seed}'
+            + (f'; {len(left) * took / done / 60:.0f} min left' if done else '')
+          )
+          self._one(budget, arm, seed)
+          done += 1
+
+  def _pending(self, choice: Choice) -> set[tuple[str, str, int]]:
+    """Keys without a row, or with one of FLOPs that are no longer the most."""
+    return {
+      (budget, arm.name, seed)
+      for budget in choice.budgets
+      for arm in choice.arms
+      for seed in choice.seeds
+      if (budget, arm.name, seed) not in self.rows
+      or (budget == 'flops' and not self._equal(budget, arm, seed))
+    }
+
+  def _equal(self, budget, arm, seed) -> bool:
+    row = self.rows[budget, arm.name, seed]
+    return abs(row.total_flops / self._most() - 1) <= TOLERANCE
+
+  def _most(self) -> int:
+    """FLOPs of the costliest run at equal tokens."""
+    return max(
+      row.total_flops for row in self.rows.values() if row.budget == 'tokens'
+    )
+
+  def _one(self, budget: str, arm: arms_lib.Arm, seed: int) -> None:
+    config = self._config(arm, seed)
+    if budget == 'flops':
+      first, most = self.rows['tokens', arm.name, seed], self._most()
+      missing = most - first.total_flops
+      tokens = first.tokens + missing / first.flops_per_token
+      if missing < TOLERANCE / 2 * most:
+        self._keep(dataclasses.replace(first, budget=budget))
+        return
+      config = arms_lib.lengthened(config, tokens)
+    key = (budget, arm.name, seed)
+    workdir = self._workdir(key, config.train.tokens)
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    train.run(config, workdir, self.cache)
+    log = runlog.read(workdir)
+    tasks = []
+    if self.ask:
+      tasks = self.ask(finished.read(workdir, None)[0])
+    row = _row(key, log, log.last_eval('final'), tasks)
+    if budget == 'flops' and abs(row.total_flops / most - 1) > TOLERANCE:
+      raise RuntimeError(
+        f'{workdir} spent {row.total_flops:.4g} FLOPs where {most:.4g} were '
+        'planned; please report this'
+      )
+    if arm.name == 'dense' and budget == 'tokens':
+      self._keep_source(row, log)
+    self._keep(row)
+    self._tidy()
+
+  def _keep_source(self, dense: comparison.Row, log: runlog.Run) -> None:
+    """The row of the source, which is `dense` before its first step."""
+    before = log.last_eval('source')
+    tasks = []
+    if self.ask:
+      tasks = self.ask(sources.load(self.source, self.cache))
+    self._keep(
+      dataclasses.replace(
+        dense, arm='source', tokens=0, seconds=0.0, tasks=tasks,
+        flops=dict.fromkeys(accounting.PURPOSES, 0),
+        bits_per_byte=before['bits_per_byte'], domains=before['domains'],
+      )
+    )  # fmt: skip
+
+  def _keep(self, row: comparison.Row) -> None:
+    self.rows[row.key] = row
+    with errors.writing(self.path):
+      comparison.write(self.path, self.rows.values())
+
+  def _tidy(self) -> None:
+    """Deletes the states of finished runs that no other arm starts from."""
+    for budget, arm, seed in self.rows:
+      for run in self.folder.glob(f'runs/{budget}/{arm}/{seed}-*'):
+        shutil.rmtree(run / 'events', ignore_errors=True)
+        if (budget, arm) != ('tokens', arms_lib.OURS):
+          shutil.rmtree(run / 'checkpoints', ignore_errors=True)
+
+  def _workdir(self, key, tokens: int) -> pathlib.Path:
+    budget, arm, seed = key
+    return self.folder / 'runs' / budget / arm / f'{seed}-{tokens}'
+
+  def _config(self, arm: arms_lib.Arm, seed: int) -> ml_collections.ConfigDict:
+    starts = {'source': self.source, 'uniform': self.uniform}
+    if arm.start == 'found':
+      key = ('tokens', arms_lib.OURS, seed)
+      run = self._workdir(key, self.study.config.train.tokens)
+      found = checkpoints.moments(run)
+      starts['found'] = found[0].path if found else run
+    return arms_lib.config(arm, self.study.config, seed, starts)
+
+  def _write_uniform(self) -> pathlib.Path:
+    """A model folder; of its random weights only the shape is used."""
+    source = sources.load(self.source, self.cache, params=False)
+    plan = plan_lib.make(self.study.config, source.cfg, source.masks)
+    cfg = arms_lib.uniform_shape(source.cfg, plan)
+    folder = self.folder / f'uniform-{cfg.num_params()}'
+
+    def write(new):
+      params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
+      shaped = dataclasses.replace(source, cfg=cfg, masks=None, params=params)
+      sources.write_model(shaped, new)
+      self.say(
+        f'made by hand: heads {cfg.K}, ffn {cfg.F}, stem {cfg.D}, '
+        f'{cfg.num_params():,} parameters'
+      )
+
+    workdir_lib.once(folder, write)
+    return folder
+
+
+def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:
+  budget, arm, seed = key
+  train = log.train
+  flops = {x: train[f'flops.{x}'] for x in accounting.PURPOSES}
+  total = sum(flops.values())
+  # Steps without a row are taken to be as long as those that have one.
+  each = train['step'][-1] / len(train['step'])
+  return comparison.Row(
+    budget=budget, arm=arm, seed=seed,
+    bits_per_byte=last['bits_per_byte'],
+    domains=last['domains'],
+    live_params=int(last['live_params']),
+    tokens=int(log.tokens[-1]),
+    flops={x: int(y[-1]) for x, y in flops.items()},
+    flops_per_token=float(
+      (total[-1] - total[-2]) / (log.tokens[-1] - log.tokens[-2])
+    ),
+    seconds=float(train['seconds'].sum() * each),
+    tasks=tasks,
+  )  # fmt: skip

@@ -1,0 +1,185 @@
+"""A whole comparison, on the small run: two arms, two seeds, both budgets."""
+
+import fcntl
+import math
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import pytest
+
+from effllm_jax import checkpoints
+from effllm_jax import comparison
+from effllm_jax import errors
+from effllm_jax import finished
+from effllm_jax import small_run
+from effllm_jax import sources
+from effllm_jax import train
+from experiments import arms
+from experiments import same_budget
+from tests import conftest
+from tests import runs
+
+# The dense arm gives the row of the source, and is the costliest.
+ARMS = tuple(
+  x for x in arms.ARMS if x.name in ('dense', 'ours_a', 'scratch_found')
+)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _kept(tmp_path_factory):
+  """Seeds and budgets are the same programs: each is compiled once."""
+  names = {
+    'jax_enable_compilation_cache': True,
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for settings in (names, before):
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if settings is names:
+      yield
+
+
+@pytest.fixture(scope='module', name='root')
+def _root(tmp_path_factory):
+  root = tmp_path_factory.mktemp('compare')
+  small_run.write_inputs(root)
+  return root
+
+
+def study_of(root, **changes) -> arms.Study:
+  config = small_run.config(root / 'model', root / 'text')
+  config.update_from_flattened_dict(
+    # One shrink and one save: what costs time here is not the steps.
+    {
+      'prune.schedule': 'oneshot',
+      'eval.tokens_per_domain': 128,
+      'eval.every_tokens': 10_000,
+      'checkpoint.every_steps': 100,
+    }
+    | changes
+  )
+  return arms.Study(config, ARMS)
+
+
+def choose(*names, seeds=(0, 1), budgets=('tokens', 'flops')):
+  chosen = tuple(x for x in ARMS if x.name in names)
+  return same_budget.Choice(chosen, seeds, budgets)
+
+
+def compare(root, choice, **changes):
+  return same_budget.run(
+    study_of(root, **changes), 'mini', root / 'runs', root / 'cache', choice
+  )
+
+
+def test_a_study_from_start_to_end(root, monkeypatch):
+  made = compare(root, choose('dense', 'ours_a'))
+  folder = root / 'runs' / 'mini'
+  rows = comparison.read(folder / 'results.jsonl')
+  keys = [row.key for row in rows]
+  assert len({*keys}) == len(keys) == 2 * 2 * 2 + 2
+  total = {row.key: row.total_flops for row in rows}
+  most = max(total['tokens', 'dense', seed] for seed in (0, 1))
+  for seed in (0, 1):
+    assert total['tokens', 'ours_a', seed] < 0.9 * most
+    for arm in ('dense', 'ours_a'):
+      assert abs(total['flops', arm, seed] / most - 1) <= 0.02
+  found = {row.key: row for row in rows}
+  assert len({row.tokens for row in rows if row.budget == 'tokens'}) == 2
+  assert (
+    found['flops', 'ours_a', 0].tokens > found['tokens', 'ours_a', 0].tokens
+  )
+  for row in rows:
+    assert math.isfinite(row.bits_per_byte)
+    pruned = row.arm == 'ours_a'
+    assert (row.live_params <= 20_000) == pruned, row.key
+  source = found['tokens', 'source', 1]
+  assert (source.tokens, source.total_flops) == (0, 0)
+  assert source.bits_per_byte == found['tokens', 'source', 0].bits_per_byte
+  assert [t.title.split(',')[0] for t in made[::3]] == [
+    'Equal training tokens', 'Equal FLOPs',
+  ]  # fmt: skip
+  assert [x[0] for x in made[0].rows] == ['source', 'dense', 'ours_a']
+
+  # What no other arm starts from is gone.
+  kept = sorted(folder.glob('runs/*/*/*/checkpoints'))
+  assert [p.parents[1].name for p in kept] == ['ours_a', 'ours_a']
+  assert not list(folder.glob('runs/*/*/*/events'))
+
+  # A second call does nothing.
+  before = (folder / 'results.jsonl').read_bytes()
+  monkeypatch.setattr(train, 'run', None)
+  assert compare(root, choose('dense', 'ours_a')) == made
+  assert (folder / 'results.jsonl').read_bytes() == before
+
+
+def test_from_scratch_in_the_shape_that_was_found(root):
+  """It is a run of its own weights; it exports as its last checkpoint."""
+  compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
+  choice = choose('scratch_found', seeds=(0,), budgets=('tokens',))
+  folder = root / 'runs' / 'mini'
+  ours = checkpoints.moments(next(folder.glob('runs/tokens/ours_a/0-*')))[0]
+  config = arms.config(
+    choice.arms[0], study_of(root).config, 0, {'found': ours.path}
+  )
+  train.run(config, root / 'scratch', root / 'cache')
+  model, made = finished.read(root / 'scratch', None)
+  assert made.step == 24
+  assert made.pruning['events'] == []
+  assert model.cfg == ours.cfg
+  assert model.description.startswith('from scratch, in the shape of')
+  first = made.run.last_eval('source')
+  pruned = sources.load(ours.path, root / 'cache')
+  assert made.params == pruned.cfg.num_params() == first['live_params']
+
+
+def test_another_comparison_at_work_is_refused(root):
+  (root / 'runs').mkdir(exist_ok=True)
+  with (root / 'runs' / 'lock').open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with pytest.raises(errors.InputError, match='another comparison is at wor'):
+      compare(root, choose('ours_a'))
+
+
+@pytest.mark.parametrize(
+  ('choice', 'message'),
+  [
+    (choose('scratch_found', seeds=(7,)), 'add ours_a to --arms and tokens'),
+    (choose('ours_a', seeds=(7,), budgets=('flops',)), 'add tokens to --budg'),
+  ],
+)
+def test_an_arm_whose_start_is_missing_is_refused(root, choice, message):
+  with pytest.raises(errors.InputError, match=message):
+    compare(root, choice)
+
+
+def test_results_of_other_settings_are_refused(root):
+  compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
+  with pytest.raises(errors.InputError, match=r'0\.003 there, 0\.1 now'):
+    compare(root, choose('ours_a', seeds=(0,)), **{'optimizer.peak': 0.1})
+
+
+def test_benchmarks_of_models_that_are_gone_are_refused(root):
+  choice = choose('ours_a', seeds=(0,), budgets=('tokens',))
+  compare(root, choice)
+  study, folder = study_of(root), root / 'runs' / 'mini'
+  runner = same_budget.Runner(
+    study, folder, root / 'cache', study.config.source, None
+  )
+  asked = same_budget.Choice(choice.arms, (0,), ('tokens',), ('piqa',))
+  with pytest.raises(errors.InputError, match='was not asked piqa with --limi'):
+    runner.check(asked)
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+  done = conftest.command(
+    'compare',
+    '--study=experiments/studies/small.py',
+    '--arms=x',
+    f'--workdir={tmp_path}/w',
+  )
+  runs.refused(done, "arm 'x' is not one of all, sensitivity, dense, ours_a")
+  assert not (tmp_path / 'w').exists()

@@ -1,0 +1,105 @@
+"""Statistics against closed form; tables and files of made-up rows."""
+
+import dataclasses
+import math
+
+import pytest
+
+from effllm_jax import accounting
+from effllm_jax import comparison
+from effllm_jax import errors
+
+
+def row(arm, seed, bits, budget='tokens', **changes) -> comparison.Row:
+  fields = dict(
+    budget=budget, arm=arm, seed=seed, bits_per_byte=bits,
+    domains={'wiki': bits + 0.1, 'drama': bits - 0.1},
+    live_params=1_600_000, tokens=256_000,
+    flops=dict(zip(accounting.PURPOSES, (9e12, 1e12, 0, 0), strict=True)),
+    flops_per_token=1e7, seconds=50.0, tasks=[],
+  )  # fmt: skip
+  return comparison.Row(**fields | changes)
+
+
+ROWS = [
+  row('ours_a', 0, 2.0),
+  row('scratch', 0, 2.5),
+  row('ours_a', 1, 2.2),
+  row('scratch', 1, 2.7),
+  row('ours_a', 2, 2.1),
+]
+
+
+def test_the_standard_error_is_that_of_the_mean():
+  """Of 1, 2, 3, 4: variance 5/3, so the error is sqrt(5/12)."""
+  found = comparison.estimate([1, 2, 3, 4])
+  assert found.mean == 2.5
+  assert math.isclose(found.stderr, math.sqrt(5 / 12))
+  assert found.text(2) == '2.50 ± 0.65'
+  assert comparison.estimate([7.0]) == comparison.Estimate(7.0, None)
+  assert comparison.Estimate(7.0, None).text(1, '+') == '+7.0'
+
+
+def test_differences_are_taken_seed_by_seed():
+  """Arms scatter by 0.1 from seed to seed, their difference not at all."""
+  ours, scratch = (
+    comparison.by_arm(ROWS, 'tokens')[x] for x in ('ours_a', 'scratch')
+  )
+  bits = lambda x: x.bits_per_byte
+  found = comparison.difference(scratch, ours, bits)
+  assert math.isclose(found.mean, 0.5)
+  assert found.stderr < 1e-12
+  assert comparison.difference(scratch[:1], ours[1:], bits) is None
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+  path = tmp_path / 'results.jsonl'
+  assert comparison.read(path) == []
+  comparison.write(path, ROWS)
+  assert comparison.read(path) == ROWS
+  with path.open('a') as file:
+    file.write('{"budget": "tok')
+  assert comparison.read(path) == ROWS
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'bits_per_byte': math.nan},
+    {'budget': 'hours'},
+    {'arm': '../../home'},
+    {'seed': 'x'},
+    {'flops': {'train': 1}},
+  ],
+)
+def test_what_is_no_result_is_refused(tmp_path, change):
+  path = tmp_path / 'results.jsonl'
+  comparison.write(path, [ROWS[0], dataclasses.replace(ROWS[1], **change)])
+  with pytest.raises(errors.InputError, match='row 2 is not a result'):
+    comparison.read(path)
+
+
+def test_what_is_published_comes_from_the_rows_alone(tmp_path):
+  asked = dict(task='piqa', metric='acc', limit=100, items=100, stderr=0.05)
+  rows = [
+    *ROWS,
+    row('ours_a', 0, 2.0, 'flops', tasks=[asked | {'value': 0.625}]),
+  ]
+  comparison.write(tmp_path / 'results.jsonl', rows)
+  made = comparison.publish(tmp_path, 'ours_a')
+  assert [len(t.rows) for t in made] == [2, 2, 2, 1, 1, 1, 1]
+  assert made[0].title.startswith('Equal training tokens, 3 seeds')
+  assert made[0].rows[1] == (
+    'scratch', '1.6M', '2.6000 ± 0.1000', '+0.5000 ± 0.0000',
+    '10\N{NO-BREAK SPACE}TFLOP',
+  )  # fmt: skip
+  assert made[0].rows[0][3] == ''
+  assert made[1].rows[0] == ('ours_a', '2.2000 ± 0.0577', '2.0000 ± 0.0577')
+  assert made[2].rows[0][1:3] == ('256k', '50')
+  assert made[-1].rows == (('ours_a', '0.625'),)
+  text = (tmp_path / 'summary.md').read_text(encoding='utf-8')
+  assert text.count('\n## ') == len(made)
+  for name in ('arms', 'costs-tokens', 'costs-flops'):
+    assert f'({name}.png)' in text
+    assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+  assert {p.suffix for p in tmp_path.iterdir()} == {'.jsonl', '.md', '.png'}
