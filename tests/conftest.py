@@ -11,7 +11,8 @@ import sys
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# No test writes what it compiles into the user's cache, nor reads it there.
+# No command of a test writes what it compiles into the user's cache, nor reads
+# it there.
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 # Most of the time goes into compiling small functions once: without LLVM's
 # optimisations the suite takes a third less. What is computed is the same.
@@ -48,6 +49,20 @@ def make_config(**changes) -> structure.ModelConfig:
     rope_theta=1e4, norm_eps=1e-5, tied=True,
   )  # fmt: skip
   return structure.ModelConfig(**(fields | changes))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _keep_compiled(tmp_path_factory):
+  """Lets the tests of one run share what they compile, in all its processes.
+
+  Files let go of it (below), and many make the same training step.
+  """
+  root = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    root = root.parent
+  jax.config.update('jax_enable_compilation_cache', True)
+  jax.config.update('jax_compilation_cache_dir', str(root / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 @pytest.fixture(autouse=True, scope='module')
