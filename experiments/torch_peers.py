@@ -5,10 +5,15 @@ whose own pruner runs here; LLM-Pruner as of commit 128a07d (October 2024), of
 which the criterion is written anew, as an importance for Torch-Pruning's
 pruner, and the choice of layers is that of its `scripts/llama_prune.sh`.
 
-Feed-forward channels only. Torch-Pruning's example for language models takes
-query heads and leaves their keys and values; LLM-Pruner's graph, under
-transformers 5.24, takes as many rows of q as of k, fewer than the query heads
-that share them: neither can take a key/value head with its query heads.
+What differs from their own recipes, so that the work is the same:
+
+- Feed-forward channels only. Torch-Pruning's example for language models takes
+  query heads and leaves the keys and values that they share, and LLM-Pruner's
+  graph, under transformers 5.24, takes as many rows of q as of k: neither
+  removes a key/value head with its query heads. That example also narrows the
+  residual stream, and goes by magnitudes.
+- Scores are of the text that is trained on, where LLM-Pruner takes ten pieces
+  of 64 tokens of BookCorpus; all weights are trained, where it trains adapters.
 """
 
 from collections.abc import Mapping
