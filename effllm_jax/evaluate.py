@@ -52,6 +52,13 @@ def bits_per_byte(
         )
       )
     nats[domain] = total
+  return summary(nats, heldout) | {'seconds': time.perf_counter() - start}
+
+
+def summary(
+  nats: Mapping[str, float], heldout: Mapping[str, data.HeldOut]
+) -> dict[str, Any]:
+  """What a cross-entropy in nats by domain is, per byte and per token."""
   num_bytes = {d: h.num_bytes for d, h in heldout.items()}
   tokens = sum(float(h.weight.sum()) for h in heldout.values())
   total_nats, total_bytes = sum(nats.values()), sum(num_bytes.values())
@@ -61,5 +68,4 @@ def bits_per_byte(
     'nats_per_token': total_nats / tokens,
     'heldout_bytes': total_bytes,
     'heldout_tokens': int(tokens),
-    'seconds': time.perf_counter() - start,
   }

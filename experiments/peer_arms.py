@@ -1,0 +1,335 @@
+"""The arms of `experiments.peers`: what each does, and its row of results."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from concurrent import futures
+import contextlib
+import functools
+import multiprocessing
+import os
+import pathlib
+import tempfile
+import threading
+import time
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from experiments import torch_peers
+
+# Changes of the config, as `experiments/configs/ragged.py` makes them.
+OURS = {
+  'ours': {},
+  'ours_ragged': {
+    'prune.policy': 'ragged',
+    'prune.floors.heads': 0,
+    'prune.floors.ffn': 0,
+    'prune.saliency': 'obd',
+  },
+}
+# LLM-Pruner's script leaves alone 4 layers at the start and 2 at the end.
+OTHERS = {
+  'torch_dense': None,
+  'torch_pruning': torch_peers.Recipe('group_taylor'),
+  'torch_pruning_iterative': torch_peers.Recipe('group_taylor', times=5),
+  'llm_pruner': torch_peers.Recipe(
+    'param_first', first=4, last=2, rounded=False
+  ),
+  'llm_pruner_mix': torch_peers.Recipe('param_mix'),
+}
+
+
+def check(names: list[str]) -> None:
+  """Raises InputError where an arm is not known or cannot run here."""
+  from effllm_jax import errors
+  from effllm_jax import hf_export
+
+  known = [*OURS, *OTHERS]
+  wrong = [x for x in names if x not in known]
+  if wrong or not names or len({*names}) < len(names):
+    raise errors.InputError(
+      f'arms {",".join(names)!r} are not some of {",".join(known)}, each once; '
+      'set --arms'
+    )
+  if any(x in OTHERS for x in names):
+    hf_export.import_transformers()
+  if any(OTHERS.get(x) for x in names):
+    torch_peers.require()
+
+
+class Bench:
+  """One config, its source, its text and its budget, for every arm."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    cache: str,
+    scoring: int,
+  ):
+    """Checks all that can be refused.
+
+    Args:
+      config: as in `experiments/configs`; that of the arm `ours`.
+      workdir: of the comparison.
+      cache: downloaded sources and texts.
+      scoring: batches that the others score.
+
+    Raises:
+      errors.InputError: what the others cannot do, or `train.run` refuses.
+    """
+    from effllm_jax import errors
+    from effllm_jax import plan as plan_lib
+    from effllm_jax import sources
+
+    self.config, self.workdir = config, workdir
+    self.cache, self.scoring = cache, scoring
+    for key, have, want in (
+      ('budget.kind', config.budget.kind, 'params'),
+      ('model.dtype', config.model.dtype, 'float32'),
+    ):
+      if have != want:
+        raise errors.InputError(
+          f'{key} {have!r} is not that of the other arms, {want!r}; set '
+          f'--config.{key}={want}'
+        )
+    self.source = sources.load(config.source, cache, params=False)
+    if self.source.masks is not None:
+      raise errors.InputError(
+        f'source {config.source!r} was pruned before, which transformers does '
+        'not see; set --config.source to a finished model'
+      )
+    self.plan = plan_lib.make(config, self.source.cfg)
+    if scoring > self.plan.steps - self._window()[1]:
+      raise errors.InputError(
+        f'--scoring_batches {scoring} is more than follow the last prune, '
+        f'{self.plan.steps - self._window()[1]}; lower it'
+      )
+
+  def results(self, names: list[str]) -> list[dict[str, Any]]:
+    """Runs the arms that have no row in `results.jsonl` yet; all their rows."""
+    from effllm_jax import workdir as workdir_lib
+
+    path = self.workdir / 'results.jsonl'
+    log = workdir_lib.Log(path, self.plan.steps)
+    with contextlib.closing(log):
+      done = {row['arm']: row for row in workdir_lib.read(path)}
+      for name in names:
+        if name not in done:
+          done[name] = self.run(name)
+          log.write(done[name])
+    return [done[name] for name in names]
+
+  def run(self, name: str) -> dict[str, Any]:
+    """Runs one arm in a process of its own; returns its row.
+
+    Raises:
+      errors.InputError: what the user can put right.
+    """
+    threads = len(os.sched_getaffinity(0))
+    if name in OURS:
+      work, more = _ours, (
+        self.config.to_dict(), OURS[name], str(self.workdir / name), self.cache
+      )  # fmt: skip
+    else:
+      recipe = OTHERS[name]
+      width = recipe and self.width(recipe)
+      work, more = torch_peers.run, (self.task, recipe, width, threads)
+    start = time.perf_counter()
+    found = _alone(work, *more)
+    total = time.perf_counter() - start
+    if name in OTHERS:
+      found = self._row(found)
+    tokens = self.plan.tokens(self.plan.steps)
+    return {
+      # `step` is what the log goes by.
+      'arm': name,
+      'step': self.plan.steps,
+      'tokens': tokens,
+      'threads': threads,
+      **found,
+      'tokens_per_second': tokens / found['seconds'],
+      'total_seconds': total,
+    }
+
+  def width(self, recipe: torch_peers.Recipe) -> int:
+    """Most channels a pruned layer may keep within `budget.target`.
+
+    Raises:
+      errors.InputError: there are none, or the model has too few layers.
+    """
+    from effllm_jax import errors
+
+    cfg = self.source.cfg
+    pruned = cfg.N - recipe.first - recipe.last
+    step = self.config.prune.multiple_of.ffn if recipe.rounded else 1
+    excess = cfg.num_params() - self.plan.schedule.target
+    gone = -(-excess // (3 * cfg.D * max(pruned, 1)))
+    width = (cfg.F - gone) // step * step
+    if pruned < 1 or width < 1:
+      raise errors.InputError(
+        f'budget.target {self.plan.schedule.target:,} is out of reach of '
+        f'feed-forward channels in {max(pruned, 0)} of {cfg.N} layers; set '
+        '--config.budget.target, or leave the arm out of --arms'
+      )
+    return width
+
+  def _window(self) -> tuple[int, int]:
+    """Steps between which our own run prunes."""
+    per_step = self.plan.tokens_per_step
+    schedule = self.plan.schedule
+    return schedule.begin // per_step, -(-schedule.end // per_step)
+
+  @functools.cached_property
+  def task(self) -> torch_peers.Task:
+    """Text, rates and weights, the same as `train.run` takes."""
+    from effllm_jax import corpus
+    from effllm_jax import data
+
+    config, plan, source = self.config, self.plan, self.source
+    text = corpus.prepare(config.data.text, self.cache)
+    batches = data.train_iterator(
+      text,
+      source.tokenizer,
+      source.separator_id,
+      seq_len=config.data.seq_len,
+      batch_size=config.train.accumulate * config.data.batch_size,
+      seed=config.seed,
+      weights=config.data.weights.to_dict(),
+      workers=config.data.workers,
+      timeout=config.data.timeout,
+    )
+    windows = np.stack([next(batches) for _ in range(plan.steps)])
+    batches.close()
+    rate = self.rate()
+    heldout = data.heldout(
+      text,
+      source.tokenizer,
+      source.separator_id,
+      seq_len=config.data.seq_len,
+      tokens_per_domain=config.eval.tokens_per_domain,
+    )
+    begin, end = self._window()
+    return torch_peers.Task(
+      folder=str(self.folder()),
+      windows=windows.reshape(
+        plan.steps, config.train.accumulate, config.data.batch_size, -1
+      ),
+      rates=[float(rate(i)) for i in range(plan.steps)],
+      optimizer=config.optimizer.to_dict(),
+      heldout=heldout,
+      batch_size=config.data.batch_size,
+      scoring=self.scoring,
+      begin=begin,
+      end=end,
+    )
+
+  def rate(self):
+    """Learning rate by step, as `train.run` has it."""
+    from effllm_jax import optimizers
+
+    settings = self.config.optimizer
+    return optimizers.learning_rate(
+      settings.schedule,
+      settings.peak,
+      settings.end,
+      settings.warmup_tokens // self.plan.tokens_per_step,
+      settings.decay_tokens // self.plan.tokens_per_step,
+      self.plan.steps,
+    )
+
+  def folder(self) -> pathlib.Path:
+    """The source for transformers, written once."""
+    from effllm_jax import hf_export
+    from effllm_jax import sources
+
+    folder = self.workdir / 'source'
+    if not folder.exists():
+      with tempfile.TemporaryDirectory(dir=self.workdir) as scratch:
+        new = pathlib.Path(scratch, 'source')
+        new.mkdir()
+        model = sources.load(self.config.source, self.cache)
+        hf_export.write(model, new, trimmed=False)
+        new.rename(folder)
+    return folder
+
+  def _row(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What PyTorch found, in the words of our own runs."""
+    from effllm_jax import evaluate
+
+    cfg = self.source.cfg
+    phases = {
+      phase: evaluate.summary(nats, self.task.heldout)
+      for phase, nats in found['nats'].items()
+    }
+    return {
+      **{k: v for k, v in found.items() if k != 'nats'},
+      'widths': {
+        'heads': cfg.K,
+        'ffn': float(np.mean(found['widths'])),
+        'stem': cfg.D,
+      },
+      'bits_per_byte': {p: x['bits_per_byte'] for p, x in phases.items()},
+      'domains': phases['final']['domains'],
+    }
+
+
+def _ours(config, changes, workdir, cache) -> dict[str, Any]:
+  """Runs `train.run`, or goes on with it; its row."""
+  from effllm_jax import errors
+  from effllm_jax import interrupts
+  from effllm_jax import runlog
+  from effllm_jax import timing
+  from effllm_jax import train
+  from experiments import cli
+
+  config = ml_collections.ConfigDict(config)
+  config.update_from_flattened_dict(changes)
+  cli.keep_compiled(cache)
+  try:
+    train.run(config, workdir, cache)
+  except interrupts.Stopped as e:  # It does not travel to another process.
+    raise errors.InputError(str(e)) from e
+  log = runlog.read(workdir)
+  phases = ('source', 'pruned', 'final')
+  held = {phase: log.last_eval(phase) for phase in phases}
+  shrinks = sum(row['seconds'] for row in log.shrinks)
+  # The time of a row is the mean of the steps since the one before.
+  steps = np.diff(log.train['step'], prepend=0)
+  return {
+    'widths': log.widths(),
+    'params': int(held['final']['live_params']),
+    'losses': log.train['loss'].tolist(),
+    'seconds': float(steps @ log.train['seconds']) + shrinks,
+    'peak_bytes': timing.memory('VmHWM'),
+    'bits_per_byte': {p: x['bits_per_byte'] for p, x in held.items() if x},
+    'domains': held['final']['domains'],
+  }
+
+
+def _alone(work: Callable, *arguments) -> Any:
+  """Calls a function in a new process, so that its memory is its own."""
+  from effllm_jax import errors
+
+  context = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(1, context) as pool:
+    try:
+      return pool.submit(_while_wanted, work, *arguments).result()
+    except futures.process.BrokenProcessPool as e:
+      raise errors.InputError(
+        'the process of an arm has ended without a word, as the system does to '
+        'one that takes too much memory; free some and run the same command '
+        'again'
+      ) from e
+
+
+def _while_wanted(work: Callable, *arguments) -> Any:
+  """Calls a function, and ends with the process that wants the answer."""
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+  return work(*arguments)
