@@ -86,13 +86,17 @@ ARMS = (
 
 
 def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
-  """`ours_a` with another N, schedule or batch, one at a time."""
+  """`ours_a` with another N, schedule, batch or saliency, one at a time."""
   every, batch = config.prune.every, config.data.batch_size
+  begin, end = config.prune.begin_tokens, config.prune.end_tokens
   return (
     Arm('ours_a_every_half', {'prune.every': max(every // 2, 1)}),
     Arm('ours_a_every_4x', {'prune.every': 4 * every}),
     Arm('ours_a_cubic', {'prune.schedule': 'cubic'}),
     Arm('ours_a_oneshot', {'prune.schedule': 'oneshot'}),
+    Arm('ours_a_early', {'prune.end_tokens': begin + (end - begin) // 4}),
+    Arm('ours_a_activation', {'prune.saliency': 'activation'}),
+    Arm('ours_a_fisher', {'prune.saliency': 'fisher'}),
     Arm('ours_a_batch_2x', {'data.batch_size': 2 * batch}),
   )
 
