@@ -86,7 +86,7 @@ ARMS = (
 
 
 def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
-  """`ours_a` with another N, schedule, batch or saliency, one at a time."""
+  """`ours_a` with one setting changed."""
   every, batch = config.prune.every, config.data.batch_size
   begin, end = config.prune.begin_tokens, config.prune.end_tokens
   return (
@@ -97,6 +97,7 @@ def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
     Arm('ours_a_early', {'prune.end_tokens': begin + (end - begin) // 4}),
     Arm('ours_a_activation', {'prune.saliency': 'activation'}),
     Arm('ours_a_fisher', {'prune.saliency': 'fisher'}),
+    Arm('ours_a_price_embedding', {'prune.price_embedding': True}),
     Arm('ours_a_batch_2x', {'data.batch_size': 2 * batch}),
   )
 
