@@ -97,17 +97,22 @@ def _pruned(path: pathlib.Path, params: bool) -> Source:
   masks, origin = (
     jax.tree.map(np.asarray, x) for x in (prune.masks, prune.origin)
   )
+  origin = events.compose(first.origin, origin)
   live = selection.live_params(masks, moment.cfg)
+  how = f'pruned to {live:,} parameters'
+  if live == first.cfg.num_params() and first.origin is None:
+    # Of a run that only trained: a source like any other.
+    masks = origin = None
+    how = 'trained further'
   return dataclasses.replace(
     first,
-    description=f'{first.description}, pruned to {live:,} parameters in '
-    f'{moment.step} steps',
+    description=f'{first.description}, {how} in {moment.step} steps',
     cfg=moment.cfg,
     params=jax.tree.map(np.asarray, checkpoints.read_params(moment))
     if params
     else None,
     masks=masks,
-    origin=events.compose(first.origin, origin),
+    origin=origin,
   )
 
 

@@ -44,6 +44,9 @@ def test_a_source_is_made_once(tmp_path, monkeypatch):
   path = pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
   source = sources.load(path, tmp_path / 'cache')
   assert source.cfg == cfg
+  # A model like any other: nothing of it was pruned.
+  assert source.masks is source.origin is None
+  assert source.description.endswith(', trained further in 4 steps')
   assert source.tokenizer.get_vocab_size() == 300
   text = 'The naïve reader\n  reads.'
   assert source.tokenizer.decode(source.tokenizer.encode(text).ids) == text
