@@ -117,6 +117,7 @@ class Bench:
       done = {row['arm']: row for row in workdir_lib.read(path)}
       for name in names:
         if name not in done:
+          print(f'{name}: {self.plan.steps} steps', flush=True)
           done[name] = self.run(name)
           log.write(done[name])
     return [done[name] for name in names]

@@ -234,6 +234,12 @@ def test_a_finished_arm_is_not_run_again(bench, monkeypatch):
   assert calls == ['ours', 'torch_dense', 'torch_dense']
 
 
+def test_an_arm_has_a_process_of_its_own():
+  assert peer_arms._alone(os.getpid) != os.getpid()
+  with pytest.raises(errors.InputError, match='without a word'):
+    peer_arms._alone(os._exit, 1)
+
+
 def test_our_own_arm_is_a_run(bench, monkeypatch):
   alone(monkeypatch)
   row = bench(
