@@ -32,7 +32,6 @@ from effllm_jax import checkpoints
 from effllm_jax import comparison
 from effllm_jax import errors
 from effllm_jax import finished
-from effllm_jax import harness
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
 from effllm_jax import runlog
@@ -100,6 +99,9 @@ def run(
       source = study.config.source
     ask = None
     if choice.tasks:
+      # Needs lm-eval, which no other part of a comparison does.
+      from effllm_jax import harness
+
       manager = stack.enter_context(harness.prepared(choice.tasks, cache))
       ask = functools.partial(_ask, manager, choice)
     runner = Runner(study, workdir / name, cache, source, ask)
@@ -126,6 +128,8 @@ def _alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def _ask(manager, choice, model: weights.Source):
   """What a model answers to the public benchmarks."""
+  from effllm_jax import harness
+
   asked = harness.Model(finished.tight(model), _BATCH_TOKENS, lambda *_: None)
   return harness.run(asked, manager, choice.tasks, choice.limit)
 
