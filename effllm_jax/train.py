@@ -60,29 +60,10 @@ def run(
   source = sources.load(config.source, cache, params=False)
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
-  reader, readers = sharding.reader(mesh)
   _use_blocks(config.model.blocks)
   text = corpus.prepare(config.data.text, cache)
-  batches = data.train_iterator(
-    text,
-    source.tokenizer,
-    source.separator_id,
-    seq_len=config.data.seq_len,
-    batch_size=config.train.accumulate * config.data.batch_size,
-    seed=config.seed,
-    weights=config.data.weights.to_dict(),
-    workers=config.data.workers,
-    timeout=config.data.timeout,
-    process_index=reader,
-    process_count=readers,
-  )
-  heldout = data.heldout(
-    text,
-    source.tokenizer,
-    source.separator_id,
-    seq_len=config.data.seq_len,
-    tokens_per_domain=config.eval.tokens_per_domain,
-  )
+  batches = train_batches(config, text, source, *sharding.reader(mesh))
+  heldout = heldout_text(config, text, source)
   teacher = None
   if plan.recipe.distill:
     teacher = sources.load(config.distill.teacher or config.source, cache)
@@ -108,6 +89,51 @@ def run(
     ).train()
   except OSError as e:
     raise checkpoints.write_error(e) from e
+
+
+def train_batches(
+  config: ml_collections.ConfigDict,
+  text: pathlib.Path,
+  source: sources.Source,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[np.ndarray]:
+  """The batches of a run, all micro-batches of an update in one.
+
+  Args:
+    config: as in `experiments/configs`.
+    text: of `corpus.prepare`.
+    source: whose tokenizer reads it.
+    process_index, process_count: which rows of every batch.
+  """
+  return data.train_iterator(
+    text,
+    source.tokenizer,
+    source.separator_id,
+    seq_len=config.data.seq_len,
+    batch_size=config.train.accumulate * config.data.batch_size,
+    seed=config.seed,
+    weights=config.data.weights.to_dict(),
+    workers=config.data.workers,
+    timeout=config.data.timeout,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def heldout_text(
+  config: ml_collections.ConfigDict,
+  text: pathlib.Path,
+  source: sources.Source,
+) -> dict[str, data.HeldOut]:
+  """What a run is evaluated on, by domain; arguments as `train_batches`."""
+  return data.heldout(
+    text,
+    source.tokenizer,
+    source.separator_id,
+    seq_len=config.data.seq_len,
+    tokens_per_domain=config.eval.tokens_per_domain,
+  )
 
 
 def _random(cfg: structure.ModelConfig, seed: int) -> structure.Params:

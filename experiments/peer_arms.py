@@ -186,31 +186,15 @@ class Bench:
   def task(self) -> torch_peers.Task:
     """Text, rates and weights, the same as `train.run` takes."""
     from effllm_jax import corpus
-    from effllm_jax import data
+    from effllm_jax import train
 
     config, plan, source = self.config, self.plan, self.source
     text = corpus.prepare(config.data.text, self.cache)
-    batches = data.train_iterator(
-      text,
-      source.tokenizer,
-      source.separator_id,
-      seq_len=config.data.seq_len,
-      batch_size=config.train.accumulate * config.data.batch_size,
-      seed=config.seed,
-      weights=config.data.weights.to_dict(),
-      workers=config.data.workers,
-      timeout=config.data.timeout,
-    )
+    batches = train.train_batches(config, text, source)
     windows = np.stack([next(batches) for _ in range(plan.steps)])
     batches.close()
     rate = self.rate()
-    heldout = data.heldout(
-      text,
-      source.tokenizer,
-      source.separator_id,
-      seq_len=config.data.seq_len,
-      tokens_per_domain=config.eval.tokens_per_domain,
-    )
+    heldout = train.heldout_text(config, text, source)
     begin, end = self._window()
     return torch_peers.Task(
       folder=str(self.folder()),

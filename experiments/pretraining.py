@@ -82,13 +82,7 @@ def make(
 
 def _unigram(config, text, cache) -> float:
   source = sources.load(config.source, cache, params=False)
-  held = data.heldout(
-    text,
-    source.tokenizer,
-    source.separator_id,
-    seq_len=config.data.seq_len,
-    tokens_per_domain=config.eval.tokens_per_domain,
-  )
+  held = train.heldout_text(config, text, source)
   files = data.tokenize(text, source.tokenizer, source.separator_id)
   seen = np.concatenate([np.load(path) for path in files.values()])
   return unigram(seen, held, source.cfg.V)
