@@ -66,10 +66,12 @@ class Meter:
     if teacher:
       self.spent['teacher'] += self._forward(teacher)
 
-  def repair(self, cfg: structure.ModelConfig, repaired: Iterable[str]) -> None:
+  def repair(
+    self, cfg: structure.ModelConfig, repaired: Iterable[str], batches: int = 1
+  ) -> None:
     """Counts one repair of the matrices behind the named inputs.
 
-    The names are those of `repair.repair_model`.
+    The names are those of `repair.repair_model`; `batches` is on how many.
     """
     repaired = set(repaired)
     head = cfg.G * cfg.H
@@ -80,11 +82,13 @@ class Meter:
       'ffn': (cfg.F, cfg.D, cfg.N),
       'final': (cfg.D, cfg.V, 1),
     }
-    total = self._forward(cfg) - self._output(cfg)
+    total = batches * (self._forward(cfg) - self._output(cfg))
     for name in repaired:
       inputs, outputs, copies = matrices[name]
       total += copies * (
-        2 * self._tokens * inputs**2 + 4 * inputs**2 * outputs + inputs**3 // 3
+        2 * batches * self._tokens * inputs**2
+        + 4 * inputs**2 * outputs
+        + inputs**3 // 3
       )
     self.spent['repair'] += total
 

@@ -9,10 +9,12 @@ number, and reading costs next to nothing (millions of tokens a second, against
 metrics is what a step waited).
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import concurrent.futures
+import copy
 import dataclasses
 import hashlib
 import json
@@ -144,11 +146,19 @@ class TrainIterator(grain.DatasetIterator):
   """Endless batches, with a state that names the stream it belongs to."""
 
   def __init__(
-    self, parent: grain.DatasetIterator, stream: dict, timeout: float
+    self,
+    parent: grain.DatasetIterator,
+    stream: dict,
+    timeout: float,
+    recent: int,
   ):
     """Reads `parent`; `timeout` is in seconds, 0 waits for ever."""
     super().__init__(parent)
     self._stream, self._timeout = stream, timeout
+    self._recent = collections.deque(maxlen=recent)
+    # Of Grain, before each of those but the first: a state from which they can
+    # be read again.
+    self._before = collections.deque(maxlen=recent - 1)
 
   def __next__(self) -> np.ndarray:
     """The next batch.
@@ -156,6 +166,22 @@ class TrainIterator(grain.DatasetIterator):
     Raises:
       errors.InputError: a worker process has ended, or gives no batch in time.
     """
+    if self._before.maxlen:
+      self._before.append(copy.deepcopy(self._parent.get_state()))
+    batch = self._read()
+    self._recent.append(batch)
+    return batch
+
+  def recent(self) -> np.ndarray:
+    """The newest batches joined, int32 [recent * rows, seq_len + 1].
+
+    As long as there are fewer, those come again. Restored with the state.
+    """
+    rows = np.concatenate(self._recent)
+    count = self._recent.maxlen * len(self._recent[-1])
+    return np.resize(rows, (count, rows.shape[1]))
+
+  def _read(self) -> np.ndarray:
     if not self._timeout:
       return next(self._parent)
     remedy = (
@@ -183,8 +209,12 @@ class TrainIterator(grain.DatasetIterator):
       ) from e
 
   def get_state(self) -> dict:
-    """JSON: the stream's settings and Grain's own state."""
-    return {'stream': self._stream, 'grain': self._parent.get_state()}
+    """JSON: the stream's settings, and a state of Grain some batches ago."""
+    return {
+      'stream': self._stream,
+      'grain': self._before[0] if self._before else self._parent.get_state(),
+      'read': len(self._before),
+    }
 
   def set_state(self, state: dict):
     """Goes on after the batch at which `state` was taken.
@@ -200,6 +230,10 @@ class TrainIterator(grain.DatasetIterator):
           f'{now!r}; use the saved value, or start a new workdir'
         )
     self._parent.set_state(state['grain'])
+    self._before.clear()
+    self._recent.clear()
+    for _ in range(min(state['read'], self._before.maxlen)):
+      next(self)
 
   def close(self):
     """Ends the worker processes."""
@@ -235,6 +269,7 @@ def train_iterator(
   weights: Mapping[str, float],
   workers: int,
   timeout: float,
+  recent: int = 1,
   process_index: int = 0,
   process_count: int = 1,
 ) -> TrainIterator:
@@ -257,6 +292,7 @@ def train_iterator(
       out is not read. Empty: every window once per epoch.
     workers: Grain processes; 0 reads in a thread of this process.
     timeout: seconds that a batch of theirs may take.
+    recent: how many batches `TrainIterator.recent` gives back.
     process_index: which of the disjoint shards of every batch to read.
     process_count: number of shards; a state can be read with another one.
 
@@ -311,8 +347,9 @@ def train_iterator(
     'seed': seed,
     'weights': weights,
     'workers': workers,
+    'recent': recent,
   }
-  return TrainIterator(iter(batches), stream, timeout if workers else 0)
+  return TrainIterator(iter(batches), stream, timeout if workers else 0, recent)
 
 
 def _check_weights(

@@ -252,7 +252,7 @@ def _check_ranges(config):
     'train.log_every', 'train.max_skipped', 'prune.every',
     'checkpoint.every_steps', 'checkpoint.keep', 'eval.every_tokens',
     'shrink.quantum.heads', 'shrink.quantum.ffn', 'shrink.quantum.stem',
-    'distill.top_k',
+    'distill.top_k', 'repair.batches',
   ]  # fmt: skip
   for key in at_least_one:
     _require(config, key, lambda v: v >= 1, 'at least 1')

@@ -113,7 +113,7 @@ def config(
         'floors': {'heads': 3, 'ffn': 24, 'stem': 16},
         'multiple_of': {'heads': 1, 'ffn': 8, 'stem': 8},
       },
-      'repair': {'enabled': False, 'damping': 10.0},
+      'repair': {'enabled': False, 'batches': 1, 'damping': 10.0},
       'distill': {
         'weight': 0.0, 'teacher': '', 'temperature': 1.0, 'top_k': 64,
       },

@@ -1,7 +1,6 @@
 """The host loop: train, prune, shrink, evaluate, record, and resume."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 import contextlib
 import dataclasses
 import math
@@ -97,7 +96,7 @@ def train_batches(
   source: sources.Source,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[np.ndarray]:
+) -> data.TrainIterator:
   """The batches of a run, all micro-batches of an update in one.
 
   Args:
@@ -116,6 +115,7 @@ def train_batches(
     weights=config.data.weights.to_dict(),
     workers=config.data.workers,
     timeout=config.data.timeout,
+    recent=config.repair.batches if config.repair.enabled else 1,
     process_index=process_index,
     process_count=process_count,
   )
@@ -162,7 +162,7 @@ class Run:
     source: sources.Source,
     initial: Callable[[], structure.Params],
     teacher: teacher_lib.Teacher | None,
-    batches: Iterator[np.ndarray],
+    batches: data.TrainIterator,
     heldout: dict[str, data.HeldOut],
   ):
     """Restores the newest checkpoint of `workdir`, or takes `initial()`.
@@ -267,7 +267,7 @@ class Run:
     log = step % self.config.train.log_every == 0 or step == plan.steps
     if plan.prunes(step):
       self._check_scored(step, numbers)
-      self._prune(step, windows_ABT)
+      self._prune(step)
     if (
       log or plan.prunes(step) or plan.evaluates(step) or plan.checkpoints(step)
     ):
@@ -381,7 +381,7 @@ class Run:
         self.state.params,
         self.state.prune.masks,
         self.state.prune.masks,
-        _flat(windows_ABT),
+        self._repaired_on(),
         cfg=self.cfg,
         damping=self.plan.damping,
         mesh=self.mesh,
@@ -402,7 +402,7 @@ class Run:
         '--config.model.dtype'
       )
 
-  def _prune(self, step: int, windows_ABT) -> None:
+  def _prune(self, step: int) -> None:
     """Flips mask bits until the schedule's size is reached; logs what went."""
     prune, plan = self.state.prune, self.plan
     target = plan.schedule.at(plan.tokens(step))
@@ -412,12 +412,14 @@ class Run:
     repaired = {}
     if plan.damping is not None:
       params, fits = self.repair(
-        self.state.params, prune.masks, masks, _flat(windows_ABT)
+        self.state.params, prune.masks, masks, self._repaired_on()
       )
       self.state = self.state.replace(params=params)
       fits = jax.tree.map(float, fits)
       self.meter.repair(
-        self.cfg, [name for name, fit in fits.items() if fit['damping'] > 0]
+        self.cfg,
+        [name for name, fit in fits.items() if fit['damping'] > 0],
+        self.config.repair.batches,
       )
       self._say_damping(step, fits)
       repaired = {'repair': jax.tree.map(pruning.finite, fits)}
@@ -435,6 +437,10 @@ class Run:
     )
     self.state = self.state.replace(prune=prune.replace(masks=masks))
     self.extents = self._extents()
+
+  def _repaired_on(self) -> jax.Array:
+    """The newest batches of all processes as one, [B, T + 1]."""
+    return sharding.put_batch(self.batches.recent(), 1, self.mesh)[0]
 
   def _say_mesh(self) -> None:
     """Tells which devices there are, and what they do not divide."""
@@ -555,8 +561,3 @@ class Run:
 
 def _told(numbers) -> str:
   return f'loss {numbers["loss"]} and gradient norm {numbers["grad_norm"]}'
-
-
-def _flat(windows_ABT):
-  """All micro-batches as one batch."""
-  return windows_ABT.reshape(-1, windows_ABT.shape[-1])

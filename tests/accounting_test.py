@@ -75,6 +75,11 @@ def test_a_repair_is_a_pass_and_what_its_matrices_need():
   F, D = CFG.F, CFG.D
   one = 2 * 32 * F**2 + 2 * F**2 * D + F**3 // 3 + 2 * F**2 * D
   assert spent.spent['repair'] == 2 * layers + CFG.N * one
+  # As one batch of three times the tokens.
+  several, large = meter(), meter(tokens=96)
+  several.repair(CFG, ['ffn'], 3)
+  large.repair(CFG, ['ffn'])
+  assert several.spent == large.spent
 
 
 def test_counting_goes_on_where_it_stopped():

@@ -167,10 +167,31 @@ def test_resume_is_exact(built, bpe, workers):
     iterator.close()
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_the_newest_batches_are_restored_with_the_state(built, bpe, workers):
+  """Before there are as many as asked for, at that moment, and later."""
+  plain = batches(built, bpe, workers=workers)
+  reference = batches(built, bpe, workers=workers, recent=3)
+  fresh = batches(built, bpe, workers=workers, recent=3)
+  expected = take(plain, 9)
+  for step, batch in enumerate(expected, 1):
+    if step in {1, 2, 7}:
+      fresh.set_state(json.loads(json.dumps(reference.get_state())))
+    seen = expected[max(step - 3, 0) : step]
+    # One alone three times, the first of two twice.
+    joined = np.concatenate((seen * 3)[:3])
+    for iterator in (reference, *([fresh] if step in (1, 2, 7, 8, 9) else ())):
+      np.testing.assert_array_equal(next(iterator), batch)
+      np.testing.assert_array_equal(iterator.recent(), joined)
+  for iterator in (plain, reference, fresh):
+    iterator.close()
+
+
 @pytest.mark.parametrize(
   ('name', 'value'),
   [
     ('workers', 1),
+    ('recent', 2),
     ('seed', 1),
     ('seq_len', 8),
     ('batch_size', 2),
@@ -183,7 +204,7 @@ def test_a_state_of_another_stream_is_refused(built, bpe, name, value):
   with pytest.raises(errors.InputError, match=f'{name} .*; use the saved') as e:
     here.set_state(state)
   assert repr(value) in str(e.value)
-  now = {'workers': 0, 'seed': 0, 'seq_len': SEQ, 'batch_size': 4,
+  now = {'workers': 0, 'recent': 1, 'seed': 0, 'seq_len': SEQ, 'batch_size': 4,
          'weights': {}}[name]  # fmt: skip
   assert repr(now) in str(e.value)
   there.close()

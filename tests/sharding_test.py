@@ -37,8 +37,10 @@ CFG = conftest.make_config(
 
 SCRIPT = """
 import json, pathlib, sys
+from experiments import cli
 from tests import sharding_test
 root = pathlib.Path(sys.argv[1])
+cli.keep_compiled(root / 'cache')
 print(json.dumps(sharding_test.on_eight_devices(root)))
 """
 
@@ -59,6 +61,7 @@ def changes_of(root, mesh, kernels='xla'):
     'optimizer.warmup_tokens': tokens,
     'optimizer.decay_tokens': tokens,
     'repair.enabled': True,
+    'repair.batches': 2,
     'repair.damping': 1.0,
     'shrink.threshold': 0.9,
     'checkpoint.every_steps': SAVED,
@@ -143,7 +146,7 @@ def _ran(tmp_path_factory):
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, str(root)],
     cwd=conftest.ROOT,
-    env=os.environ
+    env=runs.ENV
     | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
     capture_output=True, text=True, check=False,
   )  # fmt: skip
@@ -194,6 +197,28 @@ def test_goes_on_on_one_device(ran):
   rewound(root, '2-2-2', 'eight-then-one')
   run(root, 'eight-then-one', (1, 1, 1))
   same(root / 'eight-then-one', root / 'one')
+
+
+@pytest.mark.skipif(
+  'EFFLLM_OTHER_PYTHON' not in os.environ,
+  reason='EFFLLM_OTHER_PYTHON names no Python with another jax',
+)
+def test_goes_on_under_another_jax(ran):
+  """From a checkpoint of that jax, as after an upgrade in the middle."""
+  root, _, _ = ran
+  other = os.environ['EFFLLM_OTHER_PYTHON']
+  version = [other, '-c', 'import jax; print(jax.__version__)']
+  done = subprocess.run(version, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() != jax.__version__
+  subprocess.run(
+    [other, '-m', 'experiments.main', conftest.CONFIG_FILE,
+     f'--workdir={root / "other"}', f'--cache={root / "other-cache"}',
+     *conftest.flags_of(changes_of(root, (1, 1, 1)))],
+    cwd=conftest.ROOT, env=runs.ENV, check=True,
+  )  # fmt: skip
+  rewound(root, 'other', 'other-then-here')
+  run(root, 'other-then-here', (1, 1, 1))
+  same(root / 'other-then-here', root / 'one')
 
 
 def test_no_device_holds_what_others_do(ran):
@@ -277,7 +302,7 @@ def _processes(ran):
         [sys.executable, '-m', 'experiments.main', f'--workdir={root / name}',
          *arguments],
         cwd=conftest.ROOT,
-        env=os.environ
+        env=runs.ENV
         | {
           # Which also names the port where they meet.
           'SLURM_JOB_ID': str(os.getpid()),

@@ -117,6 +117,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Variant B: after a prune, refit the surviving inputs of every matrix that
   # lost some to what it computed before, on the activations of that batch.
   config.repair.enabled = True
+  # How many updates' batches, the newest; some thousand tokens are enough.
+  config.repair.batches = 1
   # Share of the mean diagonal of the Gram matrix that is added to it; with
   # fewer tokens in a batch than inputs it decides how much is believed.
   config.repair.damping = 10.0
