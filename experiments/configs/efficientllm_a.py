@@ -33,6 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.every = 2
   config.prune.end_tokens = 30_720
   config.repair.enabled = False
+  # Where it is turned on, by variant B and below: as in BENCHMARKS.md.
+  config.repair.batches = 1
+  config.repair.damping = 10.0
   config.distill.weight = 0.0
   return config
 
@@ -64,10 +67,12 @@ def sweep() -> Iterator[dict[str, Any]]:
   }
   yield whole | {'repair.damping': 3.0}
   yield whole | {'prune.end_tokens': 20_480}
-  yield whole | {
+  whole |= {
     'prune.end_tokens': 20_480,
     'prune.saliency': 'fisher',
     'prune.ema': 0.95,
     'data.batch_size': 1,
     'train.accumulate': 2,
   }
+  yield whole
+  yield whole | {'repair.batches': 8, 'repair.damping': 1.0}

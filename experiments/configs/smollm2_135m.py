@@ -117,11 +117,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Variant B: after a prune, refit the surviving inputs of every matrix that
   # lost some to what it computed before, on the activations of that batch.
   config.repair.enabled = True
-  # How many updates' batches, the newest; some thousand tokens are enough.
-  config.repair.batches = 1
-  # Share of the mean diagonal of the Gram matrix that is added to it; with
-  # fewer tokens in a batch than inputs it decides how much is believed.
-  config.repair.damping = 10.0
+  # On the batches of how many updates, the newest: together some thousand
+  # tokens; 1 where an update has as many.
+  config.repair.batches = 8
+  # Share of the mean diagonal of the Gram matrix that is added to it: the fewer
+  # tokens, the more; 10 for 512 of them.
+  config.repair.damping = 1.0
 
   config.distill = ml_collections.ConfigDict()
   # Weight of the divergence from the teacher in the loss; 0: no teacher.
