@@ -54,7 +54,10 @@ paper (arXiv 2502.06663) names the ingredients; these formulas and their
 normalisation are our reading of it. Magnitude, activation and random are
 controls for an ablation. They are no changes of a loss; activation and random
 are multiplied by the number of members, so that the price of a group, its
-score per parameter, compares types by mean |a| and not by their size.
+score per parameter, compares types by mean |a| and not by their size. Layers
+they do not compare: under `ragged`, `activation` takes the first layers of
+SmolLM2, whose activations are small, and leaves 3.05 bits per byte where
+`fisher` leaves 1.472.
 """
 
 from collections.abc import Callable
