@@ -67,13 +67,17 @@ class Meter:
       self.spent['teacher'] += self._forward(teacher)
 
   def repair(
-    self, cfg: structure.ModelConfig, repaired: Iterable[str], batches: int = 1
+    self, cfg: structure.ModelConfig, repaired: Iterable[str], batches: int
   ) -> None:
-    """Counts one repair of the matrices behind the named inputs.
+    """Counts one repair, on the tokens of so many batches.
 
-    The names are those of `repair.repair_model`; `batches` is on how many.
+    Args:
+      cfg: architecture of the arrays.
+      repaired: names of inputs, as those of `repair.repair_model`; of which
+        the matrices were refit.
+      batches: each of the tokens of an update.
     """
-    repaired = set(repaired)
+    repaired, tokens = set(repaired), batches * self._tokens
     head = cfg.G * cfg.H
     matrices = {
       'attn_in': (cfg.D, cfg.K * (head + 2 * cfg.H), cfg.N),
@@ -86,9 +90,7 @@ class Meter:
     for name in repaired:
       inputs, outputs, copies = matrices[name]
       total += copies * (
-        2 * batches * self._tokens * inputs**2
-        + 4 * inputs**2 * outputs
-        + inputs**3 // 3
+        2 * tokens * inputs**2 + 4 * inputs**2 * outputs + inputs**3 // 3
       )
     self.spent['repair'] += total
 

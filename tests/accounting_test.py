@@ -69,16 +69,16 @@ def test_scores_and_teachers_are_counted_apart():
 def test_a_repair_is_a_pass_and_what_its_matrices_need():
   layers, _ = by_hand(CFG, 32)
   spent = meter()
-  spent.repair(CFG, [])
+  spent.repair(CFG, [], 1)
   assert spent.spent['repair'] == layers
-  spent.repair(CFG, ['ffn'])
+  spent.repair(CFG, ['ffn'], 1)
   F, D = CFG.F, CFG.D
   one = 2 * 32 * F**2 + 2 * F**2 * D + F**3 // 3 + 2 * F**2 * D
   assert spent.spent['repair'] == 2 * layers + CFG.N * one
   # As one batch of three times the tokens.
   several, large = meter(), meter(tokens=96)
   several.repair(CFG, ['ffn'], 3)
-  large.repair(CFG, ['ffn'])
+  large.repair(CFG, ['ffn'], 1)
   assert several.spent == large.spent
 
 

@@ -1138,7 +1138,7 @@ def test_overrides(data):
 
 
 COMMAND = """
-import json, os, signal, sys, tempfile
+import json, os, signal, sys, traceback
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
@@ -1154,8 +1154,16 @@ for arguments in json.load(sys.stdin):
     signal.alarm(10)
     os.dup2(write, 2)
     sys.argv = ['main', *map(os.fsdecode, map(bytes, arguments))]
-    cli.run(main)
-    os._exit(0)
+    try:
+      cli.run(main)
+      status = 0
+    except SystemExit as e:
+      status = e.code or 0
+    except BaseException:
+      traceback.print_exc()
+      status = 1
+    sys.stderr.flush()
+    os._exit(status)
   os.close(write)
   with os.fdopen(read, errors='replace') as file:
     text = file.read()
@@ -1167,7 +1175,8 @@ for arguments in json.load(sys.stdin):
 def run_commands(arguments):
   """(exit code, stderr) of a command with each of the lists of flags.
 
-  One process reads the flags of all of them, each in a fork of it.
+  One process reads the flags of all of them, each in a fork of it. The fork
+  says what Python would and ends: to take the interpreter down was 60 of 63 s.
   """
   done = subprocess.run(
     [sys.executable, '-c', COMMAND],
@@ -1209,8 +1218,9 @@ def test_config_files(tmp_path):
   for name, put in THINGS.items():
     put(tmp_path / f'thing-{name}.py')
   for path in sorted(tmp_path.glob('*.py')):
-    cases.append([f'--config={path}'])
-    cases.append(['--config', str(path), '--config.seed=1'])
+    for more in ([], ['--config.seed=1'], ['--config.nothing=1']):
+      cases.append([f'--config={path}', *more])
+      cases.append(['--config', str(path), *more])
   for (status, text), flags in zip(run_commands(cases), cases, strict=True):
     said = text.strip().splitlines()
     assert status == 2, (flags, status, text[-2000:])
@@ -1228,12 +1238,7 @@ def test_overrides_of_the_command_line():
     'data.weights.x', 'prune', 'nothing', '', '.', 'seed.x', '__class__',
   ]  # fmt: skip
   file = '--config=experiments/configs/smollm2_135m.py'
-  # Every value for a number, every key with one that looks like code.
-  pairs = [(key, x) for key in keys[:4] for x in values]
-  pairs += [
-    (key, x) for key in keys[4:] for x in ('-1', '(1,)', '{}', '\udcff')
-  ]
-  cases = [[file, f'--config.{key}={x}'] for key, x in pairs]
+  cases = [[file, f'--config.{key}={x}'] for key in keys for x in values]
   cases += [[file, f'--config.{key}'] for key in keys]
   cases += [['--config='], ['--config'], ['--config', '--config'], []]
   accepted = 0

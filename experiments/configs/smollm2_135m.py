@@ -115,10 +115,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.repair = ml_collections.ConfigDict()
   # Variant B: after a prune, refit the surviving inputs of every matrix that
-  # lost some to what it computed before, on the activations of that batch.
+  # lost some to what it computed before, on the activations of batches seen.
   config.repair.enabled = True
-  # On the batches of how many updates, the newest: together some thousand
-  # tokens; 1 where an update has as many.
+  # Of how many updates, the newest: together some thousand tokens; 1 where an
+  # update has as many.
   config.repair.batches = 8
   # Share of the mean diagonal of the Gram matrix that is added to it: the fewer
   # tokens, the more; 10 for 512 of them.
