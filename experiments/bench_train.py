@@ -8,12 +8,15 @@ Random weights in a shape, on one device; batch, dtype and kernels as in the
 config. The rival (CPU, float32) trains the stock Llama of transformers on as
 many tokens: the same micro-batches, clip and AdamW, all threads of the machine.
 Every variant has a process of its own, which tells its peak memory; they take
-turns step by step, so that a machine that drifts drifts for all of them.
-Utilisation is the share of the speed of one large product of matrices, which
-takes its turn too.
+turns, in another order each round, so that a machine that drifts drifts for all
+of them. A turn is two steps, of which the second counts: the first after others
+have had the cores and their caches takes up to a third longer. Utilisation is
+the share of the speed of one large product of matrices, which takes its turn
+too.
 """
 
 import multiprocessing
+import random
 import statistics
 
 from absl import flags
@@ -62,10 +65,11 @@ def main(argv: list[str]) -> None:
     theirs.close()
   about = {name: train_bench.ask(pipe) for name, pipe in pipes.items()}
   seconds = {name: [] for name in pipes}
+  order = random.Random(0)
   for _ in range(_REPEATS.value):
-    for name, pipe in pipes.items():
-      pipe.send('step')
-      seconds[name].append(train_bench.ask(pipe))
+    for name in order.sample(list(pipes), len(pipes)):
+      pipes[name].send('step')
+      seconds[name].append(train_bench.ask(pipes[name]))
   memory = {}
   for name, pipe in pipes.items():
     pipe.send('end')
