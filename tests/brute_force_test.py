@@ -1,22 +1,24 @@
 """Scores order groups as removing them does, as far as they do.
 
 `python -m experiments.validate_saliency`, bytes of `pypi`, all groups, 16,384
-held-out tokens, measures for taylor1 a Spearman correlation of 0.78 (heads),
-0.68 (ffn) and 0.83 (stem). It is not higher because taylor1 is a first-order
-sum of absolute values:
+held-out tokens, measures for taylor1 a Spearman correlation of 0.70 to 0.78
+(heads), 0.68 to 0.73 (ffn) and 0.78 to 0.83 (stem) on two models that differ
+by rounding. It is not higher because taylor1 is a first-order sum of absolute
+values:
 
 - It ignores cancellation. The terms g w of one head sum to far less than their
-  absolute values do. With |sum g w| of each batch, averaged, heads reach 0.91.
+  absolute values do. With |sum g w| of each batch, averaged, heads reach 0.92.
 - Near a minimum a removal costs what the second order says, while the average
   of |g| is the noise of g; the two go together, but not one to one.
 - The truth is measured: of ffn channels, whose removal costs 3e-4 nats, one in
-  five seems to help, and two halves of 16,384 tokens agree by 0.77 only.
+  five seems to help, and two halves of 16,384 tokens agree by 0.75 only.
 
 The model here is smaller in every respect that takes time (text, steps, tokens
 of the truth), so the floors are lower still. The text is the standard library's
 and differs with the version of Python; on two of them taylor1 reached 0.90 and
-0.95 (heads), 0.38 and 0.27 (ffn), 0.69 and 0.64 (stem). The floors lie below
-both. For 128 ffn channels chance has a deviation of 0.09: that floor says
+0.95 (heads), 0.38 and 0.27 (ffn), 0.69 and 0.64 (stem), `fisher`, of one square
+per 16 sequences, 0.85 and 0.96, 0.37 and 0.29, 0.70 and 0.44. The floors lie
+below both. For 128 ffn channels chance has a deviation of 0.09: that floor says
 little, as does a truth whose halves agree by 0.65 and 0.72.
 """
 
@@ -39,7 +41,11 @@ SIZES = brute_force.Sizes(
 )
 STEPS = 300
 LOSSES = jax.jit(model.token_losses, static_argnums=3)
-FLOORS = {'heads': 0.6, 'ffn': 0.1, 'stem': 0.35, 'all': 0.65}
+# The paper's score and the shipped one.
+FLOORS = {
+  'taylor1': {'heads': 0.6, 'ffn': 0.1, 'stem': 0.35, 'all': 0.65},
+  'fisher': {'heads': 0.6, 'ffn': 0.1, 'stem': 0.2, 'all': 0.65},
+}
 
 
 @pytest.fixture(scope='module', name='trained')
@@ -80,7 +86,7 @@ def _result(trained):
     *trained,
     brute_force.SMALL,
     groups,
-    ('taylor1', 'taylor1_group'),
+    tuple(FLOORS),
   )
 
 
@@ -88,11 +94,12 @@ def test_the_model_knows_far_more_than_frequencies(trained, result):
   assert result['loss'] < 0.8 * brute_force.unigram_entropy(trained[1])
 
 
-def test_taylor1_orders_the_groups_of_every_type(result):
-  found = {k: v['average'] for k, v in result['correlation'].items()}
+@pytest.mark.parametrize('kind', FLOORS)
+def test_a_score_orders_the_groups_of_every_type(result, kind):
+  found = result['correlation'][kind]['average']
   print(json.dumps([result['loss'], found, result['halves']], indent=1))
-  for name, floor in FLOORS.items():
-    assert found['taylor1'][name] > floor, name
+  for name, floor in FLOORS[kind].items():
+    assert found[name] > floor, name
 
 
 def test_the_truth_is_the_difference_of_two_losses(trained, result):
