@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.every = 2
   config.prune.end_tokens = 30_720
   config.repair.enabled = False
-  # Where it is turned on, by variant B and below: as in BENCHMARKS.md.
+  # Where it is turned on, below: as in BENCHMARKS.md.
   config.repair.batches = 1
   config.repair.damping = 10.0
   config.distill.weight = 0.0
