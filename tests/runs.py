@@ -14,6 +14,8 @@ from tests import conftest
 
 # As a user has it: what is compiled once is kept, below --cache.
 ENV = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'true'}
+# And compiled with all optimisations.
+USERS_ENV = {k: v for k, v in ENV.items() if k != 'XLA_FLAGS'}
 
 
 class Setting:
@@ -38,7 +40,7 @@ class Setting:
 
   def main(self, workdir, *more, **changes) -> subprocess.CompletedProcess:
     return conftest.command(
-      'main', *self.arguments(workdir, *more, **changes), env=ENV
+      'main', *self.arguments(workdir, *more, **changes), env=USERS_ENV
     )
 
 
