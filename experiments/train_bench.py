@@ -4,8 +4,12 @@ A variant is a function that returns facts, a step to be timed, and a function
 that tells the most memory that the process ever had, in bytes.
 """
 
+import collections
 from collections.abc import Callable
+import itertools
 from multiprocessing import connection
+import pathlib
+import tempfile
 import time
 from typing import Any
 
@@ -31,7 +35,10 @@ def ask(pipe: connection.Connection) -> Any:
 
 
 def serve(pipe: connection.Connection, work: Callable, *arguments) -> None:
-  """Says what `work` prepared, then times a second step as often as asked."""
+  """Says what `work` prepared, then times or profiles a step when asked.
+
+  Of two steps the second is timed: the caches are those of whoever ran before.
+  """
   from effllm_jax import errors
 
   try:
@@ -41,12 +48,40 @@ def serve(pipe: connection.Connection, work: Callable, *arguments) -> None:
     return
   step()  # The arrays and threads of the first one.
   pipe.send(('ready', facts))
-  while pipe.recv() == 'step':
-    step()  # The caches are those of whoever ran before.
+  while (asked := pipe.recv()) != 'end':
+    step()
+    if asked == 'profile':
+      pipe.send(('profile', profile(step)))
+      continue
     start = time.perf_counter()
     step()
     pipe.send(('seconds', time.perf_counter() - start))
   pipe.send(('peak', peak()))
+
+
+def profile(step: Callable[[], None]) -> dict[str, float]:
+  """Seconds of all threads of XLA on a CPU in one step, by kind of operation.
+
+  The kinds are the names of the compiled program without their numbers: what
+  was fused is named by its parts. Loops and branches are left out, since what
+  is in them is counted.
+  """
+  import jax
+
+  spent = collections.Counter()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      step()
+    (path,) = pathlib.Path(folder).rglob('*.xplane.pb')
+    read = jax.profiler.ProfileData.from_file(str(path))
+    for line in itertools.chain.from_iterable(x.lines for x in read.planes):
+      for event in line.events:
+        # Others are the executor's own, or the ends of what runs elsewhere.
+        if dict(event.stats).get('hlo_op') == event.name:
+          spent[event.name.rstrip('.0123456789')] += event.duration_ns / 1e9
+  for control in ('while', 'cond', 'conditional', 'call'):
+    del spent[control]
+  return dict(spent)
 
 
 def ours(config, model, score):

@@ -29,7 +29,7 @@ def _config(monkeypatch):
   return config.to_dict()
 
 
-def served(work, *arguments):
+def served(work, *arguments, requests=('step', 'step', 'end')):
   """All that the process of one variant says, in a thread of this one."""
   ours, theirs = multiprocessing.Pipe()
   thread = threading.Thread(
@@ -38,7 +38,7 @@ def served(work, *arguments):
   thread.start()
   facts = train_bench.ask(ours)
   said = []
-  for request in ('step', 'step', 'end'):
+  for request in requests:
     ours.send(request)
     said.append(train_bench.ask(ours))
   thread.join()
@@ -66,3 +66,14 @@ def test_what_cannot_start_is_told(config):
   config['model']['dtype'] = 'bfloat16'
   with pytest.raises(errors.InputError, match='--rival=false'):
     served(train_bench.rival, config, '135m')
+
+
+def test_a_profile_names_what_a_step_computes(config):
+  """Products among it, neither loops nor what the executor does itself."""
+  requests = ('profile', 'step', 'end')
+  _, (spent, _, _) = served(
+    train_bench.ours, config, '135m', False, requests=requests
+  )
+  assert any(kind.startswith(('dot', 'ynn')) for kind in spent), spent
+  assert not any(kind.startswith(('while', 'Thunk', 'end')) for kind in spent)
+  assert all(value > 0 for value in spent.values())
