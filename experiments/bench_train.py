@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
   )
   console.print(table)
   if _PROFILE.value:
-    table = rich.table.Table('kind of operation', 'seconds of a core', 'share')
+    table = rich.table.Table('kind of operation', 'seconds', 'share')
     total = sum(spent.values())
     for kind, value in sorted(spent.items(), key=lambda x: -x[1]):
       if value >= 0.01 * total:

@@ -60,7 +60,10 @@ def serve(pipe: connection.Connection, work: Callable, *arguments) -> None:
 
 
 def profile(step: Callable[[], None]) -> dict[str, float]:
-  """Seconds of all threads of XLA on a CPU in one step, by kind of operation.
+  """Seconds of XLA's threads on a CPU in one step, by kind of operation.
+
+  Of a product that several threads share, only the one that started it counts:
+  its share is a lower bound.
 
   The kinds are the names of the compiled program without their numbers: what
   was fused is named by its parts. Loops and branches are left out, since what
