@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import resource
+import subprocess
 import sys
 
 import grain
@@ -306,6 +308,73 @@ def test_layers_of_different_widths(
   assert widths['heads'] == np.asarray(masks.heads).sum(-1).tolist()
   assert widths['ffn'] == np.asarray(masks.ffn).sum(-1).tolist()
   assert widths['heads'][:2] == [3, 0] and widths['ffn'][2] == 0
+
+
+# Opens every folder and keeps what it answers beside it.
+OPEN = """
+import sys
+import numpy as np
+import torch
+import transformers
+
+print(transformers.__version__)
+for folder in sys.argv[2:]:
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True
+  )
+  tokens = torch.tensor(np.load(sys.argv[1]))
+  with torch.no_grad():
+    np.save(folder + '.npy', model(tokens).logits.numpy())
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    folder, trust_remote_code=True
+  )
+  print(tokenizer('A line.')['input_ids'])
+"""
+
+
+@pytest.mark.skipif(
+  'EFFLLM_OLDER_TRANSFORMERS' not in os.environ,
+  reason='EFFLLM_OLDER_TRANSFORMERS names no folder with transformers 4.57',
+)
+def test_opens_in_an_older_transformers(tmp_path, tokenizer_folder, reference):
+  """Which reads other keys for the rotary embedding than the newest."""
+  untied = RAGGED['MistralForCausalLM']
+  cases = {
+    'llama': (CFG, 'hf'),
+    'mistral': (SHAPES['MistralForCausalLM'], 'hf'),
+    'qwen2': (sources_test.QWEN2, 'hf'),
+    'qwen3': (sources_test.QWEN3, 'hf'),
+    'llama3': (sources_test.LLAMA3, 'hf'),
+    'zeros': (untied, 'hf'),
+    'trimmed': (untied, 'hf-trimmed'),
+  }
+  tokens = np.random.default_rng(0).integers(0, CFG.V, (2, 40))
+  np.save(tmp_path / 'tokens.npy', tokens)
+  wants, folders = {}, [str(tmp_path / name) for name in cases]
+  for name, (cfg, kind) in cases.items():
+    params = sources_test.random_params(cfg)
+    masks = ragged(cfg) if cfg is untied else structure.all_alive(cfg)
+    run(tmp_path / name, tokenizer_folder, cfg, params, masks, (kind,))
+    wants[name], _ = model.forward(params, masks, tokens, cfg)
+  done = subprocess.run(
+    [sys.executable, '-c', OPEN, tmp_path / 'tokens.npy', *folders],
+    env=os.environ
+    | {
+      'PYTHONPATH': os.environ['EFFLLM_OLDER_TRANSFORMERS'],
+      'HF_HOME': str(tmp_path / 'home'),
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  version, *ids = done.stdout.splitlines()
+  assert version.startswith('4.') and version != reference.__version__
+  saved = sources.load_saved(tokenizer_folder)
+  want = saved.tokenizer.encode('A line.', add_special_tokens=False).ids
+  assert ids == [str(want)] * len(cases)
+  for name, want in wants.items():
+    have = np.load(tmp_path / f'{name}.npy')
+    np.testing.assert_allclose(have, want, atol=1e-3, err_msg=name)
 
 
 def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
