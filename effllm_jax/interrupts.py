@@ -14,13 +14,18 @@ class Stopped(Exception):
 
   Attributes:
     signum: the signal that asked.
+    step: the last one that was finished.
   """
 
   def __init__(self, signum: int, step: int):
-    super().__init__(
-      f'stopped after step {step}; run the same command again to resume'
+    # The arguments themselves: an exception is pickled with these.
+    super().__init__(signum, step)
+    self.signum, self.step = signum, step
+
+  def __str__(self) -> str:
+    return (
+      f'stopped after step {self.step}; run the same command again to resume'
     )
-    self.signum = signum
 
 
 class Requests:

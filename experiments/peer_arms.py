@@ -262,8 +262,6 @@ class Bench:
 
 def _ours(config, changes, workdir, cache) -> dict[str, Any]:
   """Runs `train.run`, or goes on with it; its row."""
-  from effllm_jax import errors
-  from effllm_jax import interrupts
   from effllm_jax import runlog
   from effllm_jax import timing
   from effllm_jax import train
@@ -272,10 +270,7 @@ def _ours(config, changes, workdir, cache) -> dict[str, Any]:
   config = ml_collections.ConfigDict(config)
   config.update_from_flattened_dict(changes)
   cli.keep_compiled(cache)
-  try:
-    train.run(config, workdir, cache)
-  except interrupts.Stopped as e:  # It does not travel to another process.
-    raise errors.InputError(str(e)) from e
+  train.run(config, workdir, cache)
   log = runlog.read(workdir)
   phases = ('source', 'pruned', 'final')
   held = {phase: log.last_eval(phase) for phase in phases}

@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import threading
 
@@ -38,3 +39,9 @@ def test_another_thread_leaves_the_handlers_alone():
   thread.start()
   thread.join()
   assert found == [(before, None)]
+
+
+def test_a_stop_travels_to_another_process():
+  stop = pickle.loads(pickle.dumps(interrupts.Stopped(signal.SIGTERM, 7)))
+  assert (stop.signum, stop.step) == (signal.SIGTERM, 7)
+  assert str(stop).startswith('stopped after step 7; run the same command')
