@@ -237,6 +237,8 @@ class Runner:
     key = (budget, arm.name, seed)
     workdir = self._workdir(key, config.train.tokens)
     workdir.parent.mkdir(parents=True, exist_ok=True)
+    # Of the run before; see `pruning.shrink`. After 27 runs XLA aborted.
+    jax.clear_caches()
     train.run(config, workdir, self.cache)
     log = runlog.read(workdir)
     tasks = []

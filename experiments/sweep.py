@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
   """Runs the variants one after another, then prints their results."""
   del argv
   # After the flags have been parsed: these imports take seconds.
+  import jax
+
   from effllm_jax import errors
   from effllm_jax import runlog
   from effllm_jax import train
@@ -46,6 +48,8 @@ def main(argv: list[str]) -> None:
     cli.check(config, path)
     name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
     folder = pathlib.Path(_WORKDIR.value) / name.replace(os.sep, '_')
+    # What the variant before has compiled; see `pruning.shrink`.
+    jax.clear_caches()
     train.run(config, folder, os.path.expanduser(cli.CACHE.value))
     run = runlog.read(folder)
     source, final = run.last_eval('source'), run.last_eval('final')

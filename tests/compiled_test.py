@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 
+from effllm_jax import pruning
 from effllm_jax import runlog
 from effllm_jax import tables
 from effllm_jax import train
@@ -106,7 +107,10 @@ def test_what_was_used_longest_ago_is_deleted(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module', name='counted')
 def _counted(tmp_path_factory):
-  """A run of 24 steps and 3 shrinks: how often each program was compiled."""
+  """A run of 24 steps and 3 shrinks: how often each program was compiled.
+
+  And how many of them there were in memory after each shrink.
+  """
   root = tmp_path_factory.mktemp('compiled')
   config = smollm2_135m.get_config()
   config.update_from_flattened_dict(
@@ -122,17 +126,27 @@ def _counted(tmp_path_factory):
     if name == '/jax/core/compile/backend_compile_duration':
       counts[re.sub(r'^jit\((.*)\)$', r'\1', fun_name)] += 1
 
+  live = []
+
+  def shrink(*args):
+    made = whole_shrink(*args)
+    live.append(len(jax.local_devices()[0].client.live_executables()))
+    return made
+
+  whole_shrink = pruning.shrink
   jax.clear_caches()
   jax.monitoring.register_event_duration_secs_listener(count)
-  try:
-    train.run(config, root / 'run', root / 'cache')
-  finally:
-    jax.monitoring.unregister_event_duration_listener(count)
-  return counts, root / 'run'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pruning, 'shrink', shrink)
+    try:
+      train.run(config, root / 'run', root / 'cache')
+    finally:
+      jax.monitoring.unregister_event_duration_listener(count)
+  return counts, root / 'run', live
 
 
 def test_a_shrink_compiles_again_only_what_its_shapes_are_in(counted):
-  counts, folder = counted
+  counts, folder, _ = counted
   rows = list(workdir_lib.read(folder / 'metrics.jsonl'))
   sizes = [r['array_params'] for r in rows if r['kind'] == 'train']
   scored = {
@@ -158,8 +172,13 @@ def test_a_shrink_compiles_again_only_what_its_shapes_are_in(counted):
   assert {name: counts[name] for name in expected} == expected
 
 
+def test_what_a_shrink_makes_useless_leaves_memory(counted):
+  _, _, live = counted
+  assert len(live) == 3 and max(live) <= live[0]
+
+
 def test_the_report_says_what_went_into_it(counted):
-  _, folder = counted
+  _, folder, _ = counted
   rows = {row[0]: row[1:] for row in tables.time(runlog.read(folder)).rows}
   number = lambda name: float(rows[name][0].replace(',', ''))
   raw = list(workdir_lib.read(folder / 'metrics.jsonl'))
@@ -181,7 +200,7 @@ def test_the_report_says_what_went_into_it(counted):
 
 
 def test_steps_without_a_row_lose_no_compilation(counted, tmp_path):
-  _, folder = counted
+  _, folder, _ = counted
   root = folder.parent
   config = smollm2_135m.get_config()
   config.update_from_flattened_dict(
