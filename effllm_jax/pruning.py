@@ -171,8 +171,8 @@ def shrink(
   before, step = loss(state, cfg), int(state.step)
   if new != cfg:
     # Programs of the old shapes will not be called again. Linux gives a process
-    # 65,530 pieces of memory, and on a CPU XLA aborts without; 300 to 800 of
-    # them stayed behind at every shrink.
+    # 65,530 pieces of memory, and on a CPU XLA aborts without; some 880 of them
+    # stayed behind at every shrink (`small_run`).
     jax.clear_caches()
   live = selection.live_widths(state.prune.masks)
   state, kept = steps.shrink_step(
