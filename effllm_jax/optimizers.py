@@ -39,13 +39,26 @@ def learning_rate(
 
 
 def optimizer(
-  rate: optax.Schedule, b1: float, b2: float, weight_decay: float, clip: float
+  rate: optax.Schedule,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+  clip: float,
+  embedding: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global gradient norm.
 
-  Weight decay skips norm scales and biases. Every part is elementwise, apart
-  from the norm, to which dead groups add exactly zero: an update commutes with
-  a shrink.
+  Every part is elementwise, apart from the norm, to which dead groups add
+  exactly zero: an update commutes with a shrink.
+
+  Args:
+    rate: by number of finished updates.
+    b1, b2: decay of Adam's moments.
+    weight_decay: of matrices; norm scales and biases do not decay.
+    clip: largest gradient norm.
+    embedding: share of every update, decay included, that the embedding and
+      the unembedding get. Their moments go on at 0 too: `saliency.obd` reads
+      them.
   """
   return optax.chain(
     optax.clip_by_global_norm(clip),
@@ -57,5 +70,10 @@ def optimizer(
       mask=lambda params: structure.map_axes(
         lambda letters, _: structure.is_matrix(letters), params
       ),
+    ),
+    optax.stateless(
+      lambda updates, _: structure.map_axes(
+        lambda letters, x: embedding * x if 'V' in letters else x, updates
+      )
     ),
   )

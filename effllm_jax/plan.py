@@ -116,6 +116,11 @@ def make(
       f"data.seq_len {config.data.seq_len} exceeds the source model's context "
       f'{source.context}; set --config.data.seq_len'
     )
+  if config.init == 'random' and not config.optimizer.embedding:
+    raise errors.InputError(
+      f'optimizer.embedding {config.optimizer.embedding} would leave the '
+      "embedding as init 'random' draws it; set --config.optimizer.embedding=1"
+    )
   if config.distill.weight and config.distill.top_k > source.V:
     raise errors.InputError(
       f'distill.top_k {config.distill.top_k} exceeds the {source.V} tokens of '
@@ -264,7 +269,8 @@ def _check_ranges(config):
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
     _require(config, key, lambda v: 0 <= v < 1, 'in [0, 1)')
-  _require(config, 'distill.weight', lambda v: 0 <= v <= 1, 'in [0, 1]')
+  for key in ('distill.weight', 'optimizer.embedding'):
+    _require(config, key, lambda v: 0 <= v <= 1, 'in [0, 1]')
   for key in ('optimizer.end', 'optimizer.weight_decay'):
     _require(config, key, lambda v: v >= 0, 'at least 0')
   for key, known in (

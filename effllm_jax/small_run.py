@@ -101,6 +101,7 @@ def config(
         'schedule': 'wsd', 'peak': 3e-3, 'end': 3e-4,
         'warmup_tokens': 2 * step, 'decay_tokens': 4 * step,
         'b1': 0.9, 'b2': 0.95, 'weight_decay': 0.1, 'clip': 1.0,
+        'embedding': 1.0,
       },
       'budget': {
         'kind': 'params', 'target': 20_000.0, 'format': 'q8_0',

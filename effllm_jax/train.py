@@ -193,6 +193,7 @@ class Run:
       config.optimizer.b2,
       config.optimizer.weight_decay,
       config.optimizer.clip,
+      config.optimizer.embedding,
     )
     restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:

@@ -170,15 +170,22 @@ def open_model(folder: str | os.PathLike):
 
 
 def make_optimizer(net, settings: Mapping[str, Any]):
-  """AdamW as `effllm_jax.optimizers` has it: norms and biases do not decay."""
+  """AdamW as `effllm_jax.optimizers` has it: decay and rate of each group."""
   import torch
 
-  matrices = [p for p in net.parameters() if p.ndim > 1]
-  vectors = [p for p in net.parameters() if p.ndim == 1]
+  tables = [net.get_input_embeddings(), net.get_output_embeddings()]
+  # One tensor where they are tied.
+  tables = {id(m.weight): m.weight for m in tables}
+  others = [p for p in net.parameters() if id(p) not in tables]
+  groups = (
+    (list(tables.values()), settings['weight_decay'], settings['embedding']),
+    ([p for p in others if p.ndim > 1], settings['weight_decay'], 1.0),
+    ([p for p in others if p.ndim == 1], 0.0, 1.0),
+  )
   return torch.optim.AdamW(
     [
-      {'params': matrices, 'weight_decay': settings['weight_decay']},
-      {'params': vectors, 'weight_decay': 0.0},
+      {'params': params, 'weight_decay': decay, 'share': share}
+      for params, decay, share in groups
     ],
     betas=(settings['b1'], settings['b2']),
     fused=True,
@@ -207,7 +214,7 @@ def train_step(net, optimizer, windows_ABT, rate: float, clip: float) -> float:
     total += loss.item()
   torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
   for group in optimizer.param_groups:
-    group['lr'] = rate
+    group['lr'] = rate * group['share']
   optimizer.step()
   return total
 

@@ -90,7 +90,12 @@ def test_no_key_has_a_hidden_default():
     ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
     ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
     ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
-    ({'distill.top_k': 50_000}, 'exceeds the 49152 tokens of the vocabulary'),
+    ({'optimizer.embedding': 1.5}, r'embedding 1.5 is not in \[0, 1\]'),
+    ({'init': 'random'}, 'embedding 0.0 would leave the .* set .*=1'),
+    (
+      {'distill.weight': 0.5, 'distill.top_k': 50_000},
+      'exceeds the 49152 tokens of the vocabulary',
+    ),
     ({'budget.target': 200_000_000.0}, 'is not below the source model'),
     ({'budget.target': 1_000_000.0}, 'the size at the floors'),
   ],

@@ -280,6 +280,7 @@ def small_run(model_folder, text_folder, **changes):
     'optimizer.peak': 3e-3,
     'optimizer.warmup_tokens': 128,
     'optimizer.decay_tokens': 256,
+    'optimizer.embedding': 1.0,
     'budget.target': 22_000.0,
     'prune.policy': 'uniform',
     'prune.saliency': 'taylor1',

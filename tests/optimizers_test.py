@@ -21,6 +21,26 @@ def test_norm_scales_and_biases_are_not_decayed():
   conftest.check_close(updates.layers.wq, -0.05 * params.layers.wq)
 
 
+@pytest.mark.parametrize('share', [0.0, 0.25])
+def test_the_embedding_gets_its_share_of_an_update(share):
+  """And nothing else does: moments are those of a whole update."""
+  cfg = conftest.make_config(tied=False)
+  params = conftest.make_params(cfg)
+  grads = jax.tree.map(lambda x: jnp.sin(37 * x), params)
+
+  def update(embedding):
+    tx = optimizers.optimizer(lambda _: 0.1, 0.9, 0.95, 0.5, 1e9, embedding)
+    return jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
+
+  (whole, moments), (updates, same) = update(1.0), update(share)
+  assert float(jnp.abs(whole.embed).min()) > 0
+  jax.tree.map(np.testing.assert_array_equal, same, moments)
+  for name in ('embed', 'unembed'):
+    conftest.check_close(getattr(updates, name), share * getattr(whole, name))
+    whole = whole.replace(**{name: getattr(updates, name)})
+  jax.tree.map(np.testing.assert_array_equal, updates, whole)
+
+
 def test_learning_rates():
   wsd = optimizers.learning_rate('wsd', 1.0, 0.1, 4, 5, 20)
   np.testing.assert_allclose(

@@ -43,7 +43,13 @@ def _bench(root):
     config = efficientllm_a.get_config()
     small = conftest.small_run(root / 'model', root / 'text')
     config.update_from_flattened_dict(
-      small | {'optimizer.weight_decay': 0.5, 'model.kernels': 'xla'} | changes
+      small
+      | {
+        'optimizer.weight_decay': 0.5,
+        'optimizer.embedding': 0.8,
+        'model.kernels': 'xla',
+      }
+      | changes
     )
     return peer_arms.Bench(config, root / 'work', str(root / 'cache'), scoring)
 
@@ -61,8 +67,10 @@ def test_pytorch_trains_and_reads_as_we_do(bench):
   source = sources.load(bench.config.source, bench.cache)
   tx = optimizers.optimizer(
     bench.rate(),
-    **{k: bench.config.optimizer[k] for k in ('b1', 'b2', 'weight_decay')},
-    clip=bench.config.optimizer.clip,
+    **{
+      k: bench.config.optimizer[k]
+      for k in ('b1', 'b2', 'weight_decay', 'clip', 'embedding')
+    },
   )
   state = state_lib.placed_state(
     source.params, source.cfg, tx, sharding.make(1, 1, 1)

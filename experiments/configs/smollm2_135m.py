@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.schedule = 'wsd'  # or 'cosine'
-  config.optimizer.peak = 1e-4  # learning rate
+  config.optimizer.peak = 1.5e-4  # learning rate
   config.optimizer.end = 3e-5  # learning rate at the last step
   config.optimizer.warmup_tokens = 2_560
   config.optimizer.decay_tokens = 20_480  # of 'wsd'
@@ -73,6 +73,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.b2 = 0.95
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip = 1.0  # global gradient norm
+  # Share of that rate for the embedding and the unembedding, 0 to 1. Adam moves
+  # rows of tokens that a batch does not have about as far as of those it has:
+  # with a few hundred tokens an update, a trained embedding is better kept.
+  config.optimizer.embedding = 0.0
 
   config.budget = ml_collections.ConfigDict()
   # What the model may cost in the end, and what saliency is divided by:
@@ -126,7 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.distill = ml_collections.ConfigDict()
   # Weight of the divergence from the teacher in the loss; 0: no teacher.
-  config.distill.weight = 0.5
+  config.distill.weight = 0.0
   config.distill.teacher = ''  # as config.source; '' is the source itself
   config.distill.temperature = 1.0
   config.distill.top_k = 64  # probabilities stored per token

@@ -57,6 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.end = 5e-5
   config.optimizer.warmup_tokens = 524_288_000
   config.optimizer.decay_tokens = 10_000_000_000
+  config.optimizer.embedding = 1.0  # a million tokens have every word
 
   config.budget.target = 469_000_000.0
   # Figure 2(c): from 0.5B to 16.6B tokens with N = 2.
