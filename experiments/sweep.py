@@ -1,16 +1,19 @@
 r"""Runs every variant that a config's `sweep()` yields; prints one table.
 
     python -m experiments.sweep \
-      --config=experiments/configs/smollm2_135m.py --workdir=runs/sweep
+      --config=experiments/configs/efficientllm_a.py --workdir=runs/sweep
 
 `sweep()` yields dicts of overrides, as in `{'optimizer.peak': 1e-3}`; an empty
 one is the config as it is. Each variant has its own folder below --workdir and
 resumes there, so a sweep can be stopped, continued and extended.
 """
 
+from collections.abc import Mapping
+import hashlib
 import importlib.util
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 import rich.console
@@ -46,8 +49,8 @@ def main(argv: list[str]) -> None:
     config = module.get_config()
     config.update_from_flattened_dict(overrides)
     cli.check(config, path)
-    name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
-    folder = pathlib.Path(_WORKDIR.value) / name.replace(os.sep, '_')
+    name = named(overrides)
+    folder = pathlib.Path(_WORKDIR.value) / folder_name(name)
     # What the variant before has compiled; see `pruning.shrink`.
     jax.clear_caches()
     train.run(config, folder, os.path.expanduser(cli.CACHE.value))
@@ -60,6 +63,19 @@ def main(argv: list[str]) -> None:
       f'{run.train["seconds"].sum():.0f}',
     )
   rich.console.Console().print(table)
+
+
+def named(overrides: Mapping[str, Any]) -> str:
+  """What a variant is called in the table."""
+  return ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
+
+
+def folder_name(name: str) -> str:
+  """The name of a variant as that of a folder, which has 255 bytes at most."""
+  name = name.replace(os.sep, '_')
+  if len(name.encode()) <= 255:
+    return name
+  return f'{name[:48]}...{hashlib.sha256(name.encode()).hexdigest()[:16]}'
 
 
 if __name__ == '__main__':

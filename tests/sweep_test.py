@@ -1,0 +1,82 @@
+"""The real command over two variants of a small model, and their folders."""
+
+from experiments import sweep
+from experiments.configs import efficientllm_a
+from experiments.configs import efficientllm_b
+from experiments.configs import ragged
+from experiments.configs import smollm2_135m
+from tests import conftest
+from tests import runs
+
+CONFIG = """
+from experiments.configs import smollm2_135m
+from tests import conftest
+
+def get_config():
+  config = smollm2_135m.get_config()
+  config.update_from_flattened_dict(
+    conftest.small_run({model!r}, {text!r}, **{{
+      'train.tokens': 3 * 64, 'optimizer.warmup_tokens': 64,
+      'optimizer.decay_tokens': 64, 'prune.policy': 'none',
+    }})
+  )
+  return config
+
+def sweep():
+  yield {{}}
+  yield {long!r}
+"""
+# Longer than a folder may be called.
+LONG = {
+  'optimizer.peak': 1e-3,
+  'optimizer.embedding': 0.0,
+  'optimizer.weight_decay': 0.05,
+  'optimizer.schedule': 'cosine',
+  'prune.floors.heads': 2,
+  'prune.floors.ffn': 16,
+  'prune.floors.stem': 24,
+  'prune.multiple_of.ffn': 4,
+  'prune.multiple_of.stem': 4,
+  'prune.saliency': 'magnitude',
+  'checkpoint.every_steps': 50,
+}
+
+
+def test_every_variant_runs_in_a_folder_of_its_own(tmp_path):
+  model = conftest.write_model_folder(tmp_path / 'model')
+  text = conftest.write_text_folder(tmp_path / 'text')
+  config = tmp_path / 'swept.py'
+  config.write_text(CONFIG.format(model=str(model), text=str(text), long=LONG))
+  workdir = tmp_path / 'sweep'
+  done = conftest.command(
+    'sweep', f'--config={config}', f'--workdir={workdir}',
+    f'--cache={tmp_path / "cache"}',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  name = sweep.named(LONG)
+  assert len(name) > 255
+  for folder in ('base', sweep.folder_name(name)):
+    *_, last = runs.rows(workdir / folder, 'eval')
+    assert last['phase'] == 'final'
+    assert f'{last["bits_per_byte"]:.4f}' in done.stdout
+
+
+def test_names_of_folders():
+  name = 'data.text=a/b,' + 'k' * 230
+  assert sweep.folder_name(name) == name.replace('/', '_')
+  longer = [name + 'x' * 20, name + 'x' * 19 + 'y']
+  made = {sweep.folder_name(x) for x in longer}
+  assert len(made) == 2
+  assert max(map(len, made)) <= 255
+
+
+def test_the_sweep_of_the_recipe_ends_at_what_is_shipped():
+  def changed(overrides):
+    config = efficientllm_a.get_config()
+    config.update_from_flattened_dict(overrides)
+    return config.to_dict()
+
+  assert [changed(x) for x in efficientllm_a.sweep()][-4:] == [
+    module.get_config().to_dict()
+    for module in (smollm2_135m, efficientllm_a, efficientllm_b, ragged)
+  ]
