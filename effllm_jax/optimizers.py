@@ -1,5 +1,7 @@
 """AdamW and its learning rate, re-warmed for a finished checkpoint."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from effllm_jax import structure
@@ -45,11 +47,12 @@ def optimizer(
   weight_decay: float,
   clip: float,
   embedding: float = 1.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """AdamW behind a clip of the global gradient norm.
 
-  Every part is elementwise, apart from the norm, to which dead groups add
-  exactly zero: an update commutes with a shrink.
+  Its `update` takes that norm, a float32 scalar, as `norm`. Every part is
+  elementwise, apart from the norm, to which dead groups add exactly zero: an
+  update commutes with a shrink.
 
   Args:
     rate: by number of finished updates.
@@ -61,7 +64,7 @@ def optimizer(
       them.
   """
   return optax.chain(
-    optax.clip_by_global_norm(clip),
+    _clip(clip),
     optax.adamw(
       rate,
       b1=b1,
@@ -77,3 +80,19 @@ def optimizer(
       )
     ),
   )
+
+
+def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm`, of a norm that is known.
+
+  The step has it already. To take it again is one more pass over the whole
+  gradient, in a branch in which XLA does not see that it is the same: 7 % of a
+  step of 512 tokens of SmolLM2-135M on 2 cores.
+  """
+
+  def update(updates, state, params=None, *, norm):
+    del params
+    clipped = lambda x: jnp.where(norm < limit, x, x / norm * limit)
+    return jax.tree.map(clipped, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

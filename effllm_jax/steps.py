@@ -106,7 +106,7 @@ def train_step(
     windows_ABT: int32, A micro-batches whose gradients are averaged.
     teacher: from `teach_step`; None where `recipe.distill` is 0.
     cfg: architecture of the arrays.
-    tx: the optimizer.
+    tx: the optimizer; its `update` may take the `norm` of the gradient.
     recipe: see there.
     score: False once pruning is over; saves the sums over the groups.
 
@@ -148,7 +148,9 @@ def train_step(
   norm = optax.tree.norm(grads)
 
   def update(state):
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+      grads, state.opt_state, state.params, norm=norm
+    )
     prune = state.prune
     if score:
       # Of the parameters at which the gradient was taken.

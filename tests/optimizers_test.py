@@ -1,10 +1,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from effllm_jax import optimizers
 from tests import conftest
+
+
+def first_update(tx, grads, params):
+  """Updates and state of a new optimizer."""
+
+  @jax.jit
+  def update(grads, params):
+    return tx.update(
+      grads, tx.init(params), params, norm=optax.tree.norm(grads)
+    )
+
+  return update(grads, params)
 
 
 def test_norm_scales_and_biases_are_not_decayed():
@@ -12,13 +25,33 @@ def test_norm_scales_and_biases_are_not_decayed():
   tx = optimizers.optimizer(lambda _: 0.1, 0.9, 0.95, 0.5, 1.0)
   params = conftest.make_params(cfg)
   zero = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = jax.jit(tx.update)(zero, jax.jit(tx.init)(params), params)
+  updates, _ = first_update(tx, zero, params)
   conftest.check_close(updates.final_norm, zero.final_norm)
   for name in ('ffn_norm', 'bq', 'bk', 'bv', 'q_norm', 'k_norm'):
     conftest.check_close(
       getattr(updates.layers, name), getattr(zero.layers, name)
     )
   conftest.check_close(updates.layers.wq, -0.05 * params.layers.wq)
+
+
+@pytest.mark.parametrize('limit', [0.5, 2.0])
+def test_clips_as_optax_does(limit):
+  params = conftest.make_params(conftest.make_config())
+  grads = jax.tree.map(lambda x: jnp.sin(37 * x), params)
+  scale = 1 / optax.tree.norm(grads)
+  grads = jax.tree.map(lambda g: g * scale, grads)
+  same = optax.chain(
+    optax.clip_by_global_norm(limit),
+    # Not Adam, whose first update has no length.
+    optax.trace(0.9),
+  )
+  want, _ = same.update(grads, same.init(params))
+  tx = optimizers.optimizer(lambda _: 0.1, 0.9, 0.95, 0.0, limit)
+  _, state = first_update(tx, grads, params)
+  mu = optax.tree.get(state, 'mu')
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, 0.1 * y, rtol=1e-6), mu, want
+  )
 
 
 @pytest.mark.parametrize('share', [0.0, 0.25])
@@ -30,7 +63,7 @@ def test_the_embedding_gets_its_share_of_an_update(share):
 
   def update(embedding):
     tx = optimizers.optimizer(lambda _: 0.1, 0.9, 0.95, 0.5, 1e9, embedding)
-    return jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
+    return first_update(tx, grads, params)
 
   (whole, moments), (updates, same) = update(1.0), update(share)
   assert float(jnp.abs(whole.embed).min()) > 0

@@ -56,7 +56,8 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
 
   @jax.jit
   def update(params, opt_state, grads):
-    updates, opt_state = tx.update(grads, opt_state, params)
+    norm = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, opt_state, params, norm=norm)
     return optax.apply_updates(params, updates), opt_state
 
   def grad(params, masks, cfg, seed):
