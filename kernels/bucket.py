@@ -54,8 +54,13 @@ def product(
 
 
 def step(size: int, unit: int = 1) -> int:
-  """Distance between about a dozen widths, a multiple of `unit`."""
-  return -(-_step(size, 12) // unit) * unit
+  """Distance between the widths of a whole block, a multiple of `unit`.
+
+  About two dozen of them: 64 apart for 1,536 channels, where shapes are on
+  multiples of 64. A dozen make a step of SmolLM2-135M at half width 8 % slower
+  and are not compiled any sooner (2 cores, 512 tokens).
+  """
+  return -(-_step(size, 24) // unit) * unit
 
 
 def widths(size: int, step: int) -> list[int]:
