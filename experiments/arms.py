@@ -61,9 +61,7 @@ class Study:
 
 # What others start from, or are measured by.
 OURS = 'ours_a'
-_SCRATCH = {
-  'init': 'random', 'prune.policy': 'none', 'optimizer.embedding': 1.0,
-}  # fmt: skip
+_SCRATCH = {'init': 'random', 'prune.policy': 'none'}
 _RAGGED = {
   'prune.policy': 'ragged', 'prune.saliency': 'fisher',
   'prune.floors.heads': 0, 'prune.floors.ffn': 0,

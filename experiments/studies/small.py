@@ -69,7 +69,7 @@ def _base() -> ml_collections.ConfigDict:
   config.data.batch_size = 4
   config.train.accumulate = 2
   config.train.log_every = 10
-  # Some arms start from scratch.
+  # One optimizer for all, and some arms start from scratch.
   config.optimizer.embedding = 1.0
   config.model.kernels = 'xla'
   config.prune.floors.heads = 1

@@ -18,6 +18,9 @@ def get_study() -> arms.Study:
   # As shipped: `fisher` asks for micro-batches.
   config.data.batch_size = 1
   config.train.accumulate = 2
+  # One optimizer for all, and some arms start from scratch.
+  config.optimizer.embedding = 1.0
+  config.optimizer.peak = 1e-4
   config.prune.ema = 0.95
   config.prune.every = 4
   config.prune.end_tokens = 20_480
