@@ -8,12 +8,10 @@ one is the config as it is. Each variant has its own folder below --workdir and
 resumes there, so a sweep can be stopped, continued and extended.
 """
 
-from collections.abc import Mapping
 import hashlib
 import importlib.util
 import os
 import pathlib
-from typing import Any
 
 from absl import flags
 import rich.console
@@ -49,8 +47,8 @@ def main(argv: list[str]) -> None:
     config = module.get_config()
     config.update_from_flattened_dict(overrides)
     cli.check(config, path)
-    name = named(overrides)
-    folder = pathlib.Path(_WORKDIR.value) / folder_name(name)
+    name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
+    folder = pathlib.Path(_WORKDIR.value) / _folder_name(name)
     # What the variant before has compiled; see `pruning.shrink`.
     jax.clear_caches()
     train.run(config, folder, os.path.expanduser(cli.CACHE.value))
@@ -65,12 +63,7 @@ def main(argv: list[str]) -> None:
   rich.console.Console().print(table)
 
 
-def named(overrides: Mapping[str, Any]) -> str:
-  """What a variant is called in the table."""
-  return ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
-
-
-def folder_name(name: str) -> str:
+def _folder_name(name: str) -> str:
   """The name of a variant as that of a folder, which has 255 bytes at most."""
   name = name.replace(os.sep, '_')
   if len(name.encode()) <= 255:
