@@ -62,6 +62,8 @@ class Study:
 # What others start from, or are measured by.
 OURS = 'ours_a'
 _SCRATCH = {'init': 'random', 'prune.policy': 'none'}
+_REPAIR = {'repair.enabled': True}
+_TEACHER = {'distill.weight': 0.5}
 _RAGGED = {
   'prune.policy': 'ragged', 'prune.saliency': 'fisher',
   'prune.floors.heads': 0, 'prune.floors.ffn': 0,
@@ -69,9 +71,12 @@ _RAGGED = {
 ARMS = (
   Arm('dense', {'prune.policy': 'none'}),
   Arm(OURS, {}),
-  Arm('ours_b', {'repair.enabled': True}),
+  Arm('ours_b', _REPAIR),
   Arm('ours_ragged', _RAGGED),
-  Arm('ours_a_distill', {'distill.weight': 0.5}),
+  Arm('ours_ragged_b', _RAGGED | _REPAIR),
+  Arm('ours_b_activation', _REPAIR | {'prune.saliency': 'activation'}),
+  Arm('ours_a_distill', _TEACHER),
+  Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
   # LLM-Pruner's criterion (Ma et al. 2023), under the same rules as ours.
   Arm('oneshot_taylor', {'prune.schedule': 'oneshot',
                          'prune.saliency': 'taylor1_group'}),
@@ -81,7 +86,7 @@ ARMS = (
                              'prune.saliency': 'activation'}),
   Arm('scratch_found', _SCRATCH, 'found'),
   Arm('scratch_uniform', _SCRATCH, 'uniform'),
-  Arm('distill_scratch', _SCRATCH | {'distill.weight': 0.5}, 'uniform'),
+  Arm('distill_scratch', _SCRATCH | _TEACHER, 'uniform'),
 )  # fmt: skip
 
 
@@ -89,15 +94,18 @@ def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
   """`ours_a` with one setting changed."""
   every, batch = config.prune.every, config.data.batch_size
   begin, end = config.prune.begin_tokens, config.prune.end_tokens
+  embedding = config.prune.price_embedding
   return (
     Arm('ours_a_every_half', {'prune.every': max(every // 2, 1)}),
     Arm('ours_a_every_4x', {'prune.every': 4 * every}),
     Arm('ours_a_cubic', {'prune.schedule': 'cubic'}),
     Arm('ours_a_oneshot', {'prune.schedule': 'oneshot'}),
     Arm('ours_a_early', {'prune.end_tokens': begin + (end - begin) // 4}),
+    Arm('ours_a_late', {'prune.end_tokens': begin + (end - begin) * 2}),
     Arm('ours_a_activation', {'prune.saliency': 'activation'}),
     Arm('ours_a_fisher', {'prune.saliency': 'fisher'}),
-    Arm('ours_a_price_embedding', {'prune.price_embedding': True}),
+    # The embedding in the price of the stem, or no longer in it.
+    Arm('ours_a_other_price', {'prune.price_embedding': not embedding}),
     Arm('ours_a_batch_2x', {'data.batch_size': 2 * batch}),
   )
 
