@@ -55,6 +55,17 @@ class Plan:
   recipe: steps.Recipe
   damping: float | None
 
+  def unpriced(self, stem: int) -> float:
+    """Share of the target that is embedding, at so many stem channels.
+
+    0 where the embedding counts in their price, or nothing is pruned. Near 1 a
+    pruned model has little else left if the stem stays whole, and whole it
+    stays: the less the layers have, the more its channels seem to cost.
+    """
+    if self.rules.policy == 'none' or self.rules.price_embedding:
+      return 0.0
+    return stem * self.cost.unpriced_stem / self.schedule.target
+
   def tokens(self, step: int) -> int:
     """Training tokens seen after `step`."""
     return step * self.tokens_per_step

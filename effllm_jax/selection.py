@@ -57,7 +57,9 @@ class Rules:
     price_embedding: whether the embeddings count in the price of a stem
       channel. They are most of what it saves (21 % of a 135M model), and their
       gradients are tiny: counted, they make the stem look cheap, and it goes
-      first; in the paper's plots it goes last. The size always counts them.
+      first; in the paper's plots it goes last. The size always counts them. Of
+      a target that is mostly embedding, leaving them out takes the layers
+      instead (see `Plan.unpriced`).
   """
 
   policy: str

@@ -236,6 +236,7 @@ class Run:
           f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
         )
         self._say_mesh()
+        self._say_price()
         self._evaluate(0, 'source')
       with contextlib.ExitStack() as stack:
         # Also on the way out of an error: what was started gets finished.
@@ -453,6 +454,18 @@ class Run:
       f'mesh: {shape}'
       + (f'; whole on every device: {", ".join(whole)}' if whole else '')
     )
+
+  def _say_price(self) -> None:
+    """Tells of a target that leaves the layers little of an unpriced stem."""
+    share = self.plan.unpriced(self.cfg.D)
+    # A small model came out well at 0.49 and without heads at 0.98, where
+    # pricing the embedding mended it (BENCHMARKS.md).
+    if share > 0.5:
+      self.progress.say(
+        f'the embeddings of the whole stem are {share:.0%} of budget.target '
+        'and not in its price: layers may lose nearly all; consider '
+        '--config.prune.price_embedding=True'
+      )
 
   def _extents(self) -> dict[str, np.ndarray] | None:
     """Where the kernels of a training step stop; None: they do not."""

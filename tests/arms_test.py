@@ -38,6 +38,8 @@ def test_arms_are_valid_plans_of_equal_length(path):
     assert config.source == starts[arm.start]
     made = plan_lib.make(config, shapes[arm.start])
     assert made.tokens(made.steps) == study.config.train.tokens, arm.name
+    if arm.name != 'ours_a_other_price':
+      assert made.unpriced(cfg.D) < 0.5, arm.name
     prunes = any(made.prunes(s) for s in range(1, made.steps + 1))
     assert prunes == (config.prune.policy != 'none'), arm.name
     for field in ('data', 'optimizer', 'train'):

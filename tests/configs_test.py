@@ -56,6 +56,7 @@ def test_is_a_valid_plan(name):
   ]
   assert made.schedule.at(made.tokens(prunes[-1])) == made.schedule.target
   assert not any(made.scores(s) for s in range(prunes[-1] + 1, made.steps))
+  assert made.unpriced(SMOLLM_1P7B.D if '1p7b' in name else SMOLLM2.D) < 0.5
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -132,6 +133,14 @@ def test_kernels_are_named_in_the_plan():
   for name, want in (('auto', 'bucket'), ('xla', 'xla')):
     made = plan.make(small(**{'model.kernels': name}), SMOLLM2)
     assert made.recipe.compute.kernels == want
+
+
+def test_what_an_unpriced_embedding_leaves_of_the_target():
+  made = lambda **changes: plan.make(small(**changes), SMOLLM2).unpriced(576)
+  assert made() == 49_152 * 576 / 105_000_000
+  assert made(**{'budget.target': 56_623_104.0}) == 0.5
+  assert made(**{'prune.price_embedding': True}) == 0
+  assert made(**{'prune.policy': 'none'}) == 0
 
 
 def test_a_run_that_prunes_nothing_asks_nothing_of_target_and_schedule():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from effllm_jax import checkpoints
+from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import steps
 from effllm_jax import train
@@ -53,6 +54,23 @@ def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
   monkeypatch.undo()
   run('shrink')
   assert checkpoints.moments(root / 'shrink')[0].step == 24
+
+
+def test_says_so_where_the_layers_would_have_to_go(setting, monkeypatch):
+  run, _ = setting
+  said = []
+
+  def say(_, text):
+    said.append(text)
+    if 'embedding' in text:
+      raise ZeroDivisionError
+
+  monkeypatch.setattr(console.Progress, 'say', say)
+  with pytest.raises(ZeroDivisionError):
+    run('price', **{'budget.target': 20_560.0})
+  # 2 x 257 x 32 weights.
+  assert said[-1].startswith('the embeddings of the whole stem are 80% of ')
+  assert said[-1].endswith('consider --config.prune.price_embedding=True')
 
 
 @pytest.mark.parametrize('text', [None, '{', '[1]'])

@@ -105,7 +105,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.saliency = 'fisher'
   config.prune.ema = 0.95  # of scores; 0 keeps the last batch only
   # Whether the embedding counts in the price of a stem channel. Counted, the
-  # stem looks cheap and goes first, which costs this small model dearly.
+  # stem looks cheap and goes first, which costs this small model dearly. Where
+  # the embedding is most of the target, count it: the stem has to go then.
   config.prune.price_embedding = False
   # Least groups left: heads and ffn per layer (0 under 'ragged': a layer may
   # lose the whole block), stem in the model.
