@@ -29,16 +29,22 @@ def get_study() -> arms.Study:
   return study(target=CFG.num_params() // 2, tokens=2_048_000)
 
 
-def study(target: int, tokens: int) -> arms.Study:
+def study(
+  target: int, tokens: int, price_embedding: bool = False
+) -> arms.Study:
   """The study at another size or length.
 
   Args:
     target: parameters at the end, the embedding among them.
     tokens: of an arm; it prunes from a 32nd of them to an eighth, since what
       goes early has longer to recover (BENCHMARKS.md).
+    price_embedding: whether the stem is priced by its embedding too. At half of
+      the size that takes too much of it, by any score but Taylor's; at a
+      quarter, which the embedding alone would fill, nothing else will do.
   """
   config = _base()
   config.budget.target = float(target)
+  config.prune.price_embedding = price_embedding
   config.train.tokens = tokens
   config.optimizer.peak = 1e-3
   config.optimizer.end = 1e-4
@@ -72,9 +78,6 @@ def _base() -> ml_collections.ConfigDict:
   config.train.log_every = 10
   # One optimizer for all, and some arms start from scratch.
   config.optimizer.embedding = 1.0
-  # A quarter of this model is its embedding: see BENCHMARKS.md for what a
-  # quarter of the size ends at where the stem is not priced by it.
-  config.prune.price_embedding = True
   config.prune.floors.heads = 1
   config.prune.floors.ffn = 64
   config.prune.floors.stem = 96

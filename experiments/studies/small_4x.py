@@ -10,4 +10,6 @@ from experiments.studies import small
 
 def get_study() -> arms.Study:
   """As `small`; here the stem has to go too."""
-  return small.study(target=small.CFG.num_params() // 4, tokens=2_048_000)
+  return small.study(
+    target=small.CFG.num_params() // 4, tokens=2_048_000, price_embedding=True
+  )

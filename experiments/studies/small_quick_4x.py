@@ -10,4 +10,6 @@ from experiments.studies import small
 
 def get_study() -> arms.Study:
   """A quarter of all parameters, 256k tokens an arm."""
-  return small.study(target=small.CFG.num_params() // 4, tokens=256_000)
+  return small.study(
+    target=small.CFG.num_params() // 4, tokens=256_000, price_embedding=True
+  )
