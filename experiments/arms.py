@@ -84,6 +84,9 @@ ARMS = (
                             'prune.saliency': 'magnitude'}),
   Arm('oneshot_activation', {'prune.schedule': 'oneshot',
                              'prune.saliency': 'activation'}),
+  # `ours_b_activation` in one cut: what going gradually is worth.
+  Arm('oneshot_b_activation', _REPAIR | {'prune.schedule': 'oneshot',
+                                         'prune.saliency': 'activation'}),
   Arm('scratch_found', _SCRATCH, 'found'),
   Arm('scratch_uniform', _SCRATCH, 'uniform'),
   Arm('distill_scratch', _SCRATCH | _TEACHER, 'uniform'),
