@@ -98,7 +98,6 @@ def main(argv: list[str]) -> None:
 
   import jax
   import jax.numpy as jnp
-  import rich.console
   import rich.table
 
   from kernels import forms
@@ -151,7 +150,7 @@ def main(argv: list[str]) -> None:
           f'{compiled.shared_bytes / 1024:.1f} of {_SHARED_BYTES // 1024}',
           ' '.join(sorted(re.findall(r'C\d+', ' '.join(compiled.remarks)))),
         )
-  console = rich.console.Console()
+  console = cli.tables()
   console.print(table)
   ptxas = _version('nvidia-cuda-nvcc') or 'of the plugin'
   console.print(f'sm_90a, jax {jax.__version__}, ptxas {ptxas}')

@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
 
   import jax
   from jax.experimental import topologies
-  import rich.console
   import rich.table
 
   from effllm_jax import errors
@@ -100,7 +99,7 @@ def main(argv: list[str]) -> None:
         *figures,
         f'{time.perf_counter() - start:.1f}',
       )
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
+  console = cli.tables()
   console.print(f'jax {jax.__version__}, libtpu {libtpu}')
   console.print(table)
   if failed:

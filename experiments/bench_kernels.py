@@ -48,7 +48,6 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import functools
   import statistics
-  import sys
 
   import jax
   import jax.numpy as jnp
@@ -121,7 +120,7 @@ def main(argv: list[str]) -> None:
           f'{ideal / median["cut"]:.0%}',
           *(f'{median["cut"] / median[name]:.0%}' for name in names),
         )
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+  console = cli.tables()
   console.print(
     f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}, '
     f'{_TOKENS.value} tokens, {"tuned" if _TUNE.value else "default"} blocks; '

@@ -39,12 +39,10 @@ def main(argv: list[str]) -> None:
   import dataclasses
   import random
   import statistics
-  import sys
   import time
 
   import jax
   import jax.numpy as jnp
-  import rich.console
   import rich.table
 
   from effllm_jax import errors
@@ -113,7 +111,7 @@ def main(argv: list[str]) -> None:
       *(f'{x:.3f}' for x in ratios),
       f'{statistics.mean(narrow) / dense:.3f}' if whole else '',
     )
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+  console = cli.tables()
   console.print(
     f'{jax.devices()[0].device_kind}, jax {jax.__version__}, '
     f'{plan.tokens_per_step} tokens a step, {plan.recipe.compute.dtype}; '

@@ -15,7 +15,6 @@ import os
 from absl import flags
 from ml_collections import config_flags
 import rich.box
-import rich.console
 import rich.table
 
 from experiments import cli
@@ -113,7 +112,7 @@ def main(argv: list[str]) -> None:
     )
     return loss(repaired, masks), left / without
 
-  console = rich.console.Console()
+  console = cli.tables()
   before = loss(params, alive)
   rows = {}
   for seed in range(_SEEDS.value):

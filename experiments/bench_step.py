@@ -13,7 +13,6 @@ import time
 
 from absl import flags
 from ml_collections import config_flags
-import rich.console
 import rich.table
 
 from experiments import cli
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> None:
   median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
   for name, value in median.items():
     table.add_row(name, f'{value:.4f}', f'{value / median["step"]:.3f}')
-  console = rich.console.Console()
+  console = cli.tables()
   console.print(
     f'{device.device_kind}, jax {jax.__version__}, {plan.tokens_per_step} '
     f'tokens a step, {plan.recipe.compute.dtype}; '

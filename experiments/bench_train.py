@@ -46,7 +46,6 @@ _PRODUCT = 'a large product'
 def main(argv: list[str]) -> None:
   """Times the variants in turns and prints one table."""
   del argv
-  import rich.console
   import rich.table
 
   config = cli.config(_CONFIG).to_dict()
@@ -99,7 +98,7 @@ def main(argv: list[str]) -> None:
       '' if memory[name] is None else f'{memory[name] / 1e9:.2f}',
       f'{facts["flops"] / value / best:.1%}',
     )
-  console = rich.console.Console()
+  console = cli.tables()
   console.print(
     f'{facts["device"]}; {facts["params"]:,} parameters, {facts["tokens"]} '
     f'tokens a step, {facts["dtype"]}, kernels {facts["kernels"]}; '

@@ -16,6 +16,7 @@ from absl import app
 from absl import flags
 from absl import logging
 import ml_collections
+import rich.console
 
 from effllm_jax import errors
 from effllm_jax import interrupts
@@ -28,6 +29,13 @@ CACHE = flags.DEFINE_string(
   os.path.join('~', '.cache', 'effllm_jax'),
   'Folder for downloaded models and texts, shared by all runs.',
 )
+
+
+def tables() -> rich.console.Console:
+  """Standard output for tables: a file or a pipe has no width of its own."""
+  console = rich.console.Console()
+  # Wider than any table of ours; none is drawn wider than it has to be.
+  return console if console.is_terminal else rich.console.Console(width=200)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

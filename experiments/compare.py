@@ -42,7 +42,6 @@ def main(argv: list[str]) -> None:
   """Runs what is missing, then prints the tables."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import rich.console
 
   from effllm_jax import benchmark_items
   from experiments import choices
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> None:
   )
   cache = os.path.expanduser(cli.CACHE.value)
   made = same_budget.run(study, path.stem, _WORKDIR.value, cache, choice)
-  console = rich.console.Console()
+  console = cli.tables()
   for table in made:
     console.print(table.rich())
   console.print(

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     path, {'step': made.step, 'machine': machine, 'rows': rows}
   )
   table = tables.edge(runlog.read(_WORKDIR.value))
-  console = rich.console.Console()
+  console = cli.tables()
   console.print(table.rich())
   console.print(f'{path}', soft_wrap=True)
 

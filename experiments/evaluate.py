@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
         path = pathlib.Path(_WORKDIR.value) / runlog.BENCHMARKS
         with errors.writing(path):
           workdir.write_json(path, record)
-  rich.console.Console().print(tables.benchmarks(record).rich())
+  cli.tables().print(tables.benchmarks(record).rich())
   if _WORKDIR.value is not None:
     console.print(f'{path}', soft_wrap=True, highlight=False)
 

@@ -51,7 +51,6 @@ def main(argv: list[str]) -> None:
   import statistics
 
   import jax
-  import rich.console
   import rich.table
 
   from effllm_jax import budgets
@@ -130,7 +129,7 @@ def main(argv: list[str]) -> None:
       f'{fitted:.2f}',
       f'{fitted / measured - 1:+.1%}',
     )
-  console = rich.console.Console()
+  console = cli.tables()
   console.print(
     f'{device.device_kind}, {os.cpu_count()} cpus, {_what(config)}, '
     + ('a token after ' if _DECODE.value else '')

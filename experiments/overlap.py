@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
   if out and not out.absolute().parent.is_dir():
     raise errors.InputError(f'{out.parent} is not a folder; set --out')
   # After the flags have been checked: these imports take seconds.
-  import rich.console
 
   from effllm_jax import overlap
   from effllm_jax import workdir
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
   record = overlap.compare(
     [overlap.read(x, _EVENT.value) for x in _WORKDIRS.value]
   )
-  console = rich.console.Console()
+  console = cli.tables()
   for part in ('alive', 'removed'):
     console.print(overlap.table(record, part).rich())
   if out:

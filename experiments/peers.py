@@ -36,7 +36,6 @@ import pathlib
 
 from absl import flags
 from ml_collections import config_flags
-import rich.console
 import rich.table
 
 from experiments import cli
@@ -101,10 +100,7 @@ def _print(rows) -> None:
       f'{row["total_seconds"]:.0f}',
       '' if peak is None else f'{peak / 1e9:.2f}',
     )
-  # A file or a pipe has no width of its own.
-  console = rich.console.Console()
-  wide = None if console.is_terminal else 200
-  rich.console.Console(width=wide).print(table)
+  cli.tables().print(table)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ Writes runs/a/report: index.html to look at, summary.md, one PNG per figure.
 """
 
 from absl import flags
-import rich.console
 
 from experiments import cli
 
@@ -20,7 +19,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import report
 
   folder = report.build(_WORKDIR.value)
-  console = rich.console.Console()
+  console = cli.tables()
   console.print(report.table(_WORKDIR.value).rich())
   console.print(f'{folder / "index.html"}', soft_wrap=True, highlight=False)
 

@@ -14,7 +14,6 @@ import os
 import pathlib
 
 from absl import flags
-import rich.console
 import rich.table
 
 from experiments import cli
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> None:
       f'{source["bits_per_byte"]:.4f} -> {final["bits_per_byte"]:.4f}',
       f'{run.train["seconds"].sum():.0f}',
     )
-  rich.console.Console().print(table)
+  cli.tables().print(table)
 
 
 def _folder_name(name: str) -> str:

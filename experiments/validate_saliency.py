@@ -21,7 +21,6 @@ import time
 from absl import flags
 import jax
 import jax.numpy as jnp
-import rich.console
 
 from effllm_jax import corpus
 from effllm_jax import errors
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> None:
   if not out.absolute().parent.is_dir():
     raise errors.InputError(f'{out.parent} is not a folder; set --out')
   started = time.perf_counter()
-  console = rich.console.Console()
+  console = cli.tables()
   cache, seed = os.path.expanduser(cli.CACHE.value), _SEED.value
   small = not _SOURCE.value
   sizes = brute_force.SMALL_SIZES if small else brute_force.SOURCE_SIZES

@@ -251,6 +251,8 @@ def test_the_command_compares_seeds(workdirs, tmp_path):
   # Two of one name are told by their paths.
   assert shown[0][0] == f'{a}, {b}: heads'
   assert 'Overlap of what was removed' in done.stdout
+  # A pipe is no reason to fold a table.
+  assert 'by chance  above chance' in done.stdout
 
 
 def test_one_run_is_refused_in_one_line():
