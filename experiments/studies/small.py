@@ -39,8 +39,8 @@ def study(
     tokens: of an arm; it prunes from a 32nd of them to an eighth, since what
       goes early has longer to recover (BENCHMARKS.md).
     price_embedding: whether the stem is priced by its embedding too. At half of
-      the size that takes too much of it, by any score but Taylor's; at a
-      quarter, which the embedding alone would fill, nothing else will do.
+      the size that takes too much of it, by activations; at a quarter, which
+      the embedding alone would fill, `ragged` loses whole layers without.
   """
   config = _base()
   config.budget.target = float(target)
