@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -24,6 +25,7 @@ import os
 import pathlib
 import tempfile
 import threading
+from typing import Any
 
 from absl import flags
 import grain
@@ -36,6 +38,8 @@ from effllm_jax import errors
 
 # Documents that are tokenised at a time, on all cores.
 _CHUNK = 256
+# For Grain to let go of its threads, once a worker was lost.
+_CLOSING_SECONDS = 5.0
 
 
 def tokenize(
@@ -155,6 +159,7 @@ class TrainIterator(grain.DatasetIterator):
     """Reads `parent`; `timeout` is in seconds, 0 waits for ever."""
     super().__init__(parent)
     self._stream, self._timeout = stream, timeout
+    self._lost = False
     self._recent = collections.deque(maxlen=recent)
     # Of Grain, before each of those but the first: a state from which they can
     # be read again.
@@ -192,10 +197,7 @@ class TrainIterator(grain.DatasetIterator):
     try:
       return _within(self._timeout, lambda: next(self._parent))
     except TimeoutError as e:
-      for process in multiprocessing.active_children():
-        # Grain would wait 25 seconds for each.
-        if process.name.startswith('grain-'):
-          process.kill()
+      self._lost = True
       raise errors.InputError(
         f'the data workers gave no batch in {self._timeout:g} s, which is '
         f'--config.data.timeout; {remedy}'
@@ -203,6 +205,7 @@ class TrainIterator(grain.DatasetIterator):
     except RuntimeError as e:
       if 'Worker process was terminated' not in str(e):
         raise
+      self._lost = True
       ended = str(e).partition('.')[0]
       raise errors.InputError(
         f'a data worker has ended ({ended}); {remedy}'
@@ -236,11 +239,21 @@ class TrainIterator(grain.DatasetIterator):
       next(self)
 
   def close(self):
-    """Ends the worker processes."""
-    self._parent.close()
+    """Ends the worker processes, whatever one that was lost has left."""
+    if not self._lost:
+      self._parent.close()
+      return
+    for process in multiprocessing.active_children():
+      # Grain would wait 25 seconds for each.
+      if process.name.startswith('grain-'):
+        process.kill()
+    # A process that dies within a lock never gives it back, and Grain takes the
+    # same one on the way out.
+    with contextlib.suppress(TimeoutError):
+      _within(_CLOSING_SECONDS, self._parent.close)
 
 
-def _within(seconds: float, call: Callable[[], np.ndarray]) -> np.ndarray:
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
   """What `call` returns; raises TimeoutError after so many seconds.
 
   In a thread that dies with the process: reading from a worker that was stopped

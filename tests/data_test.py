@@ -3,8 +3,10 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
+import grain
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -373,6 +375,31 @@ def test_real_text_on_real_bytes():
     text = _SMALL.decode(scored(of_domain))
     assert len(text.encode()) == of_domain.num_bytes
     assert any(t.startswith(text[:500]) for t in texts)
+
+
+class Stuck(grain.DatasetIterator):
+  """Waits for a lock that a dead process held, also on the way out."""
+
+  def __next__(self):
+    threading.Event().wait()
+
+  close = __next__
+
+  def get_state(self):
+    return {}
+
+  def set_state(self, state):
+    del state
+
+
+def test_a_lock_that_a_lost_worker_held_hangs_nothing(monkeypatch):
+  monkeypatch.setattr(data, '_CLOSING_SECONDS', 0.1)
+  iterator = data.TrainIterator(Stuck(), {}, timeout=0.1, recent=1)
+  start = time.monotonic()
+  with pytest.raises(errors.InputError, match=r'gave no batch in 0\.1 s'):
+    next(iterator)
+  iterator.close()
+  assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
