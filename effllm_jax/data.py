@@ -240,9 +240,12 @@ class TrainIterator(grain.DatasetIterator):
 
   def close(self):
     """Ends the worker processes, whatever one that was lost has left."""
+    close = super().close
     if not self._lost:
-      self._parent.close()
+      close()
       return
+    # Grain's does nothing the second time, as when this object is deleted.
+    self._lost = False
     for process in multiprocessing.active_children():
       # Grain would wait 25 seconds for each.
       if process.name.startswith('grain-'):
@@ -250,7 +253,7 @@ class TrainIterator(grain.DatasetIterator):
     # A process that dies within a lock never gives it back, and Grain takes the
     # same one on the way out.
     with contextlib.suppress(TimeoutError):
-      _within(_CLOSING_SECONDS, self._parent.close)
+      _within(_CLOSING_SECONDS, close)
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
