@@ -64,6 +64,8 @@ OURS = 'ours_a'
 _SCRATCH = {'init': 'random', 'prune.policy': 'none'}
 _REPAIR = {'repair.enabled': True}
 _TEACHER = {'distill.weight': 0.5}
+_ONESHOT = {'prune.schedule': 'oneshot'}
+_ACTIVATION = {'prune.saliency': 'activation'}
 _RAGGED = {
   'prune.policy': 'ragged', 'prune.saliency': 'fisher',
   'prune.floors.heads': 0, 'prune.floors.ffn': 0,
@@ -74,19 +76,15 @@ ARMS = (
   Arm('ours_b', _REPAIR),
   Arm('ours_ragged', _RAGGED),
   Arm('ours_ragged_b', _RAGGED | _REPAIR),
-  Arm('ours_b_activation', _REPAIR | {'prune.saliency': 'activation'}),
+  Arm('ours_b_activation', _REPAIR | _ACTIVATION),
   Arm('ours_a_distill', _TEACHER),
   Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
   # LLM-Pruner's criterion (Ma et al. 2023), under the same rules as ours.
-  Arm('oneshot_taylor', {'prune.schedule': 'oneshot',
-                         'prune.saliency': 'taylor1_group'}),
-  Arm('oneshot_magnitude', {'prune.schedule': 'oneshot',
-                            'prune.saliency': 'magnitude'}),
-  Arm('oneshot_activation', {'prune.schedule': 'oneshot',
-                             'prune.saliency': 'activation'}),
+  Arm('oneshot_taylor', _ONESHOT | {'prune.saliency': 'taylor1_group'}),
+  Arm('oneshot_magnitude', _ONESHOT | {'prune.saliency': 'magnitude'}),
+  Arm('oneshot_activation', _ONESHOT | _ACTIVATION),
   # `ours_b_activation` in one cut: what going gradually is worth.
-  Arm('oneshot_b_activation', _REPAIR | {'prune.schedule': 'oneshot',
-                                         'prune.saliency': 'activation'}),
+  Arm('oneshot_b_activation', _ONESHOT | _REPAIR | _ACTIVATION),
   Arm('scratch_found', _SCRATCH, 'found'),
   Arm('scratch_uniform', _SCRATCH, 'uniform'),
   Arm('distill_scratch', _SCRATCH | _TEACHER, 'uniform'),
@@ -102,10 +100,10 @@ def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
     Arm('ours_a_every_half', {'prune.every': max(every // 2, 1)}),
     Arm('ours_a_every_4x', {'prune.every': 4 * every}),
     Arm('ours_a_cubic', {'prune.schedule': 'cubic'}),
-    Arm('ours_a_oneshot', {'prune.schedule': 'oneshot'}),
+    Arm('ours_a_oneshot', _ONESHOT),
     Arm('ours_a_early', {'prune.end_tokens': begin + (end - begin) // 4}),
     Arm('ours_a_late', {'prune.end_tokens': begin + (end - begin) * 2}),
-    Arm('ours_a_activation', {'prune.saliency': 'activation'}),
+    Arm('ours_a_activation', _ACTIVATION),
     Arm('ours_a_fisher', {'prune.saliency': 'fisher'}),
     # The embedding in the price of the stem, or no longer in it.
     Arm('ours_a_other_price', {'prune.price_embedding': not embedding}),

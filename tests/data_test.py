@@ -381,7 +381,8 @@ class Stuck(grain.DatasetIterator):
   """Waits for a lock that a dead process held, also on the way out."""
 
   def __next__(self):
-    threading.Event().wait()
+    # Longer than the test allows, and no longer: deleting it waits too.
+    threading.Event().wait(15)
 
   close = __next__
 
