@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -45,6 +46,7 @@ from experiments import pretraining
 
 # How far the FLOPs of two runs of equal FLOPs may be apart.
 TOLERANCE = 0.02
+_RESULTS = 'results.jsonl'
 # Of public benchmarks, read at once.
 _BATCH_TOKENS = 2048
 
@@ -93,6 +95,8 @@ def run(
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with _alone(workdir), contextlib.ExitStack() as stack:
+    # Before a source is made, which takes minutes.
+    _check_order(workdir / name, choice)
     if study.pretrained:
       source = pretraining.make(study.pretrained, workdir, cache)
     else:
@@ -126,6 +130,28 @@ def _alone(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _check_order(folder: pathlib.Path, choice: Choice) -> None:
+  """Refuses runs that follow from others which are not there."""
+  there = {row.key for row in comparison.read(folder / _RESULTS)}
+  if 'tokens' in choice.budgets:
+    names = [arm.name for arm in choice.arms]
+    there.update(itertools.product(['tokens'], names, choice.seeds))
+  for arm in choice.arms:
+    for seed in choice.seeds:
+      ours = ('tokens', arms_lib.OURS, seed)
+      if arm.start == 'found' and ours not in there:
+        raise errors.InputError(
+          f'arm {arm.name} starts from what {arms_lib.OURS} of seed {seed} '
+          f'ended as, which has not been run; add {arms_lib.OURS} to --arms '
+          'and tokens to --budgets'
+        )
+      if ('tokens', arm.name, seed) not in there:
+        raise errors.InputError(
+          f'equal FLOPs of arm {arm.name}, seed {seed}, follow from its run '
+          'at equal tokens, which is missing; add tokens to --budgets'
+        )
+
+
 def _ask(manager, choice, model: weights.Source):
   """What a model answers to the public benchmarks."""
   from effllm_jax import harness
@@ -145,32 +171,19 @@ class Runner:
     with errors.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       self.uniform = self._write_uniform()
-    self.path = folder / 'results.jsonl'
+    self.path = folder / _RESULTS
     self.rows = {row.key: row for row in comparison.read(self.path)}
 
   def check(self, choice: Choice) -> None:
-    """Refuses what cannot be run, or belongs to other settings."""
+    """Refuses what belongs to other settings."""
     names = [arm.name for arm in choice.arms]
     for arm in choice.arms:
       for seed in choice.seeds:
-        ours = ('tokens', arms_lib.OURS, seed)
-        coming = 'tokens' in choice.budgets and arms_lib.OURS in names
-        if arm.start == 'found' and ours not in self.rows and not coming:
-          raise errors.InputError(
-            f'arm {arm.name} starts from what {arms_lib.OURS} of seed {seed} '
-            f'ended as, which has not been run; add {arms_lib.OURS} to --arms '
-            'and tokens to --budgets'
-          )
         key = ('tokens', arm.name, seed)
         if key in self.rows:
           workdir_lib.check(
             self._workdir(key, self.study.config.train.tokens),
             self._config(arm, seed).to_dict(),
-          )
-        elif 'tokens' not in choice.budgets:
-          raise errors.InputError(
-            f'equal FLOPs of arm {arm.name}, seed {seed}, follow from its run '
-            'at equal tokens, which is missing; add tokens to --budgets'
           )
     for row in self.rows.values():
       asked = {x['task'] for x in row.tasks if x['limit'] == choice.limit}

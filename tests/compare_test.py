@@ -1,5 +1,6 @@
 """A whole comparison, on the small run: two arms, two seeds, both budgets."""
 
+import dataclasses
 import fcntl
 import math
 
@@ -161,9 +162,14 @@ def test_another_comparison_at_work_is_refused(root):
     (choose('ours_a', seeds=(7,), budgets=('flops',)), 'add tokens to --budg'),
   ],
 )
-def test_an_arm_whose_start_is_missing_is_refused(root, choice, message):
+def test_an_arm_whose_start_is_missing_is_refused(
+  root, monkeypatch, choice, message
+):
+  # Before a source is made, which would ask for its recipe here.
+  monkeypatch.setattr(same_budget.pretraining, 'make', None)
+  study = dataclasses.replace(study_of(root), pretrained=object())
   with pytest.raises(errors.InputError, match=message):
-    compare(root, choice)
+    same_budget.run(study, 'mini', root / 'runs', root / 'cache', choice)
 
 
 def test_results_of_other_settings_are_refused(root):
