@@ -4,6 +4,9 @@ A group is removed by its mask bit, alone, and the change of the held-out loss
 is measured; nothing is estimated. The scores come from `steps.train_step` at
 learning rate 0, as in a run: on training text, with Adam's moments warmed up,
 averaged over the batches with the decay of the shipped config.
+
+A uniform prune takes a block of groups at once, and chooses between types by
+the sum of their scores: `block_changes` measures such blocks too.
 """
 
 from collections.abc import Iterator
@@ -252,6 +255,63 @@ def _changes(params, numbers, windows_BT, weight_BT, *, cfg):
   return (base_BT * share_BT).sum(), jax.lax.map(change, numbers)
 
 
+def block_sizes(cfg: structure.ModelConfig) -> dict[str, int]:
+  """One head of every layer, and as many parameters' worth of other groups.
+
+  Returns:
+    Groups that a block of each type takes: of heads and ffn in every layer. The
+    embedding does not count, as in the shipped config, and one group is least.
+  """
+  fewer = lambda **widths: (
+    cfg.num_params() - dataclasses.replace(cfg, **widths).num_params()
+  )
+  heads = fewer(K=cfg.K - 1)
+  stem = fewer(D=cfg.D - 1) - (1 if cfg.tied else 2) * cfg.V
+  most = {'heads': 1, 'ffn': heads / fewer(F=cfg.F - 1), 'stem': heads / stem}
+  return {t: max(round(x), 1) for t, x in most.items()}
+
+
+def block_changes(
+  params: structure.Params,
+  scores: structure.Groups,
+  windows: np.ndarray,
+  weight: np.ndarray,
+  cfg: structure.ModelConfig,
+) -> dict[str, dict[str, float]]:
+  """What removing a block of each type adds to the loss, and what scores say.
+
+  Args:
+    params: the model; all of it is alive.
+    scores: a block takes the lowest of every layer, or of the stem.
+    windows: int32 [n, T + 1].
+    weight: [n, T], 1 where a token is scored.
+    cfg: the architecture.
+
+  Returns:
+    By type: `change`, measured, and `score`, the sum over the block, which is
+    an estimate for `NATS` only; nats per token.
+  """
+  alive = structure.all_alive(cfg)
+  share_BT = weight / weight.sum()
+  base_BT = np.asarray(_token_losses(params, alive, windows, cfg=cfg))
+  change, total = {}, {}
+  for t, size in block_sizes(cfg).items():
+    score = np.asarray(getattr(scores, t), np.float64)
+    lowest = np.argsort(score, axis=-1, kind='stable')[..., :size]
+    mask = np.ones(score.shape, bool)
+    np.put_along_axis(mask, lowest, False, axis=-1)
+    masks = alive.replace(**{t: jnp.asarray(mask)})
+    removed_BT = np.asarray(_token_losses(params, masks, windows, cfg=cfg))
+    change[t] = float(((removed_BT - base_BT) * share_BT).sum())
+    total[t] = float(score[~mask].sum())
+  return {'change': change, 'score': total}
+
+
+@functools.partial(jax.jit, static_argnames=('cfg',))
+def _token_losses(params, masks, windows_BT, *, cfg):
+  return model.token_losses(params, masks, windows_BT, cfg, COMPUTE)
+
+
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
   """Rank correlation; nan where one side is constant or has one value."""
   if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -273,7 +333,8 @@ def measure(
     `loss`; `truth` and `scores` by kind, lists by type in the order of
     `groups`; `correlation` by kind with the truth (`average`, `newest`: by type
     and, for kinds in nats, `all`) and of `newest` with `average`;
-    `halves`: of the truth on even tokens with that on odd ones.
+    `halves`: of the truth on even tokens with that on odd ones; `blocks` by
+    kind, from `block_changes`.
   """
   windows, weight = heldout
   loss, changes = true_changes(params, groups, windows, weight, cfg)
@@ -281,7 +342,7 @@ def measure(
   even, odd = (
     {t: getattr(changes, t)[:, i] for t in structure.TYPES} for i in (0, 1)
   )
-  found, correlation = {}, {}
+  found, correlation, blocks = {}, {}, {}
 
   def add(name, average, newest, across):
     found[name] = {t: average[t].tolist() for t in structure.TYPES}
@@ -292,11 +353,13 @@ def measure(
     }
 
   for kind in kinds:
+    trees = scores(params, batches, kind, cfg)
+    blocks[kind] = block_changes(params, trees['average'], windows, weight, cfg)
     of = {
       name: {
         t: getattr(tree, t).ravel()[getattr(groups, t)] for t in structure.TYPES
       }
-      for name, tree in scores(params, batches, kind, cfg).items()
+      for name, tree in trees.items()
     }
     add(kind, of['average'], of['newest'], kind in NATS)
   return {
@@ -306,6 +369,7 @@ def measure(
     'scores': found,
     'correlation': correlation,
     'halves': _correlations(even, odd, True),
+    'blocks': blocks,
   }
 
 
@@ -339,6 +403,29 @@ def table(result: dict[str, Any], batches: int) -> rich.table.Table:
     )
   made.add_section()
   made.add_row('truth, halves', *row(result['halves']))
+  return made
+
+
+def block_table(
+  result: dict[str, Any], cfg: structure.ModelConfig
+) -> rich.table.Table:
+  """One row per kind of score: what its block of each type really costs."""
+  sizes = block_sizes(cfg)
+  made = rich.table.Table(
+    'score', *structure.TYPES, *(f'{t}, score' for t in structure.TYPES),
+    title='nats per token that a block adds: ' + ', '.join(
+      f'{sizes[t]} {t}' + ('' if t == 'stem' else ' of every layer')
+      for t in structure.TYPES
+    ),
+    box=rich.box.SIMPLE_HEAD,
+  )  # fmt: skip
+  for kind, numbers in result['blocks'].items():
+    says = numbers['score'] if kind in NATS else {}
+    made.add_row(
+      kind,
+      *(f'{numbers["change"][t]:.4f}' for t in structure.TYPES),
+      *(f'{says[t]:.4f}' if says else '' for t in structure.TYPES),
+    )
   return made
 
 

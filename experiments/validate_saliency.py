@@ -11,6 +11,10 @@ run: on training text, with Adam's moments warmed up, averaged over the batches
 with the decay of the shipped config. Printed are Spearman's rank correlations.
 The last row says how far held-out text of this size determines the truth: the
 change on its even tokens against the change on its odd ones.
+
+A second table is of blocks, as a uniform prune takes them: the lowest head of
+every layer, or channels of as many parameters. A score that compares types well
+has its three sums in the order of the three changes.
 """
 
 import dataclasses
@@ -109,6 +113,7 @@ def main(argv: list[str]) -> None:
     + ', '.join(f'{len(result["groups"][t])} {t}' for t in structure.TYPES)
   )
   console.print(brute_force.table(result, sizes.batches))
+  console.print(brute_force.block_table(result, cfg))
   console.print(f'{result["seconds"]:.0f} s; {out}')
 
 

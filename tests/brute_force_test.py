@@ -22,6 +22,7 @@ below both. For 128 ffn channels chance has a deviation of 0.09: that floor says
 little, as does a truth whose halves agree by 0.65 and 0.72.
 """
 
+import dataclasses
 import itertools
 import json
 
@@ -31,6 +32,7 @@ import pytest
 
 from effllm_jax import corpus
 from effllm_jax import model
+from effllm_jax import shrink
 from effllm_jax import steps
 from effllm_jax import structure
 from experiments import brute_force
@@ -133,3 +135,70 @@ def test_drawn_groups_are_distinct_and_at_most_as_many_as_asked_for():
     assert len(set(some)) == len(some) == min(size, 50)
     assert ((some >= 0) & (some < size)).all()
     np.testing.assert_array_equal(getattr(every, name), np.arange(size))
+
+
+def test_blocks_take_as_many_parameters_of_every_type():
+  smollm2 = dataclasses.replace(
+    brute_force.SMALL, V=49152, D=576, N=30, K=3, G=3, H=64, F=1536
+  )
+  for cfg in (
+    brute_force.SMALL,
+    smollm2,
+    dataclasses.replace(smollm2, tied=False),
+  ):
+    sizes = brute_force.block_sizes(cfg)
+    assert sizes['heads'] == 1
+    # By layer: q and o, k and v; gate, up and down; all with a norm each.
+    one = {
+      'heads': (2 * cfg.G + 2) * cfg.H * cfg.D,
+      'ffn': 3 * cfg.D,
+      'stem': (2 * cfg.G + 2) * cfg.H * cfg.K + 3 * cfg.F + 2,
+    }
+    for t in ('ffn', 'stem'):
+      assert abs(sizes[t] * one[t] - one['heads']) <= one[t] / 2 + 1, t
+
+
+def test_a_block_is_the_lowest_of_every_layer(trained, result):
+  """The change that lists, plain loops and a model of smaller arrays give."""
+  params, _, (windows, weight) = trained
+  cfg = brute_force.SMALL
+  masks = structure.all_alive(cfg)
+  scores = conftest.make_scores(cfg)
+  got = brute_force.block_changes(params, scores, windows, weight, cfg)
+  for t, size in brute_force.block_sizes(cfg).items():
+    mask = np.array(getattr(masks, t))
+    score = np.asarray(getattr(scores, t))
+    total = 0.0
+    for row, own in zip(np.atleast_2d(mask), np.atleast_2d(score), strict=True):
+      for i in sorted(range(own.size), key=lambda i: own[i])[:size]:
+        row[i] = False
+        total += float(own[i])
+    left = masks.replace(**{t: mask})
+    one = structure.Groups(1, 1, 1)
+    small = shrink.shrunk_config(left, cfg, one)
+    kept = shrink.kept_indices(left, scores, small)
+    losses = np.asarray(
+      LOSSES(
+        shrink.take_params(params, kept),
+        shrink.take_groups(left, kept),
+        windows,
+        small,
+      ),
+      np.float64,
+    )
+    change = (losses * weight).sum() / weight.sum() - result['loss']
+    assert got['change'][t] == pytest.approx(change, 1e-2, 1e-5), t
+    assert got['score'][t] == pytest.approx(total, 1e-5), t
+
+
+def test_the_table_of_blocks_has_what_was_measured(result):
+  table = brute_force.block_table(result, brute_force.SMALL)
+  cells = [list(column.cells) for column in table.columns]
+  assert cells[0] == list(FLOORS)
+  for t, change, score in zip(
+    structure.TYPES, cells[1:4], cells[4:], strict=True
+  ):
+    for kind, x, y in zip(FLOORS, change, score, strict=True):
+      of = result['blocks'][kind]
+      assert float(x) == pytest.approx(of['change'][t], abs=6e-5)
+      assert float(y) == pytest.approx(of['score'][t], abs=6e-5)
