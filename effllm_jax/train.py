@@ -1,11 +1,13 @@
 """The host loop: train, prune, shrink, evaluate, record, and resume."""
 
+import collections
 from collections.abc import Callable
 import contextlib
 import dataclasses
 import math
 import os
 import pathlib
+import statistics
 import time
 
 import jax
@@ -35,6 +37,10 @@ from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from effllm_jax import workdir as workdir_lib
 import kernels
+
+# Nats per token above the mean of the last rows. On SmolLM2 batches of 512
+# tokens were up to 0.8 above, two prunes of a head of every layer 2.2 and 2.7.
+_DAMAGE = 1.5
 
 
 def run(
@@ -221,6 +227,7 @@ class Run:
     # Since the last row: not every step has one.
     self.compile_seconds = self.busy_seconds = 0.0
     self.unlogged = 0
+    self.logged = collections.deque(maxlen=8)
     self.extents = self._extents()
 
   def train(self) -> None:
@@ -312,6 +319,7 @@ class Run:
       self.unlogged = 0
       self.metrics.write(row)
       self.progress.step(row)
+      self._say_damage(row)
     if plan.evaluates(step):
       self._evaluate(step, self._phase(step))
     stop = self._why_stop(step, log, numbers)
@@ -466,6 +474,26 @@ class Run:
         'and not in its price: layers may lose nearly all; consider '
         '--config.prune.price_embedding=True'
       )
+
+  def _say_damage(self, row) -> None:
+    """Tells of a prune after which the loss is far above what it was."""
+    losses = [x['loss'] for x in self.logged if x['loss'] is not None]
+    if len(self.logged) > 1 and losses and row['loss'] is not None:
+      older, newer = self.logged[-2]['widths'], self.logged[-1]['widths']
+      went = [t for t in structure.TYPES if newer[t] < older[t]]
+      mean = statistics.fmean(losses)
+      if went and row['loss'] > mean + _DAMAGE:
+        worst = min(went, key=lambda t: newer[t] / older[t])
+        self.progress.say(
+          f'the loss is {row["loss"]:.2f} nats per token, after {mean:.2f}, '
+          'since a prune took '
+          + ', '.join(f'{t} {older[t]:g} -> {newer[t]:g}' for t in went)
+          + f'; consider --config.prune.floors.{worst}={int(older[worst])} or '
+          'another --config.prune.saliency'
+        )
+        # Once for each: what comes is measured from here.
+        self.logged.clear()
+    self.logged.append(row)
 
   def _extents(self) -> dict[str, np.ndarray] | None:
     """Where the kernels of a training step stop; None: they do not."""
