@@ -232,6 +232,11 @@ def _starts(cfg) -> dict[str, int]:
 
 
 @functools.partial(jax.jit, static_argnames=('cfg',))
+def _token_losses(params, masks, windows_BT, *, cfg):
+  return model.token_losses(params, masks, windows_BT, cfg, COMPUTE)
+
+
+@functools.partial(jax.jit, static_argnames=('cfg',))
 def _changes(params, numbers, windows_BT, weight_BT, *, cfg):
   alive, starts = structure.all_alive(cfg), _starts(cfg)
   own = structure.Groups(
@@ -241,9 +246,7 @@ def _changes(params, numbers, windows_BT, weight_BT, *, cfg):
       for t in structure.TYPES
     }
   )
-  losses = lambda masks: model.token_losses(
-    params, masks, windows_BT, cfg, COMPUTE
-  )
+  losses = lambda masks: _token_losses(params, masks, windows_BT, cfg=cfg)
   base_BT, share_BT = losses(alive), weight_BT / weight_BT.sum()
 
   def change(number):
@@ -274,6 +277,7 @@ def block_sizes(cfg: structure.ModelConfig) -> dict[str, int]:
 def block_changes(
   params: structure.Params,
   scores: structure.Groups,
+  loss: float,
   windows: np.ndarray,
   weight: np.ndarray,
   cfg: structure.ModelConfig,
@@ -283,6 +287,7 @@ def block_changes(
   Args:
     params: the model; all of it is alive.
     scores: a block takes the lowest of every layer, or of the stem.
+    loss: of the whole model, from `true_changes`.
     windows: int32 [n, T + 1].
     weight: [n, T], 1 where a token is scored.
     cfg: the architecture.
@@ -292,8 +297,7 @@ def block_changes(
     an estimate for `NATS` only; nats per token.
   """
   alive = structure.all_alive(cfg)
-  share_BT = weight / weight.sum()
-  base_BT = np.asarray(_token_losses(params, alive, windows, cfg=cfg))
+  share_BT = np.asarray(weight, np.float64) / weight.sum()
   change, total = {}, {}
   for t, size in block_sizes(cfg).items():
     score = np.asarray(getattr(scores, t), np.float64)
@@ -302,14 +306,9 @@ def block_changes(
     np.put_along_axis(mask, lowest, False, axis=-1)
     masks = alive.replace(**{t: jnp.asarray(mask)})
     removed_BT = np.asarray(_token_losses(params, masks, windows, cfg=cfg))
-    change[t] = float(((removed_BT - base_BT) * share_BT).sum())
+    change[t] = float((removed_BT * share_BT).sum()) - loss
     total[t] = float(score[~mask].sum())
   return {'change': change, 'score': total}
-
-
-@functools.partial(jax.jit, static_argnames=('cfg',))
-def _token_losses(params, masks, windows_BT, *, cfg):
-  return model.token_losses(params, masks, windows_BT, cfg, COMPUTE)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -354,7 +353,9 @@ def measure(
 
   for kind in kinds:
     trees = scores(params, batches, kind, cfg)
-    blocks[kind] = block_changes(params, trees['average'], windows, weight, cfg)
+    blocks[kind] = block_changes(
+      params, trees['average'], loss, windows, weight, cfg
+    )
     of = {
       name: {
         t: getattr(tree, t).ravel()[getattr(groups, t)] for t in structure.TYPES

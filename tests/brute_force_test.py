@@ -164,7 +164,9 @@ def test_a_block_is_the_lowest_of_every_layer(trained, result):
   cfg = brute_force.SMALL
   masks = structure.all_alive(cfg)
   scores = conftest.make_scores(cfg)
-  got = brute_force.block_changes(params, scores, windows, weight, cfg)
+  got = brute_force.block_changes(
+    params, scores, result['loss'], windows, weight, cfg
+  )
   for t, size in brute_force.block_sizes(cfg).items():
     mask = np.array(getattr(masks, t))
     score = np.asarray(getattr(scores, t))
