@@ -40,6 +40,7 @@ class Plan:
     eval_every, checkpoint_every: in steps.
     recipe: what a training step does.
     damping: of the repair that follows a prune; None: no repair.
+    calibrate: whether trials scale the scores before a prune.
   """
 
   tokens_per_step: int
@@ -54,6 +55,7 @@ class Plan:
   checkpoint_every: int
   recipe: steps.Recipe
   damping: float | None
+  calibrate: bool
 
   def unpriced(self, stem: int) -> float:
     """Share of the target that is embedding, at so many stem channels.
@@ -202,6 +204,7 @@ def make(
       top_k=config.distill.top_k,
     ),
     damping=config.repair.damping if config.repair.enabled else None,
+    calibrate=config.prune.calibrate,
   )
 
 

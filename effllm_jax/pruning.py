@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,6 +18,7 @@ from effllm_jax import budgets
 from effllm_jax import events
 from effllm_jax import plan as plan_lib
 from effllm_jax import selection
+from effllm_jax import sharding
 from effllm_jax import shrink as shrink_lib
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -24,6 +26,7 @@ from effllm_jax import structure
 
 # A shrink changes no number that matters: float32 sums in another order.
 TOLERANCE = 1e-4
+_MOST = float(np.finfo(np.float32).max)
 
 
 def select(
@@ -37,6 +40,73 @@ def select(
     plan.schedule.target,
     plan.rules,
     plan.cost,
+  )
+
+
+def calibrate(
+  params: structure.Params,
+  prune: state_lib.PruneState,
+  windows_ABT: jax.Array,
+  cfg: structure.ModelConfig,
+  plan: plan_lib.Plan,
+  target: int,
+) -> tuple[state_lib.PruneState, dict[str, dict[str, float]]]:
+  """Scales the scores of each type to what a trial of it adds to the loss.
+
+  A trial takes the lowest groups of one type, as many as a prune to `target`
+  would take of it alone. The sum of its scores becomes the change of the loss,
+  in nats per token, or 0 where the loss falls: so that any score can compare
+  types, and those that are no change of a loss get that unit. The order within
+  a type stays.
+
+  Args:
+    params: of the model as it is.
+    prune: scores and masks.
+    windows_ABT: int32, a batch that the loss is measured on.
+    cfg: architecture of the arrays.
+    plan: rules, budget, and how to compute.
+    target: of the prune, in units of the budget.
+
+  Returns:
+    `prune` with such scores, and by type, of its trial, `groups` taken,
+    `change` of the loss, and `score`, their sum before it was scaled.
+  """
+  scores, masks = prune.scores, prune.masks
+  saved = max(plan.cost.live(masks) - target, 1)
+  tried = selection.trials(scores, masks, saved, plan.rules, plan.cost)
+  compute = plan.recipe.compute
+  losses = np.asarray(
+    steps.trial_losses(
+      params,
+      jax.device_put(tried, sharding.everywhere(compute.mesh)),
+      windows_ABT,
+      cfg=cfg,
+      compute=compute,
+    ),
+    np.float64,
+  )
+  found, rates = {}, {}
+  for i, name in enumerate(structure.TYPES, 1):
+    mask_CNX = np.asarray(getattr(tried, name))
+    gone = mask_CNX[0] & ~mask_CNX[i]
+    total = float(np.asarray(getattr(scores, name), np.float64)[gone].sum())
+    change = float(losses[i] - losses[0])
+    rate = _MOST
+    if math.isfinite(change):
+      rate = max(change, 0.0) / total if total > 0 else 0.0
+    rates[name] = np.float32(min(rate, _MOST))
+    found[name] = {
+      'groups': int(gone.sum()), 'change': finite(change), 'score': total
+    }  # fmt: skip
+  scaled = _scaled(scores, structure.Groups(**rates))
+  return prune.replace(scores=scaled), found
+
+
+@jax.jit
+def _scaled(scores, rates):
+  # What breaks the model goes last, also where its score is 0.
+  return jax.tree.map(
+    lambda s, r: jnp.where(r < _MOST, r * s, _MOST), scores, rates
   )
 
 

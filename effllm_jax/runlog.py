@@ -18,7 +18,9 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
 
 `trace.jsonl` has one line per prune, of which `tokens` and `removed` are read:
 the groups that went, by their place in the source model, heads and ffn as
-[layer, index], stem as index.
+[layer, index], stem as index. Where there were trials (`prune.calibrate`), its
+`price` is read too: the metrics have prices of the scores before they were
+scaled.
 """
 
 import array
@@ -111,6 +113,7 @@ class Run:
     shrinks: shrink events.
     save_seconds: that the run waited for its checkpoints, all together.
     prune_tokens: tokens seen at each prune, float64 [prunes].
+    calibrated: whether the prices in `train` are what the last prune measured.
     text: manifest of the training text; empty when not recorded.
     edge: what `experiments.edge` measured, and of which step; empty before.
     benchmarks: what `experiments.evaluate` measured, a row for each step (None:
@@ -127,6 +130,7 @@ class Run:
   evals: list[dict]
   shrinks: list[dict]
   prune_tokens: np.ndarray
+  calibrated: bool
   removed: dict[str, np.ndarray]
   save_seconds: float = 0.0
   text: dict = dataclasses.field(default_factory=dict)
@@ -263,6 +267,7 @@ def read(folder: str | os.PathLike) -> Run:
   }
   columns |= {f'flops.{x}': array.array('d') for x in accounting.PURPOSES}
   evals, shrinks, saves, prune_tokens = [], [], [], array.array('d')
+  calibrated = {t: array.array('d') for t in structure.TYPES}
 
   def keep(row):
     kind = row['kind']
@@ -296,6 +301,9 @@ def read(folder: str | os.PathLike) -> Run:
 
   def prune(row):
     prune_tokens.append(_number(row['tokens']))
+    if 'trials' in row:
+      for t, prices in calibrated.items():
+        prices.append(_number(row['price'][t]))
     for t, at in removed.items():
       index = np.asarray(row['removed'][t], np.int64).reshape(-1, at.ndim)
       if ((index < 0) | (index >= at.shape)).any():
@@ -303,20 +311,32 @@ def read(folder: str | os.PathLike) -> Run:
       at[tuple(index.T)] = prune_tokens[-1]
 
   _each(folder / 'trace.jsonl', prune)
+  train = {x: np.frombuffer(y, np.float64) for x, y in columns.items()}
+  for t, prices in calibrated.items():
+    if len(prices):
+      train[f'price.{t}'] = _held(train, f'price.{t}', prune_tokens, prices)
   return Run(
     name=folder.resolve().name,
     config=untrusted.read_json(folder / 'config.json', 'restore it'),
     source=about,
-    train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
+    train=train,
     evals=evals,
     shrinks=shrinks,
     prune_tokens=np.asarray(prune_tokens),
+    calibrated=any(map(len, calibrated.values())),
     save_seconds=math.fsum(saves),
     removed=removed,
     text=_object(folder / TEXT, _TEXT),
     edge=_object(folder / EDGE, _EDGE),
     benchmarks=_object(folder / BENCHMARKS, _BENCHMARKS),
   )
+
+
+def _held(train, column, tokens, values) -> np.ndarray:
+  """The newest of `values` at the time of each row that has the column."""
+  newest = np.searchsorted(tokens, train['tokens'], side='right') - 1
+  known = (newest >= 0) & np.isfinite(train[column])
+  return np.where(known, np.asarray(values)[newest], np.nan)
 
 
 def _alive(about, path) -> dict[str, np.ndarray]:

@@ -240,6 +240,31 @@ def select(
     )
 
 
+def trials(
+  scores: structure.Groups,
+  masks: structure.Groups,
+  saved: int,
+  rules: Rules,
+  cost: budgets.Cost,
+) -> structure.Groups:
+  """What a prune would leave if it took groups of one type alone.
+
+  Args:
+    scores: within a type, the lowest go first, as in `select`.
+    masks: as for `select`.
+    saved: positive, in units of `cost`: a trial takes the fewest moves that
+      save as much, by what is priced; one at least, and none from the floors.
+    rules: policy, floors, and what a price counts.
+    cost: the budget.
+
+  Returns:
+    [4, ...]: `masks`, then each type's trial, in the order of
+    `structure.TYPES`.
+  """
+  with jax.enable_x64(True):
+    return _trials(scores, masks, np.int64(saved), rules, cost)
+
+
 class _Moves(NamedTuple):
   """The moves of one type, in the order in which they can be made.
 
@@ -261,20 +286,7 @@ class _Moves(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=('rules', 'cost'))
 def _select(scores, masks, target, final, rules, cost):
-  # In moves from here on, which are blocks under 'ragged'. The stem is one
-  # layer, taken channel by channel under both policies.
-  smallest, multiple = list(rules.smallest()), list(rules.multiple_of)
-  moves = []
-  for i, name in enumerate(structure.TYPES):
-    score_NX = jnp.atleast_2d(getattr(scores, name))
-    mask_NX = jnp.atleast_2d(getattr(masks, name))
-    if rules.policy == 'ragged' and name != 'stem':
-      kept = smallest[i] // multiple[i]
-      moves.append(_ragged(score_NX, mask_NX, multiple[i], kept))
-      smallest[i], multiple[i] = len(mask_NX) * kept, 1
-    else:
-      moves.append(_uniform(score_NX, mask_NX))
-  smallest, multiple = jnp.array(smallest), jnp.array(multiple)
+  moves, smallest, multiple = _all_moves(scores, masks, rules)
   groups = jnp.array([m.groups for m in moves])
   total = jnp.array([m.score.size - 1 for m in moves])
   live = jnp.stack([getattr(masks, t).sum() for t in structure.TYPES])
@@ -324,6 +336,43 @@ def _select(scores, masks, target, final, rules, cost):
       )
     )
   )
+
+
+@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
+def _trials(scores, masks, saved, rules, cost):
+  moves, smallest, _ = _all_moves(scores, masks, rules)
+  live = [getattr(masks, t).sum() for t in structure.TYPES]
+  units = _priced(live, rules, cost)
+  tried = [masks]
+  for i, (name, m) in enumerate(zip(structure.TYPES, moves, strict=True)):
+    left = live[i] // m.groups
+    unit = jnp.asarray(units[i] * m.groups)
+    count = jnp.where(unit > 0, -(-saved // jnp.maximum(unit, 1)), 1)
+    count = jnp.minimum(count, jnp.maximum(left - smallest[i], 0))
+    mask = getattr(masks, name)
+    kept = (m.at >= m.score.size - 1 - left + count).reshape(mask.shape)
+    tried.append(masks.replace(**{name: mask & kept}))
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tried)
+
+
+def _all_moves(scores, masks, rules):
+  """The moves of each type; floors and multiples, counted in moves.
+
+  A move is a block under 'ragged'. The stem is one layer, taken channel by
+  channel under both policies.
+  """
+  smallest, multiple = list(rules.smallest()), list(rules.multiple_of)
+  moves = []
+  for i, name in enumerate(structure.TYPES):
+    score_NX = jnp.atleast_2d(getattr(scores, name))
+    mask_NX = jnp.atleast_2d(getattr(masks, name))
+    if rules.policy == 'ragged' and name != 'stem':
+      kept = smallest[i] // multiple[i]
+      moves.append(_ragged(score_NX, mask_NX, multiple[i], kept))
+      smallest[i], multiple[i] = len(mask_NX) * kept, 1
+    else:
+      moves.append(_uniform(score_NX, mask_NX))
+  return moves, jnp.array(smallest), jnp.array(multiple)
 
 
 def _uniform(score_NX, mask_NX) -> _Moves:

@@ -110,7 +110,8 @@ def config(
       'prune': {
         'policy': 'uniform', 'schedule': 'linear', 'stages': 1, 'rest': 0.0,
         'begin_tokens': 2 * step, 'end_tokens': 18 * step, 'every': 2,
-        'saliency': 'taylor1', 'ema': 0.9, 'price_embedding': False,
+        'saliency': 'taylor1', 'ema': 0.9, 'calibrate': False,
+        'price_embedding': False,
         'floors': {'heads': 3, 'ffn': 24, 'stem': 16},
         'multiple_of': {'heads': 1, 'ffn': 8, 'stem': 8},
       },

@@ -306,6 +306,30 @@ def batch_loss(
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute'))
+def trial_losses(
+  params: structure.Params,
+  masks_C: structure.Groups,
+  windows_ABT: Array,
+  *,
+  cfg: structure.ModelConfig,
+  compute: model.Compute,
+) -> Array:
+  """Mean loss of one batch under each of C masks, [C] nats per token.
+
+  One micro-batch after another, so that the logits are bounded as in training.
+  """
+
+  def trial(masks):
+    losses_A = jax.lax.map(
+      lambda windows_BT: model.loss(params, masks, windows_BT, cfg, compute),
+      windows_ABT,
+    )
+    return losses_A.mean()
+
+  return jax.lax.map(trial, masks_C)
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'compute'))
 def sum_losses(
   params: structure.Params,
   masks: structure.Groups,

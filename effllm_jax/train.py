@@ -276,7 +276,7 @@ class Run:
     log = step % self.config.train.log_every == 0 or step == plan.steps
     if plan.prunes(step):
       self._check_scored(step, numbers)
-      self._prune(step)
+      self._prune(step, windows_ABT)
     if (
       log or plan.prunes(step) or plan.evaluates(step) or plan.checkpoints(step)
     ):
@@ -310,7 +310,7 @@ class Run:
       if log
       else None
     )
-    event = self._shrink(step, windows_ABT[0])
+    event = self._shrink(step, windows_ABT)
     if row:
       if int(self.state.in_a_row):
         self.progress.say(f'step {step} is skipped: {_told(numbers)}')
@@ -398,7 +398,17 @@ class Run:
       ).compile()
     if score:
       # The first calls compile; the times of steps shall not include that.
-      pruning.select(self.state.prune, self.plan, self.plan.schedule.start)
+      start_size = self.plan.schedule.start
+      if self.plan.calibrate:
+        pruning.calibrate(
+          self.state.params,
+          self.state.prune,
+          windows_ABT,
+          self.cfg,
+          self.plan,
+          start_size,
+        )
+      pruning.select(self.state.prune, self.plan, start_size)
       pruning.prices(self.state.prune, self.plan)
     self.progress.phase(self.plan.phase(step))
     return time.perf_counter() - start
@@ -412,10 +422,22 @@ class Run:
         '--config.model.dtype'
       )
 
-  def _prune(self, step: int) -> None:
+  def _prune(self, step: int, windows_ABT) -> None:
     """Flips mask bits until the schedule's size is reached; logs what went."""
     prune, plan = self.state.prune, self.plan
     target = plan.schedule.at(plan.tokens(step))
+    measured = {}
+    if plan.calibrate:
+      prune, trials = pruning.calibrate(
+        self.state.params,
+        prune,
+        self._sound(windows_ABT),
+        self.cfg,
+        plan,
+        target,
+      )
+      self.meter.calibrate(self.cfg, self.extents)
+      measured = {'trials': trials}
     masks = jax.device_put(
       pruning.select(prune, plan, target), sharding.everywhere(self.mesh)
     )
@@ -442,11 +464,20 @@ class Run:
         'live_params': selection.live_params(masks, self.cfg),
         'removed': pruning.removed(prune, masks),
         'price': pruning.prices(prune, plan),
+        **measured,
         **repaired,
       }
     )
-    self.state = self.state.replace(prune=prune.replace(masks=masks))
+    self.state = self.state.replace(prune=self.state.prune.replace(masks=masks))
     self.extents = self._extents()
+
+  def _sound(self, windows_ABT) -> jax.Array:
+    """The batch; held-out windows for one that was skipped: it has no loss."""
+    if not int(self.state.in_a_row):
+      return windows_ABT
+    held = next(iter(self.heldout.values()))
+    rows = np.resize(held.windows, windows_ABT.shape)
+    return sharding.put(rows, sharding.batches(self.mesh))
 
   def _repaired_on(self) -> jax.Array:
     """The newest batches of all processes as one, [B, T + 1]."""
@@ -513,7 +544,7 @@ class Run:
         )
         self.progress.say(f'repair after step {step}: {name} {how}')
 
-  def _shrink(self, step: int, windows_BT) -> events.ShrinkEvent | None:
+  def _shrink(self, step: int, windows_ABT) -> events.ShrinkEvent | None:
     """Makes the arrays smaller, where the plan wants that after this step."""
     old, masks = self.cfg, self.state.prune.masks
     new = pruning.shrunk(masks, old, self.plan, step)
@@ -521,13 +552,14 @@ class Run:
       return None
     start = time.perf_counter()
     self.progress.phase('shrinking')
-    if int(self.state.in_a_row):
-      # A batch that was skipped has no loss to compare.
-      held = next(iter(self.heldout.values()))
-      rows = np.resize(held.windows, windows_BT.shape)
-      windows_BT = sharding.put_rows(rows, self.mesh)
     self.state, event = pruning.shrink(
-      self.state, windows_BT, old, new, self.plan, self.tx, self.num_events
+      self.state,
+      self._sound(windows_ABT)[0],
+      old,
+      new,
+      self.plan,
+      self.tx,
+      self.num_events,
     )
     if new != old:
       self.cfg, self.compiled = new, {}

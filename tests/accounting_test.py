@@ -66,6 +66,17 @@ def test_scores_and_teachers_are_counted_apart():
   assert spent.spent['teacher'] == 2 * sum(by_hand(teacher, 32))
 
 
+def test_trials_are_four_forward_passes_and_count_as_scores():
+  spent, narrow = meter(), meter()
+  spent.calibrate(CFG)
+  assert spent.spent['score'] == 4 * sum(by_hand(CFG, 32))
+  reach = {'heads': np.array([2, 2]), 'ffn': np.array([8, 8])}
+  narrow.calibrate(CFG, reach)
+  small = dataclasses.replace(CFG, F=8)
+  assert narrow.spent['score'] == 4 * sum(by_hand(small, 32))
+  assert sum(narrow.spent.values()) == narrow.spent['score']
+
+
 def test_a_repair_is_a_pass_and_what_its_matrices_need():
   layers, _ = by_hand(CFG, 32)
   spent = meter()

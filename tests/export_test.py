@@ -70,6 +70,7 @@ def made(step=7, **config):
       evals=[],
       shrinks=[],
       prune_tokens=np.zeros(0),
+      calibrated=False,
       removed={},
     ),
   )

@@ -183,6 +183,59 @@ def test_equals_the_brute_force_greedy(name, kind, seed):
     assert len(set(widths['ffn'])) == len(set(widths['heads'])) == 1
 
 
+def trial(i, scores, masks, saved, rules, cost):
+  """Masks without the fewest moves of type `i` that save as much."""
+  name = structure.TYPES[i]
+  mask = np.atleast_2d(np.array(getattr(masks, name)))
+  score = np.atleast_2d(np.asarray(getattr(scores, name), np.float64))
+  counts = [int(getattr(masks, t).sum()) for t in structure.TYPES]
+  blockwise = rules.policy == 'ragged' and i < 2
+  block = rules.multiple_of[i] if blockwise else 1
+  floor = rules.smallest()[i]
+  one = [x - (j == i) for j, x in enumerate(counts)]
+  worth = cost.size(*counts) - cost.size(*one)
+  if i == 2 and not rules.price_embedding:
+    worth -= cost.unpriced_stem
+  lowest = lambda n: sorted(np.flatnonzero(mask[n]), key=lambda x: score[n][x])
+  won, moved = 0, False
+  while (worth > 0 and won < saved) or not moved:
+    rooms = [n for n, row in enumerate(mask) if row.sum() - block >= floor]
+    if not rooms:
+      break
+    if blockwise:
+      mean = lambda n: np.mean(score[n][lowest(n)[:block]])
+      rooms = [min(rooms, key=mean)]
+    for n in rooms:
+      mask[n][lowest(n)[:block]] = False
+    won, moved = won + worth * block * len(rooms), True
+  return masks.replace(**{name: mask.reshape(getattr(masks, name).shape)})
+
+
+@pytest.mark.parametrize('kind', ['params', 'ms'])
+@pytest.mark.parametrize('name', RULES)
+def test_a_trial_takes_one_type_alone(name, kind):
+  cfg = conftest.make_config(K=4, G=2, N=3, F=24, D=16)
+  rules, cost = RULES[name], BUDGETS[kind](cfg)
+  scores, masks = varied_scores(cfg, 0), structure.all_alive(cfg)
+  final = least(cfg, rules, cost)
+  for share in (0.001, 0.1, 0.5, 2.0):
+    saved = max(int(share * cost.live(masks)), 1)
+    tried = selection.trials(scores, masks, saved, rules, cost)
+    jax.tree.map(lambda x, m: np.testing.assert_array_equal(x[0], m),
+                 tried, masks)  # fmt: skip
+    for i in range(3):
+      want = trial(i, scores, masks, saved, rules, cost)
+      got = jax.tree.map(lambda x, i=i: x[i + 1], tried)
+      jax.tree.map(np.testing.assert_array_equal, got, want)
+    if share == 0.001:
+      # One move of each at least.
+      for i, name in enumerate(structure.TYPES):
+        assert (getattr(tried, name)[i + 1] != getattr(masks, name)).any()
+    # The next ones are of what a prune has left.
+    target = max(int(0.8 * cost.live(masks)), final)
+    masks = selection.select(scores, masks, target, final, rules, cost)
+
+
 @pytest.mark.parametrize('name', RULES)
 def test_the_smallest_target_gives_the_floors(name):
   """And every target above it can be met; nothing is left to take."""

@@ -60,6 +60,7 @@ def changes_of(root, mesh, kernels='xla'):
     'prune.multiple_of.stem': 16,
     'optimizer.warmup_tokens': tokens,
     'optimizer.decay_tokens': tokens,
+    'prune.calibrate': True,
     'repair.enabled': True,
     'repair.batches': 2,
     'repair.damping': 1.0,

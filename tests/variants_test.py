@@ -16,13 +16,14 @@ from effllm_jax import report
 from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import steps
+from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
 
 # Ragged with repair and distillation, priced and measured in FLOPs, falling in
-# two cubic stages, on Adam's momentum.
+# two cubic stages, on Adam's momentum, calibrated.
 ALL = {
   'budget.kind': 'flops',
   'budget.context': 32,
@@ -35,6 +36,7 @@ ALL = {
   'prune.rest': 0.6,
   'prune.every': 1,
   'prune.saliency': 'taylor1_momentum',
+  'prune.calibrate': True,
   'repair.enabled': True,
   'repair.batches': 3,
   'distill.weight': 0.5,
@@ -132,6 +134,21 @@ def test_nothing_is_pruned_during_a_rest(everything):
   assert gaps.max() > gaps.min()
 
 
+def test_trials_are_recorded_and_prices_are_in_what_they_measured(everything):
+  """The scores here are of Adam's momentum; a live type keeps a price."""
+  first, *_ = found = trace(everything)
+  for row in found:
+    for t, tried in row['trials'].items():
+      assert tried['groups'] > 0 or row['price'][t] == 0, (row['step'], t)
+      assert np.isfinite(tried['change'])
+      assert (row['price'][t] == 0) == (tried['change'] <= 0)
+  # Of a whole type, before anything has gone: what the sum of its trial says.
+  assert first['trials']['ffn']['score'] > 0
+  assert {t: len(first['removed'][t]) for t in structure.TYPES} != {
+    t: 0 for t in structure.TYPES
+  }
+
+
 def test_repair_never_raises_the_error_of_a_layer(everything):
   repaired = [row['repair'] for row in trace(everything)]
   worked = [fit for row in repaired for fit in row.values() if fit['damping']]
@@ -165,6 +182,7 @@ def test_flops_are_those_of_the_arrays_of_each_step(reference):
     step = row['step']
     meter.step(cfg, step <= last, teacher)
     if step in pruned:
+      meter.calibrate(cfg)
       fits = pruned[step]['repair']
       meter.repair(cfg, [n for n, fit in fits.items() if fit['damping']], 3)
     assert row['flops'] == meter.spent

@@ -104,6 +104,9 @@ def get_config() -> ml_collections.ConfigDict:
   # fisher, magnitude, activation or random: see effllm_jax/saliency.py.
   config.prune.saliency = 'fisher'
   config.prune.ema = 0.95  # of scores; 0 keeps the last batch only
+  # Before a prune take the lowest groups of each type away on trial, and scale
+  # the scores of the type to what that adds to the loss: 4 forward passes.
+  config.prune.calibrate = False
   # Whether the embedding counts in the price of a stem channel. Counted, the
   # stem looks cheap and goes first, which costs this small model dearly. Where
   # the embedding is most of the target, count it: the stem has to go then.

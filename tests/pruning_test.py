@@ -1,0 +1,155 @@
+"""What trials make of scores, against float64 and against `select`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effllm_jax import model
+from effllm_jax import plan as plan_lib
+from effllm_jax import pruning
+from effllm_jax import sharding
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+from experiments.configs import smollm2_135m
+from tests import conftest
+
+CFG = conftest.make_config(K=4, F=24)
+
+
+@functools.cache
+def plan(policy) -> plan_lib.Plan:
+  config = smollm2_135m.get_config()
+  config.update_from_flattened_dict(
+    conftest.small_run(
+      '', '',
+      **{'prune.policy': policy, 'budget.target': 0.5 * CFG.num_params(),
+         'prune.floors.stem': 8, 'prune.floors.ffn': 4,
+         'prune.multiple_of.ffn': 4, 'prune.calibrate': True},
+    )
+  )  # fmt: skip
+  return plan_lib.make(config, CFG, mesh=sharding.make(1, 1, 1))
+
+
+def calibrate(scores, policy='uniform', params=None, masks=None, share=0.9):
+  """Scaled scores, what the trials were, and the masks that are chosen."""
+  params = conftest.make_params(CFG) if params is None else params
+  prune = state_lib.PruneState(
+    masks=structure.all_alive(CFG) if masks is None else masks,
+    scores=scores,
+    origin=structure.all_alive(CFG),
+    count=jnp.int32(1),
+  )
+  made, target = plan(policy), int(share * CFG.num_params())
+  windows_ABT = conftest.make_tokens(CFG, 4).reshape(2, 2, -1)
+  prune, found = pruning.calibrate(
+    params, prune, windows_ABT, CFG, made, target
+  )
+  return prune, found, pruning.select(prune, made, target)
+
+
+def float64_loss(params, masks):
+  with jax.enable_x64(True):
+    compute = model.Compute(dtype='float64', remat='none')
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    windows_BT = conftest.make_tokens(CFG, 4)
+    return float(
+      steps.batch_loss(params, masks, windows_BT, cfg=CFG, compute=compute)
+    )
+
+
+@pytest.mark.parametrize('policy', ['uniform', 'ragged'])
+def test_the_scores_of_a_trial_add_up_to_what_it_does(policy):
+  """And the order within a type stays."""
+  scores = conftest.make_scores(CFG)
+  prune, found, _ = calibrate(scores, policy)
+  params, alive = conftest.make_params(CFG), structure.all_alive(CFG)
+  whole, rose = float64_loss(params, alive), 0
+  for t in structure.TYPES:
+    before, after = (
+      np.asarray(getattr(tree, t), np.float64)
+      for tree in (scores, prune.scores)
+    )
+    # The lowest: of every layer, or wherever a block of 4 or 1 is cheapest.
+    count = found[t]['groups']
+    if t == 'stem' or policy == 'uniform':
+      rows = np.atleast_2d(before)
+      each = count // len(rows)
+      kept = np.argsort(np.argsort(rows, axis=-1), axis=-1) >= each
+      mask = kept.reshape(before.shape)
+      assert found[t]['score'] == pytest.approx(before[~mask].sum(), rel=1e-6)
+      removed = alive.replace(**{t: jnp.asarray(mask)})
+      want = float64_loss(params, removed) - whole
+      assert found[t]['change'] == pytest.approx(want, abs=1e-5)
+    rate = max(found[t]['change'], 0.0) / found[t]['score']
+    np.testing.assert_allclose(after, rate * before, rtol=1e-5)
+    assert count > 0
+    rose += rate > 0
+  assert rose
+
+
+@pytest.mark.parametrize('policy', ['uniform', 'ragged'])
+def test_no_type_gains_by_the_unit_of_its_score(policy):
+  """So that any score compares types."""
+  scores = conftest.make_scores(CFG)
+  plain, _, want = calibrate(scores, policy)
+  for factors in ((100.0, 1.0, 1e-3), (1e-4, 7.0, 1e4)):
+    other, _, got = calibrate(
+      jax.tree.map(jnp.multiply, scores, structure.Groups(*factors)), policy
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5),
+      other.scores,
+      plain.scores,
+    )
+
+
+def test_what_does_nothing_goes_first():
+  """Channels that write nothing, however dear their score."""
+  params, scores = conftest.make_params(CFG), conftest.make_scores(CFG)
+  idle = params.replace(
+    layers=params.layers.replace(w_down=jnp.zeros_like(params.layers.w_down))
+  )
+  dear = scores.replace(ffn=1e6 * scores.ffn)
+  prune, found, masks = calibrate(dear, params=idle)
+  assert found['ffn']['change'] == 0
+  assert not np.asarray(prune.scores.ffn).any()
+  assert masks.heads.all() and masks.stem.all() and not masks.ffn.all()
+
+
+def test_what_breaks_the_model_goes_last(monkeypatch):
+  """Also where it costs nothing by its score; and a fall is no loss."""
+  scores = conftest.make_scores(CFG)
+  cheap = scores.replace(heads=0 * scores.heads, stem=1e-9 * scores.stem)
+  for broken in (np.nan, np.inf):
+    monkeypatch.setattr(
+      steps, 'trial_losses', lambda *_, x=broken, **__: [2.0, x, 1.9, x]
+    )
+    prune, found, masks = calibrate(cheap, 'ragged')
+    assert [found[t]['change'] for t in structure.TYPES] == [
+      None, pytest.approx(-0.1), None,
+    ]  # fmt: skip
+    assert not np.asarray(prune.scores.ffn).any()
+    assert masks.heads.all() and masks.stem.all() and not masks.ffn.all()
+
+
+def test_floors_are_kept_and_nothing_to_try_is_no_change():
+  scores, (K, F, D) = conftest.make_scores(CFG), (1, 4, 8)
+  smallest = dataclasses.replace(CFG, K=K, F=F, D=D).num_params()
+  _, found, _ = calibrate(scores, share=smallest / CFG.num_params())
+  assert [found[t]['groups'] for t in structure.TYPES] == [
+    CFG.N * (CFG.K - K), CFG.N * (CFG.F - F), CFG.D - D,
+  ]  # fmt: skip
+  alive = structure.all_alive(CFG)
+  masks = structure.Groups(
+    heads=alive.heads.at[:, K:].set(False),
+    ffn=alive.ffn.at[:, F:].set(False),
+    stem=alive.stem.at[D:].set(False),
+  )
+  _, found, _ = calibrate(scores, masks=masks)
+  assert all(x['groups'] == x['change'] == 0 for x in found.values())
