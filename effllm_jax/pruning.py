@@ -43,21 +43,18 @@ def select(
   )
 
 
-def calibrate(
+def trials(
   params: structure.Params,
   prune: state_lib.PruneState,
   windows_ABT: jax.Array,
   cfg: structure.ModelConfig,
   plan: plan_lib.Plan,
   target: int,
-) -> tuple[state_lib.PruneState, dict[str, dict[str, float]]]:
-  """Scales the scores of each type to what a trial of it adds to the loss.
+) -> dict[str, dict[str, float | None]]:
+  """What the loss would be if a prune took groups of one type alone.
 
-  A trial takes the lowest groups of one type, as many as a prune to `target`
-  would take of it alone. The sum of its scores becomes the change of the loss,
-  in nats per token, or 0 where the loss falls: so that any score can compare
-  types, and those that are no change of a loss get that unit. The order within
-  a type stays.
+  A trial takes the lowest groups of a type, as many as a prune to `target`
+  would take of it.
 
   Args:
     params: of the model as it is.
@@ -68,8 +65,8 @@ def calibrate(
     target: of the prune, in units of the budget.
 
   Returns:
-    `prune` with such scores, and by type, of its trial, `groups` taken,
-    `change` of the loss, and `score`, their sum before it was scaled.
+    By type: `groups` taken, the `change` of the loss, nats per token (None: it
+    is not finite), and `score`, the sum of theirs.
   """
   scores, masks = prune.scores, prune.masks
   saved = max(plan.cost.live(masks) - target, 1)
@@ -85,26 +82,59 @@ def calibrate(
     ),
     np.float64,
   )
-  found, rates = {}, {}
+  found = {}
   for i, name in enumerate(structure.TYPES, 1):
     mask_CNX = np.asarray(getattr(tried, name))
     gone = mask_CNX[0] & ~mask_CNX[i]
-    total = float(np.asarray(getattr(scores, name), np.float64)[gone].sum())
-    change = float(losses[i] - losses[0])
-    rate = _MOST
-    if math.isfinite(change):
-      rate = max(change, 0.0) / total if total > 0 else 0.0
-    rates[name] = np.float32(min(rate, _MOST))
+    score = np.asarray(getattr(scores, name), np.float64)
     found[name] = {
-      'groups': int(gone.sum()), 'change': finite(change), 'score': total
-    }  # fmt: skip
-  scaled = _scaled(scores, structure.Groups(**rates))
-  return prune.replace(scores=scaled), found
+      'groups': int(gone.sum()),
+      'change': finite(float(losses[i] - losses[0])),
+      'score': float(score[gone].sum()),
+    }
+  return found
+
+
+class Exchange:
+  """How many nats a unit of each type's score is worth, by its trials.
+
+  The change of the loss over the sum of scores, both averaged over the prunes
+  so far. One trial of 512 tokens can be off by half and more, and the type that
+  looks cheapest is then the one that was measured worst: `fisher` on SmolLM2,
+  whose unit is right within a third, ended 0.02 bits per byte worse by the
+  newest trial alone (BENCHMARKS.md).
+  """
+
+  def __init__(self, decay: float):
+    """Starts without trials; a prune counts `decay` of the one after it."""
+    self._decay = decay
+    self._sums = dict.fromkeys(structure.TYPES, (0.0, 0.0))
+    self._broken = set()
+
+  def add(self, found: dict[str, dict[str, float | None]]) -> None:
+    """Takes in the `trials` of one prune."""
+    self._broken = {t for t, x in found.items() if x['change'] is None}
+    for name in found.keys() - self._broken:
+      change, score = (self._decay * x for x in self._sums[name])
+      trial = found[name]
+      self._sums[name] = change + trial['change'], score + trial['score']
+
+  def scaled(self, prune: state_lib.PruneState) -> state_lib.PruneState:
+    """Scores in nats per token, in their order within a type.
+
+    0 where the loss did not rise; what broke the model in its newest trial
+    costs more than all else.
+    """
+    rates = {}
+    for name, (change, score) in self._sums.items():
+      rate = max(change, 0.0) / score if score > 0 else 0.0
+      rates[name] = np.float32(_MOST if name in self._broken else rate)
+    scores = _scaled(prune.scores, structure.Groups(**rates))
+    return prune.replace(scores=scores)
 
 
 @jax.jit
 def _scaled(scores, rates):
-  # What breaks the model goes last, also where its score is 0.
   return jax.tree.map(
     lambda s, r: jnp.where(r < _MOST, r * s, _MOST), scores, rates
   )

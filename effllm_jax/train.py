@@ -223,6 +223,7 @@ class Run:
       plan.recipe.compute.remat,
       moment.flops if restored else None,
     )
+    self.exchange = _exchange(plan, workdir / 'trace.jsonl', resume)
     self.compiled = {}
     # Since the last row: not every step has one.
     self.compile_seconds = self.busy_seconds = 0.0
@@ -399,8 +400,10 @@ class Run:
     if score:
       # The first calls compile; the times of steps shall not include that.
       start_size = self.plan.schedule.start
+      pruning.select(self.state.prune, self.plan, start_size)
       if self.plan.calibrate:
-        pruning.calibrate(
+        self.exchange.scaled(self.state.prune)
+        pruning.trials(
           self.state.params,
           self.state.prune,
           windows_ABT,
@@ -408,7 +411,6 @@ class Run:
           self.plan,
           start_size,
         )
-      pruning.select(self.state.prune, self.plan, start_size)
       pruning.prices(self.state.prune, self.plan)
     self.progress.phase(self.plan.phase(step))
     return time.perf_counter() - start
@@ -428,7 +430,7 @@ class Run:
     target = plan.schedule.at(plan.tokens(step))
     measured = {}
     if plan.calibrate:
-      prune, trials = pruning.calibrate(
+      trials = pruning.trials(
         self.state.params,
         prune,
         self._sound(windows_ABT),
@@ -436,6 +438,8 @@ class Run:
         plan,
         target,
       )
+      self.exchange.add(trials)
+      prune = self.exchange.scaled(prune)
       self.meter.calibrate(self.cfg, self.extents)
       measured = {'trials': trials}
     masks = jax.device_put(
@@ -631,6 +635,21 @@ class Run:
     if self.plan.last_prune(step):
       return 'pruned'
     return self.plan.phase(step)
+
+
+def _exchange(plan, path: pathlib.Path, resume: int) -> pruning.Exchange:
+  """With the trials of the prunes up to step `resume`."""
+  exchange = pruning.Exchange(plan.recipe.decay**plan.every)
+  for row in workdir_lib.read(path) if plan.calibrate else ():
+    try:
+      if row['step'] <= resume:
+        exchange.add(row['trials'])
+    except (AttributeError, KeyError, TypeError) as e:
+      raise errors.InputError(
+        f'{path} lacks or misspells {e} at step {row["step"]}; restore or '
+        'delete it'
+      ) from e
+  return exchange
 
 
 def _told(numbers) -> str:

@@ -65,6 +65,7 @@ _SCRATCH = {'init': 'random', 'prune.policy': 'none'}
 _REPAIR = {'repair.enabled': True}
 _TEACHER = {'distill.weight': 0.5}
 _ONESHOT = {'prune.schedule': 'oneshot'}
+_CALIBRATE = {'prune.calibrate': True}
 _ACTIVATION = {'prune.saliency': 'activation'}
 _RAGGED = {
   'prune.policy': 'ragged', 'prune.saliency': 'fisher',
@@ -76,6 +77,7 @@ ARMS = (
   Arm('ours_b', _REPAIR),
   Arm('ours_ragged', _RAGGED),
   Arm('ours_ragged_b', _RAGGED | _REPAIR),
+  Arm('ours_ragged_b_calibrate', _RAGGED | _REPAIR | _CALIBRATE),
   Arm('ours_b_activation', _REPAIR | _ACTIVATION),
   Arm('ours_a_distill', _TEACHER),
   Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
@@ -92,7 +94,7 @@ ARMS = (
 
 
 def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
-  """`ours_a` with one setting changed."""
+  """`ours_a` with one setting changed, or with another score and trials."""
   every, batch = config.prune.every, config.data.batch_size
   begin, end = config.prune.begin_tokens, config.prune.end_tokens
   embedding = config.prune.price_embedding
@@ -105,6 +107,9 @@ def sensitivity(config: ml_collections.ConfigDict) -> tuple[Arm, ...]:
     Arm('ours_a_late', {'prune.end_tokens': begin + (end - begin) * 2}),
     Arm('ours_a_activation', _ACTIVATION),
     Arm('ours_a_fisher', {'prune.saliency': 'fisher'}),
+    Arm('ours_a_calibrate', _CALIBRATE),
+    Arm('ours_a_activation_calibrate', _ACTIVATION | _CALIBRATE),
+    Arm('ours_a_fisher_calibrate', {'prune.saliency': 'fisher'} | _CALIBRATE),
     # The embedding in the price of the stem, or no longer in it.
     Arm('ours_a_other_price', {'prune.price_embedding': not embedding}),
     Arm('ours_a_batch_2x', {'data.batch_size': 2 * batch}),

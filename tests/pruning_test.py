@@ -46,9 +46,10 @@ def calibrate(scores, policy='uniform', params=None, masks=None, share=0.9):
   )
   made, target = plan(policy), int(share * CFG.num_params())
   windows_ABT = conftest.make_tokens(CFG, 4).reshape(2, 2, -1)
-  prune, found = pruning.calibrate(
-    params, prune, windows_ABT, CFG, made, target
-  )
+  found = pruning.trials(params, prune, windows_ABT, CFG, made, target)
+  exchange = pruning.Exchange(0.5)
+  exchange.add(found)
+  prune = exchange.scaled(prune)
   return prune, found, pruning.select(prune, made, target)
 
 
@@ -136,6 +137,32 @@ def test_what_breaks_the_model_goes_last(monkeypatch):
     ]  # fmt: skip
     assert not np.asarray(prune.scores.ffn).any()
     assert masks.heads.all() and masks.stem.all() and not masks.ffn.all()
+
+
+def test_rates_are_averages_over_the_prunes():
+  """One trial is noisy; one that broke the model counts until the next."""
+  scores, exchange = conftest.make_scores(CFG), pruning.Exchange(0.5)
+  prune = state_lib.PruneState(
+    masks=structure.all_alive(CFG), scores=scores,
+    origin=structure.all_alive(CFG), count=jnp.int32(1),
+  )  # fmt: skip
+  says = lambda *changes: {
+    t: {'groups': 1, 'change': c, 'score': 2.0}
+    for t, c in zip(structure.TYPES, changes, strict=True)
+  }
+  for changes, rates in (
+    ((1.0, -1.0, 4.0), (0.5, 0.0, 2.0)),
+    ((3.0, 2.0, None), (3.5 / 3, 1.5 / 3, None)),
+    ((0.0, 0.0, 0.0), (1.75 / 3.5, 0.75 / 3.5, 2 / 3)),
+  ):
+    exchange.add(says(*changes))
+    scaled = exchange.scaled(prune).scores
+    for t, rate in zip(structure.TYPES, rates, strict=True):
+      score = np.asarray(getattr(scores, t))
+      want = np.full_like(score, np.finfo(np.float32).max)
+      if rate is not None:
+        want = score * rate
+      np.testing.assert_allclose(getattr(scaled, t), want, rtol=1e-6)
 
 
 def test_floors_are_kept_and_nothing_to_try_is_no_change():

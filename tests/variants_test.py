@@ -12,11 +12,11 @@ from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import model
+from effllm_jax import pruning
 from effllm_jax import report
 from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import steps
-from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
@@ -134,19 +134,16 @@ def test_nothing_is_pruned_during_a_rest(everything):
   assert gaps.max() > gaps.min()
 
 
-def test_trials_are_recorded_and_prices_are_in_what_they_measured(everything):
-  """The scores here are of Adam's momentum; a live type keeps a price."""
+def test_prices_are_in_what_trials_measured(everything):
+  """At the first prune those of nothing else; each type was tried."""
   first, *_ = found = trace(everything)
+  exchange = pruning.Exchange(0.9)
   for row in found:
-    for t, tried in row['trials'].items():
-      assert tried['groups'] > 0 or row['price'][t] == 0, (row['step'], t)
-      assert np.isfinite(tried['change'])
-      assert (row['price'][t] == 0) == (tried['change'] <= 0)
-  # Of a whole type, before anything has gone: what the sum of its trial says.
-  assert first['trials']['ffn']['score'] > 0
-  assert {t: len(first['removed'][t]) for t in structure.TYPES} != {
-    t: 0 for t in structure.TYPES
-  }
+    assert all(x['groups'] and x['score'] > 0 for x in row['trials'].values())
+    exchange.add(row['trials'])
+    for t, (change, _) in exchange._sums.items():
+      assert (row['price'][t] == 0) == (change <= 0), (row['step'], t)
+  assert any(first['removed'].values())
 
 
 def test_repair_never_raises_the_error_of_a_layer(everything):
