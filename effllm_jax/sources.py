@@ -44,7 +44,10 @@ _SAVED = {
 
 
 def load(
-  source: str | os.PathLike, cache: str | os.PathLike, params: bool = True
+  source: str | os.PathLike,
+  cache: str | os.PathLike,
+  params: bool = True,
+  flag: str = '--config.source',
 ) -> Source:
   """Loads a model.
 
@@ -53,6 +56,7 @@ def load(
       safetensors and tokenizer.json, or an event or checkpoint of a run.
     cache: folder outside the repository for what is fetched.
     params: also read the weights; without, `Source.params` is None.
+    flag: what the user has named the source by.
 
   Raises:
     errors.InputError: an unknown source, a damaged or incomplete file, or an
@@ -83,8 +87,8 @@ def load(
   if path.suffix.lower() == '.gguf' and os.path.isfile(path):
     return gguf_source.read(path, params)
   raise errors.InputError(
-    f'source {str(source)!r} is not known; set --config.source to {DEFAULT}, '
-    'to an existing .gguf file, to a Hugging Face folder (config.json and '
+    f'source {str(source)!r} is not known; set {flag} to {DEFAULT}, to an '
+    'existing .gguf file, to a Hugging Face folder (config.json and '
     "safetensors), or to a run's events/<index> or checkpoints/<step>"
   )
 

@@ -71,7 +71,8 @@ def run(
   heldout = heldout_text(config, text, source)
   teacher = None
   if plan.recipe.distill:
-    teacher = sources.load(config.distill.teacher or config.source, cache)
+    named, flag = config.distill.teacher, '--config.distill.teacher'
+    teacher = sources.load(named or config.source, cache, flag=flag)
     teacher_lib.check(teacher, source)
     teacher = teacher_lib.Teacher(teacher, plan.recipe)
   if jax.process_index() == 0:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     cfg = brute_force.SMALL
     name = f'a model of {cfg.num_params():,} parameters'
   else:
-    source = sources.load(_SOURCE.value, cache)
+    source = sources.load(_SOURCE.value, cache, flag='--source')
     tokenizer, separator_id = source.tokenizer, source.separator_id
     cfg, name = source.cfg, source.name
   stream = brute_force.train_batches(text, tokenizer, separator_id, sizes, seed)

@@ -347,6 +347,9 @@ def test_a_teacher_with_another_vocabulary_is_refused(setting, tmp_path):
   other = conftest.write_model_folder(tmp_path / 'teacher', cfg)
   with pytest.raises(errors.InputError, match='has another vocabulary'):
     setting.run('no', **{'distill.weight': 1.0, 'distill.teacher': str(other)})
+  remedy = "'typo' is not known; set --config.distill.teacher to smollm2-135m"
+  with pytest.raises(errors.InputError, match=remedy):
+    setting.run('no', **{'distill.weight': 1.0, 'distill.teacher': 'typo'})
 
 
 def test_uniform_bytes_and_a_whole_repair(setting):
