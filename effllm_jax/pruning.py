@@ -99,10 +99,10 @@ class Exchange:
   """How many nats a unit of each type's score is worth, by its trials.
 
   The change of the loss over the sum of scores, both averaged over the prunes
-  so far. One trial of 512 tokens can be off by half and more, and the type that
-  looks cheapest is then the one that was measured worst: `fisher` on SmolLM2,
-  whose unit is right within a third, ended 0.02 bits per byte worse by the
-  newest trial alone (BENCHMARKS.md).
+  so far. One trial of 512 tokens can be off by half, and what seems cheapest is
+  then what was measured worst: `fisher` on SmolLM2, whose unit is right within
+  a third, ended 0.010 bits per byte worse by the newest trial alone, 0.005 by
+  this average (BENCHMARKS.md).
   """
 
   def __init__(self, decay: float):

@@ -1,5 +1,7 @@
 """What the loop does when something inside it goes wrong."""
 
+import dataclasses
+import json
 import math
 import time
 import types
@@ -12,10 +14,12 @@ from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import steps
+from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import pruning_test
 
 
 @pytest.fixture(scope='module', name='setting')
@@ -168,3 +172,20 @@ def test_says_so_where_a_prune_breaks_the_model(setting, monkeypatch, breaks):
     assert f'is {rows[16]["loss"]:.2f} nats per token' in lines[0]
     assert f' {t} {old[t]:g} -> {new[t]:g}' in lines[0]
     assert f'--config.prune.floors.{t}={old[t]:.0f} or' in lines[0]
+
+
+def test_a_trace_that_lost_its_trials_is_told(tmp_path):
+  """A resume needs them; those of a future that was lost it does not."""
+  plan, path = pruning_test.plan('uniform'), tmp_path / 'trace.jsonl'
+  trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
+  rows = [
+    {'step': 2, 'trials': dict.fromkeys(structure.TYPES, trial)},
+    {'step': 4},
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  assert train._exchange(plan, path, 3)._sums['ffn'] == (0.5, 2.0)
+  remedy = "lacks or misspells 'trials' at step 4; restore or delete it"
+  with pytest.raises(errors.InputError, match=remedy):
+    train._exchange(plan, path, 4)
+  off = dataclasses.replace(plan, calibrate=False)
+  assert train._exchange(off, path, 4)._sums['ffn'] == (0.0, 0.0)
