@@ -148,8 +148,8 @@ def test_says_so_where_a_prune_breaks_the_model(setting, monkeypatch, breaks):
   run, root = setting
   said, prune = [], train.Run._prune
 
-  def broken(self, step):
-    prune(self, step)
+  def broken(self, step, windows_ABT):
+    prune(self, step, windows_ABT)
     if step == 16:
       # The last that takes something, as if all others had needed that.
       params = self.state.params
