@@ -25,6 +25,7 @@ from effllm_jax import checkpoints
 from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import sources
+from effllm_jax import workdir as workdir_lib
 from tests import conftest
 from tests import runs
 
@@ -331,6 +332,19 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(finished):
   for row, after in itertools.pairwise(rows):
     same = row['learning_rate'] == after['learning_rate']
     assert same or after['step'] not in bad
+
+
+def test_trials_behind_a_skipped_batch_are_measured(setting, servers, tokens):
+  """On held-out text: that batch has no loss."""
+  folder = setting.root / 'calibrated'
+  flags = setting.arguments(folder, **CHANGES, **{'prune.calibrate': True})
+  done = servers[0].run(flags)
+  assert done.returncode == 0, done.stderr
+  bad = {row['step'] for row in runs.rows(folder, 'train') if not row['loss']}
+  trace = list(workdir_lib.read(folder / 'trace.jsonl'))
+  assert bad & {row['step'] for row in trace}
+  for row in trace:
+    assert all(x['change'] is not None for x in row['trials'].values())
 
 
 def test_too_many_skipped_steps_end_in_one_line(setting, servers, tokens):

@@ -11,6 +11,7 @@ import pytest
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
+from effllm_jax import selection
 from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -163,6 +164,19 @@ def test_rates_are_averages_over_the_prunes():
       if rate is not None:
         want = score * rate
       np.testing.assert_allclose(getattr(scaled, t), want, rtol=1e-6)
+
+
+def test_trials_compile_once_for_all_widths():
+  programs = steps.trial_losses, selection._trials, pruning._scaled
+  calibrate(conftest.make_scores(CFG))
+  compiled = [x._cache_size() for x in programs]
+  for seed, share in ((1, 0.9), (2, 0.7), (3, 0.6)):
+    calibrate(
+      conftest.make_scores(CFG, seed),
+      masks=conftest.make_masks(CFG, seed, uniform=True),
+      share=share,
+    )
+  assert [x._cache_size() for x in programs] == compiled
 
 
 def test_floors_are_kept_and_nothing_to_try_is_no_change():
