@@ -404,14 +404,7 @@ class Run:
       pruning.select(self.state.prune, self.plan, start_size)
       if self.plan.calibrate:
         self.exchange.scaled(self.state.prune)
-        pruning.trials(
-          self.state.params,
-          self.state.prune,
-          windows_ABT,
-          self.cfg,
-          self.plan,
-          start_size,
-        )
+        self._trials(windows_ABT, start_size)
       pruning.prices(self.state.prune, self.plan)
     self.progress.phase(self.plan.phase(step))
     return time.perf_counter() - start
@@ -431,14 +424,7 @@ class Run:
     target = plan.schedule.at(plan.tokens(step))
     measured = {}
     if plan.calibrate:
-      trials = pruning.trials(
-        self.state.params,
-        prune,
-        self._sound(windows_ABT),
-        self.cfg,
-        plan,
-        target,
-      )
+      trials = self._trials(self._sound(windows_ABT), target)
       self.exchange.add(trials)
       prune = self.exchange.scaled(prune)
       self.meter.calibrate(self.cfg, self.extents)
@@ -475,6 +461,17 @@ class Run:
     )
     self.state = self.state.replace(prune=self.state.prune.replace(masks=masks))
     self.extents = self._extents()
+
+  def _trials(self, windows_ABT, target: int) -> dict[str, dict]:
+    """What groups of one type alone would cost, if they made up a prune."""
+    return pruning.trials(
+      self.state.params,
+      self.state.prune,
+      windows_ABT,
+      self.cfg,
+      self.plan,
+      target,
+    )
 
   def _sound(self, windows_ABT) -> jax.Array:
     """The batch; held-out windows for one that was skipped: it has no loss."""
