@@ -85,8 +85,10 @@ ARMS = (
   Arm('oneshot_taylor', _ONESHOT | {'prune.saliency': 'taylor1_group'}),
   Arm('oneshot_magnitude', _ONESHOT | {'prune.saliency': 'magnitude'}),
   Arm('oneshot_activation', _ONESHOT | _ACTIVATION),
-  # `ours_b_activation` in one cut: what going gradually is worth.
+  # `ours_b_activation` and `ours_ragged_b` in one cut: what going gradually is
+  # worth.
   Arm('oneshot_b_activation', _ONESHOT | _REPAIR | _ACTIVATION),
+  Arm('oneshot_ragged_b', _ONESHOT | _RAGGED | _REPAIR),
   Arm('scratch_found', _SCRATCH, 'found'),
   Arm('scratch_uniform', _SCRATCH, 'uniform'),
   Arm('distill_scratch', _SCRATCH | _TEACHER, 'uniform'),
