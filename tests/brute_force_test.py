@@ -60,36 +60,39 @@ def _trained(tmp_path_factory):
   tokenizer = brute_force.byte_tokenizer()
   stream = brute_force.train_batches(text, *tokenizer, SIZES, seed=0)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(brute_force.steps, 'train_step', _optimised())
+    step = _optimised(steps.train_step)
+    patch.setattr(brute_force.steps, 'train_step', step)
     params = brute_force.train_small(stream, brute_force.SMALL, STEPS, seed=0)
   batches = list(itertools.islice(stream, SIZES.batches))
   return params, batches, brute_force.heldout_windows(text, *tokenizer, SIZES)
 
 
-def _optimised():
-  """The training step with the optimisations: 300 of them pay for those."""
-  compiled, plain = [], steps.train_step
+def _optimised(plain):
+  """With the optimisations, for what runs long enough to pay for them."""
+  compiled = []
 
-  def train_step(state, windows_ABT, **static):
+  def call(*arrays, **static):
     if not compiled:
-      lowered = plain.lower(state, windows_ABT, **static)
       options = {'xla_backend_optimization_level': 3}
+      lowered = plain.lower(*arrays, **static)
       compiled.append(lowered.compile(compiler_options=options))
-    return compiled[0](state, windows_ABT)
+    return compiled[0](*arrays)
 
-  return train_step
+  return call
 
 
 @pytest.fixture(scope='module', name='result')
 def _result(trained):
   """All heads and stem channels, 128 of 512 ffn channels."""
   groups = brute_force.draw_groups(brute_force.SMALL, 128, seed=0)
-  return brute_force.measure(
-    *trained,
-    brute_force.SMALL,
-    groups,
-    tuple(FLOORS),
-  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(brute_force, '_changes', _optimised(brute_force._changes))
+    return brute_force.measure(
+      *trained,
+      brute_force.SMALL,
+      groups,
+      tuple(FLOORS),
+    )
 
 
 def test_the_model_knows_far_more_than_frequencies(trained, result):

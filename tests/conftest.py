@@ -48,9 +48,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # of Llama, Qwen2 (biases) and Qwen3 (norms).
 CONFIGS = {
   'mha-tied-1': dict(K=3, G=1, tied=True, N=1),
-  'mha-untied-2-biases': dict(K=3, G=1, tied=False, N=2, qkv_bias=True),
-  'gqa-tied-2': dict(K=2, G=3, tied=True, N=2),
-  'gqa-untied-3-norms': dict(K=2, G=2, tied=False, N=3, qk_norm=True),
+  'gqa-untied-2-biases': dict(K=2, G=3, tied=False, N=2, qkv_bias=True),
+  'gqa-tied-3-norms': dict(K=2, G=2, tied=True, N=3, qk_norm=True),
 }
 
 
@@ -275,6 +274,8 @@ def small_run(model_folder, text_folder, **changes):
     'data.seq_len': 32,
     'data.batch_size': 2,
     'data.workers': 0,
+    # The plainest kernels compile fastest.
+    'model.kernels': 'xla',
     'train.tokens': 24 * 64,
     'train.accumulate': 1,
     'optimizer.peak': 3e-3,

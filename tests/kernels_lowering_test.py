@@ -33,10 +33,9 @@ def shipped() -> dict[tuple, str]:
   return found
 
 
-@pytest.mark.parametrize(('name', 'platform', 'call'), TARGETS)
-@pytest.mark.parametrize('config', shipped().values())
-def test_a_step_of_every_shipped_config_lowers(config, name, platform, call):
-  """In scan and remat, a width for each layer, bfloat16."""
+@functools.cache
+def traced(config, name):
+  """Loss and gradient, in scan and remat, a width for each layer, bfloat16."""
   big = '1p7b' in config
   cfg = configs_test.SMOLLM_1P7B if big else configs_test.SMOLLM2
   data = configs_test.load(config).data
@@ -48,10 +47,16 @@ def test_a_step_of_every_shipped_config_lowers(config, name, platform, call):
   )
   windows = jax.ShapeDtypeStruct((data.batch_size, data.seq_len + 1), jnp.int32)
   loss = functools.partial(model.loss, cfg=cfg, compute=compute)
-  traced = jax.jit(jax.value_and_grad(loss)).trace(
+  return jax.jit(jax.value_and_grad(loss)).trace(
     structure.shapes(cfg), masks, windows
   )
-  text = traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(('name', 'platform', 'call'), TARGETS)
+@pytest.mark.parametrize('config', shipped().values())
+def test_a_step_of_every_shipped_config_lowers(config, name, platform, call):
+  lowered = traced(config, name).lower(lowering_platforms=(platform,))
+  text = lowered.as_text()
   if call:
     # Forward, again in the backward pass, and two gradients each.
     assert text.count(call) >= 12

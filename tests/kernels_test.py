@@ -215,10 +215,9 @@ def test_master_weights_get_a_float32_gradient(name):
   np.testing.assert_allclose(dw, exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('op', ['swiglu', 'attention'])
-@pytest.mark.parametrize('remat', [False, True])
-def test_a_width_for_each_layer_of_a_scan(op, remat, name):
-  """Stacked weights, one mask a layer, the gradient through it all."""
+@functools.cache
+def scanned(op, remat, implementation):
+  """Three layers of stacked weights, one mask a layer: value and gradient."""
   _, arrays, [(_, size)] = OPS[op]
   x = jnp.asarray(arrays[0], jnp.float32)
   stack = [
@@ -226,7 +225,7 @@ def test_a_width_for_each_layer_of_a_scan(op, remat, name):
   ]
   keeps = np.array([np.arange(size) < n for n in (size, 1, size // 2)])
 
-  def loss(stack, keeps, implementation):
+  def loss(stack):
     def layer(x, scanned):
       w, keep = scanned
       y = OPS[op][0](x, *w, keep, implementation=implementation)
@@ -236,36 +235,44 @@ def test_a_width_for_each_layer_of_a_scan(op, remat, name):
     x_last, _ = jax.lax.scan(layer, x, (stack, keeps))
     return jnp.square(x_last).mean()
 
-  run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+  return jax.jit(jax.value_and_grad(loss))(stack)
+
+
+@pytest.mark.parametrize('op', ['swiglu', 'attention'])
+@pytest.mark.parametrize('remat', [False, True])
+def test_a_width_for_each_layer_of_a_scan(op, remat, name):
   (value, grads), (want, wants) = (
-    run(stack, keeps, name),
-    run(stack, keeps, None),
+    scanned(op, remat, name),
+    scanned(op, False, None),
   )
   np.testing.assert_allclose(value, want, rtol=1e-5)
   for a, b in zip(grads, wants, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('op', [x for x in OPS if x != 'matmul'])
-def test_hidden_is_what_the_last_product_reads(op, name):
-  fn = OPS[op][0]
+@functools.cache
+def with_hidden(op, implementation):
+  """With two groups alive: the result, what is hidden, a gradient of both."""
   arrays = [jnp.asarray(x, jnp.float32) for x in OPS[op][1]]
   keep = jnp.arange(OPS[op][2][0][1]) < 2
-  y, h = fn(*arrays, keep, implementation=name, hidden=True)
-  w = arrays[3 if op == 'swiglu' else 4].reshape(-1, D)
+
+  def loss(arrays):
+    y, h = OPS[op][0](*arrays, keep, implementation=implementation, hidden=True)
+    return jnp.square(h).sum() + y.sum(), (y, h)
+
+  grads, (y, h) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+  return y, h, grads
+
+
+@pytest.mark.parametrize('op', [x for x in OPS if x != 'matmul'])
+def test_hidden_is_what_the_last_product_reads(op, name):
+  y, h, grads = with_hidden(op, name)
+  w = OPS[op][1][3 if op == 'swiglu' else 4].reshape(-1, D)
   np.testing.assert_allclose(h.reshape(B, T, -1) @ w, y, rtol=1e-5, atol=1e-6)
   dead = h[..., 2:] if op == 'swiglu' else h[:, :, 2:]
   assert not np.any(dead) and np.any(h)
-
   # And its gradient counts too.
-  def loss(implementation):
-    def value(arrays):
-      y, h = fn(*arrays, keep, implementation=implementation, hidden=True)
-      return jnp.square(h).sum() + y.sum()
-
-    return jax.grad(value)(arrays)
-
-  for a, b in zip(loss(name), loss('xla'), strict=True):
+  for a, b in zip(grads, with_hidden(op, 'xla')[2], strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 

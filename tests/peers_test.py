@@ -47,7 +47,6 @@ def _bench(root):
       | {
         'optimizer.weight_decay': 0.5,
         'optimizer.embedding': 0.8,
-        'model.kernels': 'xla',
       }
       | changes
     )
