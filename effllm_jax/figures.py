@@ -172,15 +172,13 @@ def _price(run):
   ends = ', '.join(
     f'{y[-1]:.3g}{tables.PERCENT} of {t}' for t, y in shares.items()
   )
-  measured = ', as the last prune measured it' if run.calibrated else ''
   plots.title(bottom, f'Pruned: {ends}', legend=not scored.size)
   return render(
     fig,
     'price',
     'Price and pruned share of each pruning type; the price is the score of a '
     'group (the loss its removal is expected to cost) divided by '
-    f'{saved} its removal saves, here the mean over the live groups of a '
-    f'type{measured}.',
+    f'{saved} its removal saves, here the mean over the live groups of a type.',
   )
 
 

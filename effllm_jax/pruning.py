@@ -103,6 +103,9 @@ class Exchange:
   then what was measured worst: `fisher` on SmolLM2, whose unit is right within
   a third, ended 0.010 bits per byte worse by the newest trial alone, 0.005 by
   this average (BENCHMARKS.md).
+
+  Attributes:
+    measured: whether there has been a trial.
   """
 
   def __init__(self, decay: float):
@@ -110,9 +113,11 @@ class Exchange:
     self._decay = decay
     self._sums = dict.fromkeys(structure.TYPES, (0.0, 0.0))
     self._broken = set()
+    self.measured = False
 
   def add(self, found: dict[str, dict[str, float | None]]) -> None:
     """Takes in the `trials` of one prune."""
+    self.measured = True
     self._broken = {t for t, x in found.items() if x['change'] is None}
     for name in found.keys() - self._broken:
       change, score = (self._decay * x for x in self._sums[name])
@@ -189,7 +194,7 @@ def sizes(
   step: int,
   source_widths: dict[str, float],
 ) -> dict[str, Any]:
-  """Live size, widths, prices and pruned shares, for the metrics."""
+  """Live size, widths and pruned shares, for the metrics."""
   widths = {
     t: float(w.mean()) for t, w in selection.live_widths(prune.masks).items()
   }
@@ -205,7 +210,6 @@ def sizes(
     ),
     'widths': widths,
     'pruned': {t: 1 - w / source_widths[t] for t, w in widths.items()},
-    'price': prices(prune, plan) if plan.scores(step) else None,
   }
 
 

@@ -7,8 +7,9 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
             the schedule begins) in the unit of `budget.kind`; flops, spent
             since the start of the run, by purpose (`accounting.PURPOSES`);
             and per type: widths (mean over the layers), price (nats/token per
-            parameter, or per unit of the budget; None while nothing is
-            scored), pruned (share of the source model's groups)
+            parameter, or per unit of the budget; as trials have measured
+            it where there are, `prune.calibrate`; None while nothing
+            is scored), pruned (share of the source model's groups)
             compile_seconds and data_seconds are not in `seconds`
     eval    step, tokens, phase, live_params, bits_per_byte, domains, seconds
     shrink  event, step, tokens, widths_before, widths_after, params_before and
@@ -18,9 +19,7 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
 
 `trace.jsonl` has one line per prune, of which `tokens` and `removed` are read:
 the groups that went, by their place in the source model, heads and ffn as
-[layer, index], stem as index. Where there were trials (`prune.calibrate`), its
-`price` is read too: the metrics have prices of the scores before they were
-scaled.
+[layer, index], stem as index.
 """
 
 import array
@@ -113,7 +112,6 @@ class Run:
     shrinks: shrink events.
     save_seconds: that the run waited for its checkpoints, all together.
     prune_tokens: tokens seen at each prune, float64 [prunes].
-    calibrated: whether the prices in `train` are what the last prune measured.
     text: manifest of the training text; empty when not recorded.
     edge: what `experiments.edge` measured, and of which step; empty before.
     benchmarks: what `experiments.evaluate` measured, a row for each step (None:
@@ -130,7 +128,6 @@ class Run:
   evals: list[dict]
   shrinks: list[dict]
   prune_tokens: np.ndarray
-  calibrated: bool
   removed: dict[str, np.ndarray]
   save_seconds: float = 0.0
   text: dict = dataclasses.field(default_factory=dict)
@@ -267,7 +264,6 @@ def read(folder: str | os.PathLike) -> Run:
   }
   columns |= {f'flops.{x}': array.array('d') for x in accounting.PURPOSES}
   evals, shrinks, saves, prune_tokens = [], [], [], array.array('d')
-  calibrated = {t: array.array('d') for t in structure.TYPES}
 
   def keep(row):
     kind = row['kind']
@@ -301,9 +297,6 @@ def read(folder: str | os.PathLike) -> Run:
 
   def prune(row):
     prune_tokens.append(_number(row['tokens']))
-    if 'trials' in row:
-      for t, prices in calibrated.items():
-        prices.append(_number(row['price'][t]))
     for t, at in removed.items():
       index = np.asarray(row['removed'][t], np.int64).reshape(-1, at.ndim)
       if ((index < 0) | (index >= at.shape)).any():
@@ -311,32 +304,20 @@ def read(folder: str | os.PathLike) -> Run:
       at[tuple(index.T)] = prune_tokens[-1]
 
   _each(folder / 'trace.jsonl', prune)
-  train = {x: np.frombuffer(y, np.float64) for x, y in columns.items()}
-  for t, prices in calibrated.items():
-    if len(prices):
-      train[f'price.{t}'] = _held(train, f'price.{t}', prune_tokens, prices)
   return Run(
     name=folder.resolve().name,
     config=untrusted.read_json(folder / 'config.json', 'restore it'),
     source=about,
-    train=train,
+    train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
     evals=evals,
     shrinks=shrinks,
     prune_tokens=np.asarray(prune_tokens),
-    calibrated=any(map(len, calibrated.values())),
     save_seconds=math.fsum(saves),
     removed=removed,
     text=_object(folder / TEXT, _TEXT),
     edge=_object(folder / EDGE, _EDGE),
     benchmarks=_object(folder / BENCHMARKS, _BENCHMARKS),
   )
-
-
-def _held(train, column, tokens, values) -> np.ndarray:
-  """The newest of `values` at the time of each row that has the column."""
-  newest = np.searchsorted(tokens, train['tokens'], side='right') - 1
-  known = (newest >= 0) & np.isfinite(train[column])
-  return np.where(known, np.asarray(values)[newest], np.nan)
 
 
 def _alive(about, path) -> dict[str, np.ndarray]:

@@ -307,6 +307,7 @@ class Run:
         **pruning.sizes(
           self.state.prune, self.cfg, plan, step, self.source_widths
         ),
+        'price': self._price(step),
         'flops': dict(self.meter.spent),
       }
       if log
@@ -461,6 +462,15 @@ class Run:
     )
     self.state = self.state.replace(prune=self.state.prune.replace(masks=masks))
     self.extents = self._extents()
+
+  def _price(self, step: int) -> dict[str, float | None] | None:
+    """Prices as a prune would compare them; None where nothing is scored."""
+    prune, plan = self.state.prune, self.plan
+    if not plan.scores(step) or (plan.calibrate and not self.exchange.measured):
+      return None
+    if plan.calibrate:
+      prune = self.exchange.scaled(prune)
+    return pruning.prices(prune, plan)
 
   def _trials(self, windows_ABT, target: int) -> dict[str, dict]:
     """What groups of one type alone would cost, if they made up a prune."""

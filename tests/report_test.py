@@ -3,7 +3,6 @@ import html.parser
 import json
 import pathlib
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -554,34 +553,6 @@ def test_names_cannot_break_the_page(tmp_path):
   assert all(not x or x[:4] == '    ' for x in command.split('\n')[4:])
   table = report.table(tmp_path / 'a')
   assert '[red]' in terminal(table, width=300)
-
-
-def test_prices_of_a_calibrated_run_are_those_that_prunes_went_by(tmp_path):
-  folder = tmp_path / 'a'
-  write_run(folder, until=30)
-  before = runlog.read(folder)
-  assert not before.calibrated
-  path = folder / 'trace.jsonl'
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  for i, row in enumerate(rows):
-    row |= {'trials': {}, 'price': {'heads': 9.0, 'ffn': i + 1.0, 'stem': None}}
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  run = runlog.read(folder)
-  assert run.calibrated and len(rows) > 3
-  ffn, nan = run.train['price.ffn'], np.isnan
-  tokens = [row['tokens'] for row in rows]
-  for price, at in zip(ffn, run.tokens, strict=True):
-    passed = sum(t <= at for t in tokens)
-    assert price == passed or (nan(price) and not passed)
-  assert nan(run.train['price.stem']).all()
-  out = report.build(folder)
-  assert 'as the last prune measured it' in (out / 'index.html').read_text()
-  # And none where nothing is scored any more.
-  done = tmp_path / 'b'
-  write_run(done, until=55)
-  shutil.copy(path, done)
-  done = runlog.read(done).train['price.heads']
-  assert nan(done[-1]) and done[29] == 9.0
 
 
 @pytest.mark.parametrize('until', [1, 3, 30, 42, 55])

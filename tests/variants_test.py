@@ -137,14 +137,23 @@ def test_nothing_is_pruned_during_a_rest(everything):
 
 def test_prices_are_in_what_trials_measured(everything):
   """A live type costs nothing where its trials never raised the loss."""
-  first, *_ = found = trace(everything)
-  assert all(x['groups'] for x in first['trials'].values())
+  found = {row['step']: row for row in trace(everything)}
+  assert all(x['groups'] for x in found[min(found)]['trials'].values())
   exchange = pruning.Exchange(0.9)
-  for row in found:
-    exchange.add(row['trials'])
+  for row in rows(everything, 'train'):
+    step = row['step']
+    if step < min(found) or step > max(found):
+      assert row['price'] is None
+      continue
+    if step in found:
+      trials = found[step]['trials']
+      exchange.add(trials)
     for t, (change, _) in exchange._sums.items():
-      if row['trials'][t]['groups']:
-        assert (row['price'][t] == 0) == (change <= 0), (row['step'], t)
+      if trials[t]['groups']:
+        prices = [row['price'][t]]
+        if step in found:
+          prices.append(found[step]['price'][t])
+        assert {price == 0 for price in prices} == {change <= 0}, (step, t)
 
 
 def test_repair_never_raises_the_error_of_a_layer(everything):
@@ -246,10 +255,10 @@ def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
   ):
     jax.tree.map(np.testing.assert_array_equal, a, b)
   assert trace(everything) == trace(stopped)
-  assert (
-    rows(everything, 'train')[-1]['flops']
-    == (rows(stopped, 'train')[-1]['flops'])
-  )
+  both = (rows(run, 'train') for run in (everything, stopped))
+  for row, again in zip(*both, strict=True):
+    assert row['flops'] == again['flops']
+    assert row['price'] == again['price']
 
 
 def test_a_report_can_be_drawn(everything):
