@@ -277,7 +277,7 @@ def block_sizes(cfg: structure.ModelConfig) -> dict[str, int]:
 def block_changes(
   params: structure.Params,
   scores: structure.Groups,
-  loss: float,
+  whole: np.ndarray,
   windows: np.ndarray,
   weight: np.ndarray,
   cfg: structure.ModelConfig,
@@ -287,18 +287,19 @@ def block_changes(
   Args:
     params: the model; all of it is alive.
     scores: a block takes the lowest of every layer, or of the stem.
-    loss: of the whole model, from `true_changes`.
+    whole: losses of the whole model by token, [n, T].
     windows: int32 [n, T + 1].
     weight: [n, T], 1 where a token is scored.
     cfg: the architecture.
 
   Returns:
-    By type: `change`, measured, and `score`, the sum over the block, which is
-    an estimate for `NATS` only; nats per token.
+    By type: `change`, measured; `error`, its standard error over the windows
+    (nan: there is one); and `score`, the sum over the block, which is an
+    estimate for `NATS` only; nats per token.
   """
   alive = structure.all_alive(cfg)
   share_BT = np.asarray(weight, np.float64) / weight.sum()
-  change, total = {}, {}
+  change, error, total = {}, {}, {}
   for t, size in block_sizes(cfg).items():
     score = np.asarray(getattr(scores, t), np.float64)
     lowest = np.argsort(score, axis=-1, kind='stable')[..., :size]
@@ -306,9 +307,12 @@ def block_changes(
     np.put_along_axis(mask, lowest, False, axis=-1)
     masks = alive.replace(**{t: jnp.asarray(mask)})
     removed_BT = np.asarray(_token_losses(params, masks, windows, cfg=cfg))
-    change[t] = float((removed_BT * share_BT).sum()) - loss
+    added_B = ((removed_BT - whole) * share_BT).sum(1)
+    n = len(added_B)
+    change[t] = float(added_B.sum())
+    error[t] = math.sqrt(n * added_B.var(ddof=1)) if n > 1 else math.nan
     total[t] = float(score[~mask].sum())
-  return {'change': change, 'score': total}
+  return {'change': change, 'error': error, 'score': total}
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -342,6 +346,8 @@ def measure(
     {t: getattr(changes, t)[:, i] for t in structure.TYPES} for i in (0, 1)
   )
   found, correlation, blocks = {}, {}, {}
+  alive = structure.all_alive(cfg)
+  whole = np.asarray(_token_losses(params, alive, windows, cfg=cfg))
 
   def add(name, average, newest, across):
     found[name] = {t: average[t].tolist() for t in structure.TYPES}
@@ -354,7 +360,7 @@ def measure(
   for kind in kinds:
     trees = scores(params, batches, kind, cfg)
     blocks[kind] = block_changes(
-      params, trees['average'], loss, windows, weight, cfg
+      params, trees['average'], whole, windows, weight, cfg
     )
     of = {
       name: {
@@ -424,7 +430,10 @@ def block_table(
     says = numbers['score'] if kind in NATS else {}
     made.add_row(
       kind,
-      *(f'{numbers["change"][t]:.4f}' for t in structure.TYPES),
+      *(
+        f'{numbers["change"][t]:.4f} ± {numbers["error"][t]:.4f}'
+        for t in structure.TYPES
+      ),
       *(f'{says[t]:.4f}' if says else '' for t in structure.TYPES),
     )
   return made

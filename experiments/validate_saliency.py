@@ -13,8 +13,9 @@ The last row says how far held-out text of this size determines the truth: the
 change on its even tokens against the change on its odd ones.
 
 A second table is of blocks, as a uniform prune takes them: the lowest head of
-every layer, or channels of as many parameters. A score that compares types well
-has its three sums in the order of the three changes.
+every layer, or channels of as many parameters; with standard errors over the
+held-out windows. A score that compares types well has its three sums in the
+order of the three changes.
 """
 
 import dataclasses

@@ -167,9 +167,8 @@ def test_a_block_is_the_lowest_of_every_layer(trained, result):
   cfg = brute_force.SMALL
   masks = structure.all_alive(cfg)
   scores = conftest.make_scores(cfg)
-  got = brute_force.block_changes(
-    params, scores, result['loss'], windows, weight, cfg
-  )
+  whole = np.asarray(LOSSES(params, masks, windows, cfg), np.float64)
+  got = brute_force.block_changes(params, scores, whole, windows, weight, cfg)
   for t, size in brute_force.block_sizes(cfg).items():
     mask = np.array(getattr(masks, t))
     score = np.asarray(getattr(scores, t))
@@ -193,6 +192,11 @@ def test_a_block_is_the_lowest_of_every_layer(trained, result):
     )
     change = (losses * weight).sum() / weight.sum() - result['loss']
     assert got['change'][t] == pytest.approx(change, 1e-2, 1e-5), t
+    # Windows are as long as each other: the error of a mean.
+    assert len(set(weight.sum(1))) == 1
+    means = (losses - whole).mean(1)
+    error = np.std(means, ddof=1) / len(means) ** 0.5
+    assert got['error'][t] == pytest.approx(error, 1e-2, 1e-5), t
     assert got['score'][t] == pytest.approx(total, 1e-5), t
 
 
@@ -205,5 +209,7 @@ def test_the_table_of_blocks_has_what_was_measured(result):
   ):
     for kind, x, y in zip(FLOORS, change, score, strict=True):
       of = result['blocks'][kind]
-      assert float(x) == pytest.approx(of['change'][t], abs=6e-5)
+      value, error = map(float, x.split(' ± '))
+      assert value == pytest.approx(of['change'][t], abs=6e-5)
+      assert error == pytest.approx(of['error'][t], abs=6e-5)
       assert float(y) == pytest.approx(of['score'][t], abs=6e-5)
