@@ -22,6 +22,7 @@ import kernels
 INITS = ('source', 'random')
 # What `config.prune.policy` may be; 'none' only trains.
 POLICIES = (*selection.POLICIES, 'none')
+TEACHER = ('always', 'recovery')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
     shrink_threshold: shrink once this share of the arrays' parameters is dead.
     eval_every, checkpoint_every: in steps.
     recipe: what a training step does.
+    teacher: when it speaks, one of `TEACHER`, if `recipe` has one.
     damping: of the repair that follows a prune; None: no repair.
     calibrate: whether trials scale the scores before a prune.
   """
@@ -54,6 +56,7 @@ class Plan:
   eval_every: int
   checkpoint_every: int
   recipe: steps.Recipe
+  teacher: str
   damping: float | None
   calibrate: bool
 
@@ -75,6 +78,12 @@ class Plan:
   def scores(self, step: int) -> bool:
     """Whether this step's gradient still scores groups."""
     return self.schedule.at(self.tokens(step - 1)) > self.schedule.target
+
+  def teaches(self, step: int) -> bool:
+    """Whether the teacher speaks in this step."""
+    if not self.recipe.distill:
+      return False
+    return self.teacher == 'always' or not self.scores(step)
 
   def prunes(self, step: int) -> bool:
     """Whether a prune follows this step: not where the size rests."""
@@ -176,7 +185,7 @@ def make(
       f'{parts} parts of mesh.data x mesh.fsdp; set --config.data.batch_size '
       'to a multiple, or --config.mesh.data'
     )
-  return Plan(
+  made = Plan(
     tokens_per_step=per_step,
     steps=length,
     every=config.prune.every,
@@ -203,9 +212,17 @@ def make(
       temperature=config.distill.temperature,
       top_k=config.distill.top_k,
     ),
+    teacher=config.distill.when,
     damping=config.repair.damping if config.repair.enabled else None,
     calibrate=config.prune.calibrate,
   )
+  if config.distill.weight and not made.teaches(made.steps):
+    raise errors.InputError(
+      f"distill.when 'recovery' leaves the teacher no step behind "
+      f'prune.end_tokens {config.prune.end_tokens:,}; lower that, or set '
+      '--config.distill.when=always'
+    )
+  return made
 
 
 def _schedule(prune, start, target) -> schedules.Schedule:
@@ -294,6 +311,7 @@ def _check_ranges(config):
     ('model.dtype', ('float32', 'bfloat16')),
     ('model.remat', model.REMAT),
     ('prune.saliency', saliency.KINDS),
+    ('distill.when', TEACHER),
   ):
     _require(config, key, known.__contains__, f'one of {", ".join(known)}')
   prune, tokens = config.prune, config.train.tokens

@@ -117,7 +117,8 @@ def config(
       },
       'repair': {'enabled': False, 'batches': 1, 'damping': 10.0},
       'distill': {
-        'weight': 0.0, 'teacher': '', 'temperature': 1.0, 'top_k': 64,
+        'weight': 0.0, 'when': 'always', 'teacher': '', 'temperature': 1.0,
+        'top_k': 64,
       },
       'shrink': {
         'threshold': 0.2, 'quantum': {'heads': 1, 'ffn': 1, 'stem': 1},

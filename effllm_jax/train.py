@@ -265,14 +265,15 @@ class Run:
     )
     self.compile_seconds += self._compile(windows_ABT, step)
     start = time.perf_counter()
-    answers = self.teacher(windows_ABT) if self.teacher else None
+    teacher = self.teacher if plan.teaches(step) else None
+    answers = teacher(windows_ABT) if teacher else None
     self.state, numbers = self.compiled[plan.scores(step)](
       self.state, windows_ABT, answers
     )
     self.meter.step(
       self.cfg,
       plan.scores(step),
-      self.teacher and self.teacher.cfg,
+      teacher and teacher.cfg,
       self.extents,
     )
     log = step % self.config.train.log_every == 0 or step == plan.steps
@@ -383,7 +384,7 @@ class Run:
     self.compiled[score] = steps.train_step.lower(
       self.state,
       windows_ABT,
-      self.teacher.compile(windows_ABT) if self.teacher else None,
+      self.teacher.compile(windows_ABT) if self.plan.teaches(step) else None,
       cfg=self.cfg,
       tx=self.tx,
       recipe=self.plan.recipe,

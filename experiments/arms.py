@@ -64,6 +64,7 @@ OURS = 'ours_a'
 _SCRATCH = {'init': 'random', 'prune.policy': 'none'}
 _REPAIR = {'repair.enabled': True}
 _TEACHER = {'distill.weight': 0.5}
+_LATE_TEACHER = _TEACHER | {'distill.when': 'recovery'}
 _ONESHOT = {'prune.schedule': 'oneshot'}
 _CALIBRATE = {'prune.calibrate': True}
 _ACTIVATION = {'prune.saliency': 'activation'}
@@ -80,7 +81,9 @@ ARMS = (
   Arm('ours_ragged_b_calibrate', _RAGGED | _REPAIR | _CALIBRATE),
   Arm('ours_b_activation', _REPAIR | _ACTIVATION),
   Arm('ours_a_distill', _TEACHER),
+  Arm('ours_a_distill_recovery', _LATE_TEACHER),
   Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
+  Arm('ours_ragged_b_distill_recovery', _RAGGED | _REPAIR | _LATE_TEACHER),
   # LLM-Pruner's criterion (Ma et al. 2023), under the same rules as ours.
   Arm('oneshot_taylor', _ONESHOT | {'prune.saliency': 'taylor1_group'}),
   Arm('oneshot_magnitude', _ONESHOT | {'prune.saliency': 'magnitude'}),

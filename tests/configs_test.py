@@ -97,6 +97,18 @@ def test_no_key_has_a_hidden_default():
       {'distill.weight': 0.5, 'distill.top_k': 50_000},
       'exceeds the 49152 tokens of the vocabulary',
     ),
+    (
+      {'distill.weight': 0.5, 'distill.when': 'never'},
+      "distill.when 'never' is not one of always, recovery",
+    ),
+    (
+      {
+        'distill.weight': 0.5,
+        'distill.when': 'recovery',
+        'prune.end_tokens': 61_440,
+      },
+      'no step behind prune.end_tokens 61,440; .* set .*=always',
+    ),
     ({'budget.target': 200_000_000.0}, 'is not below the source model'),
     ({'budget.target': 1_000_000.0}, 'the size at the floors'),
   ],

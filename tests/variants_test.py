@@ -47,6 +47,12 @@ ALL = {
 }
 
 
+# Twelve steps, the last prune after the eighth, one shrink.
+BRIEF = {
+  'train.tokens': 12 * 64, 'prune.end_tokens': 8 * 64, 'shrink.threshold': 0.9,
+}  # fmt: skip
+
+
 class Setting:
   """A small model, a text, and a run in this process."""
 
@@ -218,14 +224,33 @@ def check_same_run(a, b):
   np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
-def test_kernels_prune_the_same_groups_uniformly(setting):
-  """Variant A, where the arrays shrink as well."""
-  brief = {'train.tokens': 12 * 64, 'prune.end_tokens': 8 * 64}
-  brief['shrink.threshold'] = 0.9
-  plain = setting.run('plain', **brief)
-  done = setting.run('buckets', **brief | {'model.kernels': 'bucket'})
+@pytest.fixture(scope='module', name='plain')
+def _plain(setting):
+  """Variant A, where the arrays shrink as well; 12 steps, one shrink."""
+  return setting.run('plain', **BRIEF)
+
+
+def test_kernels_prune_the_same_groups_uniformly(setting, plain):
+  done = setting.run('buckets', **BRIEF | {'model.kernels': 'bucket'})
   assert rows(done, 'shrink')
   check_same_run(done, plain)
+
+
+def test_a_teacher_that_waits_changes_nothing_before(setting, plain):
+  """Every prune has the bits of a run without one; then it speaks."""
+  late = setting.run(
+    'late', **BRIEF | {'distill.weight': 0.5, 'distill.when': 'recovery'}
+  )
+  assert trace(late) == trace(plain)
+  last = trace(late)[-1]['step']
+  both = (rows(run, 'train') for run in (late, plain))
+  for row, want in zip(*both, strict=True):
+    taught = row['step'] > last
+    assert taught == ('divergence' in row) == (row['flops']['teacher'] > 0)
+    # The loss before the first update that the teacher had a part in.
+    if row['step'] <= last + 1:
+      assert row['loss'] == want['loss']
+  assert rows(late, 'train')[-1]['loss'] != rows(plain, 'train')[-1]['loss']
 
 
 def test_the_same_seed_gives_the_same_bits_also_across_a_stop(

@@ -135,6 +135,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.distill = ml_collections.ConfigDict()
   # Weight of the divergence from the teacher in the loss; 0: no teacher.
   config.distill.weight = 0.0
+  # always, or recovery: only after the last prune, so that scores are of the
+  # plain loss and pruning costs no teacher.
+  config.distill.when = 'always'
   config.distill.teacher = ''  # as config.source; '' is the source itself
   config.distill.temperature = 1.0
   config.distill.top_k = 64  # probabilities stored per token
