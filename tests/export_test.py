@@ -70,7 +70,6 @@ def made(step=7, **config):
       evals=[],
       shrinks=[],
       prune_tokens=np.zeros(0),
-      calibrated=False,
       removed={},
     ),
   )
