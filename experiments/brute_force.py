@@ -308,9 +308,10 @@ def block_changes(
     masks = alive.replace(**{t: jnp.asarray(mask)})
     removed_BT = np.asarray(_token_losses(params, masks, windows, cfg=cfg))
     added_B = ((removed_BT - whole) * share_BT).sum(1)
-    n = len(added_B)
     change[t] = float(added_B.sum())
-    error[t] = math.sqrt(n * added_B.var(ddof=1)) if n > 1 else math.nan
+    # Of a ratio: a window counts by its tokens, and the last have fewer.
+    rest_B, n = added_B - share_BT.sum(1) * change[t], len(added_B)
+    error[t] = math.sqrt((rest_B**2).sum() * n / (n - 1)) if n > 1 else math.nan
     total[t] = float(score[~mask].sum())
   return {'change': change, 'error': error, 'score': total}
 
