@@ -218,7 +218,7 @@ def make(
   )
   if config.distill.weight and not made.teaches(made.steps):
     raise errors.InputError(
-      f"distill.when 'recovery' leaves the teacher no step behind "
+      "distill.when 'recovery' leaves the teacher no step behind "
       f'prune.end_tokens {config.prune.end_tokens:,}; lower that, or set '
       '--config.distill.when=always'
     )

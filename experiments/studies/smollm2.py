@@ -4,7 +4,7 @@ r"""SmolLM2-135M to at most 105M parameters, 61,440 tokens an arm.
       --study=experiments/studies/smollm2.py --workdir=runs/compare
 
 120 steps of 1.6 to 4.2 s each on 2 cores (BENCHMARKS.md), a third more with a
-teacher: 4 to 11 minutes a run, 3 to 8 hours at equal tokens with three seeds,
+teacher: 4 to 11 minutes a run, 4 to 10 hours at equal tokens with three seeds,
 and about as many again at equal FLOPs.
 """
 
