@@ -4,8 +4,10 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
+from tensorflow_datasets.core.utils import gcs_utils
 
 from effllm_jax import corpus
 from effllm_jax import documents as documents_lib
@@ -200,6 +202,19 @@ def test_a_changed_folder_is_built_anew(tmp_path):
   assert second != first and first.is_dir()
   digests = {corpus.manifest(d)['digest'] for d in (first, second)}
   assert len(digests) == 2
+
+
+def test_nothing_is_asked_of_a_bucket(monkeypatch, tmp_path):
+  """TFDS keeps what others have prepared, under names that ours may have."""
+  monkeypatch.setattr(
+    gcs_utils, 'exists', lambda path: pytest.fail(f'asks for {path}')
+  )
+  scratch = tmp_path / 'scratch'
+  scratch.mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(scratch))
+  text = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
+  assert read(corpus.prepare(str(text), tmp_path / 'cache'), 'train')
+  assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize('joint', ['\n\n', '\n'])
