@@ -55,7 +55,8 @@ def make(
     The last checkpoint, which `config.source` takes.
 
   Raises:
-    errors.InputError: as `train.run`; the model there is of another recipe.
+    errors.InputError: as `train.run`; the model there is of another recipe, or
+      cannot be read any more.
   """
   folder = pathlib.Path(workdir, recipe.name)
   text = corpus.prepare(recipe.config.data.text, cache)
@@ -69,7 +70,8 @@ def make(
   run, facts = folder / 'run', folder / 'facts.json'
   # Also a model that is finished must be that of this recipe.
   workdir_lib.check(run, config.to_dict())
-  if not facts.exists():
+  # A damaged checkpoint has been moved away: what is older goes on.
+  if not facts.exists() or not checkpoints.moments(run):
     train.run(config, run, cache)
     found = {
       'bits_per_byte': runlog.read(run).last_eval('final')['bits_per_byte'],

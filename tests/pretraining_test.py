@@ -53,9 +53,16 @@ def test_a_source_is_made_once(tmp_path, monkeypatch):
   facts = json.loads((tmp_path / 'work/mini/facts.json').read_text())
   assert 0 < facts['unigram_bits_per_byte'] < 8
   assert math.isfinite(facts['bits_per_byte'])
-  monkeypatch.setattr(train, 'run', None)
-  again = pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'run', None)
+    again = pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
   assert again == path
   config.optimizer.peak = 0.1
   with pytest.raises(errors.InputError, match=r'peak=0\.003 there, 0\.1 now'):
     pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
+  config.optimizer.peak = 3e-3
+  # The only checkpoint is damaged, then aside.
+  (path / 'arch/metadata').write_text('{')
+  for _ in range(2):
+    with pytest.raises(errors.InputError, match='no checkpoint in .* can be'):
+      pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
