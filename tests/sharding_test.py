@@ -100,7 +100,12 @@ def on_eight_devices(root):
   from effllm_jax import state as state_lib
   from effllm_jax import steps
 
-  compiled = []
+  compiled, programs = [], collections.Counter()
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, fun_name='', **__: programs.update(
+      [fun_name] if event.endswith('backend_compile_duration') else []
+    )
+  )
 
   def lower(*arrays, step=steps.train_step, **static):
     lowered = step.lower(*arrays, **static)
@@ -115,8 +120,12 @@ def on_eight_devices(root):
   said = {}
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(np.asarray, conftest.make_params(CFG))
+  large = checkpoints._LARGE
   for name, (sizes, kernels) in MESHES.items():
     compiled.clear()
+    programs.clear()
+    # Some arrays are written in pieces, as those of a large model are.
+    checkpoints._LARGE = 2**14 if name == '2-2-2' else large
     run(root, name, sizes, kernels)
     gathers = collections.Counter(
       re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
@@ -127,7 +136,9 @@ def on_eight_devices(root):
     said[name] = {
       'share': shard / sum(x.nbytes for x in arrays),
       'gathers': {x: n for x, n in gathers.items()},
+      'programs': dict(programs),
     }
+  checkpoints._LARGE = large
   rewound(root, 'one', 'one-then-eight')
   run(root, 'one-then-eight', (2, 2, 2))
   rewound(root, '8-1-1', 'eight-then-two')
@@ -244,6 +255,16 @@ def test_no_step_gathers_what_it_need_not(ran):
   assert large and all(x[0] == 1 or x == (CFG.V, CFG.D) for x in large)
   assert all(np.prod(x) < whole // 8 for x in sizes['1-1-8'])
   assert all(np.prod(x) <= CFG.V * CFG.D // 2 for x in sizes['2-2-2'])
+
+
+def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
+  _, said, _ = ran
+  cuts = {
+    mesh: sum(n for name, n in found['programs'].items() if 'slice' in name)
+    for mesh, found in said.items()
+  }
+  pieces = cuts.pop('2-2-2')
+  assert not any(cuts.values()) and pieces, said
 
 
 def test_says_what_a_mesh_does_not_divide(ran):
