@@ -64,5 +64,5 @@ def test_a_source_is_made_once(tmp_path, monkeypatch):
   # The only checkpoint is damaged, then aside.
   (path / 'arch/metadata').write_text('{')
   for _ in range(2):
-    with pytest.raises(errors.InputError, match='no checkpoint in .* can be'):
+    with pytest.raises(errors.InputError, match=r'no checkpoint in .* can be'):
       pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
