@@ -55,7 +55,7 @@ kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-tpu .venv-cuda .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache
 
 $(VENV)/.ready: $(REQUIREMENTS)
 	@rm -f $@
