@@ -70,9 +70,10 @@ def make(
   run, facts = folder / 'run', folder / 'facts.json'
   # Also a model that is finished must be that of this recipe.
   workdir_lib.check(run, config.to_dict())
-  # A damaged checkpoint has been moved away: what is older goes on.
-  if not facts.exists() or not checkpoints.moments(run):
-    train.run(config, run, cache)
+  # Of a finished run this only makes sure that the last checkpoint is whole;
+  # otherwise it goes on from the one before, to the same bits.
+  train.run(config, run, cache)
+  if not facts.exists():
     found = {
       'bits_per_byte': runlog.read(run).last_eval('final')['bits_per_byte'],
       'unigram_bits_per_byte': _unigram(config, text, cache),

@@ -117,7 +117,11 @@ def _counted(tmp_path_factory):
     conftest.small_run(
       conftest.write_model_folder(root / 'model'),
       conftest.write_text_folder(root / 'text'),
-      **{'repair.enabled': True, 'distill.weight': 0.5},
+      **{
+        'repair.enabled': True,
+        'distill.weight': 0.5,
+        'shrink.threshold': 0.1,
+      },
     )
   )
   counts = collections.Counter()
@@ -174,7 +178,7 @@ def test_a_shrink_compiles_again_only_what_its_shapes_are_in(counted):
 
 def test_what_a_shrink_makes_useless_leaves_memory(counted):
   _, _, live = counted
-  assert len(live) == 2 and live[1] <= live[0]
+  assert len(live) == 3 and max(live) <= live[0]
 
 
 def test_the_report_says_what_went_into_it(counted):

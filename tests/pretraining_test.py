@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,6 @@ from effllm_jax import data
 from effllm_jax import errors
 from effllm_jax import small_run
 from effllm_jax import sources
-from effllm_jax import train
 from experiments import pretraining
 from tests import conftest
 
@@ -27,7 +27,8 @@ def test_frequencies_of_tokens_against_closed_form():
   assert pretraining.unigram(seen, {'a': held}, 4) == pytest.approx(2.0)
 
 
-def test_a_source_is_made_once(tmp_path, monkeypatch):
+def test_a_source_is_made_once(tmp_path):
+  where = tmp_path / 'work', tmp_path / 'cache'
   small_run.write_inputs(tmp_path)
   config = small_run.config('', tmp_path / 'text')
   config.update_from_flattened_dict(
@@ -37,11 +38,12 @@ def test_a_source_is_made_once(tmp_path, monkeypatch):
       'train.tokens': 4 * 64,
       'optimizer.warmup_tokens': 64,
       'optimizer.decay_tokens': 64,
+      'checkpoint.every_steps': 2,
     }
   )
   cfg = conftest.make_config(V=300, N=1)
   recipe = pretraining.Recipe('mini', cfg, config)
-  path = pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
+  path = pretraining.make(recipe, *where)
   source = sources.load(path, tmp_path / 'cache')
   assert source.cfg == cfg
   # A model like any other: nothing of it was pruned.
@@ -53,16 +55,24 @@ def test_a_source_is_made_once(tmp_path, monkeypatch):
   facts = json.loads((tmp_path / 'work/mini/facts.json').read_text())
   assert 0 < facts['unigram_bits_per_byte'] < 8
   assert math.isfinite(facts['bits_per_byte'])
-  with monkeypatch.context() as patch:
-    patch.setattr(train, 'run', None)
-    again = pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
-  assert again == path
+  # Again: nothing changes.
+  files = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+  assert pretraining.make(recipe, *where) == path
+  for file, content in files.items():
+    assert file.read_bytes() == content, file
   config.optimizer.peak = 0.1
   with pytest.raises(errors.InputError, match=r'peak=0\.003 there, 0\.1 now'):
-    pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
+    pretraining.make(recipe, *where)
   config.optimizer.peak = 3e-3
-  # The only checkpoint is damaged, then aside.
-  (path / 'arch/metadata').write_text('{')
+  # The last checkpoint is damaged: it goes on from the one before.
+  for file in path.glob('params/**/d/*'):
+    file.write_bytes(b'')
+  assert pretraining.make(recipe, *where) == path
+  again = sources.load(path, tmp_path / 'cache')
+  jax.tree.map(np.testing.assert_array_equal, again.params, source.params)
+  # All of them are.
+  for file in path.parent.glob('*/arch/metadata'):
+    file.write_text('{')
   for _ in range(2):
     with pytest.raises(errors.InputError, match=r'no checkpoint in .* can be'):
-      pretraining.make(recipe, tmp_path / 'work', tmp_path / 'cache')
+      pretraining.make(recipe, *where)
