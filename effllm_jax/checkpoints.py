@@ -12,19 +12,14 @@ is written twice at a shrink. Reading goes in two steps, architecture first:
 nobody has to know a shape. Orbax commits a folder by a rename, so a killed
 process leaves no half of one.
 
-The last file that is written before that rename is `digests.json`: the SHA-256
-of all others, which whoever reads a file compares first. Orbax notices a file
-that is too short, and not a bit that has flipped inside of an array. Digests of
-files do not care how an array is split among them, or who reads it.
+The last file that is written before that rename is that of `digests`, which
+whoever reads a file compares first.
 """
 
 from collections.abc import Iterator
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -36,6 +31,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
+from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events as events_lib
 from effllm_jax import sharding
@@ -44,7 +40,6 @@ from effllm_jax import structure
 from effllm_jax import untrusted
 
 _ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
-_DIGESTS = 'digests.json'
 _REMEDY = 'choose another one'
 # What Orbax writes after everything else: dates, which nothing here reads.
 _UNREAD = ('_CHECKPOINT_METADATA', 'commit_success.txt')
@@ -181,33 +176,7 @@ def _handlers() -> ocp.DefaultCheckpointHandlerRegistry:
 def _write_digests(folder: pathlib.Path) -> None:
   """Writes the digests of the one moment of `folder` that is being saved."""
   (moment,) = folder.glob('*.orbax-checkpoint-tmp*')
-  files = sorted(p for p in moment.rglob('*') if p.is_file())
-  names = [p.relative_to(moment).as_posix() for p in files]
-  names = [name for name in names if name not in _UNREAD]
-  (moment / _DIGESTS).write_text(json.dumps(_digests(moment, names), indent=0))
-
-
-def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
-  """SHA-256 of some files of a folder."""
-
-  def digest(name):
-    with untrusted.opened(folder / name, _REMEDY) as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _verify(moment: pathlib.Path, part: str = '') -> None:
-  """Raises ValueError unless the files of `part` (all) are what was saved."""
-  saved = untrusted.read_json(moment / _DIGESTS, _REMEDY)
-  names = [name for name in saved if name.startswith(part)]
-  if part and not names:
-    raise ValueError(f'{_DIGESTS} does not know {part}')
-  found = _digests(moment, names)
-  for name in names:
-    if found[name] != saved[name]:
-      raise ValueError(f'{name} is not what was written: its digest differs')
+  digests.write(moment, but=_UNREAD)
 
 
 def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
@@ -285,7 +254,7 @@ def _moment(path: pathlib.Path) -> Moment:
 
 
 def _read_json(moment: pathlib.Path, part: str) -> dict[str, Any]:
-  _verify(moment, f'{part}/')
+  digests.verify(moment, f'{part}/')
   # Orbax's JsonSave writes one file, `metadata`.
   where = moment / part / 'metadata'
   return untrusted.read_json(where, _REMEDY)
@@ -344,7 +313,7 @@ def _set_damaged_aside(workdir) -> None:
   """Moves away what is newer than the newest moment that is as it was saved."""
   for moment in moments(workdir):
     try:
-      _verify(moment.path)
+      digests.verify(moment.path)
     except (KeyError, OSError, TypeError, ValueError) as e:
       _set_aside(moment.path, e)
     else:
@@ -517,7 +486,7 @@ def read_prune(moment: Moment) -> state_lib.PruneState:
 
 def _read_part(moment, name, abstract):
   try:
-    _verify(moment.path, f'{name}/')
+    digests.verify(moment.path, f'{name}/')
     return _read(moment.path / name, abstract)
   except Exception as e:
     raise errors.InputError(

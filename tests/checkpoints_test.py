@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from effllm_jax import checkpoints
+from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import optimizers
@@ -170,7 +171,7 @@ def test_arrays_of_another_architecture_are_never_padded_or_cut(
   tmp_path, tx, monkeypatch
 ):
   """Where even the digests say that all is well."""
-  monkeypatch.setattr(checkpoints, '_verify', lambda *_: None)
+  monkeypatch.setattr(digests, 'verify', lambda *_: None)
   write(tmp_path, tx, [1, 3])
   path = tmp_path / 'checkpoints' / '3' / 'arch' / 'metadata'
   arch = json.loads(path.read_text())
@@ -246,12 +247,12 @@ def test_a_flipped_bit_anywhere_is_refused(tmp_path, tx):
       bit = int(rng.integers(8 * path.stat().st_size))
       flip(path, bit)
       if path.parent == moment and path.name in checkpoints._UNREAD:
-        checkpoints._verify(moment)
+        digests.verify(moment)
       else:
         with pytest.raises((ValueError, OSError)):
-          checkpoints._verify(moment)
+          digests.verify(moment)
       flip(path, bit)
-    checkpoints._verify(moment)
+    digests.verify(moment)
 
 
 def test_a_flipped_bit_is_set_aside(tmp_path, tx, caplog):

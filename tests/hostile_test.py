@@ -32,6 +32,7 @@ import pytest
 from effllm_jax import budgets
 from effllm_jax import checkpoints
 from effllm_jax import corpus
+from effllm_jax import digests
 from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import events
@@ -611,7 +612,7 @@ def sign(moment):
   """Digests that fit: else every reader stops at the first of them."""
   path = moment / 'digests.json'
   names = list(json.loads(path.read_text()))
-  path.write_text(json.dumps(checkpoints._digests(moment, names)))
+  path.write_text(json.dumps(digests.of(moment, names)))
 
 
 @pytest.mark.parametrize('part', ['arch', 'event'])

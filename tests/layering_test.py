@@ -13,7 +13,7 @@ ORDER = [
   'errors', 'untrusted', 'structure', 'sharding', 'model', 'distillation',
   'saliency', 'budgets', 'selection', 'schedules', 'optimizers', 'repair',
   'state', 'shrink', 'events', 'steps', 'accounting',
-  'fetch', 'benchmark_items', 'workdir', 'checkpoints',
+  'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',
   'teacher', 'runlog', 'tables', 'widths', 'agreement', 'modeling_effllm',

@@ -1,0 +1,68 @@
+"""Whether the files of a folder are still what was written.
+
+`digests.json` has the SHA-256 of all others. Orbax notices a file that is too
+short, and not a bit that has flipped inside of an array. Digests of files do
+not care how an array is split among them, or who reads it.
+"""
+
+from collections.abc import Collection
+from collections.abc import Iterable
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+
+from effllm_jax import untrusted
+
+NAME = 'digests.json'
+_REMEDY = 'choose another one'
+
+
+def write(folder: pathlib.Path, but: Collection[str]) -> None:
+  """Writes `digests.json`, of all files that are there.
+
+  Args:
+    folder: of the files, which must not change any more.
+    but: names of some that may.
+  """
+  files = sorted(p for p in folder.rglob('*') if p.is_file())
+  names = [p.relative_to(folder).as_posix() for p in files]
+  digests = of(folder, [name for name in names if name not in but])
+  (folder / NAME).write_text(json.dumps(digests, indent=0))
+
+
+def of(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+  """SHA-256 of some files of a folder, by their names.
+
+  Raises:
+    errors.InputError: one of them cannot be read.
+  """
+
+  def digest(name):
+    with untrusted.opened(folder / name, _REMEDY) as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+
+  names = list(names)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def verify(folder: pathlib.Path, part: str = '') -> None:
+  """Compares files with what was written.
+
+  Args:
+    folder: with a `digests.json`.
+    part: how the names of the files begin; '': all.
+
+  Raises:
+    ValueError: a file is not what was written, or `digests.json` does not know
+      the part; as an errors.InputError, one of them cannot be read.
+  """
+  saved = untrusted.read_json(folder / NAME, _REMEDY)
+  names = [name for name in saved if name.startswith(part)]
+  if part and not names:
+    raise ValueError(f'{NAME} does not know {part}')
+  found = of(folder, names)
+  for name in names:
+    if found[name] != saved[name]:
+      raise ValueError(f'{name} is not what was written: its digest differs')
