@@ -1,6 +1,5 @@
 """What jax compiles is kept between processes, and only compiled where due."""
 
-import collections
 import json
 import os
 import re
@@ -124,12 +123,6 @@ def _counted(tmp_path_factory):
       },
     )
   )
-  counts = collections.Counter()
-
-  def count(name, seconds, fun_name='', **_):
-    if name == '/jax/core/compile/backend_compile_duration':
-      counts[re.sub(r'^jit\((.*)\)$', r'\1', fun_name)] += 1
-
   live = []
 
   def shrink(*args):
@@ -139,13 +132,12 @@ def _counted(tmp_path_factory):
 
   whole_shrink = pruning.shrink
   jax.clear_caches()
-  jax.monitoring.register_event_duration_secs_listener(count)
-  with pytest.MonkeyPatch.context() as patch:
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    conftest.counted_programs() as counts,
+  ):
     patch.setattr(pruning, 'shrink', shrink)
-    try:
-      train.run(config, root / 'run', root / 'cache')
-    finally:
-      jax.monitoring.unregister_event_duration_listener(count)
+    train.run(config, root / 'run', root / 'cache')
   return counts, root / 'run', live
 
 

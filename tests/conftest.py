@@ -1,11 +1,15 @@
 """What many tests need: small models, random masks and scores."""
 
+import collections
+from collections.abc import Iterator
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -301,6 +305,22 @@ def small_run(model_folder, text_folder, **changes):
     'eval.tokens_per_domain': 512,
     'checkpoint.every_steps': 5,
   } | changes
+
+
+@contextlib.contextmanager
+def counted_programs() -> Iterator[collections.Counter]:
+  """How often each program is compiled, or loaded where one is kept."""
+  counts = collections.Counter()
+
+  def count(name, seconds, fun_name='', **_):
+    if name == '/jax/core/compile/backend_compile_duration':
+      counts[re.sub(r'^jit\((.*)\)$', r'\1', fun_name)] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  try:
+    yield counts
+  finally:
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 def flags_of(changes) -> list[str]:

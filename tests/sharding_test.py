@@ -100,12 +100,7 @@ def on_eight_devices(root):
   from effllm_jax import state as state_lib
   from effllm_jax import steps
 
-  compiled, programs = [], collections.Counter()
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, fun_name='', **__: programs.update(
-      [fun_name] if event.endswith('backend_compile_duration') else []
-    )
-  )
+  compiled = []
 
   def lower(*arrays, step=steps.train_step, **static):
     lowered = step.lower(*arrays, **static)
@@ -123,10 +118,10 @@ def on_eight_devices(root):
   large = checkpoints._LARGE
   for name, (sizes, kernels) in MESHES.items():
     compiled.clear()
-    programs.clear()
     # Some arrays are written in pieces, as those of a large model are.
     checkpoints._LARGE = 2**14 if name == '2-2-2' else large
-    run(root, name, sizes, kernels)
+    with conftest.counted_programs() as programs:
+      run(root, name, sizes, kernels)
     gathers = collections.Counter(
       re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
     )
@@ -260,8 +255,7 @@ def test_no_step_gathers_what_it_need_not(ran):
 def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
   _, said, _ = ran
   cuts = {
-    mesh: sum(n for name, n in found['programs'].items() if 'slice' in name)
-    for mesh, found in said.items()
+    mesh: found['programs'].get('slice', 0) for mesh, found in said.items()
   }
   pieces = cuts.pop('2-2-2')
   assert not any(cuts.values()) and pieces, said
