@@ -26,6 +26,7 @@ from effllm_jax import interrupts
 from effllm_jax import model
 from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
+from effllm_jax import profiling
 from effllm_jax import pruning
 from effllm_jax import runlog
 from effllm_jax import selection
@@ -47,6 +48,7 @@ def run(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike,
   cache: str | os.PathLike,
+  profiled: range = range(0),
 ) -> None:
   """Trains and prunes until the config's end; resumes what is there.
 
@@ -54,6 +56,8 @@ def run(
     config: as in `experiments/configs`.
     workdir: everything that the run writes; the same config resumes it.
     cache: downloaded sources and texts, shared by all runs.
+    profiled: steps whose trace is written to `<workdir>/profile`, those of them
+      that this call runs; no bit of the run depends on it.
 
   Raises:
     errors.InputError: something that the user can put right.
@@ -65,6 +69,11 @@ def run(
   source = sources.load(config.source, cache, params=False)
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
+  if profiled and profiled[-1] > plan.steps:
+    raise errors.InputError(
+      f'the run has no step {profiled[-1]} to profile, it ends with '
+      f'{plan.steps}; set --profile to steps before that'
+    )
   _use_blocks(config.model.blocks)
   text = corpus.prepare(config.data.text, cache)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
@@ -92,7 +101,7 @@ def run(
       workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
     Run(
       config, workdir, plan, source, initial, teacher, batches, heldout
-    ).train()
+    ).train(profiled)
   except OSError as e:
     raise checkpoints.write_error(e) from e
 
@@ -232,7 +241,7 @@ class Run:
     self.logged = collections.deque(maxlen=8)
     self.extents = self._extents()
 
-  def train(self) -> None:
+  def train(self, profiled: range = range(0)) -> None:
     """Runs every step that is left, then waits for the last checkpoint."""
     plan, first = self.plan, self.first_step
     quiet = jax.process_index() > 0
@@ -251,9 +260,13 @@ class Run:
         # Also on the way out of an error: what was started gets finished.
         for resource in (self.batches, self.writer, self.trace, self.metrics):
           stack.callback(resource.close)
+        profile = stack.enter_context(
+          profiling.Profile(self.workdir / 'profile', profiled, progress.say)
+        )
         self.requests = stack.enter_context(interrupts.requests())
         for step in range(first + 1, plan.steps + 1):
-          self._one_step(step)
+          with profile.step(step, lambda: self.state):
+            self._one_step(step)
 
   def _one_step(self, step: int) -> None:
     plan = self.plan

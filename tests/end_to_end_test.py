@@ -129,6 +129,8 @@ def test_another_worker_count_is_refused(setting, finished):
     ('--config.source=no/such/model', ('no/such/model', '--config.source')),
     ('--config.data.text=no/such/text', ('no/such/text',)),
     ('--config.data.seq_len=4096', ('4096', '--config.data.seq_len')),
+    ('--profile=20', ("--profile '20' is not first:last", '=20:24')),
+    ('--profile=20:25', ('no step 25 to profile', 'ends with 24')),
   ],
 )
 def test_bad_values_end_in_one_line(setting, flag, words):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -244,7 +245,7 @@ def test_kills_change_nothing(setting, finished, servers):
 
 def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
   workdir = setting.root / 'terminated'
-  flags = setting.arguments(workdir, **CHANGES)
+  flags = setting.arguments(workdir, '--profile=1:24', **CHANGES)
   process = servers[0].start(flags)
   while runs.reached(workdir) < 1:
     time.sleep(0.001)
@@ -259,10 +260,24 @@ def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
     f'stopped after step {step}; run the same command again to resume'
   )
   assert 'Traceback' not in done.stderr
+  assert f'profile of steps 1 to {step}: ' in done.stderr
+  assert _profiled(workdir) == list(range(1, step + 1))
+  shutil.rmtree(workdir / 'profile')
   done = servers[0].run(flags)
   assert done.returncode == 0, done.stderr
   assert f'after step {step}' in done.stderr
+  assert _profiled(workdir) == list(range(step + 1, 25))
   runs.same_result(workdir, finished)
+
+
+def _profiled(workdir: pathlib.Path) -> list[int]:
+  """The steps that jax's own reader finds in the trace of a run."""
+  (path,) = (workdir / 'profile').rglob('*.xplane.pb')
+  planes = jax.profiler.ProfileData.from_file(str(path)).planes
+  found = itertools.chain.from_iterable(
+    line.events for plane in planes for line in plane.lines
+  )
+  return [dict(x.stats)['step_num'] for x in found if x.name == 'step']
 
 
 @pytest.mark.parametrize(
