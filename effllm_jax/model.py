@@ -144,6 +144,7 @@ def hidden(
   return final_norm(x_BTD, params, masks, cfg), tapped
 
 
+@jax.named_scope('unembed')
 def unembed(
   final_BTD: Array, params: structure.Params, compute: Compute = Compute()
 ) -> Array:
@@ -161,6 +162,7 @@ def unembed(
   return sharding.constrain(logits_BTV, 'BTV', compute.mesh)
 
 
+@jax.named_scope('embed')
 def embed(
   params: structure.Params,
   masks: structure.Groups,
@@ -219,6 +221,9 @@ def block(
     attention, swiglu = (
       sharding.over_batch(op, compute.mesh) for op in (attention, swiglu)
     )
+  # What a profile calls them.
+  attention = jax.named_scope('attention')(attention)
+  swiglu = jax.named_scope('ffn')(swiglu)
 
   # The stem is not masked inside the products: what they read of it is zero
   # where it is dead, and its width is the same in every layer, so that a shrink

@@ -147,6 +147,7 @@ def train_step(
   grads, squares, (numbers, activations) = total
   norm = optax.tree.norm(grads)
 
+  @jax.named_scope('update')
   def update(state):
     updates, opt_state = optax.with_extra_args_support(tx).update(
       grads, state.opt_state, state.params, norm=norm
@@ -217,6 +218,7 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
   return objective, (numbers, activations)
 
 
+@jax.named_scope('scores')
 def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
   """The scores of one update; `squares` are means over the micro-batches."""
   params, count = state.params, state.step - state.skipped + 1

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,17 @@ def test_scores_come_from_the_training_gradient(tx):
     dead = ~np.asarray(getattr(state.prune.masks, name))
     assert dead.any()
     assert (scores[dead] == 0).all()
+
+
+def test_parts_of_a_step_have_names_in_a_profile(tx):
+  """A profiler shows the names that the program has."""
+  lowered = steps.train_step.lower(
+    make_state(CFG, tx), one_batch(CFG), cfg=CFG, tx=tx, recipe=RECIPE,
+    score=True,
+  )  # fmt: skip
+  text = lowered.as_text(debug_info=True)
+  for name in ('embed', 'attention', 'ffn', 'unembed', 'scores', 'update'):
+    assert re.search(rf'["/(]{name}[/)]', text), name
 
 
 @pytest.fixture(scope='module', name='history')
