@@ -1,13 +1,10 @@
 """The host loop: train, prune, shrink, evaluate, record, and resume."""
 
-import collections
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
-import statistics
 import time
 
 import jax
@@ -15,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from effllm_jax import accounting
+from effllm_jax import advice
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
@@ -38,10 +36,6 @@ from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from effllm_jax import workdir as workdir_lib
 import kernels
-
-# Nats per token above the mean of the last rows. On SmolLM2 batches of 512
-# tokens were up to 0.8 above, two prunes of a head of every layer 2.2 and 2.7.
-_DAMAGE = 1.5
 
 
 def run(
@@ -238,7 +232,7 @@ class Run:
     # Since the last row: not every step has one.
     self.compile_seconds = self.busy_seconds = 0.0
     self.unlogged = 0
-    self.logged = collections.deque(maxlen=8)
+    self.damage = advice.Damage()
     self.extents = self._extents()
 
   def train(self, profiled: range = range(0)) -> None:
@@ -253,8 +247,8 @@ class Run:
         progress.say(
           f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
         )
-        self._say_mesh()
-        self._say_price()
+        self._say(advice.devices(self.cfg, self.mesh))
+        self._say(advice.price(plan, self.cfg))
         self._evaluate(0, 'source')
       with contextlib.ExitStack() as stack:
         # Also on the way out of an error: what was started gets finished.
@@ -336,7 +330,7 @@ class Run:
       self.unlogged = 0
       self.metrics.write(row)
       self.progress.step(row)
-      self._say_damage(row)
+      self._say(self.damage.add(row))
     if plan.evaluates(step):
       self._evaluate(step, self._phase(step))
     stop = self._why_stop(step, log, numbers)
@@ -459,7 +453,7 @@ class Run:
         [name for name, fit in fits.items() if fit['damping'] > 0],
         self.config.repair.batches,
       )
-      self._say_damping(step, fits)
+      self._say(advice.damping(step, fits, plan.damping))
       repaired = {'repair': jax.tree.map(pruning.finite, fits)}
     self.trace.write(
       {
@@ -509,66 +503,15 @@ class Run:
     """The newest batches of all processes as one, [B, T + 1]."""
     return sharding.put_batch(self.batches.recent(), 1, self.mesh)[0]
 
-  def _say_mesh(self) -> None:
-    """Tells which devices there are, and what they do not divide."""
-    if self.mesh.size == 1:
-      return
-    shape = ' x '.join(f'{name} {n}' for name, n in self.mesh.shape.items())
-    whole = sharding.undivided(self.cfg, self.mesh)
-    self.progress.say(
-      f'mesh: {shape}'
-      + (f'; whole on every device: {", ".join(whole)}' if whole else '')
-    )
-
-  def _say_price(self) -> None:
-    """Tells of a target that leaves the layers little of an unpriced stem."""
-    share = self.plan.unpriced(self.cfg.D)
-    # A small model came out well at 0.49 and without heads at 0.98, where
-    # pricing the embedding mended it (BENCHMARKS.md).
-    if share > 0.5:
-      self.progress.say(
-        f'the embeddings of the whole stem are {share:.0%} of budget.target '
-        'and not in its price: layers may lose nearly all; consider '
-        '--config.prune.price_embedding=True'
-      )
-
-  def _say_damage(self, row) -> None:
-    """Tells of a prune after which the loss is far above what it was."""
-    losses = [x['loss'] for x in self.logged if x['loss'] is not None]
-    if len(self.logged) > 1 and losses and row['loss'] is not None:
-      older, newer = self.logged[-2]['widths'], self.logged[-1]['widths']
-      went = [t for t in structure.TYPES if newer[t] < older[t]]
-      mean = statistics.fmean(losses)
-      if went and row['loss'] > mean + _DAMAGE:
-        worst = min(went, key=lambda t: newer[t] / older[t])
-        self.progress.say(
-          f'the loss is {row["loss"]:.2f} nats per token, after {mean:.2f}, '
-          'since a prune took '
-          + ', '.join(f'{t} {older[t]:g} -> {newer[t]:g}' for t in went)
-          + f'; consider --config.prune.floors.{worst}={int(older[worst])} or '
-          'another --config.prune.saliency'
-        )
-        # Once for each: what comes is measured from here.
-        self.logged.clear()
-    self.logged.append(row)
+  def _say(self, lines: list[str]) -> None:
+    for line in lines:
+      self.progress.say(line)
 
   def _extents(self) -> dict[str, np.ndarray] | None:
     """Where the kernels of a training step stop; None: they do not."""
     if self.plan.recipe.compute.kernels == 'xla':
       return None
     return selection.extents(self.state.prune.masks)
-
-  def _say_damping(self, step: int, fits: dict[str, dict[str, float]]) -> None:
-    """Tells of every matrix that did not take the damping it was given."""
-    for name, fit in fits.items():
-      # Tenfold at a time; float32 on the way back is not equal to the bit.
-      if fit['damping'] > 2 * self.plan.damping:
-        how = (
-          f'needed damping {fit["damping"]:g}'
-          if math.isfinite(fit['damping'])
-          else 'found no damping that works and left some layers as they were'
-        )
-        self.progress.say(f'repair after step {step}: {name} {how}')
 
   def _shrink(self, step: int, windows_ABT) -> events.ShrinkEvent | None:
     """Makes the arrays smaller, where the plan wants that after this step."""
@@ -589,7 +532,7 @@ class Run:
     )
     if new != old:
       self.cfg, self.compiled = new, {}
-      self._say_mesh()
+      self._say(advice.devices(new, self.mesh))
     self.num_events += 1
     self.extents = self._extents()
     seconds = time.perf_counter() - start

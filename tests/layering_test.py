@@ -21,8 +21,8 @@ ORDER = [
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'overlap', 'edge', 'plan', 'pruning', 'evaluate',
   'likelihood', 'harness', 'plots', 'figures', 'report', 'comparison',
-  'console', 'interrupts', 'profiling', 'train', 'small_run', 'inspection',
-  'pictures', 'notebook',
+  'console', 'interrupts', 'profiling', 'advice', 'train', 'small_run',
+  'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',

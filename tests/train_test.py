@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import math
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -87,19 +85,6 @@ def test_blocks_that_cannot_be_used_are_refused(setting, text):
   with pytest.raises(errors.InputError, match=r'model\.blocks .* cannot'):
     run('refused', **{'model.blocks': str(path)})
   assert not (root / 'refused').exists()
-
-
-def test_a_repair_that_needed_more_damping_is_told():
-  said = []
-  run = types.SimpleNamespace(
-    plan=types.SimpleNamespace(damping=1e-3),
-    progress=types.SimpleNamespace(say=said.append),
-  )
-  fits = {'attn_in': 0.0, 'heads': 1e-3, 'ffn_in': 0.1, 'ffn': math.inf}
-  train.Run._say_damping(run, 7, {k: {'damping': v} for k, v in fits.items()})
-  assert len(said) == 2
-  assert said[0] == 'repair after step 7: ffn_in needed damping 0.1'
-  assert 'ffn found no damping that works' in said[1]
 
 
 @pytest.mark.parametrize('log_every', [1, 3])

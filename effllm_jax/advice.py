@@ -1,0 +1,93 @@
+"""What a run tells its user to look at, each as lines of text."""
+
+import collections
+from collections.abc import Mapping
+import math
+import statistics
+from typing import Any
+
+from effllm_jax import plan as plan_lib
+from effllm_jax import sharding
+from effllm_jax import structure
+
+# Nats per token above the mean of the last rows. On SmolLM2 batches of 512
+# tokens were up to 0.8 above, two prunes of a head of every layer 2.2 and 2.7.
+_DAMAGE = 1.5
+
+
+def devices(cfg: structure.ModelConfig, mesh: sharding.Mesh) -> list[str]:
+  """Which devices there are, and what they do not divide; one: nothing."""
+  if mesh.size == 1:
+    return []
+  shape = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
+  whole = sharding.undivided(cfg, mesh)
+  return [
+    f'mesh: {shape}'
+    + (f'; whole on every device: {", ".join(whole)}' if whole else '')
+  ]
+
+
+def price(plan: plan_lib.Plan, cfg: structure.ModelConfig) -> list[str]:
+  """Of a target that leaves the layers little of an unpriced stem."""
+  share = plan.unpriced(cfg.D)
+  # A small model came out well at 0.49 and without heads at 0.98, where
+  # pricing the embedding mended it (BENCHMARKS.md).
+  if share <= 0.5:
+    return []
+  return [
+    f'the embeddings of the whole stem are {share:.0%} of budget.target and '
+    'not in its price: layers may lose nearly all; consider '
+    '--config.prune.price_embedding=True'
+  ]
+
+
+def damping(
+  step: int, fits: Mapping[str, Mapping[str, float]], planned: float
+) -> list[str]:
+  """Of every matrix that did not take the damping it was given.
+
+  Args:
+    step: of the prune that was repaired.
+    fits: by the matrix's input, see `steps.repair_step`.
+    planned: damping of the config.
+  """
+  lines = []
+  for name, fit in fits.items():
+    # Tenfold at a time; float32 on the way back is not equal to the bit.
+    if fit['damping'] > 2 * planned:
+      how = (
+        f'needed damping {fit["damping"]:g}'
+        if math.isfinite(fit['damping'])
+        else 'found no damping that works and left some layers as they were'
+      )
+      lines.append(f'repair after step {step}: {name} {how}')
+  return lines
+
+
+class Damage:
+  """Notices a prune after which the loss is far above what it was."""
+
+  def __init__(self):
+    self._rows = collections.deque(maxlen=8)
+
+  def add(self, row: Mapping[str, Any]) -> list[str]:
+    """Takes in the next `train` row of the metrics."""
+    lines = []
+    losses = [x['loss'] for x in self._rows if x['loss'] is not None]
+    if len(self._rows) > 1 and losses and row['loss'] is not None:
+      older, newer = self._rows[-2]['widths'], self._rows[-1]['widths']
+      went = [t for t in structure.TYPES if newer[t] < older[t]]
+      mean = statistics.fmean(losses)
+      if went and row['loss'] > mean + _DAMAGE:
+        worst = min(went, key=lambda t: newer[t] / older[t])
+        lines.append(
+          f'the loss is {row["loss"]:.2f} nats per token, after {mean:.2f}, '
+          'since a prune took '
+          + ', '.join(f'{t} {older[t]:g} -> {newer[t]:g}' for t in went)
+          + f'; consider --config.prune.floors.{worst}={int(older[worst])} or '
+          'another --config.prune.saliency'
+        )
+        # Once for each: what comes is measured from here.
+        self._rows.clear()
+    self._rows.append(row)
+    return lines
