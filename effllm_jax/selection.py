@@ -24,6 +24,13 @@ from the first move: a type whose width is not on a multiple is *open* and its
 block will be finished; a further block is opened only while finishing the open
 ones is not enough for the final target, and of the blocks that would overshoot
 it the smallest is taken. The last prune finishes all open blocks.
+
+The last move may save more than was asked for: a head of every layer as much as
+some hundred channels. So every prune plans to the end: from where the run would
+end with the scores of now it takes back blocks that fit into the final target,
+the dearest first, until none does, and it removes nothing that stays in this
+plan. Without, a small model of a quarter ended 11 % below its target, with
+layers at their floors when the last block of the stem had to go.
 """
 
 from collections.abc import Mapping
@@ -294,40 +301,58 @@ def _select(scores, masks, target, final, rules, cost):
   def size(left):
     return cost.size(*jnp.moveaxis(left * groups, -1, 0))
 
-  def price(left):
+  def price(left, made=0):
+    """Of the next move of each type; `made` 1: of the last one."""
     score = jnp.stack(
-      [m.score[total[i] - left[i]] for i, m in enumerate(moves)]
+      [m.score[total[i] - left[i] - made] for i, m in enumerate(moves)]
     )
     worth = _price(score, jnp.stack(_priced(left * groups, rules, cost)))
     # Infinity is for what is not allowed.
     return jnp.minimum(worth, jnp.finfo(worth.dtype).max)
 
-  def allowed(left):
-    open_block = left % multiple != 0
-    landed = left - left % multiple
-    after = size(landed - jnp.diag(multiple))
-    # The next block of an open type is a candidate too: if it is the best one,
-    # nothing else opens until its turn has come.
-    block = (
-      (landed - multiple >= smallest)
-      & (size(landed) > final)
-      & (after < size(landed))
-    )
-    fits = block & (after >= final)
-    mildest = block & (after == jnp.max(jnp.where(block, after, -1)))
-    opens = jnp.where(fits.any(), fits, mildest) & ~open_block
-    return jnp.where(open_block, left - 1 >= smallest, opens)
+  def taken(target, least):
+    """How many moves of each type are left at `target`, none below `least`."""
 
-  def unfinished(left):
-    unaligned = ((left % multiple != 0) & (left > smallest)).any()
-    wanted = (size(left) > target) | ((target == final) & unaligned)
-    return wanted & allowed(left).any()
+    def allowed(left):
+      open_block = left % multiple != 0
+      landed = left - left % multiple
+      after = size(landed - jnp.diag(multiple))
+      # The next block of an open type is a candidate too: if it is the best
+      # one, nothing else opens until its turn has come.
+      block = (
+        (landed - multiple >= least)
+        & (size(landed) > final)
+        & (after < size(landed))
+      )
+      fits = block & (after >= final)
+      mildest = block & (after == jnp.max(jnp.where(block, after, -1)))
+      opens = jnp.where(fits.any(), fits, mildest) & ~open_block
+      return jnp.where(open_block, left - 1 >= least, opens)
 
-  def move(left):
-    cheapest = jnp.argmin(jnp.where(allowed(left), price(left), jnp.inf))
-    return left.at[cheapest].add(-1)
+    def unfinished(left):
+      unaligned = ((left % multiple != 0) & (left > least)).any()
+      wanted = (size(left) > target) | ((target == final) & unaligned)
+      return wanted & allowed(left).any()
 
-  left = jax.lax.while_loop(unfinished, move, live // groups)
+    def move(left):
+      cheapest = jnp.argmin(jnp.where(allowed(left), price(left), jnp.inf))
+      return left.at[cheapest].add(-1)
+
+    return jax.lax.while_loop(unfinished, move, start)
+
+  def fits_again(left):
+    fuller = left + jnp.diag(multiple)
+    return (left + multiple <= start) & (size(fuller) <= final)
+
+  def take_back(left):
+    dearest = jnp.argmax(jnp.where(fits_again(left), price(left, 1), -jnp.inf))
+    return left.at[dearest].add(multiple[dearest])
+
+  start = live // groups
+  end = jax.lax.while_loop(
+    lambda left: fits_again(left).any(), take_back, taken(final, smallest)
+  )
+  left = taken(target, end)
   return structure.Groups(
     *(
       getattr(masks, t) & (m.at >= removed).reshape(getattr(masks, t).shape)

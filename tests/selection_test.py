@@ -41,73 +41,119 @@ BUDGETS = {
 
 def greedy(scores, masks, target, final, rules, cost):
   """`select` as a person would write it: lists, Python integers, no rank."""
-  masks = jax.tree.map(lambda m: np.atleast_2d(np.array(m)), masks)
-  masks = [masks.heads, masks.ffn, masks.stem]
-  s = [
-    np.atleast_2d(np.asarray(getattr(scores, t), np.float64))
-    for t in structure.TYPES
-  ]
-  smallest, multiple = rules.smallest(), rules.multiple_of
-  # Whether a move takes a whole block of one layer.
-  blockwise = [rules.policy == 'ragged' and i < 2 for i in range(3)]
+  plan = _Lists(scores, masks, final, rules, cost)
+  least = zip(rules.smallest(), plan.masks, strict=True)
+  plan.take(final, [n * len(m) for n, m in least])
+  plan.take_back()
+  made = _Lists(scores, masks, final, rules, cost)
+  made.take(target, plan.counts())
+  heads, ffn, stem = made.masks
+  return structure.Groups(heads=heads, ffn=ffn, stem=stem[0])
 
-  def lowest(i, n, count):
-    live = np.flatnonzero(masks[i][n])
-    return [(n, x) for x in sorted(live, key=lambda x: s[i][n][x])[:count]]
 
-  def price(i, groups):
+class _Lists:
+  """Masks, and the moves that they have seen."""
+
+  def __init__(self, scores, masks, final, rules, cost):
+    self.masks = [
+      np.atleast_2d(np.array(getattr(masks, t))) for t in structure.TYPES
+    ]
+    self.scores = [
+      np.atleast_2d(np.asarray(getattr(scores, t), np.float64))
+      for t in structure.TYPES
+    ]
+    self.final, self.rules, self.cost = final, rules, cost
+    # Whether a move takes a whole block of one layer.
+    self.blockwise = [rules.policy == 'ragged' and i < 2 for i in range(3)]
+    self.made = [[], [], []]
+
+  def counts(self):
+    return [int(m.sum()) for m in self.masks]
+
+  def lowest(self, i, n, count):
+    live = np.flatnonzero(self.masks[i][n])
+    live = sorted(live, key=lambda x: self.scores[i][n][x])
+    return [(n, x) for x in live[:count]]
+
+  def price(self, i, groups):
+    counts = self.counts()
     fewer = list(counts)
     fewer[i] -= 1
-    saved = cost.size(*counts) - cost.size(*fewer)
-    if i == 2 and not rules.price_embedding:
-      saved -= cost.unpriced_stem
-    return np.mean([s[i][g] for g in groups]) / saved if saved else 1e300
+    saved = self.cost.size(*counts) - self.cost.size(*fewer)
+    if i == 2 and not self.rules.price_embedding:
+      saved -= self.cost.unpriced_stem
+    mean = np.mean([self.scores[i][g] for g in groups])
+    return mean / saved if saved else 1e300
 
-  def best_move(i):
+  def best_move(self, i, least):
     """The groups that one move of type i would take, or None."""
-    if not blockwise[i]:
-      groups = [g for n in range(len(masks[i])) for g in lowest(i, n, 1)]
-      return groups if len(masks[i][0].nonzero()[0]) > smallest[i] else None
+    mask, multiple = self.masks[i], self.rules.multiple_of[i]
+    if not self.blockwise[i]:
+      groups = [g for n in range(len(mask)) for g in self.lowest(i, n, 1)]
+      return groups if mask.sum() > least else None
+    if mask.sum() - multiple < least:
+      return None
     blocks = [
-      lowest(i, n, multiple[i])
-      for n in range(len(masks[i]))
-      if masks[i][n].sum() - multiple[i] >= smallest[i]
+      self.lowest(i, n, multiple)
+      for n in range(len(mask))
+      if mask[n].sum() - multiple >= self.rules.smallest()[i]
     ]
-    return min(blocks, key=lambda b: price(i, b), default=None)
+    return min(blocks, key=lambda b: self.price(i, b), default=None)
 
-  while True:
-    counts = [int(m.sum()) for m in masks]
-    widths = [int(m[0].sum()) for m in masks]
-    is_open = [not blockwise[i] and widths[i] % multiple[i] for i in range(3)]
-    unaligned = any(is_open[i] and widths[i] > smallest[i] for i in range(3))
-    moves = [best_move(i) for i in range(3)]
-    if cost.size(*counts) <= target and not (target == final and unaligned):
-      break
-    landed = list(counts)
-    for i in range(3):
-      if is_open[i]:
-        landed[i] -= len(masks[i]) * (widths[i] % multiple[i])
-    blocks = {}
-    for i in range(3):
-      after = list(landed)
-      after[i] -= multiple[i] * (1 if blockwise[i] else len(masks[i]))
-      room = (
-        moves[i] if blockwise[i] else after[i] >= smallest[i] * len(masks[i])
-      )
-      if room and cost.size(*after) < cost.size(*landed):
-        blocks[i] = cost.size(*after)
-    usable = [i for i in range(3) if is_open[i] and moves[i]]
-    if cost.size(*landed) > final and blocks:
-      fitting = [i for i in blocks if blocks[i] >= final]
-      most = max(blocks.values())
-      opens = fitting or [i for i in blocks if blocks[i] == most]
-      usable += [i for i in opens if not is_open[i]]
-    if not usable:
-      break
-    best = min(sorted(usable), key=lambda i: price(i, moves[i]))
-    for group in moves[best]:
-      masks[best][group] = False
-  return structure.Groups(heads=masks[0], ffn=masks[1], stem=masks[2][0])
+  def take(self, target, least):
+    """Until the size is `target`; leaves `least` groups of each type."""
+    multiple, size = self.rules.multiple_of, self.cost.size
+    while True:
+      counts = self.counts()
+      widths = [int(m[0].sum()) for m in self.masks]
+      layers = [len(m) for m in self.masks]
+      is_open = [
+        not self.blockwise[i] and widths[i] % multiple[i] for i in range(3)
+      ]
+      unaligned = any(is_open[i] and counts[i] > least[i] for i in range(3))
+      moves = [self.best_move(i, least[i]) for i in range(3)]
+      if size(*counts) <= target and not (target == self.final and unaligned):
+        return
+      landed = list(counts)
+      for i in range(3):
+        if is_open[i]:
+          landed[i] -= layers[i] * (widths[i] % multiple[i])
+      blocks = {}
+      for i in range(3):
+        after = list(landed)
+        after[i] -= multiple[i] * (1 if self.blockwise[i] else layers[i])
+        room = moves[i] if self.blockwise[i] else after[i] >= least[i]
+        if room and size(*after) < size(*landed):
+          blocks[i] = size(*after)
+      usable = [i for i in range(3) if is_open[i] and moves[i]]
+      if size(*landed) > self.final and blocks:
+        fitting = [i for i in blocks if blocks[i] >= self.final]
+        most = max(blocks.values())
+        opens = fitting or [i for i in blocks if blocks[i] == most]
+        usable += [i for i in opens if not is_open[i]]
+      if not usable:
+        return
+      best = min(sorted(usable), key=lambda i: self.price(i, moves[i]))
+      for group in moves[best]:
+        self.masks[best][group] = False
+      self.made[best].append(moves[best])
+
+  def take_back(self):
+    """Whole blocks, by the price of the last move, while they fit."""
+    while True:
+      prices = {}
+      for i in range(3):
+        n = 1 if self.blockwise[i] else self.rules.multiple_of[i]
+        more = self.counts()
+        more[i] += sum(len(move) for move in self.made[i][-n:])
+        if len(self.made[i]) >= n and self.cost.size(*more) <= self.final:
+          prices[i] = self.price(i, self.made[i][-1]), n
+      if not prices:
+        return
+      best = max(sorted(prices), key=lambda i: prices[i][0])
+      for _ in range(prices[best][1]):
+        for group in self.made[best].pop():
+          self.masks[best][group] = True
 
 
 def varied_scores(cfg, seed):
@@ -173,6 +219,18 @@ def test_equals_the_brute_force_greedy(name, kind, seed):
       jax.tree.leaves(jax.tree.map(lambda a, b: (a & ~b).any(), after, masks))
     )
     masks = after
+  # Scores did not change: the prunes went where one cut goes, and no block that
+  # was taken has room within the target.
+  once = greedy(scores, structure.all_alive(cfg), final, final, rules, cost)
+  jax.tree.map(np.testing.assert_array_equal, masks, once)
+  blocks = np.array(rules.multiple_of) * (cfg.N, cfg.N, 1)
+  if rules.policy == 'ragged':
+    blocks[:2] //= cfg.N
+  left = [int(getattr(masks, t).sum()) for t in structure.TYPES]
+  for i, whole in enumerate((cfg.N * cfg.K, cfg.N * cfg.F, cfg.D)):
+    fuller = list(left)
+    fuller[i] += int(blocks[i])
+    assert fuller[i] > whole or cost.size(*fuller) > final
   widths = selection.live_widths(masks)
   for type_, multiple, floor in zip(
     structure.TYPES, rules.multiple_of, rules.smallest(), strict=True
