@@ -348,11 +348,16 @@ def _select(scores, masks, target, final, rules, cost):
     dearest = jnp.argmax(jnp.where(fits_again(left), price(left, 1), -jnp.inf))
     return left.at[dearest].add(multiple[dearest])
 
+  def plan(least, goal):
+    left = taken(goal, least)
+    return jax.lax.while_loop(
+      lambda left: fits_again(left).any(), take_back, left
+    ), None
+
+  # To the end first, below which the prune then does not go. One loop for both:
+  # each shrink compiles this anew.
   start = live // groups
-  end = jax.lax.while_loop(
-    lambda left: fits_again(left).any(), take_back, taken(final, smallest)
-  )
-  left = taken(target, end)
+  left, _ = jax.lax.scan(plan, smallest, jnp.stack([final, target]))
   return structure.Groups(
     *(
       getattr(masks, t) & (m.at >= removed).reshape(getattr(masks, t).shape)

@@ -159,6 +159,8 @@ def _workdirs(tmp_path_factory):
   settings = {
     'train.tokens': 18 * 64, 'eval.every_tokens': 18 * 64,
     'eval.tokens_per_domain': 64, 'checkpoint.every_steps': 18,
+    # Some of each type go.
+    'budget.target': 18_000.0,
   }  # fmt: skip
   a = small_run.make(folder, 'a', settings)
   # One shrink, at the end.
@@ -243,6 +245,7 @@ def test_the_command_compares_seeds(workdirs, tmp_path):
       assert pair['alive']['jaccard'] == pair['removed']['jaccard'] == 1
     if pair['runs'] == [0, 1]:
       left, right = ({x for x in y if x[0] == t} for y in traces)
+      assert left and right
       assert pair['removed']['shared'] == len(left & right)
       assert pair['removed']['jaccard'] == pytest.approx(
         len(left & right) / len(left | right)
