@@ -15,6 +15,7 @@ import numpy as np
 from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import model as model_lib
+from effllm_jax import rules as rules_lib
 from effllm_jax import saliency
 from effllm_jax import selection
 from effllm_jax import shrink as shrink_lib
@@ -259,12 +260,12 @@ def bits(groups: structure.Groups) -> str:
   )
 
 
-def _rules(policy) -> selection.Rules:
-  if policy not in selection.POLICIES:
+def _rules(policy) -> rules_lib.Rules:
+  if policy not in rules_lib.POLICIES:
     raise errors.InputError(
-      f'policy {policy!r} is not one of {", ".join(selection.POLICIES)}'
+      f'policy {policy!r} is not one of {", ".join(rules_lib.POLICIES)}'
     )
-  return selection.Rules(policy, (1, 1, 1), (1, 1, 1), price_embedding=False)
+  return rules_lib.Rules(policy, (1, 1, 1), (1, 1, 1), price_embedding=False)
 
 
 @functools.partial(jax.jit, static_argnames='cfg')

@@ -10,6 +10,7 @@ import numpy as np
 from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import model
+from effllm_jax import rules as rules_lib
 from effllm_jax import saliency
 from effllm_jax import schedules
 from effllm_jax import selection
@@ -21,7 +22,7 @@ import kernels
 # Where the weights of a run come from: `config.init`.
 INITS = ('source', 'random')
 # What `config.prune.policy` may be; 'none' only trains.
-POLICIES = (*selection.POLICIES, 'none')
+POLICIES = (*rules_lib.POLICIES, 'none')
 TEACHER = ('always', 'recovery')
 
 
@@ -50,7 +51,7 @@ class Plan:
   every: int
   cost: budgets.Cost
   schedule: schedules.Schedule
-  rules: selection.Rules
+  rules: rules_lib.Rules
   quantum: structure.Groups
   shrink_threshold: float
   eval_every: int
@@ -148,7 +149,7 @@ def make(
       f'distill.top_k {config.distill.top_k} exceeds the {source.V} tokens of '
       'the vocabulary; set --config.distill.top_k'
     )
-  rules = selection.Rules.of(
+  rules = rules_lib.Rules.of(
     config.prune.policy,
     config.prune.floors,
     config.prune.multiple_of,
@@ -239,7 +240,7 @@ def _schedule(prune, start, target) -> schedules.Schedule:
 
 def _check_target(source, rules, cost, schedule):
   start, target = schedule.start, schedule.target
-  selection.check_target(source, rules, cost, target)
+  rules_lib.check_target(source, rules, cost, target)
   if target >= start:
     raise errors.InputError(
       f'budget.target {cost.text(target)} is not below the {cost.text(start)} '

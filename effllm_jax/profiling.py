@@ -32,6 +32,11 @@ class Profile:
     """Writes what there is, if a run ends among the recorded steps."""
     if self._recording:
       self._stop()
+    elif self._steps and not self._recorded:
+      self._say(
+        f'no profile: this call ran none of the steps {self._steps[0]} to '
+        f'{self._steps[-1]}'
+      )
 
   @contextlib.contextmanager
   def step(self, step: int, arrays: Callable[[], Any]) -> Iterator[None]:

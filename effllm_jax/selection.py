@@ -33,8 +33,6 @@ plan. Without, a small model of a quarter ended 11 % below its target, with
 layers at their floors when the last block of the stem had to go.
 """
 
-from collections.abc import Mapping
-import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -44,107 +42,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from effllm_jax import budgets
-from effllm_jax import errors
+from effllm_jax import rules as rules_lib
 from effllm_jax import structure
 
 Array = jax.Array
-
-POLICIES = ('uniform', 'ragged')
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-  """What selection goes by; per type as (heads, ffn, stem).
-
-  Attributes:
-    policy: 'uniform' or 'ragged', see the module's text.
-    floors: least number of groups that stay alive in every layer (heads, ffn)
-      or in the model (stem); at least 1, under 'ragged' 0 for heads and ffn.
-    multiple_of: the final widths are multiples of these.
-    price_embedding: whether the embeddings count in the price of a stem
-      channel. They are most of what it saves (21 % of a 135M model), and their
-      gradients are tiny: counted, they make the stem look cheap, and it goes
-      first; in the paper's plots it goes last. The size always counts them. Of
-      a target that is mostly embedding, leaving them out takes the layers
-      instead (see `Plan.unpriced`).
-  """
-
-  policy: str
-  floors: tuple[int, int, int]
-  multiple_of: tuple[int, int, int]
-  price_embedding: bool
-
-  def smallest(self) -> tuple[int, int, int]:
-    """The floors, rounded up to the multiples: the smallest final shape."""
-    return tuple(
-      -(-f // m) * m for f, m in zip(self.floors, self.multiple_of, strict=True)
-    )
-
-  @classmethod
-  def of(
-    cls,
-    policy: str,
-    floors: Mapping[str, int],
-    multiple_of: Mapping[str, int],
-    price_embedding: bool,
-  ) -> 'Rules':
-    """From mappings whose keys are the pruning types, as in a config."""
-    return cls(
-      policy=policy,
-      floors=tuple(floors[t] for t in structure.TYPES),
-      multiple_of=tuple(multiple_of[t] for t in structure.TYPES),
-      price_embedding=price_embedding,
-    )
-
-
-def check_target(
-  cfg: structure.ModelConfig, rules: Rules, cost: budgets.Cost, target: int
-) -> None:
-  """Checks that a model of `cfg` can be pruned to `target`, in budget units.
-
-  Raises:
-    errors.InputError: it cannot; the message has the config's key to change.
-  """
-  for i, name in enumerate(structure.TYPES):
-    width = cfg.widths()[name]
-    floor, multiple = rules.floors[i], rules.multiple_of[i]
-    ragged = rules.policy == 'ragged' and name != 'stem'
-    for key, value, least in (
-      ('floors', floor, 0 if ragged else 1),
-      ('multiple_of', multiple, 1),
-    ):
-      if not least <= value <= width:
-        raise errors.InputError(
-          f'prune.{key}.{name} {value} is not between {least} and the source '
-          f"model's {width}; set --config.prune.{key}.{name}"
-        )
-    if ragged and width % multiple:
-      raise errors.InputError(
-        f'prune.multiple_of.{name} {multiple} does not divide the source '
-        f"model's {width}, as policy ragged needs; set "
-        f'--config.prune.multiple_of.{name}'
-      )
-    rounded = -(-floor // multiple) * multiple
-    if rounded > width:
-      raise errors.InputError(
-        f'prune.floors.{name} {floor}, rounded up to a multiple of {multiple}, '
-        f"is {rounded}, above the source model's {width}; set "
-        f'--config.prune.floors.{name}'
-      )
-  dense = cost.of_config(cfg)
-  heads, ffn, stem = rules.smallest()
-  least = cost.of_config(dataclasses.replace(cfg, K=heads, F=ffn, D=stem))
-  if target >= dense:
-    raise errors.InputError(
-      f"budget.target {cost.text(target)} is not below the source model's "
-      f'{cost.text(dense)}; set --config.budget.target'
-    )
-  if target < least:
-    raise errors.InputError(
-      f'budget.target {cost.text(target)} is below {cost.text(least)}, the '
-      f'size at the floors (heads {heads}, ffn {ffn}, stem {stem}); raise '
-      '--config.budget.target or lower --config.prune.floors'
-    )
 
 
 def live_widths(masks: structure.Groups) -> dict[str, np.ndarray]:
@@ -186,7 +87,7 @@ def costs(masks: structure.Groups, cost: budgets.Cost) -> structure.Groups:
 def prices(
   scores: structure.Groups,
   masks: structure.Groups,
-  rules: Rules,
+  rules: rules_lib.Rules,
   cost: budgets.Cost,
 ) -> structure.Groups:
   """Score per saved budget unit, float32; 0 for dead groups.
@@ -202,7 +103,7 @@ def prices(
 def mean_prices(
   scores: structure.Groups,
   masks: structure.Groups,
-  rules: Rules,
+  rules: rules_lib.Rules,
   cost: budgets.Cost,
 ) -> structure.Groups:
   """Mean price of the live groups of each type, float32 scalars."""
@@ -215,13 +116,13 @@ def select(
   masks: structure.Groups,
   target: int,
   final: int,
-  rules: Rules,
+  rules: rules_lib.Rules,
   cost: budgets.Cost,
 ) -> structure.Groups:
   """Masks with the cheapest groups removed.
 
   A move that saves nothing (a latency fit may say so of a type) is not made.
-  One that saves only what is not priced (see `Rules.price_embedding`) costs
+  One that saves only what is not priced (see `rules.Rules`) costs
   more than all others, and is made last.
 
   Args:
@@ -236,8 +137,9 @@ def select(
     cost: the budget.
 
   Returns:
-    New masks; dead groups stay dead. A target below the size at
-    `rules.smallest()` gives that shape: check with `check_target` before a run.
+    New masks; dead groups stay dead, and nothing goes that a run to `final`
+    would keep by these scores. A target below the size at `rules.smallest()`
+    gives that shape: check with `rules.check_target` before a run.
   """
   # Sizes need more than 32 bits; everything else keeps its type. The switch is
   # part of jit's key, so the compiled function is found again.
@@ -251,7 +153,7 @@ def trials(
   scores: structure.Groups,
   masks: structure.Groups,
   saved: int,
-  rules: Rules,
+  rules: rules_lib.Rules,
   cost: budgets.Cost,
 ) -> structure.Groups:
   """What a prune would leave if it took groups of one type alone.

@@ -104,7 +104,7 @@ def config(
         'embedding': 1.0,
       },
       'budget': {
-        'kind': 'params', 'target': 20_000.0, 'format': 'q8_0',
+        'kind': 'params', 'target': 18_000.0, 'format': 'q8_0',
         'context': 2048, 'table': '',
       },
       'prune': {

@@ -268,6 +268,9 @@ def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
   assert f'after step {step}' in done.stderr
   assert _profiled(workdir) == list(range(step + 1, 25))
   runs.same_result(workdir, finished)
+  done = servers[0].run(flags)
+  assert done.returncode == 0, done.stderr
+  assert 'no profile: this call ran none of the steps 1 to 24' in done.stderr
 
 
 def _profiled(workdir: pathlib.Path) -> list[int]:

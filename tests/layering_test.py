@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
   'errors', 'untrusted', 'structure', 'sharding', 'model', 'distillation',
-  'saliency', 'budgets', 'selection', 'schedules', 'optimizers', 'repair',
-  'state', 'shrink', 'events', 'steps', 'accounting',
+  'saliency', 'budgets', 'rules', 'selection', 'schedules', 'optimizers',
+  'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
   'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'data',
   'hf_config', 'bpe', 'weights', 'gguf_source', 'hf_source', 'sources',

@@ -159,8 +159,6 @@ def _workdirs(tmp_path_factory):
   settings = {
     'train.tokens': 18 * 64, 'eval.every_tokens': 18 * 64,
     'eval.tokens_per_domain': 64, 'checkpoint.every_steps': 18,
-    # Some of each type go.
-    'budget.target': 18_000.0,
   }  # fmt: skip
   a = small_run.make(folder, 'a', settings)
   # One shrink, at the end.
