@@ -6,6 +6,7 @@ EFFLLM_KILLS=200 asks for more.
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -404,14 +405,18 @@ def test_a_killed_data_worker_ends_in_one_line(setting, finished):
   while runs.reached(workdir) < 1:
     assert process.poll() is None
     time.sleep(0.001)
-  for child in _children(process.pid):
-    if 'spawn_main' in pathlib.Path(f'/proc/{child}/cmdline').read_text():
-      os.kill(child, signal.SIGKILL)
+  for child in _children(process.pid, 'spawn_main'):
+    os.kill(child, signal.SIGKILL)
   _, said = process.communicate(timeout=120)
   done = subprocess.CompletedProcess('main', process.returncode, '', said)
   runs.refused(done, 'a data worker has ended', '--config.data.workers=0')
 
 
-def _children(pid: int) -> list[int]:
-  tasks = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
-  return [int(child) for task in tasks for child in task.read_text().split()]
+def _children(pid: int, command: str) -> list[int]:
+  """The children of a process that have `command` in their command line."""
+  found = []
+  for task in pathlib.Path(f'/proc/{pid}/task').iterdir():
+    with contextlib.suppress(FileNotFoundError):  # The thread has ended.
+      found += [int(child) for child in (task / 'children').read_text().split()]
+  told = lambda child: pathlib.Path(f'/proc/{child}/cmdline').read_text()
+  return [child for child in found if command in told(child)]
