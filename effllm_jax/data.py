@@ -1,4 +1,4 @@
-"""TFDS documents -> tokens -> packed windows, with Grain.
+"""Files of tokens -> packed windows -> batches, with Grain.
 
 A text is tokenised once, into one file of tokens per domain beside its
 dataset. Every window of a file can then be read on its own, which gives three
@@ -16,14 +16,10 @@ from collections.abc import Sequence
 import concurrent.futures
 import contextlib
 import copy
-import dataclasses
-import hashlib
-import json
 import math
 import multiprocessing
 import os
 import pathlib
-import tempfile
 import threading
 from typing import Any
 
@@ -33,81 +29,11 @@ import numpy as np
 import tokenizers
 
 from effllm_jax import corpus
-from effllm_jax import documents
 from effllm_jax import errors
+from effllm_jax import tokenizing
 
-# Documents that are tokenised at a time, on all cores.
-_CHUNK = 256
 # For Grain to let go of its threads, once a worker was lost.
 _CLOSING_SECONDS = 5.0
-
-
-def tokenize(
-  data_dir: str | os.PathLike,
-  tokenizer: tokenizers.Tokenizer,
-  separator_id: int,
-) -> dict[str, pathlib.Path]:
-  """Tokenises the training text once; returns the token file of each domain.
-
-  A file is a one-dimensional .npy array, uint16 where the ids allow it, else
-  uint32: each document after a separator, and a separator at the end. Files
-  are keyed by the tokenizer, so that two models can share a dataset.
-
-  Args:
-    data_dir: folder of `corpus.prepare`.
-    tokenizer: its special tokens are not looked for in the text.
-    separator_id: token between documents.
-
-  Raises:
-    errors.InputError: the folder cannot be written.
-  """
-  data_dir, plain = pathlib.Path(data_dir), _plain(tokenizer)
-  key = hashlib.sha256(f'{separator_id} {plain}'.encode()).hexdigest()[:16]
-  folder = data_dir / f'tokens-{key}'
-  domains = corpus.domains(data_dir)
-  if not folder.is_dir():
-    encoder = _load(plain)
-    dtype = np.uint16 if encoder.get_vocab_size() <= 2**16 else np.uint32
-    source = corpus.source(data_dir, 'train')
-    pieces = {domain: [] for domain in domains}
-    for start in range(0, len(source), _CHUNK):
-      documents = [
-        corpus.as_document(source[i])
-        for i in range(start, min(start + _CHUNK, len(source)))
-      ]
-      texts = [document.text for document in documents]
-      for document, encoding in zip(
-        documents, encoder.encode_batch_fast(texts), strict=True
-      ):
-        pieces[document.domain].append(
-          np.array([separator_id, *encoding.ids], dtype)
-        )
-    try:
-      with tempfile.TemporaryDirectory(dir=data_dir, prefix='.tokens-') as tmp:
-        built = pathlib.Path(tmp) / 'tokens'
-        built.mkdir()
-        for domain, arrays in pieces.items():
-          end = np.array([separator_id], dtype)
-          np.save(
-            _token_file(built, domain, domains), np.concatenate([*arrays, end])
-          )
-        try:
-          built.rename(folder)
-        except OSError:
-          # Another process was faster; what it wrote is the same.
-          if not folder.is_dir():
-            raise
-    except OSError as e:
-      raise errors.InputError(
-        f'cannot write tokens to {data_dir}: {e.strerror or e}; free some '
-        'space, or set --cache'
-      ) from e
-  return {d: _token_file(folder, d, domains) for d in domains}
-
-
-def _token_file(folder, domain, domains) -> pathlib.Path:
-  # By position: a domain of a user's own may not be a file name.
-  return folder / f'{domains.index(domain)}.npy'
 
 
 class _Windows:
@@ -326,7 +252,7 @@ def train_iterator(
       raise errors.InputError(
         f'{name} {value} is below {least}; set --config.{name}'
       )
-  files = tokenize(data_dir, tokenizer, separator_id)
+  files = tokenizing.tokenize(data_dir, tokenizer, separator_id)
   groups = {d: [files[d]] for d in weights} or {'text': [*files.values()]}
   streams = []
   for name, paths in groups.items():
@@ -356,7 +282,7 @@ def train_iterator(
     )
   stream = {
     'dataset': manifest['digest'],
-    'tokenizer': hashlib.sha256(_plain(tokenizer).encode()).hexdigest(),
+    'tokenizer': tokenizing.digest(tokenizer),
     'separator_id': separator_id,
     'seq_len': seq_len,
     'batch_size': batch_size,
@@ -390,142 +316,3 @@ def _check_weights(
       f'{", ".join(known)}'
     )
   return {name: value for name, value in kept.items() if value}
-
-
-def _plain(tokenizer: tokenizers.Tokenizer) -> str:
-  """The tokenizer's JSON without what would add, cut or re-place tokens.
-
-  A post-processor adds special tokens and trims the offsets of leading spaces.
-  """
-  parts = json.loads(tokenizer.to_str())
-  return json.dumps(
-    parts | {'post_processor': None, 'truncation': None, 'padding': None}
-  )
-
-
-def _load(plain: str) -> tokenizers.Tokenizer:
-  tokenizer = tokenizers.Tokenizer.from_str(plain)
-  # "<|endoftext|>" in a text is text. The JSON does not keep this setting.
-  tokenizer.encode_special_tokens = True
-  return tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-  """Held-out text of one domain.
-
-  windows int32 [n, seq_len + 1]: inputs `[:, :-1]`, targets `[:, 1:]`.
-  weight float32 [n, seq_len]: 1 where a target is scored, 0 for separators
-  and padding. num_bytes: UTF-8 bytes of the text that is scored, exactly.
-  documents: how many it is of; the last one may be cut.
-  """
-
-  windows: np.ndarray
-  weight: np.ndarray
-  num_bytes: int
-  documents: int
-
-
-def heldout(
-  data_dir: str | os.PathLike,
-  tokenizer: tokenizers.Tokenizer,
-  separator_id: int,
-  *,
-  seq_len: int,
-  tokens_per_domain: int,
-  seed: int = 0,
-) -> dict[str, HeldOut]:
-  """Held-out windows by domain, for bits per byte.
-
-  Documents follow each other in the order of their hashes, each after a
-  separator, which is the context of its first token. Windows overlap by one
-  token, so every token of the text is a target exactly once.
-
-  Args:
-    data_dir: folder of `corpus.prepare`.
-    tokenizer: its special tokens are not looked for in the text.
-    separator_id: token between documents, and padding.
-    seq_len: targets a window.
-    tokens_per_domain: at most this many targets are scored; the last document
-      is cut there, or up to a few tokens before it where a token ends inside
-      a character. 0 takes all.
-    seed: changes the order, and so the choice, of the documents.
-
-  Raises:
-    errors.InputError: a number that makes no sense.
-  """
-  for name, value in (('seq_len', seq_len), ('tokens', tokens_per_domain)):
-    if value < (name == 'seq_len'):
-      raise errors.InputError(
-        f'held-out {name} {value} is too small; set a positive number'
-      )
-  encoder = _load(_plain(tokenizer))
-  documents = {domain: [] for domain in corpus.domains(data_dir)}
-  for record in corpus.source(data_dir, 'heldout'):
-    document = corpus.as_document(record)
-    documents[document.domain].append(document)
-  return {
-    domain: _score_windows(
-      sorted(members, key=lambda d: _rank(d, seed)), encoder, separator_id,
-      seq_len, tokens_per_domain or math.inf,
-    )
-    for domain, members in documents.items()
-  }  # fmt: skip
-
-
-def _rank(document: documents.Document, seed: int) -> bytes:
-  name = f'{seed}/{document.domain}/{document.id}'
-  return hashlib.blake2b(name.encode()).digest()
-
-
-def _score_windows(
-  documents: list[documents.Document], encoder: tokenizers.Tokenizer,
-  separator_id: int, seq_len: int, budget: float,
-) -> HeldOut:  # fmt: skip
-  """Windows over the documents of one domain, up to a budget of tokens."""
-  tokens, scored, num_bytes, count = [], [], 0, 0
-  for document in documents:
-    encoding = encoder.encode(document.text)
-    ids, length = _prefix(encoding, document.text, budget)
-    if not ids:
-      break
-    tokens += [separator_id, *ids]
-    scored += [0, *[1] * len(ids)]
-    num_bytes += length
-    count += 1
-    budget -= len(ids)
-    if budget <= 0 or len(ids) < len(encoding.ids):
-      break
-  if not count:
-    raise errors.InputError(
-      f'no whole character of domain {documents[0].domain!r} fits into '
-      f'{budget} held-out tokens; raise the number'
-    )
-  n = -(-(len(tokens) - 1) // seq_len)
-  padding = n * seq_len + 1 - len(tokens)
-  tokens = np.array(tokens + [separator_id] * padding, np.int32)
-  weight = np.array(scored[1:] + [0] * padding, np.float32)
-  starts = np.arange(n)[:, None] * seq_len
-  return HeldOut(
-    windows=tokens[starts + np.arange(seq_len + 1)],
-    weight=weight.reshape(n, seq_len),
-    num_bytes=num_bytes,
-    documents=count,
-  )
-
-
-def _prefix(
-  encoding: tokenizers.Encoding, text: str, budget: float
-) -> tuple[list[int], int]:
-  """The most tokens within the budget that end with a whole character.
-
-  Returns:
-    The tokens, and the bytes of the text that they stand for.
-  """
-  if len(encoding.ids) <= budget:
-    return encoding.ids, len(text.encode())
-  end = int(budget)
-  # The tokens of one character that was split all carry its offsets.
-  while end and encoding.offsets[end][0] < encoding.offsets[end - 1][1]:
-    end -= 1
-  return encoding.ids[:end], len(text[: encoding.offsets[end][0]].encode())

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from effllm_jax import data
 from effllm_jax import formats
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import timing
 from effllm_jax import weights
 
@@ -28,7 +28,7 @@ from effllm_jax import weights
 def measure(
   models: Mapping[str, weights.Source],
   names: Sequence[str],
-  heldout: Mapping[str, data.HeldOut],
+  heldout: Mapping[str, heldout_lib.HeldOut],
   scratch: str | os.PathLike,
   *,
   threads: int,
@@ -96,7 +96,7 @@ def measure(
 def bits_per_byte(
   runtime: types.ModuleType,
   path: pathlib.Path,
-  heldout: Mapping[str, data.HeldOut],
+  heldout: Mapping[str, heldout_lib.HeldOut],
 ) -> float | None:
   """Cross-entropy of held-out text per UTF-8 byte, in bits, in a runtime.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from effllm_jax import data
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import model
 from effllm_jax import sharding
 from effllm_jax import steps
@@ -17,7 +17,7 @@ from effllm_jax import structure
 def bits_per_byte(
   params: structure.Params,
   masks: structure.Groups,
-  heldout: Mapping[str, data.HeldOut],
+  heldout: Mapping[str, heldout_lib.HeldOut],
   cfg: structure.ModelConfig,
   compute: model.Compute,
   batch_size: int,
@@ -56,7 +56,7 @@ def bits_per_byte(
 
 
 def summary(
-  nats: Mapping[str, float], heldout: Mapping[str, data.HeldOut]
+  nats: Mapping[str, float], heldout: Mapping[str, heldout_lib.HeldOut]
 ) -> dict[str, Any]:
   """What a cross-entropy in nats by domain is, per byte and per token."""
   num_bytes = {d: h.num_bytes for d, h in heldout.items()}

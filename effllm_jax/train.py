@@ -20,6 +20,7 @@ from effllm_jax import data
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import events
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import interrupts
 from effllm_jax import model
 from effllm_jax import optimizers
@@ -135,9 +136,9 @@ def heldout_text(
   config: ml_collections.ConfigDict,
   text: pathlib.Path,
   source: sources.Source,
-) -> dict[str, data.HeldOut]:
+) -> dict[str, heldout_lib.HeldOut]:
   """What a run is evaluated on, by domain; arguments as `train_batches`."""
-  return data.heldout(
+  return heldout_lib.windows(
     text,
     source.tokenizer,
     source.separator_id,
@@ -173,7 +174,7 @@ class Run:
     initial: Callable[[], structure.Params],
     teacher: teacher_lib.Teacher | None,
     batches: data.TrainIterator,
-    heldout: dict[str, data.HeldOut],
+    heldout: dict[str, heldout_lib.HeldOut],
   ):
     """Restores the newest checkpoint of `workdir`, or takes `initial()`.
 

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import data
   from effllm_jax import errors
   from effllm_jax import evaluate
+  from effllm_jax import heldout as heldout_lib
   from effllm_jax import optimizers
   from effllm_jax import plan as plan_lib
   from effllm_jax import selection
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
   params = jax.tree.map(jnp.asarray, source.params)
   text = corpus.prepare(config.data.text, cache)
   encoding = (text, source.tokenizer, source.separator_id)
-  heldout = data.heldout(
+  heldout = heldout_lib.windows(
     *encoding,
     seq_len=config.data.seq_len,
     tokens_per_domain=_TOKENS.value,

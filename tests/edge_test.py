@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from effllm_jax import corpus
-from effllm_jax import data
 from effllm_jax import edge
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import formats
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
@@ -44,7 +44,7 @@ def pruned(source):
 
 
 def heldout(source, text, tmp_path):
-  return data.heldout(
+  return heldout_lib.windows(
     corpus.prepare(str(text), tmp_path), source.tokenizer,
     source.separator_id, seq_len=48, tokens_per_domain=70,
   )  # fmt: skip

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from effllm_jax import data
 from effllm_jax import evaluate
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import model
 from effllm_jax import structure
 from tests import conftest
@@ -12,10 +12,10 @@ from tests import conftest
 CFG = conftest.make_config()
 
 
-def make_held(n, num_bytes, seed=0) -> data.HeldOut:
+def make_held(n, num_bytes, seed=0) -> heldout_lib.HeldOut:
   windows = np.asarray(conftest.make_tokens(CFG, n, 9, seed))
   weight = np.random.default_rng(seed).integers(0, 2, (n, 8))
-  return data.HeldOut(windows, weight.astype(np.float32), num_bytes, 1)
+  return heldout_lib.HeldOut(windows, weight.astype(np.float32), num_bytes, 1)
 
 
 def test_is_the_weighted_loss_per_byte_in_bits():
@@ -49,7 +49,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary():
   zero = conftest.make_params(CFG)
   zero = zero.replace(embed=0 * zero.embed)
   windows, weight = np.zeros((2, 9), np.int32), np.ones((2, 8), np.float32)
-  held = {'a': data.HeldOut(windows, weight, num_bytes=16, documents=1)}
+  held = {'a': heldout_lib.HeldOut(windows, weight, num_bytes=16, documents=1)}
   got = evaluate.bits_per_byte(
     zero, structure.all_alive(CFG), held, CFG, model.Compute(), 2
   )

@@ -25,8 +25,8 @@ import pytest
 
 from effllm_jax import checkpoints
 from effllm_jax import corpus
-from effllm_jax import data
 from effllm_jax import sources
+from effllm_jax import tokenizing
 from effllm_jax import workdir as workdir_lib
 from tests import conftest
 from tests import runs
@@ -107,7 +107,7 @@ def _tokens(setting) -> np.ndarray:
   """
   cache = setting.root / 'cache'
   source = sources.load(str(setting.model), cache, params=False)
-  (path,) = data.tokenize(
+  (path,) = tokenizing.tokenize(
     corpus.prepare(str(setting.text), cache),
     source.tokenizer,
     source.separator_id,

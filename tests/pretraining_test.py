@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from effllm_jax import data
 from effllm_jax import errors
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import small_run
 from effllm_jax import sources
 from experiments import pretraining
@@ -17,7 +17,7 @@ from tests import conftest
 
 def test_frequencies_of_tokens_against_closed_form():
   """Seen (with one each more) 4, 2, 1, 1 of 8 times: 1, 2, 3, 3 bits."""
-  held = data.HeldOut(
+  held = heldout_lib.HeldOut(
     windows=np.array([[3, 0, 1, 2, 3]], np.int32),
     weight=np.array([[1, 1, 1, 0]], np.float32),
     num_bytes=3,

@@ -1,0 +1,135 @@
+"""Held-out text as windows that score each of its tokens once."""
+
+import dataclasses
+import hashlib
+import math
+import os
+
+import numpy as np
+import tokenizers
+
+from effllm_jax import corpus
+from effllm_jax import documents
+from effllm_jax import errors
+from effllm_jax import tokenizing
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Held-out text of one domain.
+
+  windows int32 [n, seq_len + 1]: inputs `[:, :-1]`, targets `[:, 1:]`.
+  weight float32 [n, seq_len]: 1 where a target is scored, 0 for separators
+  and padding. num_bytes: UTF-8 bytes of the text that is scored, exactly.
+  documents: how many it is of; the last one may be cut.
+  """
+
+  windows: np.ndarray
+  weight: np.ndarray
+  num_bytes: int
+  documents: int
+
+
+def windows(
+  data_dir: str | os.PathLike,
+  tokenizer: tokenizers.Tokenizer,
+  separator_id: int,
+  *,
+  seq_len: int,
+  tokens_per_domain: int,
+  seed: int = 0,
+) -> dict[str, HeldOut]:
+  """Held-out windows by domain, for bits per byte.
+
+  Documents follow each other in the order of their hashes, each after a
+  separator, which is the context of its first token. Windows overlap by one
+  token, so every token of the text is a target exactly once.
+
+  Args:
+    data_dir: folder of `corpus.prepare`.
+    tokenizer: its special tokens are not looked for in the text.
+    separator_id: token between documents, and padding.
+    seq_len: targets a window.
+    tokens_per_domain: at most this many targets are scored; the last document
+      is cut there, or up to a few tokens before it where a token ends inside
+      a character. 0 takes all.
+    seed: changes the order, and so the choice, of the documents.
+
+  Raises:
+    errors.InputError: a number that makes no sense.
+  """
+  for name, value in (('seq_len', seq_len), ('tokens', tokens_per_domain)):
+    if value < (name == 'seq_len'):
+      raise errors.InputError(
+        f'held-out {name} {value} is too small; set a positive number'
+      )
+  encoder = tokenizing.encoder(tokenizer)
+  documents = {domain: [] for domain in corpus.domains(data_dir)}
+  for record in corpus.source(data_dir, 'heldout'):
+    document = corpus.as_document(record)
+    documents[document.domain].append(document)
+  return {
+    domain: _score_windows(
+      sorted(members, key=lambda d: _rank(d, seed)), encoder, separator_id,
+      seq_len, tokens_per_domain or math.inf,
+    )
+    for domain, members in documents.items()
+  }  # fmt: skip
+
+
+def _rank(document: documents.Document, seed: int) -> bytes:
+  name = f'{seed}/{document.domain}/{document.id}'
+  return hashlib.blake2b(name.encode()).digest()
+
+
+def _score_windows(
+  documents: list[documents.Document], encoder: tokenizers.Tokenizer,
+  separator_id: int, seq_len: int, budget: float,
+) -> HeldOut:  # fmt: skip
+  """Windows over the documents of one domain, up to a budget of tokens."""
+  tokens, scored, num_bytes, count = [], [], 0, 0
+  for document in documents:
+    encoding = encoder.encode(document.text)
+    ids, length = _prefix(encoding, document.text, budget)
+    if not ids:
+      break
+    tokens += [separator_id, *ids]
+    scored += [0, *[1] * len(ids)]
+    num_bytes += length
+    count += 1
+    budget -= len(ids)
+    if budget <= 0 or len(ids) < len(encoding.ids):
+      break
+  if not count:
+    raise errors.InputError(
+      f'no whole character of domain {documents[0].domain!r} fits into '
+      f'{budget} held-out tokens; raise the number'
+    )
+  n = -(-(len(tokens) - 1) // seq_len)
+  padding = n * seq_len + 1 - len(tokens)
+  tokens = np.array(tokens + [separator_id] * padding, np.int32)
+  weight = np.array(scored[1:] + [0] * padding, np.float32)
+  starts = np.arange(n)[:, None] * seq_len
+  return HeldOut(
+    windows=tokens[starts + np.arange(seq_len + 1)],
+    weight=weight.reshape(n, seq_len),
+    num_bytes=num_bytes,
+    documents=count,
+  )
+
+
+def _prefix(
+  encoding: tokenizers.Encoding, text: str, budget: float
+) -> tuple[list[int], int]:
+  """The most tokens within the budget that end with a whole character.
+
+  Returns:
+    The tokens, and the bytes of the text that they stand for.
+  """
+  if len(encoding.ids) <= budget:
+    return encoding.ids, len(text.encode())
+  end = int(budget)
+  # The tokens of one character that was split all carry its offsets.
+  while end and encoding.offsets[end][0] < encoding.offsets[end - 1][1]:
+    end -= 1
+  return encoding.ids[:end], len(text[: encoding.offsets[end][0]].encode())

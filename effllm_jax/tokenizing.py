@@ -1,0 +1,108 @@
+"""A model's tokenizer on plain text, and the files of the tokens of a text."""
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+import tokenizers
+
+from effllm_jax import corpus
+from effllm_jax import errors
+
+# Documents that are tokenised at a time, on all cores.
+_CHUNK = 256
+
+
+def encoder(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """A copy that adds, cuts and looks for nothing: all of a text is text."""
+  plain = tokenizers.Tokenizer.from_str(_plain(tokenizer))
+  # "<|endoftext|>" in a text is text. The JSON does not keep this setting.
+  plain.encode_special_tokens = True
+  return plain
+
+
+def digest(tokenizer: tokenizers.Tokenizer) -> str:
+  """Of what `encoder` makes of a text, in hexadecimal digits."""
+  return hashlib.sha256(_plain(tokenizer).encode()).hexdigest()
+
+
+def tokenize(
+  data_dir: str | os.PathLike,
+  tokenizer: tokenizers.Tokenizer,
+  separator_id: int,
+) -> dict[str, pathlib.Path]:
+  """Tokenises the training text once; returns the token file of each domain.
+
+  A file is a one-dimensional .npy array, uint16 where the ids allow it, else
+  uint32: each document after a separator, and a separator at the end. Files
+  are keyed by the tokenizer, so that two models can share a dataset.
+
+  Args:
+    data_dir: folder of `corpus.prepare`.
+    tokenizer: its special tokens are not looked for in the text.
+    separator_id: token between documents.
+
+  Raises:
+    errors.InputError: the folder cannot be written.
+  """
+  data_dir = pathlib.Path(data_dir)
+  key = hashlib.sha256(f'{separator_id} {_plain(tokenizer)}'.encode())
+  folder = data_dir / f'tokens-{key.hexdigest()[:16]}'
+  domains = corpus.domains(data_dir)
+  if not folder.is_dir():
+    plain = encoder(tokenizer)
+    dtype = np.uint16 if plain.get_vocab_size() <= 2**16 else np.uint32
+    source = corpus.source(data_dir, 'train')
+    pieces = {domain: [] for domain in domains}
+    for start in range(0, len(source), _CHUNK):
+      documents = [
+        corpus.as_document(source[i])
+        for i in range(start, min(start + _CHUNK, len(source)))
+      ]
+      texts = [document.text for document in documents]
+      for document, encoding in zip(
+        documents, plain.encode_batch_fast(texts), strict=True
+      ):
+        pieces[document.domain].append(
+          np.array([separator_id, *encoding.ids], dtype)
+        )
+    try:
+      with tempfile.TemporaryDirectory(dir=data_dir, prefix='.tokens-') as tmp:
+        built = pathlib.Path(tmp) / 'tokens'
+        built.mkdir()
+        for domain, arrays in pieces.items():
+          end = np.array([separator_id], dtype)
+          np.save(
+            _token_file(built, domain, domains), np.concatenate([*arrays, end])
+          )
+        try:
+          built.rename(folder)
+        except OSError:
+          # Another process was faster; what it wrote is the same.
+          if not folder.is_dir():
+            raise
+    except OSError as e:
+      raise errors.InputError(
+        f'cannot write tokens to {data_dir}: {e.strerror or e}; free some '
+        'space, or set --cache'
+      ) from e
+  return {d: _token_file(folder, d, domains) for d in domains}
+
+
+def _token_file(folder, domain, domains) -> pathlib.Path:
+  # By position: a domain of a user's own may not be a file name.
+  return folder / f'{domains.index(domain)}.npy'
+
+
+def _plain(tokenizer: tokenizers.Tokenizer) -> str:
+  """The tokenizer's JSON without what would add, cut or re-place tokens.
+
+  A post-processor adds special tokens and trims the offsets of leading spaces.
+  """
+  parts = json.loads(tokenizer.to_str())
+  return json.dumps(
+    parts | {'post_processor': None, 'truncation': None, 'padding': None}
+  )
