@@ -21,7 +21,7 @@ PYTHON_CUDA ?= python3.13
 
 # Large pages for large arrays: a step on a CPU spends a tenth of its time on
 # page faults without. Of no effect but with glibc.
-quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+quickstart test: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.ready
 	$(PY) -m experiments.main --workdir=$(RUN) --config=$(CONFIG)
 	@[ -e $(OUT)/config.json ] || \

@@ -5,7 +5,6 @@ import fcntl
 import math
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from effllm_jax import checkpoints
@@ -24,23 +23,6 @@ from tests import runs
 ARMS = tuple(
   x for x in arms.ARMS if x.name in ('dense', 'ours_a', 'scratch_found')
 )
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _kept(tmp_path_factory):
-  """Seeds and budgets are the same programs: each is compiled once."""
-  names = {
-    'jax_enable_compilation_cache': True,
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  before = {name: getattr(jax.config, name) for name in names}
-  for settings in (names, before):
-    for name, value in settings.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    if settings is names:
-      yield
 
 
 @pytest.fixture(scope='module', name='root')

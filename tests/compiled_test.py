@@ -17,6 +17,7 @@ from effllm_jax import workdir as workdir_lib
 from experiments import cli
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import runs
 
 # What a command does, with a program that takes a moment to compile.
 COMMAND = """
@@ -45,7 +46,7 @@ def run(cache, **env):
   done = subprocess.run(
     [sys.executable, '-c', COMMAND, f'--cache={cache}'],
     cwd=conftest.ROOT, capture_output=True, text=True, check=False,
-    env=os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'true'} | env,
+    env=runs.ENV | env,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout), done.stderr

@@ -12,13 +12,22 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# No command of a test writes what it compiles into the user's cache, nor reads
-# it there.
-os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
+# What one process compiles, a worker or a command of a test, the others load:
+# many make the same training step, and files let go of it (below). Nothing is
+# written into the user's cache, nor read there.
+if 'EFFLLM_TESTS' not in os.environ:
+  _folder = tempfile.TemporaryDirectory(prefix='effllm-tests-')
+  os.environ['EFFLLM_TESTS'] = _folder.name
+os.environ |= {
+  'JAX_ENABLE_COMPILATION_CACHE': 'true',
+  'JAX_COMPILATION_CACHE_DIR': os.environ['EFFLLM_TESTS'],
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
 # Most of the time goes into compiling small functions once: without LLVM's
 # optimisations the suite takes a third less. And half of what was left under
 # jax 0.10 went, for each loop, into the dialects and passes of XLA's newer
@@ -64,20 +73,6 @@ def make_config(**changes) -> structure.ModelConfig:
     rope_theta=1e4, norm_eps=1e-5, tied=True,
   )  # fmt: skip
   return structure.ModelConfig(**(fields | changes))
-
-
-@pytest.fixture(autouse=True, scope='session')
-def _keep_compiled(tmp_path_factory):
-  """Lets the tests of one run share what they compile, in all its processes.
-
-  Files let go of it (below), and many make the same training step.
-  """
-  root = tmp_path_factory.getbasetemp()
-  if 'PYTEST_XDIST_WORKER' in os.environ:
-    root = root.parent
-  jax.config.update('jax_enable_compilation_cache', True)
-  jax.config.update('jax_compilation_cache_dir', str(root / 'compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 @pytest.fixture(autouse=True, scope='module')

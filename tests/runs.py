@@ -13,7 +13,7 @@ from effllm_jax import workdir as workdir_lib
 from tests import conftest
 
 # As a user has it: what is compiled once is kept, below --cache.
-ENV = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'true'}
+ENV = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
 # And compiled with all optimisations.
 USERS_ENV = {k: v for k, v in ENV.items() if k != 'XLA_FLAGS'}
 
