@@ -416,7 +416,9 @@ def _children(pid: int, command: str) -> list[int]:
   """The children of a process that have `command` in their command line."""
   found = []
   for task in pathlib.Path(f'/proc/{pid}/task').iterdir():
-    with contextlib.suppress(FileNotFoundError):  # The thread has ended.
-      found += [int(child) for child in (task / 'children').read_text().split()]
-  told = lambda child: pathlib.Path(f'/proc/{child}/cmdline').read_text()
-  return [child for child in found if command in told(child)]
+    # A thread, or a child, may end meanwhile.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+      for child in (task / 'children').read_text().split():
+        if command in pathlib.Path(f'/proc/{child}/cmdline').read_text():
+          found.append(int(child))
+  return found

@@ -12,8 +12,12 @@ from effllm_jax import checkpoints
 from effllm_jax import workdir as workdir_lib
 from tests import conftest
 
-# As a user has it: what is compiled once is kept, below --cache.
-ENV = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+# As a user has it: what is compiled once is kept, below --cache, whatever time
+# it took.
+_SHARED = (
+  'JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
+)  # fmt: skip
+ENV = {k: v for k, v in os.environ.items() if k not in _SHARED}
 # And compiled with all optimisations.
 USERS_ENV = {k: v for k, v in ENV.items() if k != 'XLA_FLAGS'}
 
