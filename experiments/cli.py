@@ -56,7 +56,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except (flags.Error, TypeError, ValueError) as e:
       # ml_collections quotes the traceback of a config that fails.
       before, traceback, _ = str(e).partition('Traceback (most recent')
-      _fail(f'{before} {_last_line(e)}' if traceback else e)
+      _fail(f'{before} {_last_line(e)}' if traceback else _with_remedy(str(e)))
     except Exception as e:  # The config is a program of the user's.
       _fail(f'--config cannot be read: {_last_line(e)}')
 
@@ -267,6 +267,18 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
     f'the config has no key {key!r}; {hint} keys are in the file given as '
     '--config'
   )
+
+
+def _with_remedy(text: str) -> str:
+  """What absl says of a flag; what to write where its value is no number."""
+  for said, remedy in (
+    ('to float', 'write a number, such as 0.5 or 200e6'),
+    ('for int()', 'write a whole number in digits, such as 200000'),
+    ('Non-boolean', 'write true or false'),
+  ):
+    if said in text:
+      return f'{text}; {remedy}'
+  return text
 
 
 def _fail(message: object) -> None:
