@@ -54,15 +54,17 @@ import tokenizers
 
 from effllm_jax import model
 from effllm_jax import structure
+from tests import fork_server
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Multi-head and grouped-query, tied and untied, one to three layers; the blocks
-# of Llama, Qwen2 (biases) and Qwen3 (norms).
+# The blocks of Llama; what those of Qwen2 (biases) and Qwen3 (norms) add. Not a
+# model for each: every program takes seconds to compile.
 CONFIGS = {
   'mha-tied-1': dict(K=3, G=1, tied=True, N=1),
-  'gqa-untied-2-biases': dict(K=2, G=3, tied=False, N=2, qkv_bias=True),
-  'gqa-tied-3-norms': dict(K=2, G=2, tied=True, N=3, qk_norm=True),
+  'gqa-untied-3-biases-norms': dict(
+    K=2, G=2, tied=False, N=3, qkv_bias=True, qk_norm=True
+  ),
 }
 
 
@@ -323,16 +325,30 @@ def flags_of(changes) -> list[str]:
   return [f'--config.{key}={value}' for key, value in changes.items()]
 
 
-def command(name: str, *arguments, **options) -> subprocess.CompletedProcess:
-  """Runs `python -m experiments.<name>` as a user would."""
-  return python('-m', f'experiments.{name}', *arguments, **options)
+_servers = {}
 
 
-def python(*arguments, **options) -> subprocess.CompletedProcess:
+def command(
+  name: str, *arguments, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+  """Runs `python -m experiments.<name>` as a user would.
+
+  One `tests.fork_server` for each environment: most commands take less time
+  than the import of jax.
+  """
+  env = dict(os.environ if env is None else env)
+  env.pop('PYTEST_CURRENT_TEST', None)
+  key = frozenset(env.items())
+  if key not in _servers:
+    _servers[key] = fork_server.Server(env, ROOT)
+  return _servers[key].run(f'experiments.{name}', [*map(str, arguments)])
+
+
+def python(*arguments) -> subprocess.CompletedProcess:
   """Runs Python in the root of the repository."""
   return subprocess.run(
     [sys.executable, *map(str, arguments)],
-    cwd=ROOT, capture_output=True, text=True, check=False, **options,
+    cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
 
 

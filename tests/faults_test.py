@@ -29,61 +29,17 @@ from effllm_jax import sources
 from effllm_jax import tokenizing
 from effllm_jax import workdir as workdir_lib
 from tests import conftest
+from tests import fork_server
 from tests import runs
 
 KILLS = int(os.environ.get('EFFLLM_KILLS', '50'))
 CHAINS = 2
-# The plainest kernels compile fastest; three saves between two shrinks.
-CHANGES = {'model.kernels': 'xla', 'checkpoint.every_steps': 3}
-SHRINKS = (8, 12, 16)
-
-
-class Process:
-  """A command that runs; `wait` for its end."""
-
-  def __init__(self, server: subprocess.Popen, pid: int, output: pathlib.Path):
-    self._server, self._output = server, output
-    self.pid = pid
-
-  def said(self) -> str:
-    return self._output.read_text()
-
-  def wait(self) -> subprocess.CompletedProcess:
-    code = int(self._server.stdout.readline())
-    # What refused() reads; both streams are in one file.
-    return subprocess.CompletedProcess(self.pid, code, '', self.said())
-
-
-class Server:
-  """`tests.fork_server`: starts commands for the price of a fork."""
-
-  def __init__(self, root: pathlib.Path, name: str):
-    self._output = root / f'{name}.txt'
-    self._process = subprocess.Popen(
-      [sys.executable, '-m', 'tests.fork_server'],
-      cwd=conftest.ROOT, env=runs.ENV | {'OPENBLAS_NUM_THREADS': '1'},
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-  def start(self, flags: list[str]) -> Process:
-    self._output.unlink(missing_ok=True)
-    request = {
-      'module': 'experiments.main',
-      'flags': flags,
-      'output': str(self._output),
-    }
-    self._process.stdin.write(json.dumps(request) + '\n')
-    self._process.stdin.flush()
-    pid = int(self._process.stdout.readline())
-    while not self._output.exists():
-      time.sleep(0.001)
-    return Process(self._process, pid, self._output)
-
-  def run(self, flags: list[str]) -> subprocess.CompletedProcess:
-    return self.start(flags).wait()
-
-  def close(self):
-    self._process.communicate()
+MAIN = 'experiments.main'
+# The plainest kernels compile fastest; saves before, between and after shrinks.
+CHANGES = {
+  'model.kernels': 'xla', 'shrink.threshold': 0.2, 'checkpoint.every_steps': 3
+}  # fmt: skip
+SHRINKS = (12, 16)
 
 
 @pytest.fixture(scope='module', name='setting')
@@ -92,8 +48,8 @@ def _setting(tmp_path_factory) -> runs.Setting:
 
 
 @pytest.fixture(scope='module', name='servers')
-def _servers(setting):
-  servers = [Server(setting.root, f'said{i}') for i in range(CHAINS)]
+def _servers():
+  servers = [fork_server.Server(runs.ENV, conftest.ROOT) for _ in range(CHAINS)]
   yield servers
   for server in servers:
     server.close()
@@ -123,7 +79,7 @@ def _finished(setting, servers, tokens) -> pathlib.Path:
   """The workdir of an undisturbed run."""
   del tokens  # They are on disk.
   workdir = setting.root / 'run'
-  done = servers[0].run(setting.arguments(workdir, **CHANGES))
+  done = servers[0].run(MAIN, setting.arguments(workdir, **CHANGES))
   assert done.returncode == 0, done.stderr
   assert 'is skipped: loss nan and gradient norm ' in done.stderr
   assert tuple(row['step'] for row in runs.rows(workdir, 'shrink')) == SHRINKS
@@ -133,7 +89,7 @@ def _finished(setting, servers, tokens) -> pathlib.Path:
 class Watch:
   """What a run is doing, seen from outside through its files."""
 
-  def __init__(self, workdir: pathlib.Path, process: Process):
+  def __init__(self, workdir: pathlib.Path, process: fork_server.Process):
     self._workdir, self._process = workdir, process
     self._unfinished = self._folders()
 
@@ -211,7 +167,7 @@ def test_kills_change_nothing(setting, finished, servers):
     workdir = setting.root / f'killed{number}'
     flags = setting.arguments(workdir, **CHANGES)
     while True:
-      process = servers[number].start(flags)
+      process = servers[number].start(MAIN, flags)
       watch = Watch(workdir, process)
       wanted = ORDER[kills % len(ORDER)]
       alive = lambda p=process: pathlib.Path(f'/proc/{p.pid}/root').exists()
@@ -247,7 +203,7 @@ def test_kills_change_nothing(setting, finished, servers):
 def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
   workdir = setting.root / 'terminated'
   flags = setting.arguments(workdir, '--profile=1:24', **CHANGES)
-  process = servers[0].start(flags)
+  process = servers[0].start(MAIN, flags)
   while runs.reached(workdir) < 1:
     time.sleep(0.001)
   os.kill(process.pid, signal.SIGTERM)
@@ -264,12 +220,12 @@ def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
   assert f'profile of steps 1 to {step}: ' in done.stderr
   assert _profiled(workdir) == list(range(1, step + 1))
   shutil.rmtree(workdir / 'profile')
-  done = servers[0].run(flags)
+  done = servers[0].run(MAIN, flags)
   assert done.returncode == 0, done.stderr
   assert f'after step {step}' in done.stderr
   assert _profiled(workdir) == list(range(step + 1, 25))
   runs.same_result(workdir, finished)
-  done = servers[0].run(flags)
+  done = servers[0].run(MAIN, flags)
   assert done.returncode == 0, done.stderr
   assert 'no profile: this call ran none of the steps 1 to 24' in done.stderr
 
@@ -302,7 +258,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
     content = bytearray(files[-1].read_bytes())
     content[len(content) // 2] ^= 4
     files[-1].write_bytes(content)
-  done = servers[0].run(setting.arguments(workdir, **CHANGES))
+  done = servers[0].run(MAIN, setting.arguments(workdir, **CHANGES))
   assert done.returncode == 0, done.stderr
   assert 'cannot be read' in done.stderr
   assert 'taking the one before' in done.stderr
@@ -323,12 +279,12 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(
     pytest.skip('mounting a small file system needs root')
   flags = setting.arguments(disk / 'run', **CHANGES)
   try:
-    done = servers[0].run(flags)
+    done = servers[0].run(MAIN, flags)
     runs.refused(done, 'the disk is full')
     assert checkpoints.moments(disk / 'run')
     # With room again, the same command goes on to the same bits.
     subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
-    done = servers[0].run(flags)
+    done = servers[0].run(MAIN, flags)
     assert done.returncode == 0, done.stderr
     runs.same_result(disk / 'run', finished)
   finally:
@@ -357,7 +313,7 @@ def test_trials_behind_a_skipped_batch_are_measured(setting, servers, tokens):
   """On held-out text: that batch has no loss."""
   folder = setting.root / 'calibrated'
   flags = setting.arguments(folder, **CHANGES, **{'prune.calibrate': True})
-  done = servers[0].run(flags)
+  done = servers[0].run(MAIN, flags)
   assert done.returncode == 0, done.stderr
   bad = {row['step'] for row in runs.rows(folder, 'train') if not row['loss']}
   trace = list(workdir_lib.read(folder / 'trace.jsonl'))
@@ -374,16 +330,18 @@ def test_too_many_skipped_steps_end_in_one_line(setting, servers, tokens):
   flags = setting.arguments(
     workdir, **CHANGES | {'train.max_skipped': 2, 'checkpoint.every_steps': 9}
   )
-  runs.refused(servers[0].run(flags), '2 steps in a row were skipped, step 2')
+  runs.refused(
+    servers[0].run(MAIN, flags), '2 steps in a row were skipped, step 2'
+  )
   # What is saved are good parameters, and the batches after the bad ones.
   (moment,) = checkpoints.moments(workdir)
   assert (moment.step, moment.skipped, moment.in_a_row) == (2, 2, 0)
   assert np.isfinite(checkpoints.read_params(moment).embed).all()
-  done = servers[0].run(flags)
+  done = servers[0].run(MAIN, flags)
   runs.refused(done, 'step 4 cannot prune: every step up to it was skipped')
   tokens[:] = before
   tokens.flush()
-  done = servers[0].run(flags)
+  done = servers[0].run(MAIN, flags)
   assert done.returncode == 0, done.stderr
   rows = runs.rows(workdir, 'train')
   bad = [row['step'] for row in rows if row['loss'] is None]

@@ -3,8 +3,6 @@ import html.parser
 import json
 import pathlib
 import shlex
-import subprocess
-import sys
 
 from absl import flags
 from matplotlib import image
@@ -20,6 +18,7 @@ from effllm_jax import report
 from effllm_jax import runlog
 from effllm_jax import tables
 from experiments.configs import smollm2_135m
+from tests import conftest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ('size', 'price', 'loss', 'widths', 'layers', 'speed')
@@ -653,10 +652,7 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 
 def test_command_line(done, tmp_path):
   folder, _, _ = done
-  run = lambda workdir: subprocess.run(
-    [sys.executable, '-m', 'experiments.report', f'--workdir={workdir}'],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  run = lambda workdir: conftest.command('report', f'--workdir={workdir}')
   good, bad = run(folder), run(tmp_path / 'nowhere')
   assert good.returncode == 0, good.stderr
   assert 'report/index.html' in good.stdout
