@@ -9,6 +9,7 @@ import pytest
 
 from tests import conftest
 
+NAMES = ('xla', 'xla_loop', 'bucket', 'pallas_tpu')
 SCRIPT = """
 import functools, json, re, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -17,7 +18,6 @@ from effllm_jax import model
 from kernels import pallas_tpu
 from tests import conftest
 
-name = sys.argv[1]
 # A CPU runs the TPU's kernel step by step.
 pallas_tpu.product = functools.partial(pallas_tpu.product, interpret=True)
 cfg = conftest.make_config(N=2, F=48)
@@ -37,31 +37,40 @@ def loss(params, masks, tokens, kernels):
 place = lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec))
 inputs = *(place(P(), x) for x in args), place(P('data'), tokens)
 step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
-compiled = step.lower(*inputs, name).compile()
-value, grads = compiled(*inputs)
 want, wants = jax.jit(
   jax.value_and_grad(lambda p, m, t: model.loss(p, m, t, cfg))
 )(*args, tokens)
-conftest.check_close(value, want, 1e-5)
-conftest.check_close(grads, wants, 1e-4, 1e-6)
-text = compiled.as_text()
-print(json.dumps({x: len(re.findall(x, text)) for x in (
-  'all-gather', 'all-reduce', 'all-to-all')}))
+found = {}
+for name in sys.argv[1:]:
+  compiled = step.lower(*inputs, name).compile()
+  value, grads = compiled(*inputs)
+  conftest.check_close(value, want, 1e-5)
+  conftest.check_close(grads, wants, 1e-4, 1e-6)
+  text = compiled.as_text()
+  found[name] = {x: len(re.findall(x, text)) for x in (
+    'all-gather', 'all-reduce', 'all-to-all')}
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize('name', ['xla', 'xla_loop', 'bucket', 'pallas_tpu'])
-def test_no_all_gather_and_the_same_gradient(name):
-  """Scan and remat inside, one batch row a device."""
+@pytest.fixture(scope='module', name='found')
+def _found():
+  flags = os.environ['XLA_FLAGS']
   done = subprocess.run(
-    [sys.executable, '-c', SCRIPT, name],
+    [sys.executable, '-c', SCRIPT, *NAMES],
     cwd=conftest.ROOT,
     env=os.environ
-    | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
+    | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
     capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(done.stdout.splitlines()[-1])
-  assert found['all-gather'] == found['all-to-all'] == 0
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_all_gather_and_the_same_gradient(found, name):
+  """Scan and remat inside, one batch row a device."""
+  counts = found[name]
+  assert counts['all-gather'] == counts['all-to-all'] == 0
   # The gradient of replicated weights is summed: this is not one device.
-  assert found['all-reduce'] > 0
+  assert counts['all-reduce'] > 0

@@ -38,6 +38,8 @@ def _setting(tmp_path_factory):
 
 def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
   run, root = setting
+  # One shrink, after step 18.
+  changes = {'shrink.threshold': 0.9}
   good = steps.shrink_step
 
   def faulty(state, **arguments):
@@ -49,12 +51,12 @@ def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
 
   monkeypatch.setattr(steps, 'shrink_step', faulty)
   with pytest.raises(RuntimeError, match=r'loss .* from \d\.\d+ to \d\.\d+'):
-    run('shrink')
+    run('shrink', **changes)
   assert checkpoints.read_events(root / 'shrink') == []
   # The last good checkpoint is there, and the mended code goes on from it.
-  assert checkpoints.moments(root / 'shrink')[0].step == 10
+  assert checkpoints.moments(root / 'shrink')[0].step == 15
   monkeypatch.undo()
-  run('shrink')
+  run('shrink', **changes)
   assert checkpoints.moments(root / 'shrink')[0].step == 24
 
 

@@ -296,7 +296,13 @@ def test_a_family_goes_on_from_an_event(setting, everything):
   parent = everything / 'events' / '0'
   child = setting.run(
     'child',
-    **ALL | {'source': str(parent), 'budget.target': 50_000.0},
+    **ALL
+    | {
+      'source': str(parent),
+      'budget.target': 50_000.0,
+      # One shrink, at the end.
+      'shrink.threshold': 0.9,
+    },
   )
   # Its teacher is that event, dead groups and all: they agree before step 1.
   assert rows(child, 'train')[0]['divergence'] == pytest.approx(0, abs=1e-5)
