@@ -46,6 +46,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 )
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,13 @@ def make_config(**changes) -> structure.ModelConfig:
     rope_theta=1e4, norm_eps=1e-5, tied=True,
   )  # fmt: skip
   return structure.ModelConfig(**(fields | changes))
+
+
+simulated = pytest.mark.skipif(
+  not hasattr(plgpu, 'InterpretGPUParams') or len(os.sched_getaffinity(0)) == 1,
+  reason='no simulator of Hopper in this jax (0.11.2 has one), or one core: '
+  'it waits for ever for threads that a pool of one does not run',
+)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kernels
+from tests import conftest
 
 # Kernels that a CPU runs; the last one where jax has its simulator.
 ON_CPU = ('xla', 'xla_loop', 'bucket', 'pallas_tpu')
@@ -277,9 +278,7 @@ def test_hidden_is_what_the_last_product_reads(op, name):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(
-  not hasattr(plgpu, 'InterpretGPUParams'), reason='no simulator in this jax'
-)
+@conftest.simulated
 def test_the_hopper_kernel_in_the_simulator(monkeypatch):
   """A whole block and its gradient, races looked for; widths it can take."""
   how = plgpu.InterpretGPUParams(detect_races=True)

@@ -11,11 +11,8 @@ import pytest
 
 from kernels import forms
 from kernels import pallas_hopper
+from tests import conftest
 
-simulated = pytest.mark.skipif(
-  not hasattr(plgpu, 'InterpretGPUParams'),
-  reason=f'jax {jax.__version__} has no simulator of Hopper (0.11.2 has)',
-)
 # One computing warpgroup and two, by rows and by columns; rings that come
 # round within a tile and rings that do not.
 BLOCKS = {
@@ -118,7 +115,7 @@ def check(run, form, extents, dtype=jnp.bfloat16, rtol=1e-5):
   )
 
 
-@simulated
+@conftest.simulated
 @pytest.mark.parametrize('extent', EXTENTS)
 @pytest.mark.parametrize(('form', 'axis'), MASKED)
 def test_within_any_extent_the_value_is_right(form, axis, extent):
@@ -126,7 +123,7 @@ def test_within_any_extent_the_value_is_right(form, axis, extent):
   check(simulator(form)[0], form, full(form) | {axis: EXTENTS[extent](tile)})
 
 
-@simulated
+@conftest.simulated
 @pytest.mark.parametrize('form', forms.FORMS)
 def test_two_axes_may_be_masked_at_once(form):
   tile = BLOCKS[form].tile()
@@ -134,7 +131,7 @@ def test_two_axes_may_be_masked_at_once(form):
   check(simulator(form)[0], form, full(form) | {x: tile[x] - 3 for x in axes})
 
 
-@simulated
+@conftest.simulated
 @pytest.mark.parametrize('form', forms.FORMS)
 def test_one_trace_serves_all_extents(form):
   run, traces = simulator(form)
@@ -146,7 +143,7 @@ def test_one_trace_serves_all_extents(form):
   assert len(traces) == before
 
 
-@simulated
+@conftest.simulated
 def test_float16_and_a_result_of_the_dtype_of_the_operands():
   check(
     simulator('nn', jnp.float16)[0],
@@ -157,7 +154,7 @@ def test_float16_and_a_result_of_the_dtype_of_the_operands():
   )
 
 
-@simulated
+@conftest.simulated
 @pytest.mark.parametrize('form', forms.FORMS)
 def test_an_extent_is_as_good_as_a_slice(form):
   run, _ = simulator(form)
@@ -170,7 +167,7 @@ def test_an_extent_is_as_good_as_a_slice(form):
   np.testing.assert_array_equal(cut(masked, 'mn', to), sliced)
 
 
-@simulated
+@conftest.simulated
 def test_each_layer_of_a_scan_has_its_own_extent():
   form = 'nn'
   run, _ = simulator(form)
@@ -193,7 +190,7 @@ def test_each_layer_of_a_scan_has_its_own_extent():
     assert not np.isnan(c[:, :n]).any()
 
 
-@simulated
+@conftest.simulated
 @pytest.mark.parametrize(
   ('wrong', 'axis'),
   [
@@ -217,7 +214,7 @@ def test_the_check_catches_a_wrong_extent(form, wrong, axis):
     check(broken, form, extents)
 
 
-@simulated
+@conftest.simulated
 @pytest.mark.parametrize('forgotten', ['barrier_wait', 'wait_smem_to_gmem'])
 def test_the_simulator_catches_a_race(monkeypatch, forgotten):
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
