@@ -210,7 +210,7 @@ def same(a: pathlib.Path, b: pathlib.Path):
 
 @pytest.mark.parametrize('mesh', MESHES)
 def test_eight_devices_are_one(ran, mesh):
-  """Loss, scores, masks, repair, shrink (invariant 9)."""
+  """Loss, scores, masks, repair; two meshes also shrink (invariant 9)."""
   root, _, _ = ran
   if mesh in BRIEF:
     same_rows(root / mesh, root / 'one', STOPPED)
@@ -283,6 +283,7 @@ def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
   cuts = {
     mesh: sum(n for name, n in found['programs'].items() if 'slice' in name)
     for mesh, found in said.items()
+    if mesh not in BRIEF  # They save nothing.
   }
   pieces = cuts.pop('2-2-2')
   assert not any(cuts.values()) and pieces, said
