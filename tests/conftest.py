@@ -349,7 +349,7 @@ def command(
   key = frozenset(env.items())
   if key not in _servers:
     _servers[key] = fork_server.Server(env, ROOT)
-  return _servers[key].run(f'experiments.{name}', [*map(str, arguments)])
+  return _servers[key].run(name, [*map(str, arguments)])
 
 
 def python(*arguments) -> subprocess.CompletedProcess:

@@ -34,7 +34,6 @@ from tests import runs
 
 KILLS = int(os.environ.get('EFFLLM_KILLS', '50'))
 CHAINS = 2
-MAIN = 'experiments.main'
 # The plainest kernels compile fastest; saves before, between and after shrinks.
 CHANGES = {
   'model.kernels': 'xla', 'shrink.threshold': 0.2, 'checkpoint.every_steps': 3
@@ -79,7 +78,7 @@ def _finished(setting, servers, tokens) -> pathlib.Path:
   """The workdir of an undisturbed run."""
   del tokens  # They are on disk.
   workdir = setting.root / 'run'
-  done = servers[0].run(MAIN, setting.arguments(workdir, **CHANGES))
+  done = servers[0].run('main', setting.arguments(workdir, **CHANGES))
   assert done.returncode == 0, done.stderr
   assert 'is skipped: loss nan and gradient norm ' in done.stderr
   assert tuple(row['step'] for row in runs.rows(workdir, 'shrink')) == SHRINKS
@@ -167,7 +166,7 @@ def test_kills_change_nothing(setting, finished, servers):
     workdir = setting.root / f'killed{number}'
     flags = setting.arguments(workdir, **CHANGES)
     while True:
-      process = servers[number].start(MAIN, flags)
+      process = servers[number].start('main', flags)
       watch = Watch(workdir, process)
       wanted = ORDER[kills % len(ORDER)]
       alive = lambda p=process: pathlib.Path(f'/proc/{p.pid}/root').exists()
@@ -203,7 +202,7 @@ def test_kills_change_nothing(setting, finished, servers):
 def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
   workdir = setting.root / 'terminated'
   flags = setting.arguments(workdir, '--profile=1:24', **CHANGES)
-  process = servers[0].start(MAIN, flags)
+  process = servers[0].start('main', flags)
   while runs.reached(workdir) < 1:
     time.sleep(0.001)
   os.kill(process.pid, signal.SIGTERM)
@@ -220,12 +219,12 @@ def test_sigterm_saves_and_ends_cleanly(setting, finished, servers):
   assert f'profile of steps 1 to {step}: ' in done.stderr
   assert _profiled(workdir) == list(range(1, step + 1))
   shutil.rmtree(workdir / 'profile')
-  done = servers[0].run(MAIN, flags)
+  done = servers[0].run('main', flags)
   assert done.returncode == 0, done.stderr
   assert f'after step {step}' in done.stderr
   assert _profiled(workdir) == list(range(step + 1, 25))
   runs.same_result(workdir, finished)
-  done = servers[0].run(MAIN, flags)
+  done = servers[0].run('main', flags)
   assert done.returncode == 0, done.stderr
   assert 'no profile: this call ran none of the steps 1 to 24' in done.stderr
 
@@ -258,7 +257,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
     content = bytearray(files[-1].read_bytes())
     content[len(content) // 2] ^= 4
     files[-1].write_bytes(content)
-  done = servers[0].run(MAIN, setting.arguments(workdir, **CHANGES))
+  done = servers[0].run('main', setting.arguments(workdir, **CHANGES))
   assert done.returncode == 0, done.stderr
   assert 'cannot be read' in done.stderr
   assert 'taking the one before' in done.stderr
@@ -279,12 +278,12 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(
     pytest.skip('mounting a small file system needs root')
   flags = setting.arguments(disk / 'run', **CHANGES)
   try:
-    done = servers[0].run(MAIN, flags)
+    done = servers[0].run('main', flags)
     runs.refused(done, 'the disk is full')
     assert checkpoints.moments(disk / 'run')
     # With room again, the same command goes on to the same bits.
     subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
-    done = servers[0].run(MAIN, flags)
+    done = servers[0].run('main', flags)
     assert done.returncode == 0, done.stderr
     runs.same_result(disk / 'run', finished)
   finally:
@@ -313,7 +312,7 @@ def test_trials_behind_a_skipped_batch_are_measured(setting, servers, tokens):
   """On held-out text: that batch has no loss."""
   folder = setting.root / 'calibrated'
   flags = setting.arguments(folder, **CHANGES, **{'prune.calibrate': True})
-  done = servers[0].run(MAIN, flags)
+  done = servers[0].run('main', flags)
   assert done.returncode == 0, done.stderr
   bad = {row['step'] for row in runs.rows(folder, 'train') if not row['loss']}
   trace = list(workdir_lib.read(folder / 'trace.jsonl'))
@@ -331,17 +330,17 @@ def test_too_many_skipped_steps_end_in_one_line(setting, servers, tokens):
     workdir, **CHANGES | {'train.max_skipped': 2, 'checkpoint.every_steps': 9}
   )
   runs.refused(
-    servers[0].run(MAIN, flags), '2 steps in a row were skipped, step 2'
+    servers[0].run('main', flags), '2 steps in a row were skipped, step 2'
   )
   # What is saved are good parameters, and the batches after the bad ones.
   (moment,) = checkpoints.moments(workdir)
   assert (moment.step, moment.skipped, moment.in_a_row) == (2, 2, 0)
   assert np.isfinite(checkpoints.read_params(moment).embed).all()
-  done = servers[0].run(MAIN, flags)
+  done = servers[0].run('main', flags)
   runs.refused(done, 'step 4 cannot prune: every step up to it was skipped')
   tokens[:] = before
   tokens.flush()
-  done = servers[0].run(MAIN, flags)
+  done = servers[0].run('main', flags)
   assert done.returncode == 0, done.stderr
   rows = runs.rows(workdir, 'train')
   bad = [row['step'] for row in rows if row['loss'] is None]

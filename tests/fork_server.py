@@ -2,11 +2,11 @@
 
     python -m tests.fork_server
 
-Reads a line of JSON from stdin, `{"module", "flags", "stdout", "stderr"}`,
-forks, and runs `python -m <module> <flags>` in the child, what it says going to
-the two files. Answers with the child's process id, and once the child has ended
-with its exit code (negative: the signal that killed it). Nothing but imports
-happens before the fork: no thread and no jax backend exists yet.
+Reads a line of JSON from stdin, `{"name", "flags", "stdout", "stderr"}`, forks,
+and runs `python -m experiments.<name> <flags>` in the child, what it says going
+to the two files. Answers with the child's process id, and once the child has
+ended with its exit code (negative: the signal that killed it). Nothing but
+imports happens before the fork: no thread and no jax backend exists yet.
 """
 
 import gc
@@ -57,12 +57,12 @@ class Server:
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
-  def start(self, module: str, flags: list[str]) -> Process:
+  def start(self, name: str, flags: list[str]) -> Process:
     for path in self._files:
       path.unlink(missing_ok=True)
     stdout, stderr = map(str, self._files)
     request = {
-      'module': module, 'flags': flags, 'stdout': stdout, 'stderr': stderr
+      'name': name, 'flags': flags, 'stdout': stdout, 'stderr': stderr
     }  # fmt: skip
     self._process.stdin.write(json.dumps(request) + '\n')
     self._process.stdin.flush()
@@ -71,8 +71,8 @@ class Server:
       time.sleep(0.001)
     return Process(self._process, pid, self._files)
 
-  def run(self, module: str, flags: list[str]) -> subprocess.CompletedProcess:
-    return self.start(module, flags).wait()
+  def run(self, name: str, flags: list[str]) -> subprocess.CompletedProcess:
+    return self.start(name, flags).wait()
 
   def close(self) -> None:
     self._process.communicate()
@@ -94,11 +94,12 @@ def serve() -> None:
     pid = os.fork()
     if pid == 0:
       os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-      for number, name in ((1, 'stdout'), (2, 'stderr')):
-        path = os.open(request[name], os.O_WRONLY | os.O_CREAT, 0o644)
+      for number, stream in ((1, 'stdout'), (2, 'stderr')):
+        path = os.open(request[stream], os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(path, number)
-      sys.argv = [request['module'], *request['flags']]
-      runpy.run_module(request['module'], run_name='__main__', alter_sys=True)
+      module = f'experiments.{request["name"]}'
+      sys.argv = [module, *request['flags']]
+      runpy.run_module(module, run_name='__main__', alter_sys=True)
       return
     print(pid, flush=True)
     _, status = os.waitpid(pid, 0)

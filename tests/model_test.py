@@ -79,7 +79,14 @@ EVERYTHING = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('changes', [*conftest.CONFIGS.values(), EVERYTHING])
+# Qwen2 and Qwen3, each by itself.
+BIASES = dict(K=2, G=3, tied=False, N=2, qkv_bias=True)
+NORMS = dict(K=2, G=2, tied=True, N=3, qk_norm=True)
+
+
+@pytest.mark.parametrize(
+  'changes', [*conftest.CONFIGS.values(), BIASES, NORMS, EVERYTHING]
+)
 def test_equals_a_float64_reference(changes):
   cfg = conftest.make_config(**changes)
   params = conftest.make_params(cfg)

@@ -1,7 +1,6 @@
 import hashlib
 import html.parser
 import json
-import pathlib
 import shlex
 
 from absl import flags
@@ -20,7 +19,6 @@ from effllm_jax import tables
 from experiments.configs import smollm2_135m
 from tests import conftest
 
-ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ('size', 'price', 'loss', 'widths', 'layers', 'speed')
 
 # Of SmolLM2-135M, which has three key/value heads of three query heads each.
@@ -523,7 +521,7 @@ def test_command_gives_the_same_config(tmp_path):
   assert command[:3] == ['python', '-m', 'experiments.main']
   values = flags.FlagValues()
   flags.DEFINE_string('workdir', None, '', flag_values=values)
-  command[3] = command[3].replace('=', f'={ROOT}/')
+  command[3] = command[3].replace('=', f'={conftest.ROOT}/')
   parsed = config_flags.DEFINE_config_file(
     'config', flag_values=values, lock_config=True, sys_argv=command[2:]
   )

@@ -1,6 +1,5 @@
 """Eight simulated devices, in a process of their own, against one."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -31,10 +30,7 @@ MESHES = {
   '1-1-8': ((1, 1, 8), 'xla'),
   '2-2-2': ((2, 2, 2), 'xla'),
 }
-# These stop after three steps, of which the second prunes and repairs: every
-# program of a mesh takes seconds to compile, and (2, 2, 2) has all axes.
-BRIEF = ('1-8-1', '1-1-8')
-STEPS, SAVED, STOPPED = 7, 5, 3
+STEPS, SAVED = 7, 5
 CFG = conftest.make_config(
   V=512, D=64, N=2, K=8, G=2, H=8, F=128, context=128, tied=True
 )
@@ -73,16 +69,6 @@ def changes_of(root, mesh, kernels='xla'):
     f'mesh.{axis}': n for axis, n in zip(sharding.AXES, mesh, strict=True)
   }
   return conftest.small_run(root / 'model', root / 'text', **changes)
-
-
-class _Stop(BaseException):
-  pass
-
-
-def _stopping(self, step, original=train.Run._one_step):
-  if step > STOPPED:
-    raise _Stop
-  original(self, step)
 
 
 def run(root, name, mesh, kernels='xla'):
@@ -131,12 +117,7 @@ def on_eight_devices(root):
     compiled.clear()
     # Some arrays are written in pieces, as those of a large model are.
     checkpoints._LARGE = 2**14 if name == '2-2-2' else large
-    with contextlib.ExitStack() as stack:
-      programs = stack.enter_context(conftest.counted_programs())
-      if name in BRIEF:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(train.Run, '_one_step', _stopping)
-        stack.enter_context(contextlib.suppress(_Stop))
+    with conftest.counted_programs() as programs:
       run(root, name, sizes, kernels)
     gathers = collections.Counter(
       re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
@@ -176,27 +157,24 @@ def _ran(tmp_path_factory):
   return root, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-def same_rows(a: pathlib.Path, b: pathlib.Path, last=STEPS):
-  """Asserts equal prunes, and numbers equal to float tolerance; of `last`."""
-  rows, removed = [], []
-  for folder in (a, b):
-    read = list(workdir_lib.read(folder / 'metrics.jsonl'))
-    rows.append(
-      [r for r in read if r['kind'] in ('train', 'eval') and r['step'] <= last]
-    )
-    pruned = workdir_lib.read(folder / 'trace.jsonl')
-    removed.append([r['removed'] for r in pruned if r['step'] <= last])
+def same(a: pathlib.Path, b: pathlib.Path):
+  """Asserts equal masks and shrinks, and numbers equal to float tolerance."""
+  rows = [
+    [
+      r
+      for r in workdir_lib.read(x / 'metrics.jsonl')
+      if r['kind'] in ('train', 'eval')
+    ]
+    for x in (a, b)
+  ]
   for x, y in zip(*rows, strict=True):
     assert x['step'] == y['step']
     for key in {'loss', 'bits_per_byte', 'grad_norm'} & x.keys():
       assert x[key] == pytest.approx(y[key], rel=1e-4), (x, y)
-  assert removed[0] == removed[1] and removed[0]
-  return removed[0]
-
-
-def same(a: pathlib.Path, b: pathlib.Path):
-  """Asserts equal masks and shrinks, and numbers equal to float tolerance."""
-  assert len(same_rows(a, b)) == 2
+  removed = [
+    [r['removed'] for r in workdir_lib.read(x / 'trace.jsonl')] for x in (a, b)
+  ]
+  assert removed[0] == removed[1] and len(removed[0]) == 2
   shrinks = [checkpoints.read_events(x) for x in (a, b)]
   assert len(shrinks[0]) == 1
   for x, y in zip(*shrinks, strict=True):
@@ -210,12 +188,9 @@ def same(a: pathlib.Path, b: pathlib.Path):
 
 @pytest.mark.parametrize('mesh', MESHES)
 def test_eight_devices_are_one(ran, mesh):
-  """Loss, scores, masks, repair; two meshes also shrink (invariant 9)."""
+  """Loss, scores, masks, repair, shrink (invariant 9)."""
   root, _, _ = ran
-  if mesh in BRIEF:
-    same_rows(root / mesh, root / 'one', STOPPED)
-  else:
-    same(root / mesh, root / 'one')
+  same(root / mesh, root / 'one')
 
 
 @pytest.mark.parametrize('name', ['one-then-eight', 'eight-then-two'])
@@ -283,7 +258,6 @@ def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
   cuts = {
     mesh: sum(n for name, n in found['programs'].items() if 'slice' in name)
     for mesh, found in said.items()
-    if mesh not in BRIEF  # They save nothing.
   }
   pieces = cuts.pop('2-2-2')
   assert not any(cuts.values()) and pieces, said
