@@ -117,15 +117,18 @@ def spec(
   parts = [rules.get(letter) for letter in letters]
   return PartitionSpec(
     *(
-      part if part and size % _devices(part, mesh) == 0 else None
+      part if part and _splits(part, size, mesh) else None
       for part, size in zip(parts, shape, strict=True)
     )
   )
 
 
-def _devices(part, mesh) -> int:
+def _splits(part, size, mesh) -> bool:
   names = (part,) if isinstance(part, str) else part
-  return math.prod(mesh.shape[name] for name in names)
+  devices = math.prod(mesh.shape[name] for name in names)
+  # One device splits nothing, and XLA does not name it in what it returns: with
+  # two names for one place a step would be compiled for each.
+  return devices > 1 and size % devices == 0
 
 
 def undivided(cfg: structure.ModelConfig, mesh: Mesh) -> list[str]:

@@ -1,5 +1,7 @@
 """Eight simulated devices, in a process of their own, against one."""
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import ml_collections
@@ -18,6 +21,7 @@ import pytest
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import sharding
+from effllm_jax import steps
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
@@ -88,39 +92,52 @@ def rewound(root, name, new):
   assert checkpoints.moments(root / new)[0].step == SAVED
 
 
-def on_eight_devices(root):
-  """What the other process does and tells; imports of its own."""
-  import collections
-  import types
+@contextlib.contextmanager
+def training_steps():
+  """The compiled steps of what runs within, each behind a digest of its text.
 
-  from effllm_jax import optimizers
-  from effllm_jax import state as state_lib
-  from effllm_jax import steps
+  Equal digests are one program for jax's cache of them.
+  """
+  found, whole = [], steps.train_step
 
-  compiled = []
-
-  def lower(*arrays, step=steps.train_step, **static):
-    lowered = step.lower(*arrays, **static)
+  def lower(*arrays, **static):
+    lowered = whole.lower(*arrays, **static)
+    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
     def compile():
-      compiled.append(lowered.compile())
-      return compiled[-1]
+      found.append((digest, lowered.compile()))
+      return found[-1][1]
 
     return types.SimpleNamespace(compile=compile)
 
   steps.train_step = types.SimpleNamespace(lower=lower)
-  said = {}
+  try:
+    yield found
+  finally:
+    steps.train_step = whole
+
+
+def on_eight_devices(root):
+  """What the other process does and tells; imports of its own."""
+  import collections
+
+  from effllm_jax import optimizers
+  from effllm_jax import state as state_lib
+
+  said, made = {}, {}
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(np.asarray, conftest.make_params(CFG))
   large = checkpoints._LARGE
   for name, (sizes, kernels) in MESHES.items():
-    compiled.clear()
     # Some arrays are written in pieces, as those of a large model are.
     checkpoints._LARGE = 2**14 if name == '2-2-2' else large
-    with conftest.counted_programs() as programs:
+    with (
+      conftest.counted_programs() as programs,
+      training_steps() as compiled,
+    ):
       run(root, name, sizes, kernels)
     gathers = collections.Counter(
-      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
+      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0][1].as_text())
     )
     state = state_lib.placed_state(params, CFG, tx, sharding.make(*sizes))
     arrays = jax.tree.leaves((state.params, state.opt_state))
@@ -130,21 +147,28 @@ def on_eight_devices(root):
       'gathers': {x: n for x, n in gathers.items()},
       'programs': dict(programs),
     }
+    made[name] = [digest for digest, _ in compiled]
   checkpoints._LARGE = large
   rewound(root, 'one', 'one-then-eight')
-  run(root, 'one-then-eight', (2, 2, 2))
+  with training_steps() as compiled:
+    run(root, 'one-then-eight', (2, 2, 2))
+  made['one-then-eight'] = [digest for digest, _ in compiled]
   rewound(root, '8-1-1', 'eight-then-two')
   run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
-  return said
+  return said, made
 
 
 @pytest.fixture(scope='module', name='ran')
 def _ran(tmp_path_factory):
-  """Folder of all runs, and what the other process says of its arrays."""
+  """Folder of all runs, and what the other process says of its arrays.
+
+  Last the digests of the steps of runs, by name.
+  """
   root = tmp_path_factory.mktemp('sharding')
   conftest.write_model_folder(root / 'model', CFG)
   conftest.write_text_folder(root / 'text')
-  run(root, 'one', (1, 1, 1))
+  with training_steps() as compiled:
+    run(root, 'one', (1, 1, 1))
   flags = os.environ['XLA_FLAGS']
   done = subprocess.run(
     [sys.executable, '-c', SCRIPT, str(root)],
@@ -154,7 +178,9 @@ def _ran(tmp_path_factory):
     capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
-  return root, json.loads(done.stdout.splitlines()[-1]), done.stderr
+  said, made = json.loads(done.stdout.splitlines()[-1])
+  made['one'] = [digest for digest, _ in compiled]
+  return root, said, done.stderr, made
 
 
 def same(a: pathlib.Path, b: pathlib.Path):
@@ -189,21 +215,33 @@ def same(a: pathlib.Path, b: pathlib.Path):
 @pytest.mark.parametrize('mesh', MESHES)
 def test_eight_devices_are_one(ran, mesh):
   """Loss, scores, masks, repair, shrink (invariant 9)."""
-  root, _, _ = ran
+  root, *_ = ran
   same(root / mesh, root / 'one')
 
 
 @pytest.mark.parametrize('name', ['one-then-eight', 'eight-then-two'])
 def test_goes_on_on_other_devices(ran, name):
-  root, _, _ = ran
+  root, *_ = ran
   same(root / name, root / 'one')
 
 
 def test_goes_on_on_one_device(ran):
-  root, _, _ = ran
+  root, *_, made = ran
   rewound(root, '2-2-2', 'eight-then-one')
-  run(root, 'eight-then-one', (1, 1, 1))
+  with training_steps() as compiled:
+    run(root, 'eight-then-one', (1, 1, 1))
   same(root / 'eight-then-one', root / 'one')
+  check_nothing_new(made['one'], [digest for digest, _ in compiled])
+
+
+def test_goes_on_on_eight_devices_without_compiling(ran):
+  *_, made = ran
+  check_nothing_new(made['2-2-2'], made['one-then-eight'])
+
+
+def check_nothing_new(before, after):
+  """The step after the shrink, of arrays that came from one or from a disk."""
+  assert len(set(before)) == 2 and after == before[1:]
 
 
 @pytest.mark.skipif(
@@ -212,7 +250,7 @@ def test_goes_on_on_one_device(ran):
 )
 def test_goes_on_under_another_jax(ran):
   """From a checkpoint of that jax, as after an upgrade in the middle."""
-  root, _, _ = ran
+  root, *_ = ran
   other = os.environ['EFFLLM_OTHER_PYTHON']
   version = [other, '-c', 'import jax; print(jax.__version__)']
   done = subprocess.run(version, capture_output=True, text=True, check=True)
@@ -230,7 +268,7 @@ def test_goes_on_under_another_jax(ran):
 
 def test_no_device_holds_what_others_do(ran):
   """All but norm scales is in parts, weights and moments alike."""
-  _, said, _ = ran
+  _, said, *_ = ran
   assert said['8-1-1']['share'] == 1
   assert said['1-8-1']['share'] == pytest.approx(1 / 8, rel=0.03)
   assert said['1-1-8']['share'] == pytest.approx(1 / 8, rel=0.03)
@@ -239,7 +277,7 @@ def test_no_device_holds_what_others_do(ran):
 
 def test_no_step_gathers_what_it_need_not(ran):
   """Copies gather nothing; `fsdp` one layer at a time; `tensor` no weights."""
-  _, said, _ = ran
+  _, said, *_ = ran
   sizes = {
     mesh: [tuple(map(int, x.split(','))) for x in found['gathers']]
     for mesh, found in said.items()
@@ -254,7 +292,7 @@ def test_no_step_gathers_what_it_need_not(ran):
 
 
 def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
-  _, said, _ = ran
+  _, said, *_ = ran
   cuts = {
     mesh: sum(n for name, n in found['programs'].items() if 'slice' in name)
     for mesh, found in said.items()
@@ -264,7 +302,7 @@ def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
 
 
 def test_says_what_a_mesh_does_not_divide(ran):
-  _, _, stderr = ran
+  _, _, stderr, _ = ran
   assert 'mesh: data 1 x fsdp 1 x tensor 8' in stderr
   assert 'whole on every device: heads ' in stderr
 
@@ -305,7 +343,7 @@ def test_rules_by_letters():
 @pytest.fixture(scope='module', name='processes')
 def _processes(ran):
   """Two processes of one device each, as Slurm would start them."""
-  root, _, _ = ran
+  root, *_ = ran
 
   def start(name):
     arguments = [
