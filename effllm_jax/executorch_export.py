@@ -103,7 +103,6 @@ def check(
   for i in range(0, len(prompt), CHUNK):
     logits, cache = read(prompt[i : i + CHUNK], i, cache)
     rows.append(logits)
-  # Its own tokens; where they are not ours, neither are the logits.
   for i in range(agreement.NEW_TOKENS):
     greedy.append(int(rows[-1][-1].argmax()))
     logits, cache = read(greedy[-1:], len(prompt) + i, cache)

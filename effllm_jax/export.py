@@ -96,7 +96,6 @@ def write(
   if any(x.startswith('hf') for x in names):
     hf_export.import_transformers()
   notes = _notes(model, masks, pad)
-  say('our own answers, to compare with')
   # Of the model as it is: what is padded must answer like it.
   want = agreement.answers(model)
   if pad > 1:

@@ -199,9 +199,10 @@ def check(
     want = agreement.reference(
       layout.rounded_params(), layout.masks, layout.cfg, want.prompt
     )
-  with llama_cpp.reading(path, len(want.tokens)) as read:
+  most = len(want.prompt) + agreement.NEW_TOKENS
+  with llama_cpp.reading(path, most) as read:
     continuation = agreement.greedy(read, want.prompt)
-  (logits_TV,) = llama_cpp.logits(path, [want.tokens])
+  (logits_TV,) = llama_cpp.logits(path, [want.prompt + continuation])
   found = agreement.compare(want, logits_TV, continuation)
   agreement.check(
     found,

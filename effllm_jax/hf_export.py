@@ -109,7 +109,8 @@ def check(
     continued = torch_model.generate(
       prompt, attention_mask=torch.ones_like(prompt)
     )[0, len(want.prompt) :].tolist()
-    logits = torch_model(torch.tensor([want.tokens])).logits[0].numpy()
+    tokens = torch.tensor([want.prompt + continued])
+    logits = torch_model(tokens).logits[0].numpy()
   found = agreement.compare(want, logits, continued)
   agreement.check(found, agreement.LEVELS['f32'], 'PyTorch')
   return found

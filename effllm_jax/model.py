@@ -276,40 +276,6 @@ def loss(
   return token_losses(params, masks, window_BT, cfg, compute).mean()
 
 
-def greedy(
-  params: structure.Params,
-  masks: structure.Groups,
-  prompt: list[int],
-  steps: int,
-  cfg: structure.ModelConfig,
-  compute: Compute = Compute(remat='none'),
-) -> list[int]:
-  """The `steps` most likely tokens after `prompt`, one after another.
-
-  Recomputes the whole sequence for each token: meant for checks, where it must
-  be plain, not for serving.
-  """
-  size = len(prompt) + steps
-  tokens_T = (
-    jnp.zeros(size, jnp.int32)
-    .at[: len(prompt)]
-    .set(jnp.asarray(prompt, jnp.int32))
-  )
-
-  @jax.jit
-  def fill(params, masks, tokens_T):
-    def body(t, tokens_T):
-      final_BTD, _ = hidden(params, masks, tokens_T[None], cfg, compute)
-      # Of one token: the output matrix is a fifth of a small model's products.
-      last_BTD = jax.lax.dynamic_slice_in_dim(final_BTD, t - 1, 1, axis=1)
-      logits_BTV = unembed(last_BTD, params, compute)
-      return tokens_T.at[t].set(logits_BTV[0, 0].argmax().astype(jnp.int32))
-
-    return jax.lax.fori_loop(len(prompt), size, body, tokens_T)
-
-  return [int(t) for t in fill(params, masks, tokens_T)[len(prompt) :]]
-
-
 def _rms_norm(x_BTD, scale_D, stem_D, eps):
   """RMSNorm in float32 over the live channels (dead ones of x are zero)."""
   x32_BTD = x_BTD.astype(jnp.float32)

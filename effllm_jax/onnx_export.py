@@ -96,7 +96,8 @@ def check(
     lambda tokens: decoder.read(tokens)[-1], want.prompt
   )
   decoder.clear()
-  found = agreement.compare(want, decoder.read(want.tokens), continuation)
+  logits_TV = decoder.read(want.prompt + continuation)
+  found = agreement.compare(want, logits_TV, continuation)
   agreement.check(found, agreement.LEVELS['f32'], str(path))
   return found
 

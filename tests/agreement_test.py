@@ -13,41 +13,65 @@ from tests import conftest
 CFG = conftest.make_config()
 
 
+PROMPT = [int(i) for i in conftest.make_tokens(CFG)[0]]
+LENGTH = len(PROMPT) + agreement.NEW_TOKENS
+
+
 @pytest.fixture(scope='module', name='want')
 def _want():
   params = conftest.make_params(CFG)
   masks = conftest.make_masks(CFG).replace(stem=structure.all_alive(CFG).stem)
-  prompt = [int(i) for i in conftest.make_tokens(CFG)[0]]
-  want = agreement.reference(params, masks, CFG, prompt)
-  logits, _ = model.forward(params, masks, np.array([want.tokens]), CFG)
-  np.testing.assert_allclose(want.logits_TV, logits[0], atol=1e-5)
-  assert want.prompt == prompt
+  want = agreement.reference(params, masks, CFG, PROMPT)
+  tokens = [int(i) for i in conftest.make_tokens(CFG, seed=1)[0]]
+  logits, _ = model.forward(params, masks, np.array([tokens]), CFG)
+  np.testing.assert_allclose(want.logits(tokens), logits[0], atol=1e-5)
+  assert want.prompt == PROMPT
   return want
 
 
-def test_continuation_is_greedy(want):
-  assert len(want.continuation) == agreement.NEW_TOKENS
-  likely = want.logits_TV[len(want.prompt) - 1 : -1].argmax(-1)
-  assert want.continuation == likely.tolist()
+@pytest.fixture(scope='module', name='continuation')
+def _continuation(want):
+  """One token after another, from a pass over all before it."""
+  tokens = list(PROMPT)
+  while len(tokens) < LENGTH:
+    # Zeros after the text change nothing before them: the model is causal.
+    padded = tokens + [0] * (LENGTH - len(tokens))
+    tokens.append(int(want.logits(padded)[len(tokens) - 1].argmax()))
+  return tokens[len(PROMPT) :]
 
 
-def test_what_is_the_same_passes_every_level(want):
+@pytest.fixture(scope='module', name='logits')
+def _logits(want, continuation):
+  return want.logits(PROMPT + continuation)
+
+
+def test_a_runtime_goes_on_token_by_token(want, continuation):
+  seen = []
+
+  def read(new):
+    seen.extend(new)
+    padded = seen + [0] * (LENGTH - len(seen))
+    return want.logits(padded)[len(seen) - 1]
+
+  assert agreement.greedy(read, PROMPT) == continuation
+  assert seen == PROMPT + continuation[:-1]
+
+
+def test_what_is_the_same_passes_every_level(want, continuation, logits):
   # Log-probabilities, as llama.cpp gives them, are as good as logits.
-  shifted = want.logits_TV - 3.0
-  for have in (want.logits_TV, shifted):
-    found = agreement.compare(want, have, want.continuation)
+  for have in (logits, logits - 3.0):
+    found = agreement.compare(want, have, continuation)
     assert found.relative < 1e-6 and abs(found.kl) < 1e-6
     assert found.top1 == 1.0 and found.greedy
     for level in agreement.LEVELS.values():
       agreement.check(found, level, 'it')
 
 
-def test_divergence_is_that_of_the_distributions(want):
-  noise = np.random.default_rng(0).normal(0, 0.3, want.logits_TV.shape)
-  have = want.logits_TV + noise
-  p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (want.logits_TV, have))
+def test_divergence_is_that_of_the_distributions(want, continuation, logits):
+  have = logits + np.random.default_rng(0).normal(0, 0.3, logits.shape)
+  p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (logits, have))
   p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-  found = agreement.compare(want, have, None)
+  found = agreement.compare(want, have, continuation)
   np.testing.assert_allclose(
     found.kl, (p * np.log(p / q)).sum(-1).mean(), rtol=1e-4
   )
@@ -64,16 +88,21 @@ def test_divergence_is_that_of_the_distributions(want):
     ({'greedy': False}, 'greedy'),
   ],
 )
-def test_what_is_further_away_is_refused(want, change, match):
+def test_what_is_further_away_is_refused(
+  want, continuation, logits, change, match
+):
   level = agreement.Level(relative=1e-4, kl=0.02, top1=0.9, greedy=True)
-  fine = agreement.compare(want, want.logits_TV, want.continuation)
+  fine = agreement.compare(want, logits, continuation)
   agreement.check(fine, level, 'it')
   with pytest.raises(RuntimeError, match=match) as caught:
     agreement.check(dataclasses.replace(fine, **change), level, 'it')
   assert '\n' not in str(caught.value) and 'it differs' in str(caught.value)
 
 
-def test_another_continuation_is_not_greedy(want):
-  other = [*want.continuation[:-1], -1]
-  assert not agreement.compare(want, want.logits_TV, other).greedy
-  assert not agreement.compare(want, want.logits_TV, None).greedy
+@pytest.mark.parametrize('at', [0, agreement.NEW_TOKENS // 2, -1])
+def test_another_continuation_is_not_greedy(want, continuation, at):
+  """Though the runtime's own logits after it are ours."""
+  other = list(continuation)
+  other[at] = (other[at] + 1) % CFG.V
+  found = agreement.compare(want, want.logits(PROMPT + other), other)
+  assert found.relative == 0 and not found.greedy

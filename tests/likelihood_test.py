@@ -39,8 +39,12 @@ def test_equals_a_plain_pass(kernels):
   requests = some_requests(cfg, [(11, 1), (1, 11), (4, 8), (47, 2), (61, 5)])
   # Two more answers to one question, and the greedy ones of another.
   requests += [(requests[0][0], [5]), (requests[0][0], [6])]
-  question = requests[0][0][:10]
-  requests += [(question, model.greedy(params, masks, question, 2, cfg))]
+  question, answer = requests[0][0][:10], []
+  for _ in range(2):
+    tokens_BT = np.asarray([[*question, *answer]], np.int32)
+    logits_BTV, _ = conftest.forward(params, masks, tokens_BT, cfg)
+    answer.append(int(logits_BTV[0, -1].argmax()))
+  requests += [(question, answer)]
   found = likelihood.score(
     params, masks, cfg, requests,
     compute=model.Compute(remat='none', kernels=kernels), batch_tokens=128,

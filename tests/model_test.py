@@ -251,15 +251,3 @@ def test_taps_are_the_inputs_of_the_matrix_products(cfg):
   )
   for stem_input in (taps.attn_in, taps.ffn_in, taps.final):
     assert (np.asarray(stem_input)[..., ~np.asarray(masks.stem)] == 0).all()
-
-
-def test_greedy_equals_one_token_at_a_time(cfg):
-  params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
-  prompt = [3, 1, 4, 1, 5]
-  want = list(prompt)
-  while len(want) < 11:
-    # Zeros after the text change nothing before them: the model is causal.
-    padded = jnp.asarray([want + [0] * (11 - len(want))])
-    logits, _ = conftest.forward(params, masks, padded, cfg=cfg)
-    want.append(int(logits[0, len(want) - 1].argmax()))
-  assert model.greedy(params, masks, prompt, 6, cfg) == want[len(prompt) :]
