@@ -128,7 +128,7 @@ def compare(
 
   Its continuation is ours if each of its tokens is our most likely one after
   those before it, which one pass of ours over all of them tells. To make our
-  own took one for each: 20 of the 34 s of an export of SmolLM2-135M.
+  own takes one for each, 0.6 s with SmolLM2-135M on 2 cores.
 
   Args:
     want: our model and the prompt.
