@@ -134,19 +134,19 @@ def compare(
     want: our model and the prompt.
     have_TV: its logits or log-probabilities after every token of prompt and
       continuation.
-    continuation: its own greedy tokens after the prompt.
+    continuation: its own `NEW_TOKENS` greedy tokens after the prompt.
   """
   logits_TV = want.logits([*want.prompt, *continuation])
   ours, theirs = (
     np.asarray(jax.nn.log_softmax(np.asarray(x, np.float32), axis=-1))
     for x in (logits_TV, have_TV)
   )
-  likely = logits_TV[len(want.prompt) - 1 : -1].argmax(-1)
+  likely = logits_TV[len(want.prompt) - 1 : -1].argmax(-1).tolist()
   return Agreement(
     relative=float(np.abs(ours - theirs).max() / np.abs(logits_TV).max()),
     kl=float((np.exp(ours) * (ours - theirs)).sum(-1).mean()),
     top1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-    greedy=continuation == likely.tolist(),
+    greedy=len(continuation) == NEW_TOKENS and continuation == likely,
   )
 
 

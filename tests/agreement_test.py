@@ -11,8 +11,6 @@ from effllm_jax import structure
 from tests import conftest
 
 CFG = conftest.make_config()
-
-
 PROMPT = [int(i) for i in conftest.make_tokens(CFG)[0]]
 LENGTH = len(PROMPT) + agreement.NEW_TOKENS
 
@@ -106,3 +104,9 @@ def test_another_continuation_is_not_greedy(want, continuation, at):
   other[at] = (other[at] + 1) % CFG.V
   found = agreement.compare(want, want.logits(PROMPT + other), other)
   assert found.relative == 0 and not found.greedy
+
+
+def test_a_continuation_that_ends_early_is_not_greedy(want, continuation):
+  for short in (continuation[:-1], []):
+    found = agreement.compare(want, want.logits(PROMPT + short), short)
+    assert found.relative == 0 and not found.greedy
