@@ -94,25 +94,25 @@ def rewound(root, name, new):
 
 @contextlib.contextmanager
 def training_steps():
-  """The compiled steps of what runs within, each behind a digest of its text.
+  """Digests of the steps of what runs within, by their text, and the steps.
 
   Equal digests are one program for jax's cache of them.
   """
-  found, whole = [], steps.train_step
+  digests, compiled, whole = [], [], steps.train_step
 
   def lower(*arrays, **static):
     lowered = whole.lower(*arrays, **static)
-    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    digests.append(hashlib.sha256(lowered.as_text().encode()).hexdigest())
 
     def compile():
-      found.append((digest, lowered.compile()))
-      return found[-1][1]
+      compiled.append(lowered.compile())
+      return compiled[-1]
 
     return types.SimpleNamespace(compile=compile)
 
   steps.train_step = types.SimpleNamespace(lower=lower)
   try:
-    yield found
+    yield digests, compiled
   finally:
     steps.train_step = whole
 
@@ -133,11 +133,11 @@ def on_eight_devices(root):
     checkpoints._LARGE = 2**14 if name == '2-2-2' else large
     with (
       conftest.counted_programs() as programs,
-      training_steps() as compiled,
+      training_steps() as (made[name], compiled),
     ):
       run(root, name, sizes, kernels)
     gathers = collections.Counter(
-      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0][1].as_text())
+      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
     )
     state = state_lib.placed_state(params, CFG, tx, sharding.make(*sizes))
     arrays = jax.tree.leaves((state.params, state.opt_state))
@@ -147,12 +147,10 @@ def on_eight_devices(root):
       'gathers': {x: n for x, n in gathers.items()},
       'programs': dict(programs),
     }
-    made[name] = [digest for digest, _ in compiled]
   checkpoints._LARGE = large
   rewound(root, 'one', 'one-then-eight')
-  with training_steps() as compiled:
+  with training_steps() as (made['one-then-eight'], _):
     run(root, 'one-then-eight', (2, 2, 2))
-  made['one-then-eight'] = [digest for digest, _ in compiled]
   rewound(root, '8-1-1', 'eight-then-two')
   run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
   return said, made
@@ -167,7 +165,7 @@ def _ran(tmp_path_factory):
   root = tmp_path_factory.mktemp('sharding')
   conftest.write_model_folder(root / 'model', CFG)
   conftest.write_text_folder(root / 'text')
-  with training_steps() as compiled:
+  with training_steps() as (alone, _):
     run(root, 'one', (1, 1, 1))
   flags = os.environ['XLA_FLAGS']
   done = subprocess.run(
@@ -179,8 +177,7 @@ def _ran(tmp_path_factory):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
   said, made = json.loads(done.stdout.splitlines()[-1])
-  made['one'] = [digest for digest, _ in compiled]
-  return root, said, done.stderr, made
+  return root, said, done.stderr, made | {'one': alone}
 
 
 def same(a: pathlib.Path, b: pathlib.Path):
@@ -228,10 +225,10 @@ def test_goes_on_on_other_devices(ran, name):
 def test_goes_on_on_one_device(ran):
   root, *_, made = ran
   rewound(root, '2-2-2', 'eight-then-one')
-  with training_steps() as compiled:
+  with training_steps() as (digests, _):
     run(root, 'eight-then-one', (1, 1, 1))
   same(root / 'eight-then-one', root / 'one')
-  check_nothing_new(made['one'], [digest for digest, _ in compiled])
+  check_nothing_new(made['one'], digests)
 
 
 def test_goes_on_on_eight_devices_without_compiling(ran):
