@@ -96,6 +96,12 @@ def _forget_compiled():
   jax.clear_caches()
 
 
+@pytest.fixture(scope='module', name='place')
+def _place(tmp_path_factory):
+  """A folder of all tests of a file."""
+  return tmp_path_factory.mktemp('place')
+
+
 @pytest.fixture(params=list(CONFIGS), name='cfg')
 def _cfg(request) -> structure.ModelConfig:
   return make_config(**CONFIGS[request.param])

@@ -1,0 +1,251 @@
+"""Configs, command lines and measured tables that make no sense."""
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import hypothesis
+from hypothesis import strategies as st
+import ml_collections
+import pytest
+
+from effllm_jax import budgets
+from effllm_jax import errors
+from effllm_jax import plan
+from effllm_jax import structure
+from effllm_jax import train
+from experiments.configs import smollm2_135m
+from kernels import autotune
+from tests import conftest
+from tests import hostile
+
+# Tables.
+
+
+def table():
+  shapes = [
+    {'heads': k, 'ffn': f, 'stem': d, 'ms': 1.0 + k * d + f * d + d + k + f}
+    for k in (1, 2) for f in (8, 16) for d in (8, 16)
+  ]  # fmt: skip
+  model = {letter: getattr(hostile.TINY, letter) for letter in budgets.FIXED}
+  return {'machine': {'cpus': 2}, 'model': model, 'shapes': shapes}
+
+
+def test_latency_tables(place):
+  path = place / 'latency.json'
+  path.write_text(json.dumps(table()))
+  assert budgets.milliseconds(hostile.TINY, path).fit_error < 1e-3
+
+  @hostile.fuzz(200)
+  @hypothesis.given(data=hostile.changed(table()))
+  def check(data):
+    path.write_bytes(data)
+    found = hostile.answer(
+      lambda: budgets.milliseconds(hostile.TINY, path), path
+    )
+    if not isinstance(found, str):
+      assert found.of_config(hostile.TINY) >= 0
+
+  check()
+
+
+def test_blocks(place):
+  path = place / 'blocks.json'
+  sizes = (32, 256, 64)
+  rows = [
+    autotune.tune(name, 'nn', *sizes, 'float32', 'n', timer=lambda _: 1.0)
+    for name in ('bucket', 'xla_loop')
+  ]
+
+  @hostile.fuzz(150)
+  @hypothesis.given(data=hostile.changed(rows))
+  def check(data):
+    path.write_bytes(data)
+    hostile.answer(lambda: train._use_blocks(str(path)), path)
+    for name in ('bucket', 'xla_loop'):
+      module = importlib.import_module(f'kernels.{name}')
+      blocks = autotune.choice(name, 'nn', *sizes, 'float32')
+      assert blocks is None or blocks in module.candidates(
+        'nn', *sizes, 'float32'
+      )
+
+  try:
+    check()
+    for thing in ('pipe', 'device', 'folder', 'empty'):
+      path.unlink() if path.is_file() else None
+      hostile.THINGS[thing](path)
+      assert hostile.answer(lambda: train._use_blocks(str(path)), path)
+      with pytest.raises(ValueError, match='is not a file of tuned blocks'):
+        autotune.store(path, [])
+      path.rmdir() if path.is_dir() else path.unlink()
+  finally:
+    autotune.use(None)
+
+
+# Configs.
+
+
+@functools.cache
+def _keys():
+  """Every key of a config, as `a.b`, and its value."""
+
+  def flat(node, at=''):
+    for key, value in node.items():
+      if isinstance(value, dict):
+        yield from flat(value, f'{at}{key}.')
+      else:
+        yield f'{at}{key}', value
+
+  return dict(flat(smollm2_135m.get_config().to_dict()))
+
+
+VALUES = {
+  int: (
+    *(x for x in hostile.NUMBERS if x < 2**31), -1, -(2**31), 2**62, 10**30
+  ),
+  float: (0.0, -0.0, -1.0, 1.0, 1e-300, 1e300, float('nan'), float('inf'),
+          -float('inf'), 2.0, 1e9),
+  str: hostile.STRINGS,
+  bool: (True, False),
+}  # fmt: skip
+
+
+@hostile.fuzz(300)
+@hypothesis.given(data=st.data())
+def test_overrides(data):
+  config = smollm2_135m.get_config()
+  for _ in range(data.draw(st.integers(1, 3))):
+    key = data.draw(st.sampled_from(sorted(_keys())))
+    value = data.draw(st.sampled_from(VALUES[type(_keys()[key])]))
+    config.update_from_flattened_dict({key: value})
+  source = structure.ModelConfig(
+    V=49152, D=576, N=30, K=3, G=3, H=64, F=1536, context=2048,
+    rope_theta=1e4, norm_eps=1e-5, tied=True,
+  )  # fmt: skip
+  with hostile.watched(0):
+    try:
+      plan.make(ml_collections.FrozenConfigDict(config), source)
+    except errors.InputError as e:
+      assert '--config' in str(e) or ';' in str(e), e
+
+
+# The command line.
+
+
+COMMAND = """
+import json, os, signal, sys, traceback
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+from experiments import cli
+CONFIG = config_flags.DEFINE_config_file('config', None, '', lock_config=True)
+flags.mark_flag_as_required('config')
+def main(argv):
+  ml_collections.FrozenConfigDict(cli.config(CONFIG))
+for arguments in json.load(sys.stdin):
+  read, write = os.pipe()
+  child = os.fork()
+  if not child:
+    signal.alarm(10)
+    os.dup2(write, 2)
+    sys.argv = ['main', *map(os.fsdecode, map(bytes, arguments))]
+    try:
+      cli.run(main)
+      status = 0
+    except SystemExit as e:
+      status = e.code or 0
+    except BaseException:
+      traceback.print_exc()
+      status = 1
+    sys.stderr.flush()
+    os._exit(status)
+  os.close(write)
+  with os.fdopen(read, errors='replace') as file:
+    text = file.read()
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  print(json.dumps([status, text]))
+"""
+
+
+def run_commands(arguments):
+  """(exit code, stderr) of a command with each of the lists of flags.
+
+  One process reads the flags of all of them, each in a fork of it. The fork
+  says what Python would and ends: to take the interpreter down was 60 of 63 s.
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', COMMAND],
+    input=json.dumps([[[*os.fsencode(x)] for x in a] for a in arguments]),
+    cwd=conftest.ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+CONFIGS = {
+  'nothing': b'',
+  'syntax': b'def get_config(:\n',
+  'indent': b'def get_config():\nreturn 1\n',
+  'nul': b'x = 1\0\n',
+  'latin1': b'# \xe9\ndef get_config(): pass\n',
+  'binary': bytes(range(256)) * 100,
+  'none': b'def get_config(): return None\n',
+  'number': b'def get_config(): return 7\n',
+  'dict': b'def get_config(): return {"seed": 1}\n',
+  'argument': b'def get_config(x): return x\n',
+  'divides': b'def get_config(): return 1 / 0\n',
+  'name': b'def get_config(): return nobody\n',
+  'recurses': b'def get_config(): return get_config()\n',
+  'nested': b'x = ' + b'(' * 10_000 + b')' * 10_000,
+  'raises': b'def get_config(): raise Exception("a\\nb")\n',
+  'asserts': b'def get_config(): assert False\n',
+  'imports': b'import nothing_of_that_name\n',
+  'memory': b'def get_config(): raise MemoryError\n',
+  'empty': b'import ml_collections\n'
+  b'def get_config(): return ml_collections.ConfigDict()\n',
+}
+
+
+def test_config_files(tmp_path):
+  cases = []
+  for name, data in CONFIGS.items():
+    (tmp_path / f'{name}.py').write_bytes(data)
+  for name, put in hostile.THINGS.items():
+    put(tmp_path / f'thing-{name}.py')
+  for path in sorted(tmp_path.glob('*.py')):
+    for more in ([], ['--config.seed=1'], ['--config.nothing=1']):
+      cases.append([f'--config={path}', *more])
+      cases.append(['--config', str(path), *more])
+  for (status, text), flags in zip(run_commands(cases), cases, strict=True):
+    said = text.strip().splitlines()
+    assert status == 2, (flags, status, text[-2000:])
+    assert said[-1].startswith('error: '), (flags, text)
+    assert 'Traceback' not in text and len(said[-1]) < 3000
+
+
+def test_overrides_of_the_command_line():
+  values = [
+    '', '-1', '1e999', 'nan', '9' * 5000, '(1,)', '[' * 1000, '{}', 'None',
+    '\udcff', '\x1b[2J', 'True', "'",
+  ]  # fmt: skip
+  keys = [
+    'seed', 'optimizer.peak', 'source', 'model.remat', 'data.weights',
+    'data.weights.x', 'prune', 'nothing', '', '.', 'seed.x', '__class__',
+  ]  # fmt: skip
+  file = '--config=experiments/configs/smollm2_135m.py'
+  cases = [[file, f'--config.{key}={x}'] for key in keys for x in values]
+  cases += [[file, f'--config.{key}'] for key in keys]
+  cases += [['--config='], ['--config'], ['--config', '--config'], []]
+  accepted = 0
+  for (status, text), flags in zip(run_commands(cases), cases, strict=True):
+    if status == 0:
+      accepted += 1
+      continue
+    said = text.strip().splitlines()
+    assert status == 2, (flags, status, text[-2000:])
+    assert said[-1].startswith('error: '), (flags, text)
+    assert 'Traceback' not in text and len(said[-1]) < 3000
+  assert 20 < accepted < len(cases) / 2
