@@ -19,9 +19,9 @@ from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import widths
 from tests import conftest
-from tests import sources_test
+from tests import model_files
 
-CACHE = sources_test.CACHE
+CACHE = model_files.CACHE
 
 
 @pytest.fixture(scope='module', name='text')
@@ -32,7 +32,7 @@ def _text(tmp_path_factory):
 @pytest.fixture(scope='module', name='source')
 def _source(tmp_path_factory):
   path = tmp_path_factory.mktemp('source') / 'toy.gguf'
-  return sources.load(sources_test.write_gguf(path), CACHE)
+  return sources.load(model_files.write_gguf(path), CACHE)
 
 
 def pruned(source):
@@ -96,7 +96,7 @@ def test_command(tmp_path, text):
   pytest.importorskip('xllamacpp')
   from tests import export_test
 
-  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  gguf = model_files.write_gguf(tmp_path / 'toy.gguf')
   folder = sources.save(
     sources.load(gguf, CACHE, params=False), tmp_path / 'saved'
   )

@@ -8,7 +8,7 @@ import pytest
 from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import executorch_export
-from tests import sources_test
+from tests import model_files
 
 pytest.importorskip('torch', reason='the program is traced in PyTorch')
 toys = pytest.importorskip('tests.modeling_effllm_test')
@@ -17,7 +17,7 @@ toys = pytest.importorskip('tests.modeling_effllm_test')
 def make(cfg=toys.UNTIED):
   cfg = dataclasses.replace(cfg, N=2)
   masks = toys.ragged(cfg, 0, no_heads=(0,), no_ffn=(1,))
-  return toys.source(cfg, sources_test.random_params(cfg), masks)
+  return toys.source(cfg, model_files.random_params(cfg), masks)
 
 
 def test_agrees_with_the_model(tmp_path):
@@ -27,7 +27,7 @@ def test_agrees_with_the_model(tmp_path):
   path, want = tmp_path / 'x.pte', agreement.answers(made)
   found = executorch_export.check(made, path, want)
   assert found.greedy and found.relative < 1e-4
-  other = sources_test.random_params(made.cfg, seed=1)
+  other = model_files.random_params(made.cfg, seed=1)
   with pytest.raises(RuntimeError, match=r'x\.pte differs.*not kept'):
     executorch_export.check(
       made, path, agreement.answers(dataclasses.replace(made, params=other))

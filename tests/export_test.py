@@ -30,9 +30,9 @@ from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
 from tests import conftest
-from tests import sources_test
+from tests import model_files
 
-CFG = sources_test.CFG
+CFG = model_files.CFG
 # 60 channels are no multiple of 4 * 2 heads of queries.
 SHAPES = {
   'LlamaForCausalLM': CFG,
@@ -43,8 +43,8 @@ SHAPES = {
 @pytest.fixture(scope='module', name='tokenizer_folder')
 def _tokenizer_folder(tmp_path_factory):
   tmp = tmp_path_factory.mktemp('source')
-  path = sources_test.write_gguf(tmp / 'toy.gguf')
-  source = sources.load(path, sources_test.CACHE, params=False)
+  path = model_files.write_gguf(tmp / 'toy.gguf')
+  source = sources.load(path, model_files.CACHE, params=False)
   return sources.save(source, tmp / 'saved')
 
 
@@ -79,7 +79,7 @@ def finished_model(folder, cfg=CFG, params=None, masks=None):
   """A source with weights, as `finished.read` gives it."""
   return dataclasses.replace(
     sources.load_saved(folder),
-    params=sources_test.random_params(cfg) if params is None else params,
+    params=model_files.random_params(cfg) if params is None else params,
     masks=widths.whole(masks, cfg),
     cfg=cfg,
   )
@@ -108,7 +108,7 @@ def test_opens_as_a_stock_class(
   tmp_path, tokenizer_folder, reference, architecture
 ):
   cfg = SHAPES[architecture]
-  params = sources_test.random_params(cfg)
+  params = model_files.random_params(cfg)
   out = tmp_path / 'new' / 'out'
   report = run(out, tokenizer_folder, cfg)
 
@@ -143,8 +143,8 @@ def test_opens_as_a_stock_class(
   np.testing.assert_allclose(have, want, atol=1e-3)
 
   # And it is a source again.
-  again = sources.load(out, sources_test.CACHE)
-  assert again.cfg == cfg and sources_test.same(again.params, params)
+  again = sources.load(out, model_files.CACHE)
+  assert again.cfg == cfg and model_files.same(again.params, params)
   saved = sources.load_saved(tokenizer_folder)
   for key in ('separator_id', 'bos_id', 'eos_ids', 'pad_id', 'chat_template'):
     assert getattr(again, key) == getattr(saved, key)
@@ -273,7 +273,7 @@ def test_layers_of_different_widths(
   tmp_path, tokenizer_folder, reference, architecture
 ):
   cfg = RAGGED[architecture]
-  params, masks = sources_test.random_params(cfg), ragged(cfg)
+  params, masks = model_files.random_params(cfg), ragged(cfg)
   out = tmp_path / 'out'
   report = run(out, tokenizer_folder, cfg, params, masks=masks)
   assert 0 <= report.agreements['hf'].relative < 1e-4
@@ -292,7 +292,7 @@ def test_layers_of_different_widths(
   assert np.abs(want - dense).max() > 1
 
   # Nothing dead is in the file, and everything alive is as it was.
-  saved = sources.load(out, sources_test.CACHE).params
+  saved = sources.load(out, model_files.CACHE).params
   dead = 0
 
   def check(letters, leaf, kept):
@@ -342,9 +342,9 @@ def test_opens_in_an_older_transformers(tmp_path, tokenizer_folder, reference):
   cases = {
     'llama': (CFG, 'hf'),
     'mistral': (SHAPES['MistralForCausalLM'], 'hf'),
-    'qwen2': (sources_test.QWEN2, 'hf'),
-    'qwen3': (sources_test.QWEN3, 'hf'),
-    'llama3': (sources_test.LLAMA3, 'hf'),
+    'qwen2': (model_files.QWEN2, 'hf'),
+    'qwen3': (model_files.QWEN3, 'hf'),
+    'llama3': (model_files.LLAMA3, 'hf'),
     'zeros': (untied, 'hf'),
     'trimmed': (untied, 'hf-trimmed'),
   }
@@ -352,7 +352,7 @@ def test_opens_in_an_older_transformers(tmp_path, tokenizer_folder, reference):
   np.save(tmp_path / 'tokens.npy', tokens)
   wants, folders = {}, [str(tmp_path / name) for name in cases]
   for name, (cfg, kind) in cases.items():
-    params = sources_test.random_params(cfg)
+    params = model_files.random_params(cfg)
     masks = ragged(cfg) if cfg is untied else structure.all_alive(cfg)
     run(tmp_path / name, tokenizer_folder, cfg, params, masks, (kind,))
     wants[name], _ = model.forward(params, masks, tokens, cfg)
@@ -387,7 +387,7 @@ def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
   out = tmp_path / 'even'
   even = run(out, tokenizer_folder, cfg, pad=64)
   assert even.notes == [] and even.agreements['hf'].greedy
-  again = sources.load(out, sources_test.CACHE)
+  again = sources.load(out, model_files.CACHE)
   assert (again.cfg.D, again.cfg.F) == (64, 128)
   added = again.cfg.num_params() - cfg.num_params()
   assert f'--pad=64 adds {added:,} zeros' in note
@@ -411,7 +411,7 @@ def test_formats_that_make_no_sense(tmp_path, tokenizer_folder, formats, match):
 def test_several_formats_in_one_folder(tmp_path, tokenizer_folder, reference):
   pytest.importorskip('xllamacpp', reason='the runtime')
   cfg = RAGGED['LlamaForCausalLM']
-  params, masks = sources_test.random_params(cfg), ragged(cfg)
+  params, masks = model_files.random_params(cfg), ragged(cfg)
   said = []
   report = run(
     tmp_path / 'out', tokenizer_folder, cfg, params, masks,
@@ -466,13 +466,13 @@ def test_without_torch(tmp_path, tokenizer_folder, monkeypatch):
 
 
 def test_smollm2(tmp_path, reference):
-  source = sources.load('smollm2-135m', sources_test.CACHE)
+  source = sources.load('smollm2-135m', model_files.CACHE)
   folder = sources.save(source, tmp_path / 'source')
   out = tmp_path / 'out'
   report = run(out, folder, source.cfg, source.params)
   assert report.agreements['hf'].greedy and report.params == 134_515_008
   tokenizer = reference.AutoTokenizer.from_pretrained(out)
-  for text, ids in sources_test.LLAMA_CPP.items():
+  for text, ids in model_files.LLAMA_CPP.items():
     assert tokenizer(text)['input_ids'] == [int(i) for i in ids.split()]
   assert tokenizer.eos_token == '<|im_end|>'
   chat = tokenizer.apply_chat_template(
@@ -486,7 +486,7 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   source = sources.load_saved(tokenizer_folder)
   sources.save(source, workdir / 'source')
   tx = optimizers.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
-  params = jax.tree.map(jax.numpy.asarray, sources_test.random_params(CFG))
+  params = jax.tree.map(jax.numpy.asarray, model_files.random_params(CFG))
   state = state_lib.fresh_state(params, CFG, tx)
   masks = edit(state.prune.masks)
   prune = state.prune.replace(masks=masks)
@@ -518,7 +518,7 @@ def exported(tmp_path, tokenizer_folder, edit):
   params, masks = write_checkpoint(workdir, tokenizer_folder, edit)
   done = conftest.command('export', f'--workdir={workdir}', f'--out={out}')
   assert done.returncode == 0, done.stderr
-  small = sources.load(out, sources_test.CACHE)
+  small = sources.load(out, model_files.CACHE)
   tokens = np.arange(40)[None]
   want, _ = model.forward(params, masks, tokens, CFG)
   have, _ = model.forward(

@@ -21,12 +21,12 @@ from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
 from tests import conftest
-from tests import sources_test
+from tests import model_files
 
 needs_llama_cpp = pytest.mark.skipif(
   llama_cpp.available() is None, reason='xllamacpp is not installed'
 )
-CFG = sources_test.CFG
+CFG = model_files.CFG
 CFGS = {
   'gqa-tied': CFG,
   'mha-untied': dataclasses.replace(CFG, K=4, G=1, tied=False),
@@ -41,8 +41,8 @@ def source(cfg=CFG, masks=None, **changes) -> weights.Source:
   fields = dict(
     name='toy', description='A toy', licence='mit', sha256='0', dtype='F32',
     cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=0,
-    chat_template='{{ messages }}', tokenizer=sources_test.bpe(),
-    params=sources_test.random_params(cfg), masks=masks,
+    chat_template='{{ messages }}', tokenizer=model_files.bpe(),
+    params=model_files.random_params(cfg), masks=masks,
   )  # fmt: skip
   return weights.Source(**fields | changes)
 
@@ -82,7 +82,7 @@ def test_is_a_source_again(tmp_path, name, monkeypatch):
   assert written.bits_per_weight == 32 and written.padding == 0
   again = gguf_source.read(path, params=True)
   assert again.cfg == model.cfg
-  assert sources_test.same(again.params, model.params)
+  assert model_files.same(again.params, model.params)
   assert again.description == 'toy, F32 GGUF'
   for key in (
     'licence', 'separator_id', 'bos_id', 'eos_ids', 'pad_id', 'chat_template',
@@ -125,9 +125,9 @@ RAGGED = {
 
 OTHERS = {
   # Rows of q that are not as many as the stem is wide, which qwen2 refuses.
-  'qwen2': ('llama', dataclasses.replace(sources_test.QWEN2, H=24, tied=False)),
-  'qwen3': ('qwen3', sources_test.QWEN3),
-  'llama3': ('llama', sources_test.LLAMA3),
+  'qwen2': ('llama', dataclasses.replace(model_files.QWEN2, H=24, tied=False)),
+  'qwen3': ('qwen3', model_files.QWEN3),
+  'llama3': ('llama', model_files.LLAMA3),
 }
 
 
@@ -140,7 +140,7 @@ def test_blocks_with_biases_norms_and_scaling(tmp_path, name):
   assert agreed.greedy and agreed.relative < 1e-4
   again = gguf_source.read(tmp_path / 'a.gguf', params=True)
   assert again.cfg == cfg
-  assert sources_test.same(again.params, source(cfg).params)
+  assert model_files.same(again.params, source(cfg).params)
 
 
 @needs_llama_cpp
@@ -250,7 +250,7 @@ def test_rows_without_blocks_are_reported(tmp_path):
 @needs_llama_cpp
 def test_vocabulary_with_rows_to_spare_and_bos(tmp_path):
   cfg = dataclasses.replace(CFG, V=352)
-  tokenizer = sources_test.bpe()
+  tokenizer = model_files.bpe()
   tokenizer.add_tokens([tokenizers.AddedToken('<tool>', normalized=False)])
   tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
     single='<|endoftext|> $A', special_tokens=[('<|endoftext|>', 0)]
@@ -273,14 +273,14 @@ RULES = {
   'gpt-2': json.loads(
     tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__()
   ),
-  'smollm': json.loads(sources_test.bpe().to_str())['pre_tokenizer'],
+  'smollm': json.loads(model_files.bpe().to_str())['pre_tokenizer'],
 }
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize('rule', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2'])
 def test_rule_of_words_is_that_of_llama_cpp(tmp_path, rule):
-  parts = json.loads(sources_test.bpe().to_str())
+  parts = json.loads(model_files.bpe().to_str())
   model = parts['model']
   merges = [' '.join(m) for m in model['merges']]
   built = bpe.tokenizer(
@@ -333,12 +333,12 @@ def test_another_model_is_noticed(tmp_path):
   path = tmp_path / 'a.gguf'
   gguf_export.write(source(), path, 'f32')
   differs(source(), path, r'file_type', 'f16')
-  other = source(params=sources_test.random_params(CFG, 1))
+  other = source(params=model_files.random_params(CFG, 1))
   differs(other, path, r'token_embd.*other values')
   differs(source(dataclasses.replace(CFG, rope_theta=1e4)), path, 'freq_base')
   wider = dataclasses.replace(CFG, V=352)
   gguf_export.write(source(wider), path, 'f32')
-  more = sources_test.bpe()
+  more = model_files.bpe()
   more.add_tokens(['lighthouse'])
   differs(source(wider, tokenizer=more), path, 'tokens')
 
@@ -347,7 +347,7 @@ def test_another_tokenizer_is_noticed(tmp_path):
   path = tmp_path / 'a.gguf'
   gguf_export.write(source(), path, 'f32')
   # It strips white space, which GGUF cannot say.
-  strips = sources_test.bpe()
+  strips = model_files.bpe()
   strips.add_special_tokens(
     [tokenizers.AddedToken('<|im_end|>', lstrip=True, special=True)]
   )
@@ -394,7 +394,7 @@ def closing(tokenizer):
   ],
 )
 def test_tokenizer_that_gguf_has_no_words_for(tmp_path, edit, match):
-  tokenizer = sources_test.bpe()
+  tokenizer = model_files.bpe()
   edit(tokenizer)
   model = source(tokenizer=tokenizer)
   refused(match, gguf_export.write, model, tmp_path / 'a.gguf', 'f32')

@@ -23,8 +23,8 @@ from effllm_jax import sources
 from effllm_jax import widths
 from tests import conftest
 from tests import export_test
+from tests import model_files
 from tests import runs
-from tests import sources_test
 
 pytest.importorskip('lm_eval')
 
@@ -34,7 +34,7 @@ import pyarrow
 
 from effllm_jax import harness
 
-CACHE = sources_test.CACHE
+CACHE = model_files.CACHE
 LONG = 'The ferry leaves the old harbour at nine. ' * 30
 FOUR = ['the harbour', 'a clock', 'nine ropes and a sail', 'salt']
 # By member of the package: rows, as they are there.
@@ -318,7 +318,7 @@ def evaluate(*arguments, setup=COMMAND):
 
 def test_command(cache, tmp_path):
   """A run beside its source and an earlier event; its card shows itself."""
-  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  gguf = model_files.write_gguf(tmp_path / 'toy.gguf')
   folder = sources.save(
     sources.load(gguf, CACHE, params=False), tmp_path / 'saved'
   )

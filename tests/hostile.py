@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from effllm_jax import errors
 from effllm_jax import structure
-from tests import sources_test
+from tests import model_files
 
 # A reader that takes longer hangs; that needs more memory believes a header.
 SECONDS = 20
@@ -240,4 +240,4 @@ TINY = structure.ModelConfig(
 def tiny_gguf():
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'a.gguf'
-    return sources_test.write_gguf(path, TINY).read_bytes()
+    return model_files.write_gguf(path, TINY).read_bytes()

@@ -16,7 +16,7 @@ from effllm_jax import errors
 from effllm_jax import sources
 from effllm_jax import structure
 from tests import hostile
-from tests import sources_test
+from tests import model_files
 
 # GGUF.
 
@@ -147,10 +147,10 @@ def test_gguf_that_lies(place, name):
 
 def test_gguf_with_a_head_of_any_width(tmp_path):
   """The rotary frequencies of it would take 16 GB."""
-  path = sources_test.write_gguf(
+  path = model_files.write_gguf(
     tmp_path / 'a.gguf',
     dataclasses.replace(
-      hostile.TINY, rope_scaling=sources_test.LLAMA3.rope_scaling
+      hostile.TINY, rope_scaling=model_files.LLAMA3.rope_scaling
     ),
     metadata={
       'llama.attention.key_length': 2**31 - 2,
@@ -169,7 +169,7 @@ def test_gguf_with_a_head_of_any_width(tmp_path):
 @pytest.fixture(scope='module', name='model')
 def _model(place):
   """A folder with every file that is read, and the bytes of each."""
-  folder = sources_test.hugging_face(place / 'model', hostile.TINY, shards=2)
+  folder = model_files.hugging_face(place / 'model', hostile.TINY, shards=2)
   write = lambda name, x: (folder / name).write_text(json.dumps(x))
   write('generation_config.json', {'bos_token_id': 0, 'eos_token_id': [1, 0]})
   write(
@@ -182,7 +182,7 @@ def _model(place):
     config
     | {
       'layer_types': ['full_attention'],
-      'rope_scaling': sources_test.LLAMA3_ROPE,
+      'rope_scaling': model_files.LLAMA3_ROPE,
       'rope_parameters': None,
     },
   )
@@ -269,7 +269,7 @@ def test_safetensors(place, model):
 
 @pytest.mark.parametrize('dtype', ['F8_E4M3', 'I8', 'BOOL', 'C64', 'X'])
 def test_a_tied_matrix_of_another_type(place, dtype, tmp_path):
-  folder = sources_test.hugging_face(tmp_path / 'model', hostile.TINY)
+  folder = model_files.hugging_face(tmp_path / 'model', hostile.TINY)
   size = {'C64': 8}.get(dtype, 1)
   head = {
     name: {'dtype': dtype, 'shape': [4], 'data_offsets': [i, i + 4 * size]}

@@ -19,13 +19,13 @@ from effllm_jax import fetch
 from effllm_jax import packages
 from effllm_jax import sources
 from tests import hostile
-from tests import sources_test
+from tests import model_files
 
 # Texts.
 
 
 def prose(seed):
-  words = sources_test.DARWIN.split()
+  words = model_files.DARWIN.split()
   rng = np.random.default_rng(seed)
   return '\n\n'.join(' '.join(rng.choice(words, 40)) for _ in range(6))
 

@@ -9,7 +9,7 @@ from effllm_jax import budgets
 from effllm_jax import sources
 from experiments import latency
 from tests import conftest
-from tests import sources_test
+from tests import model_files
 
 
 @pytest.fixture(scope='module', name='folder')
@@ -55,7 +55,7 @@ def test_the_table_is_a_budget(folder, tmp_path):
 
 def test_the_time_of_a_token_in_llama_cpp(tmp_path):
   pytest.importorskip('xllamacpp', reason='the runtime')
-  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  gguf = model_files.write_gguf(tmp_path / 'toy.gguf')
   out = tmp_path / 'latency.json'
   done = run(gguf, out, '--repeats=1', '--format=gguf-q8_0', '--decode')
   assert done.returncode == 0, done.stderr

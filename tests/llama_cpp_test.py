@@ -6,20 +6,20 @@ from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import gguf_source
 from effllm_jax import llama_cpp
-from tests import sources_test
+from tests import model_files
 
 pytest.importorskip('xllamacpp', reason='the runtime')
 
 
 @pytest.fixture(scope='module', name='path')
 def _path(tmp_path_factory):
-  return sources_test.write_gguf(tmp_path_factory.mktemp('toy') / 'toy.gguf')
+  return model_files.write_gguf(tmp_path_factory.mktemp('toy') / 'toy.gguf')
 
 
 def test_answers(path, capfd):
   model = gguf_source.read(path, params=True)
-  ids = llama_cpp.tokenize(path, sources_test.TEXT)
-  assert ids == sources_test.bpe().encode(sources_test.TEXT).ids
+  ids = llama_cpp.tokenize(path, model_files.TEXT)
+  assert ids == model_files.bpe().encode(model_files.TEXT).ids
   assert llama_cpp.tokenize(path, '') == []
   want = agreement.reference(model.params, None, model.cfg, ids)
   with llama_cpp.reading(path, len(ids) + agreement.NEW_TOKENS) as read:

@@ -13,8 +13,8 @@ from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import tables
 from effllm_jax import widths
+from tests import model_files
 from tests import report_test
-from tests import sources_test
 
 FILES = {'config.json': 700, 'model.safetensors': 5_000_000}
 SPEEDS = {
@@ -55,8 +55,8 @@ def _card(tmp_path):
   """A function of what is in a workdir, to the card of its model."""
   folder = tmp_path / 'run'
   report_test.write_run(folder)
-  gguf = sources_test.write_gguf(tmp_path / 'toy.gguf')
-  model = sources.load(gguf, sources_test.CACHE)
+  gguf = model_files.write_gguf(tmp_path / 'toy.gguf')
+  model = sources.load(gguf, model_files.CACHE)
   masks = widths.whole(None, model.cfg)
 
   def write(step=60, licence='apache-2.0', formats=('hf',), **files):

@@ -18,13 +18,13 @@ from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
 from tests import conftest
-from tests import sources_test
+from tests import model_files
 
 torch = pytest.importorskip('torch', reason='the class is for PyTorch')
 transformers = pytest.importorskip('transformers', reason='opens the folder')
 modeling_effllm = pytest.importorskip('effllm_jax.modeling_effllm')
 
-CFG = dataclasses.replace(sources_test.CFG, N=4, K=3)
+CFG = dataclasses.replace(model_files.CFG, N=4, K=3)
 
 
 def source(cfg, params, masks=None) -> weights.Source:
@@ -32,7 +32,7 @@ def source(cfg, params, masks=None) -> weights.Source:
   return weights.Source(
     name='toy', description='toy', licence=None, sha256='0', dtype='F32',
     cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=None,
-    chat_template=None, tokenizer=sources_test.bpe(), params=params,
+    chat_template=None, tokenizer=model_files.bpe(), params=params,
     masks=masks,
   )  # fmt: skip
 
@@ -64,7 +64,7 @@ SHAPES = {
 def make(name) -> weights.Source:
   cfg, no_heads, no_ffn = SHAPES[name]
   return source(
-    cfg, sources_test.random_params(cfg), ragged(cfg, 0, no_heads, no_ffn)
+    cfg, model_files.random_params(cfg), ragged(cfg, 0, no_heads, no_ffn)
   )
 
 
@@ -275,9 +275,7 @@ def test_config_says_what_a_block_has():
   cfg = dataclasses.replace(
     UNTIED, tied=True, rope_scaling=structure.RopeScaling(8.0, 1.0, 4.0, 64)
   )
-  made = source(
-    cfg, sources_test.random_params(cfg), ragged(cfg, 0, (1,), (2,))
-  )
+  made = source(cfg, model_files.random_params(cfg), ragged(cfg, 0, (1,), (2,)))
   config = hf_trimmed.config(made)
   assert config['rope_parameters'] == LLAMA3
   torch_model = modeling_effllm.EffllmForCausalLM(

@@ -12,14 +12,14 @@ from effllm_jax import onnx_export
 from effllm_jax import weights
 from effllm_jax import widths
 from tests import conftest
-from tests import sources_test
+from tests import model_files
 
 torch = pytest.importorskip('torch', reason='the graph is traced in PyTorch')
 pytest.importorskip('onnxscript', reason='writes the graph')
 onnxruntime = pytest.importorskip('onnxruntime', reason='runs the graph')
 toys = pytest.importorskip('tests.modeling_effllm_test')
 
-CFG = dataclasses.replace(sources_test.CFG, N=3, K=3)
+CFG = dataclasses.replace(model_files.CFG, N=3, K=3)
 UNTIED = dataclasses.replace(toys.UNTIED, N=2)
 # Architecture, masks.
 SHAPES = {
@@ -30,7 +30,7 @@ SHAPES = {
 
 def make(name) -> weights.Source:
   cfg, masks = SHAPES[name]
-  return toys.source(cfg, sources_test.random_params(cfg), masks)
+  return toys.source(cfg, model_files.random_params(cfg), masks)
 
 
 @pytest.fixture(scope='module', name='files')
@@ -133,7 +133,7 @@ def test_padding_changes_nothing(files):
 def test_no_layer_has_heads(tmp_path):
   cfg = dataclasses.replace(CFG, N=1)
   masks = toys.ragged(cfg, 0, no_heads=(0,))
-  made = toys.source(cfg, sources_test.random_params(cfg), masks)
+  made = toys.source(cfg, model_files.random_params(cfg), masks)
   onnx_export.write(made, tmp_path / 'x.onnx')
   session = onnxruntime.InferenceSession(tmp_path / 'x.onnx')
   assert [x.name for x in session.get_outputs()] == ['logits']

@@ -7,7 +7,7 @@ import pytest
 
 from effllm_jax import errors
 from effllm_jax import timing
-from tests import sources_test
+from tests import model_files
 
 
 class _Clock:
@@ -48,7 +48,7 @@ def test_rounds_after_the_first_are_counted(monkeypatch):
 
 def test_in_a_process_of_its_own(tmp_path):
   pytest.importorskip('xllamacpp', reason='the runtime')
-  path = sources_test.write_gguf(tmp_path / 'toy.gguf')
+  path = model_files.write_gguf(tmp_path / 'toy.gguf')
   runtime = 'effllm_jax.llama_cpp'
   found = timing.speed(runtime, path, threads=1, prefill=32, decode=8, rounds=2)
   assert found.prefill > 0 and found.decode > 0

@@ -1,0 +1,362 @@
+"""Hugging Face folders: read as transformers reads them, or refused."""
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from effllm_jax import errors
+from effllm_jax import hf_config
+from effllm_jax import llama_cpp
+from effllm_jax import model
+from effllm_jax import sources
+from effllm_jax import structure
+from tests import model_files
+
+
+@pytest.mark.parametrize(
+  'name, kv, width, tied, vocab, rope',
+  [
+    ('Llama', 4, 24, True, 320, {}),
+    ('Llama', 2, 24, False, 320, {}),
+    ('Llama', 2, 24, True, 321, model_files.LLAMA3_ROPE),
+    # Of this graph llama.cpp takes the width of a head from that of the stem.
+    ('Qwen2', 2, 16, True, 323, {}),
+    ('Qwen2', 4, 24, False, 320, model_files.LLAMA3_ROPE),
+    ('Qwen3', 4, 24, True, 320, {}),
+    ('Qwen3', 2, 24, False, 321, {}),
+  ],
+)
+def test_equals_transformers(tmp_path, name, kv, width, tied, vocab, rope):
+  torch = pytest.importorskip('torch', reason='the reference is PyTorch')
+  transformers = pytest.importorskip('transformers', reason='the reference')
+  torch.manual_seed(0)
+  reference = getattr(transformers, f'{name}ForCausalLM')(
+    getattr(transformers, f'{name}Config')(
+      vocab_size=vocab, hidden_size=64, intermediate_size=96, head_dim=width,
+      num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv,
+      max_position_embeddings=128, tie_word_embeddings=tied,
+      initializer_range=0.2, rms_norm_eps=1e-5, bos_token_id=None,
+      eos_token_id=1, rope_parameters={'rope_type': 'default',
+                                       'rope_theta': 30_000.0} | rope,
+    )
+  ).eval()  # fmt: skip
+  for name, weight in reference.named_parameters():
+    if 'norm' in name:
+      weight.data.uniform_(0.5, 1.5)
+    elif 'bias' in name:
+      weight.data.uniform_(-1, 1)
+  reference.save_pretrained(tmp_path / 'model')
+  model_files.bpe().save(str(tmp_path / 'model' / 'tokenizer.json'))
+
+  source = sources.load(tmp_path / 'model', model_files.CACHE)
+
+  cfg = source.cfg
+  assert (cfg.K, cfg.G, cfg.H, cfg.tied) == (kv, 4 // kv, width, tied)
+  assert cfg.rope_theta == 30_000.0
+  assert (cfg.rope_scaling is not None) == bool(rope)
+  assert cfg.num_params() == sum(p.numel() for p in reference.parameters())
+  structure.check_shapes(source.params, cfg)
+  alive = structure.all_alive(cfg)
+  tokens = np.random.default_rng(0).integers(0, cfg.V, (2, 40))
+  reference.generation_config.eos_token_id = None
+  with torch.no_grad():
+    prompt = torch.tensor(tokens[:1, :8])
+    greedy = reference.generate(
+      prompt,
+      attention_mask=torch.ones_like(prompt),
+      do_sample=False,
+      max_new_tokens=32,
+      pad_token_id=0,
+    )
+    tokens = np.concatenate([tokens, greedy])
+    want = reference(torch.tensor(tokens)).logits.numpy()
+  logits, _ = model.forward(source.params, alive, jnp.asarray(tokens), cfg)
+  assert want.std() > 0.5
+  np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max())
+  # Each is our most likely one after those before it.
+  assert (logits[2, 7:-1].argmax(-1) == greedy[0, 8:].numpy()).all()
+
+  # The same weights as llama.cpp has them, by the names of the gguf package.
+  if rope and cfg.qkv_bias:
+    return  # llama.cpp knows Llama 3's scaling for Llama only.
+  names = gguf.get_tensor_name_map(
+    {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[
+      model_files.architecture(cfg)
+    ],
+    cfg.N,
+  )
+  arrays = {
+    names.get_name(key, ('.weight', '.bias')): value.numpy()
+    for key, value in reference.state_dict().items()
+    if not (tied and key == 'lm_head.weight')
+  }
+  path = model_files.write_gguf(tmp_path / 'model.gguf', cfg, arrays=arrays)
+  converted = sources.load(path, model_files.CACHE)
+  assert converted.cfg == cfg
+  assert model_files.same(converted.params, source.params)
+  if llama_cpp.available():
+    (have,) = llama_cpp.logits(path, [tokens[0].tolist()])
+    np.testing.assert_allclose(have, want[0], atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+  'cfg',
+  [
+    model_files.CFG,
+    dataclasses.replace(model_files.CFG, tied=False),
+    model_files.LLAMA3,
+    model_files.QWEN2,
+    model_files.QWEN3,
+  ],
+)
+def test_hugging_face_folder_is_read_exactly(tmp_path, cfg):
+  folder = model_files.hugging_face(tmp_path / 'toy', cfg)
+  (folder / 'README.md').write_text('---\nlicense: mit\n---\nlicense: no\n')
+  source = sources.load(folder, model_files.CACHE)
+  assert source.cfg == cfg
+  assert model_files.same(source.params, model_files.random_params(cfg))
+  assert (source.name, source.licence, source.dtype) == ('toy', 'mit', 'F32')
+  assert source.separator_id == 0 and source.eos_ids == (1,)
+  assert sources.load(folder, model_files.CACHE, params=False).params is None
+
+
+def test_shards_and_bfloat16(tmp_path):
+  folder = model_files.hugging_face(
+    tmp_path / 'a', dtype=ml_dtypes.bfloat16, shards=3
+  )
+  source = sources.load(folder, model_files.CACHE)
+  rounded = jax.tree.map(
+    lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32),
+    model_files.random_params(model_files.CFG),
+  )
+  assert source.dtype == 'BF16' and model_files.same(source.params, rounded)
+  (folder / 'model-00002-of-00003.safetensors').unlink()
+  model_files.refused(folder, 'model-00002-of-00003.safetensors', 'missing')
+
+
+def test_stock_classes():
+  odd = dataclasses.replace(model_files.CFG, D=60, G=4)
+  for changes, name in (
+    ({}, 'MistralForCausalLM'),
+    ({'qkv_bias': True}, 'Qwen2ForCausalLM'),
+    ({'qk_norm': True}, 'Qwen3ForCausalLM'),
+  ):
+    config = hf_config.write(dataclasses.replace(odd, **changes))
+    assert config['architectures'] == [name]
+  with pytest.raises(errors.InputError, match='no class of transformers'):
+    hf_config.write(dataclasses.replace(model_files.QWEN2, qk_norm=True))
+
+
+def test_defaults_of_a_class_stand_in_for_absent_keys():
+  for cfg, K, H in (
+    (model_files.CFG, 4, 16),
+    (model_files.QWEN2, 32, 2),
+    (model_files.QWEN3, 32, 128),
+  ):
+    heads = 4 if cfg is model_files.CFG else 32
+    raw = hf_config.write(cfg) | {'num_attention_heads': heads}
+    del raw['num_key_value_heads'], raw['head_dim']
+    found = hf_config.read(raw, 'f')
+    assert (found.K, found.G, found.H) == (K, 1, H)
+
+
+def test_a_window_that_qwen_does_not_use_is_no_window():
+  raw = hf_config.write(model_files.QWEN2) | {'sliding_window': 32768}
+  assert hf_config.read(raw, 'f') == model_files.QWEN2
+  with pytest.raises(errors.InputError, match='use_sliding_window = true'):
+    hf_config.read(raw | {'use_sliding_window': True}, 'f')
+
+
+def test_mistral_without_window_is_the_same_model(tmp_path):
+  # 60 channels do not divide by 4 * 2 heads: our own export is a Mistral.
+  cfg = dataclasses.replace(model_files.CFG, D=60, G=4)
+  folder = model_files.hugging_face(tmp_path / 'a', cfg)
+  config = json.loads((folder / 'config.json').read_text())
+  assert config['architectures'] == ['MistralForCausalLM']
+  assert model_files.same(
+    sources.load(folder, model_files.CACHE).params,
+    model_files.random_params(cfg),
+  )
+  del config['sliding_window']  # As transformers writes its default, 4096.
+  (folder / 'config.json').write_text(json.dumps(config))
+  model_files.refused(folder, 'sliding_window = 4096')
+
+
+def test_documents_are_never_truncated(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  tokenizer = model_files.bpe()
+  tokenizer.enable_truncation(4)
+  tokenizer.enable_padding(length=9)
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  read = sources.load(folder, model_files.CACHE).tokenizer
+  assert (
+    read.encode(model_files.DARWIN).ids
+    == model_files.bpe().encode(model_files.DARWIN).ids
+  )
+  assert read.encode('a').ids == model_files.bpe().encode('a').ids
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('architectures', ['Qwen2MoeForCausalLM']),
+    ('attention_bias', True),
+    ('mlp_bias', True),
+    ('hidden_act', 'gelu'),
+    ('sliding_window', 4096),
+    ('quantization_config', {'bits': 4}),
+    ('per_layer_config', [{}]),
+    ('auto_map', {'AutoModel': 'modeling.Mine'}),
+    ('layer_types', ['full_attention', 'sliding_attention']),
+    ('partial_rotary_factor', 0.5),
+    ('rope_scaling', {'rope_type': 'linear', 'factor': 2.0}),
+    ('rope_scaling', {'type': 'dynamic', 'factor': 2.0}),
+    ('rope_parameters', {'rope_type': 'yarn', 'rope_theta': 50000.0}),
+    ('rope_scaling', model_files.LLAMA3_ROPE | {'high_freq_factor': 1.0}),
+    ('rope_scaling', model_files.LLAMA3_ROPE | {'beta_fast': 32.0}),
+    # One says so, the other does not.
+    ('rope_scaling', model_files.LLAMA3_ROPE),
+    ('rope_parameters', {'rope_theta': 1.0, 'partial_rotary_factor': 0.5}),
+    ('head_dim', 15),
+    ('num_key_value_heads', 3),
+    ('num_key_value_heads', [2, 2]),
+    ('intermediate_size', 0),
+    ('hidden_size', '64'),
+    ('rms_norm_eps', -1.0),
+    ('eos_token_id', '<|im_end|>'),
+  ],
+)
+def test_config_that_the_block_cannot_represent(tmp_path, key, value):
+  folder = model_files.hugging_face(tmp_path / 'a', **{key: value})
+  if key == 'eos_token_id':
+    model_files.refused(folder, value, 'eos')
+  else:
+    model_files.refused(folder, key, json.dumps(value))
+
+
+@pytest.mark.parametrize('cfg', [model_files.CFG, model_files.LLAMA3])
+def test_rotary_embedding_of_either_version(cfg):
+  config = hf_config.write(cfg)
+  scaling = ['rope_scaling'] if cfg.rope_scaling else []
+  for drop in (['rope_theta', *scaling], ['rope_parameters']):
+    raw = {k: v for k, v in config.items() if k not in drop}
+    assert hf_config.read(raw, 'f') == cfg
+  raw = config | {'rope_theta': 10_000.0}
+  with pytest.raises(errors.InputError, match=rf'10000\.0, {cfg.rope_theta}'):
+    hf_config.read(raw, 'f')
+  del raw['rope_theta'], raw['rope_parameters']
+  assert hf_config.read(raw, 'f').rope_theta == 10_000.0
+
+
+def test_a_scaling_without_its_numbers():
+  for key in model_files.LLAMA3_ROPE:
+    if key == 'rope_type':
+      continue
+    rope = {k: v for k, v in model_files.LLAMA3_ROPE.items() if k != key}
+    raw = hf_config.write(model_files.CFG) | {'rope_parameters': rope}
+    with pytest.raises(errors.InputError, match=f'{key} is missing'):
+      hf_config.read(raw, 'f')
+
+
+@pytest.mark.parametrize(
+  'key', ['hidden_size', 'num_hidden_layers', 'vocab_size']
+)
+def test_config_with_a_key_missing(tmp_path, key):
+  model_files.refused(
+    model_files.hugging_face(tmp_path / 'a', **{key: None}), key, 'missing'
+  )
+
+
+K_PROJ = 'model.layers.1.self_attn.k_proj.weight'
+
+
+@pytest.mark.parametrize(
+  'edit, parts',
+  [
+    (lambda t: t.pop(K_PROJ), ('missing', (32, 64))),
+    (
+      lambda t: t.update({K_PROJ: t[K_PROJ][:-1]}),
+      ((31, 64), (32, 64)),
+    ),
+    (
+      lambda t: t.update({K_PROJ: np.full_like(t[K_PROJ], np.nan)}),
+      ('not finite',),
+    ),
+    (
+      lambda t: t.update({K_PROJ: t[K_PROJ].astype(np.int8)}),
+      ('I8', 'F32'),
+    ),
+    (
+      lambda t: t.update({K_PROJ.replace('weight', 'bias'): t[K_PROJ][0]}),
+      ('k_proj.bias',),
+    ),
+  ],
+  ids=['missing', 'misshapen', 'nan', 'int8', 'bias'],
+)
+def test_safetensors_that_do_not_fit(tmp_path, edit, parts):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  model_files.edit_tensors(folder, edit)
+  model_files.refused(folder, K_PROJ.removesuffix('weight'), *parts)
+
+
+def test_leftovers_that_transformers_ignores_are_ignored(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  angles = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+  head, embed = 'lm_head.weight', 'model.embed_tokens.weight'
+  model_files.edit_tensors(
+    folder, lambda t: t.update({angles: np.ones(8), head: t[embed]})
+  )
+  assert model_files.same(
+    sources.load(folder, model_files.CACHE).params,
+    model_files.random_params(model_files.CFG),
+  )
+  model_files.edit_tensors(folder, lambda t: t.update({head: 2 * t[embed]}))
+  model_files.refused(folder, head)
+
+
+def test_truncated_safetensors(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  whole = (folder / 'model.safetensors').read_bytes()
+  for size in [0, 4, 8, 100, *range(1000, len(whole), 20_000), len(whole) - 1]:
+    (folder / 'model.safetensors').write_bytes(whole[:size])
+    model_files.refused(folder, 'model.safetensors', 'fetch it again')
+
+
+def test_safetensors_header_that_lies(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  path = folder / 'model.safetensors'
+  whole = path.read_bytes()
+  assert whole.count(b'[64,96]') == 2 and b'[320,64]' in whole
+  for old, new in ((b'[320,64]', b'[640,64]'), (b'[64,96]', b'[96,64]')):
+    path.write_bytes(whole.replace(old, new))
+    model_files.refused(
+      folder, 'model.safetensors' if old[1:4] == b'320' else (96, 64)
+    )
+  path.write_bytes(b'\xff' * 8 + whole[8:])
+  model_files.refused(folder, 'model.safetensors')
+
+
+def test_index_that_points_out_of_the_folder(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a', shards=2)
+  index = folder / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': {'x': '../b.safetensors'}}))
+  model_files.refused(folder, '../b.safetensors')
+
+
+def test_tokenizer_that_does_not_fit(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  model_files.bpe(400).save(str(folder / 'tokenizer.json'))
+  model_files.refused(folder, 399, 320)
+  (folder / 'tokenizer.json').write_text('{}')
+  model_files.refused(folder, 'tokenizer.json')
+  (folder / 'tokenizer.json').unlink()
+  model_files.refused(folder, 'tokenizer.json', 'missing')
