@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop, which a loop grants when it can."""
+"""SIGTERM and SIGINT: a loop grants them when it can, all else unwinds."""
 
 from collections.abc import Iterator
 import contextlib
@@ -26,6 +26,26 @@ class Stopped(Exception):
     return (
       f'stopped after step {self.step}; run the same command again to resume'
     )
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM came where no loop grants it; see `unwind_on_sigterm`."""
+
+
+def unwind_on_sigterm() -> None:
+  """Lets SIGTERM raise `Terminated` in the main thread, as Ctrl-C would raise.
+
+  By default it ends a process where it stands, and what is unfinished stays: an
+  export of which half is written, the items of a benchmark. The next one does
+  that. Processes that train together leave it to jax.
+  """
+
+  def unwind(signum, frame):
+    del frame
+    signal.signal(signum, signal.SIG_DFL)
+    raise Terminated
+
+  signal.signal(signal.SIGTERM, unwind)
 
 
 class Requests:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 import tempfile
 import zlib
@@ -42,8 +43,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   """Parses flags and runs `main`; the entry point of every command.
 
   An unknown flag or config key, a value of the wrong type, and every
-  `errors.InputError` end in one line on stderr and exit code 2; a signal that
-  asked for the end in one line and 128 + its number, as a shell would say it.
+  `errors.InputError` end in one line on stderr and exit code 2; a SIGTERM or
+  Ctrl-C in one line, once what is unfinished is removed, and 128 + its number,
+  as a shell would say it.
   Anything else is a bug and keeps its traceback.
   """
 
@@ -66,14 +68,17 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     # Orbax, TFDS and jax report their own progress at INFO.
     logging.set_verbosity(logging.WARNING)
     keep_compiled(os.path.expanduser(CACHE.value))
+    interrupts.unwind_on_sigterm()
     try:
       main(argv)
     except errors.InputError as e:
       _fail(e)
     except interrupts.Stopped as e:
       _end(str(e), 128 + e.signum)
-    except KeyboardInterrupt:
-      _end('stopped; run the same command again to resume', 130)
+    except KeyboardInterrupt as e:
+      terminated = isinstance(e, interrupts.Terminated)
+      signum = signal.SIGTERM if terminated else signal.SIGINT
+      _end('stopped; run the same command again to resume', 128 + signum)
 
   app.run(guarded, flags_parser=parse)
 

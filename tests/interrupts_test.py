@@ -1,11 +1,15 @@
 import os
+import pathlib
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from effllm_jax import interrupts
+from tests import conftest
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
@@ -45,3 +49,37 @@ def test_a_stop_travels_to_another_process():
   stop = pickle.loads(pickle.dumps(interrupts.Stopped(signal.SIGTERM, 7)))
   assert (stop.signum, stop.step) == (signal.SIGTERM, 7)
   assert str(stop).startswith('stopped after step 7; run the same command')
+
+
+# As a command is at work: half of something lies in a folder.
+COMMAND = """
+import pathlib, signal, tempfile, threading
+from experiments import cli
+
+# Also where the shell that started the tests ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def main(argv):
+  with tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder, 'half').touch()
+    print(folder, flush=True)
+    threading.Event().wait()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_leaves_nothing_unfinished(signum, tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, '-c', COMMAND, f'--cache={tmp_path / "cache"}'],
+    cwd=conftest.ROOT, env=os.environ | {'TMPDIR': str(tmp_path)},
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  folder = pathlib.Path(process.stdout.readline().strip())
+  assert (folder / 'half').exists()
+  process.send_signal(signum)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 128 + signum, said
+  assert said.splitlines() == ['stopped; run the same command again to resume']
+  assert not folder.exists()
