@@ -236,6 +236,11 @@ def _tokenizer(model):
     tokens[added['id']] = added['content']
     kinds[added['id']] = int(gguf.TokenType[kind])
   merges = parts['model']['merges']
+  if not merges:
+    raise errors.InputError(
+      f'{model.name}: its tokenizer has no merges, without which llama.cpp '
+      'opens no file; export to another format'
+    )
   # A base model may state no end; llama.cpp would take token 11 for it.
   eos = model.eos_ids or (model.separator_id,)
   key = 'tokenizer.ggml'

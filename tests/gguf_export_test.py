@@ -385,9 +385,17 @@ def closing(tokenizer):
   )
 
 
+def bytes_alone(tokenizer):
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  tokenizer.model = tokenizers.models.BPE(
+    vocab={token: i for i, token in enumerate(alphabet)}, merges=[]
+  )
+
+
 @pytest.mark.parametrize(
   'edit, match',
   [
+    (bytes_alone, 'has no merges'),
     (unknown_words, 'gpt-2, smollm, llama-bpe, qwen2'),
     (lower_case, 'gpt-2, smollm, llama-bpe, qwen2'),
     (closing, 'post-processor'),
