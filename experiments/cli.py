@@ -67,9 +67,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _fail(f'unexpected argument {argv[1]!r}; flags start with --')
     # Orbax, TFDS and jax report their own progress at INFO.
     logging.set_verbosity(logging.WARNING)
-    keep_compiled(os.path.expanduser(CACHE.value))
     interrupts.unwind_on_sigterm()
     try:
+      keep_compiled(os.path.expanduser(CACHE.value))
       main(argv)
     except errors.InputError as e:
       _fail(e)

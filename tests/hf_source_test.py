@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from effllm_jax import errors
 from effllm_jax import hf_config
@@ -17,6 +18,14 @@ from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import structure
 from tests import model_files
+
+
+def edit_tensors(folder, edit):
+  """Rewrites model.safetensors after `edit(dict of arrays)`."""
+  path = folder / 'model.safetensors'
+  tensors = safetensors_numpy.load_file(path)
+  edit(tensors)
+  safetensors_numpy.save_file(tensors, path)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +313,7 @@ K_PROJ = 'model.layers.1.self_attn.k_proj.weight'
 )
 def test_safetensors_that_do_not_fit(tmp_path, edit, parts):
   folder = model_files.hugging_face(tmp_path / 'a')
-  model_files.edit_tensors(folder, edit)
+  edit_tensors(folder, edit)
   model_files.refused(folder, K_PROJ.removesuffix('weight'), *parts)
 
 
@@ -312,14 +321,12 @@ def test_leftovers_that_transformers_ignores_are_ignored(tmp_path):
   folder = model_files.hugging_face(tmp_path / 'a')
   angles = 'model.layers.0.self_attn.rotary_emb.inv_freq'
   head, embed = 'lm_head.weight', 'model.embed_tokens.weight'
-  model_files.edit_tensors(
-    folder, lambda t: t.update({angles: np.ones(8), head: t[embed]})
-  )
+  edit_tensors(folder, lambda t: t.update({angles: np.ones(8), head: t[embed]}))
   assert model_files.same(
     sources.load(folder, model_files.CACHE).params,
     model_files.random_params(model_files.CFG),
   )
-  model_files.edit_tensors(folder, lambda t: t.update({head: 2 * t[embed]}))
+  edit_tensors(folder, lambda t: t.update({head: 2 * t[embed]}))
   model_files.refused(folder, head)
 
 

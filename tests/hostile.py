@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import struct
 import tempfile
@@ -173,27 +172,6 @@ def changed(draw, record):
   return draw(damaged(text)) if draw(st.integers(0, 9)) == 0 else text
 
 
-@contextlib.contextmanager
-def kept(path):
-  """Puts a file back."""
-  whole = path.read_bytes()
-  try:
-    yield
-  finally:
-    path.write_bytes(whole)
-
-
-@contextlib.contextmanager
-def unchanged(*folders):
-  """Fails where a file in one of the folders is new, gone or other."""
-  state = lambda: {
-    p: p.stat().st_mtime_ns for f in folders for p in (f, *f.rglob('*'))
-  }
-  before = state()
-  yield
-  assert state() == before
-
-
 # Things in the place of a file.
 
 
@@ -210,21 +188,6 @@ THINGS = {
   'empty': lambda path: path.write_bytes(b''),
   'zeros': lambda path: path.write_bytes(bytes(10**6)),
 }
-
-
-def restore(folder, files):
-  """Puts a folder back into the state that `files` describe."""
-  for path in folder.iterdir():
-    if path.name not in files:
-      shutil.rmtree(path) if path.is_dir() else path.unlink()
-  for name, data in files.items():
-    path = folder / name
-    if path.is_dir() and not path.is_symlink():
-      shutil.rmtree(path)
-    elif path.is_symlink() or not path.is_file():
-      path.unlink(missing_ok=True)
-    if not path.exists() or path.read_bytes() != data:
-      path.write_bytes(data)
 
 
 # A small model.

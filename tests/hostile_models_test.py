@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import struct
 
 import hypothesis
@@ -17,6 +18,22 @@ from effllm_jax import sources
 from effllm_jax import structure
 from tests import hostile
 from tests import model_files
+
+
+def restore(folder, files):
+  """Puts a folder back into the state that `files` describe."""
+  for path in folder.iterdir():
+    if path.name not in files:
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  for name, data in files.items():
+    path = folder / name
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    elif path.is_symlink() or not path.is_file():
+      path.unlink(missing_ok=True)
+    if not path.exists() or path.read_bytes() != data:
+      path.write_bytes(data)
+
 
 # GGUF.
 
@@ -205,11 +222,11 @@ def test_json_of_a_model(place, model, name):
   @hostile.fuzz(60)
   @hypothesis.given(data=hostile.changed(json.loads(files[name])))
   def check(data):
-    hostile.restore(folder, files | {name: data})
+    restore(folder, files | {name: data})
     hostile.answer(lambda: sources.load(folder, place, params=False), folder)
 
   check()
-  hostile.restore(folder, files)
+  restore(folder, files)
 
 
 @pytest.mark.parametrize('thing', hostile.THINGS)
@@ -220,10 +237,10 @@ def test_json_of_a_model(place, model, name):
 )  # fmt: skip
 def test_a_thing_in_the_place_of_a_file(place, model, name, thing):
   folder, files = model
-  hostile.restore(folder, {x: data for x, data in files.items() if x != name})
+  restore(folder, {x: data for x, data in files.items() if x != name})
   hostile.THINGS[thing](folder / name)
   hostile.answer(lambda: sources.load(folder, place), folder)
-  hostile.restore(folder, files)
+  restore(folder, files)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +252,10 @@ def test_an_index_never_leads_out_of_its_folder(place, model, name):
   outside.write_bytes(files['model-00001-of-00002.safetensors'])
   index = json.loads(files[INDEX])
   index['weight_map'] = dict.fromkeys(index['weight_map'], name)
-  hostile.restore(folder, files | {INDEX: json.dumps(index).encode()})
+  restore(folder, files | {INDEX: json.dumps(index).encode()})
   message = hostile.answer(lambda: sources.load(folder, place), folder)
   assert isinstance(message, str)
-  hostile.restore(folder, files)
+  restore(folder, files)
 
 
 @st.composite
@@ -260,11 +277,11 @@ def test_safetensors(place, model):
     data=st.one_of(lying_safetensors(files[name]), hostile.damaged(files[name]))
   )
   def check(data):
-    hostile.restore(folder, files | {name: data})
+    restore(folder, files | {name: data})
     hostile.answer(lambda: sources.load(folder, place), folder)
 
   check()
-  hostile.restore(folder, files)
+  restore(folder, files)
 
 
 @pytest.mark.parametrize('dtype', ['F8_E4M3', 'I8', 'BOOL', 'C64', 'X'])
@@ -307,13 +324,13 @@ def test_saved_source(saved, name):
   @hostile.fuzz(80)
   @hypothesis.given(data=hostile.changed(json.loads(files[name])))
   def check(data):
-    hostile.restore(folder, files | {name: data})
+    restore(folder, files | {name: data})
     found = hostile.answer(lambda: sources.load_saved(folder), folder)
     if not isinstance(found, str):
       structure.ModelConfig.from_dict(dataclasses.asdict(found.cfg))
 
   check()
-  hostile.restore(folder, files)
+  restore(folder, files)
 
 
 @pytest.mark.parametrize('name', hostile.STRINGS)

@@ -1,6 +1,7 @@
 """Texts, and packages that hold them, that are damaged or lie."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import os
@@ -20,6 +21,18 @@ from effllm_jax import packages
 from effllm_jax import sources
 from tests import hostile
 from tests import model_files
+
+
+@contextlib.contextmanager
+def unchanged(*folders):
+  """Fails where a file in one of the folders is new, gone or other."""
+  state = lambda: {
+    p: p.stat().st_mtime_ns for f in folders for p in (f, *f.rglob('*'))
+  }
+  before = state()
+  yield
+  assert state() == before
+
 
 # Texts.
 
@@ -124,7 +137,7 @@ def test_domains_that_look_like_paths(tmp_path):
   # The same name again, cut at another place.
   more = [row(100 + i, 'a') for i in range(3)]
   (folder / 'b' / 'a.jsonl').write_text('\n'.join(more))
-  with hostile.unchanged(folder):
+  with unchanged(folder):
     built = corpus.prepare(str(folder), cache)
   assert set(corpus.domains(built)) == {*names, 'a'}
   found = {p.relative_to(cache).parts[0] for p in cache.rglob('*')}
@@ -178,7 +191,7 @@ def test_a_wheel_that_would_not_fit(place):
 def test_members_are_no_paths(tmp_path):
   names = ['../x', '/tmp/x', 'a/../../x', '..\\x']
   path = wheel(tmp_path / 'a.whl', {name: name for name in names})
-  with hostile.unchanged(tmp_path):
+  with unchanged(tmp_path):
     found = fetch.unzip(path, lambda _: True, 1000)
   assert {name: x.decode() for name, x in found.items()} == {
     name: name for name in names
@@ -194,7 +207,7 @@ def test_a_wheel_of_another_source(tmp_path):
     {f'../{sources._MEMBER}': b''},
   ):
     wheel(path, members)
-    with hostile.unchanged(tmp_path):
+    with unchanged(tmp_path):
       assert 'delete it' in hostile.answer(
         lambda: sources.load('smollm2-135m', tmp_path), path
       )

@@ -131,14 +131,6 @@ def hugging_face(folder, cfg=CFG, dtype=np.float32, shards=1, **changes):
   return folder
 
 
-def edit_tensors(folder, edit):
-  """Rewrites model.safetensors after `edit(dict of arrays)`."""
-  path = folder / 'model.safetensors'
-  tensors = safetensors_numpy.load_file(path)
-  edit(tensors)
-  safetensors_numpy.save_file(tensors, path)
-
-
 def architecture(cfg):
   """llama.cpp's name of a graph."""
   return 'qwen2' if cfg.qkv_bias else 'qwen3' if cfg.qk_norm else 'llama'
@@ -160,11 +152,6 @@ def rope_freqs(cfg):
       )
       factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
   return np.array(factors, np.float32)
-
-
-def zeros(cfg):
-  """Tensors of a model of which only the rest counts."""
-  return {x: np.zeros(s) for x, s in weights.file_shapes(cfg, weights.GGUF)}
 
 
 def write_gguf(
