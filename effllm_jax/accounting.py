@@ -18,7 +18,6 @@ A forward pass is `budgets.flops` at the sequence length of the run. Selecting,
 shrinking, evaluating and the check of the loss at a shrink are not counted.
 """
 
-from collections.abc import Iterable
 from collections.abc import Mapping
 
 import numpy as np
@@ -76,29 +75,29 @@ class Meter:
     self.spent['score'] += 4 * self._forward(cfg, extents)
 
   def repair(
-    self, cfg: structure.ModelConfig, repaired: Iterable[str], batches: int
+    self, cfg: structure.ModelConfig, repaired: Mapping[str, int], batches: int
   ) -> None:
     """Counts one repair, on the tokens of so many batches.
 
     Args:
       cfg: architecture of the arrays.
-      repaired: names of inputs, as those of `repair.repair_model`; of which
-        the matrices were refit.
+      repaired: in how many layers what reads an input was refit, by the names
+        of `repair.repair_model`.
       batches: each of the tokens of an update.
     """
-    repaired, tokens = set(repaired), batches * self._tokens
+    tokens = batches * self._tokens
     head = cfg.G * cfg.H
     matrices = {
-      'attn_in': (cfg.D, cfg.K * (head + 2 * cfg.H), cfg.N),
-      'heads': (cfg.K * head, cfg.D, cfg.N),
-      'ffn_in': (cfg.D, 2 * cfg.F, cfg.N),
-      'ffn': (cfg.F, cfg.D, cfg.N),
-      'final': (cfg.D, cfg.V, 1),
+      'attn_in': (cfg.D, cfg.K * (head + 2 * cfg.H)),
+      'heads': (cfg.K * head, cfg.D),
+      'ffn_in': (cfg.D, 2 * cfg.F),
+      'ffn': (cfg.F, cfg.D),
+      'final': (cfg.D, cfg.V),
     }
     total = batches * (self._forward(cfg) - self._output(cfg))
-    for name in repaired:
-      inputs, outputs, copies = matrices[name]
-      total += copies * (
+    for name, layers in repaired.items():
+      inputs, outputs = matrices[name]
+      total += layers * (
         2 * tokens * inputs**2 + 4 * inputs**2 * outputs + inputs**3 // 3
       )
     self.spent['repair'] += total

@@ -34,6 +34,7 @@ and goes with the next shrink.
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effllm_jax import model
 from effllm_jax import sharding
@@ -84,7 +85,8 @@ def repair(
     w_IO: the matrix, applied as x @ w.
     gram_II: `gram` of its inputs.
     keep_I: bool, True = stays.
-    damping: lambda as a share of the mean diagonal of `gram_II`; where the
+    damping: lambda as a share of the mean diagonal of `gram_II`, where that is
+      not 0: dead inputs, which a shrink takes off, do not thin it. Where the
       Cholesky factor does not exist it is raised tenfold, up to 8 times.
 
   Returns:
@@ -100,7 +102,8 @@ def repair(
   # In the rows R this is S_RP w_P; damping is diagonal and does not enter it.
   image_IO = gram_II @ removed_w_IO
   lost_IO = jnp.where(keep_I[:, None], image_IO, 0)
-  scale = jnp.diagonal(gram_II).mean()
+  squares_I = jnp.diagonal(gram_II)
+  scale = squares_I.sum() / jnp.maximum((squares_I > 0).sum(), 1)
 
   def solve(damping):
     damped_II = gram_II + damping * scale * eye_II
@@ -139,22 +142,24 @@ def repair_model(
   params: structure.Params,
   masks: structure.Groups,
   new_masks: structure.Groups,
-  tokens_BT: Array,
+  tokens_ABT: Array,
   cfg: structure.ModelConfig,
   damping: float,
   mesh: sharding.Mesh | None = None,
 ) -> tuple[structure.Params, dict[str, Fit]]:
   """Repairs every matrix whose inputs are alive in `masks` and then removed.
 
-  One layer after another: what is held at a time are the Gram matrices of one
-  layer, of one matrix unless the compiler overlaps them. A type of which
-  nothing was removed costs neither a Gram matrix nor a solve.
+  One layer after another, in each one micro-batch after another, so that
+  activations are bounded like those of training; what is held besides are the
+  stem of all tokens and the Gram matrices of one layer. A type of which nothing
+  was removed costs neither a Gram matrix nor a solve.
 
   Args:
     params: float32.
     masks: before the prune.
     new_masks: after it.
-    tokens_BT: the batch whose activations are fitted; more tokens fit better.
+    tokens_ABT: the micro-batches whose activations are fitted; more tokens fit
+      better.
     cfg: the architecture of the arrays.
     damping: as in `repair`.
     mesh: devices of the arrays; None: one.
@@ -165,76 +170,101 @@ def repair_model(
     (w_down), and with leaves [] for 'final' if the output matrix is untied.
   """
   compute = model.Compute(remat='none', mesh=mesh)
-  layer = model.block(masks, tokens_BT.shape[1], cfg, compute, taps=True)
+  layer = model.block(masks, tokens_ABT.shape[2], cfg, compute, taps=True)
+  count = len(tokens_ABT)
 
-  def body(x_BTD, scanned):
+  def body(x_ABTD, scanned):
     w, heads_K, ffn_F, new_heads_K, new_ffn_F = scanned
-    x_BTD, (attn_in, heads, ffn_in, ffn) = layer(x_BTD, (w, heads_K, ffn_F))
-    every = jnp.repeat(jnp.stack([heads_K, new_heads_K]), cfg.G * cfg.H, axis=1)
-    fits = {}
-    (wq, wk, wv), fits['attn_in'] = _readers(
-      (w.wq, w.wk, w.wv), attn_in, masks.stem, new_masks.stem, damping, mesh
-    )
     # The inputs of wo are the K G H channels of all heads.
-    flat = heads.reshape(*heads.shape[:2], -1)
-    wo, fits['heads'] = _repaired(
-      w.wo.reshape(-1, cfg.D), flat, *every, damping, mesh
-    )
-    (w_gate, w_up), fits['ffn_in'] = _readers(
-      (w.w_gate, w.w_up), ffn_in, masks.stem, new_masks.stem, damping, mesh
-    )
-    w_down, fits['ffn'] = _repaired(
-      w.w_down, ffn, ffn_F, new_ffn_F, damping, mesh
-    )
-    w = w.replace(
-      wq=wq, wk=wk, wv=wv, wo=wo.reshape(w.wo.shape),
-      w_gate=w_gate, w_up=w_up, w_down=w_down,
-    )  # fmt: skip
-    return x_BTD, (w, fits)
+    wide = lambda keep_K: jnp.repeat(keep_K, cfg.G * cfg.H)
+    inputs = {
+      'attn_in': (masks.stem, new_masks.stem),
+      'heads': (wide(heads_K), wide(new_heads_K)),
+      'ffn_in': (masks.stem, new_masks.stem),
+      'ffn': (ffn_F, new_ffn_F),
+    }
+    removed = {name: (a & ~b).any() for name, (a, b) in inputs.items()}
 
-  x_BTD = model.embed(params, masks, tokens_BT, compute)
-  x_BTD, (layers, fits) = jax.lax.scan(
+    def add(sums, x_BTD):
+      x_BTD, taps = layer(x_BTD, (w, heads_K, ffn_F))
+      taps = dict(zip(inputs, taps, strict=True))
+      taps['heads'] = taps['heads'].reshape(*x_BTD.shape[:2], -1)
+      return {
+        name: jax.lax.cond(
+          removed[name],
+          lambda s_II, x: s_II + _shared(gram(x), mesh) / count,
+          lambda s_II, x: s_II,
+          sums[name],
+          taps[name],
+        )
+        for name in inputs
+      }, x_BTD
+
+    zeros = {
+      name: jnp.zeros((len(alive_I),) * 2)
+      for name, (alive_I, _) in inputs.items()
+    }
+    grams, x_ABTD = jax.lax.scan(add, zeros, x_ABTD)
+    fits = {}
+
+    def fixed(name, *matrices):
+      """Matrices that read the same inputs share one solve."""
+      flat = [m.reshape(len(grams[name]), -1) for m in matrices]
+      joined, fits[name] = _repaired(
+        jnp.concatenate(flat, axis=1), grams[name], *inputs[name], damping, mesh
+      )
+      ends = np.cumsum([m.shape[1] for m in flat])[:-1]
+      parts = jnp.split(joined, ends, axis=1)
+      return [
+        part.reshape(m.shape) for part, m in zip(parts, matrices, strict=True)
+      ]
+
+    wq, wk, wv = fixed('attn_in', w.wq, w.wk, w.wv)
+    (wo,) = fixed('heads', w.wo)
+    w_gate, w_up = fixed('ffn_in', w.w_gate, w.w_up)
+    (w_down,) = fixed('ffn', w.w_down)
+    w = w.replace(
+      wq=wq, wk=wk, wv=wv, wo=wo, w_gate=w_gate, w_up=w_up, w_down=w_down
+    )
+    return x_ABTD, (w, fits)
+
+  embed = lambda tokens_BT: model.embed(params, masks, tokens_BT, compute)
+  x_ABTD, (layers, fits) = jax.lax.scan(
     body,
-    x_BTD,
+    jax.lax.map(embed, tokens_ABT),
     (params.layers, masks.heads, masks.ffn, new_masks.heads, new_masks.ffn),
   )
   repaired = params.replace(layers=layers)
   if params.unembed is not None:
-    final_BTD = model.final_norm(x_BTD, params, masks, cfg)
+    final_ABTD = model.final_norm(x_ABTD, params, masks, cfg)
     unembed, fits['final'] = _repaired(
-      params.unembed, final_BTD, masks.stem, new_masks.stem, damping, mesh
+      params.unembed,
+      _shared(gram(final_ABTD), mesh),
+      masks.stem,
+      new_masks.stem,
+      damping,
+      mesh,
     )
     repaired = repaired.replace(unembed=unembed)
   return repaired, fits
 
 
-def _readers(matrices, x, alive_D, keep_D, damping, mesh):
-  """Matrices that read the same inputs share one Gram matrix and one solve."""
-  flat = [w.reshape(len(w), -1) for w in matrices]
-  joined, fit = _repaired(
-    jnp.concatenate(flat, axis=1), x, alive_D, keep_D, damping, mesh
-  )
-  sizes = [w.shape[1] for w in flat]
-  ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-  parts = jnp.split(joined, ends, axis=1)
-  return [
-    part.reshape(w.shape) for part, w in zip(parts, matrices, strict=True)
-  ], fit
+def _shared(gram_II, mesh):
+  """Whole on every device: a factor is not computed in parts."""
+  return sharding.constrain(gram_II, 'II', mesh)
 
 
-def _repaired(w_IO, x, alive_I, keep_I, damping, mesh):
+def _repaired(w_IO, gram_II, alive_I, keep_I, damping, mesh):
   """`repair`, or nothing at all where no live input is removed."""
 
   def some(w_IO):
-    gram_II = sharding.constrain(gram(x), 'II', mesh)
-    repaired_IO, fit = repair(w_IO, gram_II, keep_I | ~alive_I, damping)
     # What was dead before is not touched: its inputs are 0.
-    return repaired_IO, fit
+    return repair(w_IO, gram_II, keep_I | ~alive_I, damping)
 
   def none(w_IO):
     zero = jnp.zeros((), jnp.float32)
     return w_IO, Fit(zero, zero, zero)
 
-  # A factor is not computed in parts: every device solves for itself.
+  # Every device solves for itself.
   w_IO = sharding.constrain(w_IO, 'IO', mesh)
   return jax.lax.cond((alive_I & ~keep_I).any(), some, none, w_IO)

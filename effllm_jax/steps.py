@@ -259,33 +259,35 @@ def repair_step(
   params: structure.Params,
   masks: structure.Groups,
   new_masks: structure.Groups,
-  windows_BT: Array,
+  windows_ABT: Array,
   *,
   cfg: structure.ModelConfig,
   damping: float,
   mesh: sharding.Mesh | None = None,
 ) -> tuple[structure.Params, dict[str, dict[str, Array]]]:
-  """Repairs the survivors of a prune on the activations of one batch.
+  """Repairs the survivors of a prune on the activations of batches.
 
   Args:
     params: donated.
     masks: before the prune.
     new_masks: after it.
-    windows_BT: int32.
+    windows_ABT: int32, micro-batches.
     cfg: architecture of the arrays.
     damping: see `repair.repair`.
     mesh: devices of the arrays; None: one.
 
   Returns:
     The repaired parameters, and by input ('attn_in', 'heads', 'ffn_in', 'ffn',
-    'final'): `damping` (the largest used), `error_without` and `error_with`
-    (sums over the layers), 0 where nothing was removed.
+    'final'): `layers` (how many were refit), `damping` (the largest used),
+    `error_without` and `error_with` (sums over the layers); 0 where nothing was
+    removed.
   """
   params, fits = repair.repair_model(
-    params, masks, new_masks, windows_BT[:, :-1], cfg, damping, mesh
+    params, masks, new_masks, windows_ABT[..., :-1], cfg, damping, mesh
   )
   return sharding.constrain_params(params, mesh), {
     name: {
+      'layers': (fit.damping > 0).sum(),
       'damping': fit.damping.max(),
       'error_without': fit.error_without.sum(),
       'error_with': fit.error_with.sum(),

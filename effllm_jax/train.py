@@ -448,10 +448,10 @@ class Run:
         self.state.params, prune.masks, masks, self._repaired_on()
       )
       self.state = self.state.replace(params=params)
-      fits = jax.tree.map(float, fits)
+      fits = jax.tree.map(lambda x: x.item(), fits)
       self.meter.repair(
         self.cfg,
-        [name for name, fit in fits.items() if fit['damping'] > 0],
+        {name: fit['layers'] for name, fit in fits.items()},
         self.config.repair.batches,
       )
       self._say(advice.damping(step, fits, plan.damping))
@@ -501,8 +501,10 @@ class Run:
     return sharding.put(rows, sharding.batches(self.mesh))
 
   def _repaired_on(self) -> jax.Array:
-    """The newest batches of all processes as one, [B, T + 1]."""
-    return sharding.put_batch(self.batches.recent(), 1, self.mesh)[0]
+    """The micro-batches of the newest batches, [A, B, T + 1]."""
+    rows = self.batches.recent()
+    count = self.config.repair.batches * self.config.train.accumulate
+    return sharding.put_batch(rows, count, self.mesh)
 
   def _say(self, lines: list[str]) -> None:
     for line in lines:

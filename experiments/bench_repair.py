@@ -135,19 +135,19 @@ def main(argv: list[str]) -> None:
       f'seed {seed}: {cfg.num_params():,} -> {size:,} parameters; '
       + ', '.join(f'{t} {widths[t]:g}' for t in structure.TYPES)
     )
-    variants = [('masked only', None, np.zeros((0, 1)))]
+    variants = [('masked only', None, np.zeros((0, 0, 1)))]
     variants += [
       (f'damping {damping:g}', damping, windows)
       for damping in dampings
-      for windows in (batches[0], np.concatenate(batches))
+      for windows in (np.stack(batches[:1]), np.stack(batches))
     ]
     for name, damping, windows in variants:
       if damping is None:
         found = loss(params, masks), 1.0
       else:
         found = repaired_loss(masks, windows, damping)
-      rows.setdefault((name, windows[:, 1:].size), []).append(found)
-      console.print(f'  {name} {windows[:, 1:].size}: {found[0]:.4f}')
+      rows.setdefault((name, windows[..., 1:].size), []).append(found)
+      console.print(f'  {name} {windows[..., 1:].size}: {found[0]:.4f}')
 
   pruned = [row[0] for row in rows['masked only', 0]]
   table = rich.table.Table(

@@ -80,16 +80,19 @@ def test_trials_are_four_forward_passes_and_count_as_scores():
 def test_a_repair_is_a_pass_and_what_its_matrices_need():
   layers, _ = by_hand(CFG, 32)
   spent = meter()
-  spent.repair(CFG, [], 1)
+  spent.repair(CFG, {'ffn': 0}, 1)
   assert spent.spent['repair'] == layers
-  spent.repair(CFG, ['ffn'], 1)
+  spent.repair(CFG, {'ffn': CFG.N}, 1)
   F, D = CFG.F, CFG.D
   one = 2 * 32 * F**2 + 2 * F**2 * D + F**3 // 3 + 2 * F**2 * D
   assert spent.spent['repair'] == 2 * layers + CFG.N * one
+  # Layers of which nothing was removed are not solved.
+  spent.repair(CFG, {'ffn': 1}, 1)
+  assert spent.spent['repair'] == 3 * layers + (CFG.N + 1) * one
   # As one batch of three times the tokens.
   several, large = meter(), meter(tokens=96)
-  several.repair(CFG, ['ffn'], 3)
-  large.repair(CFG, ['ffn'], 1)
+  several.repair(CFG, {'ffn': CFG.N}, 3)
+  large.repair(CFG, {'ffn': CFG.N}, 1)
   assert several.spent == large.spent
 
 

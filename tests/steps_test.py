@@ -12,6 +12,7 @@ from effllm_jax import distillation
 from effllm_jax import model
 from effllm_jax import optimizers
 from effllm_jax import saliency
+from effllm_jax import shrink
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
@@ -347,10 +348,10 @@ DAMPING = 1e-2
 
 
 def repaired(params, masks, new_masks, tokens, cfg):
-  """`repair_step`, which donates what it gets, as numpy."""
+  """`repair_step` on two micro-batches, as numpy; it donates what it gets."""
   params, fits = steps.repair_step(
-    jax.tree.map(jnp.copy, params), masks, new_masks, tokens, cfg=cfg,
-    damping=DAMPING,
+    jax.tree.map(jnp.copy, params), masks, new_masks,
+    tokens.reshape(2, -1, tokens.shape[-1]), cfg=cfg, damping=DAMPING,
   )  # fmt: skip
   return jax.tree.map(np.asarray, params), fits
 
@@ -368,7 +369,7 @@ def repaired_by_hand(w, x, old, new):
   if not gone.any():
     return w, 0.0, 0.0
   S = x.T @ x / len(x)
-  damped = S + DAMPING * np.diag(S).mean() * np.eye(len(S))
+  damped = S + DAMPING * np.diag(S)[old].mean() * np.eye(len(S))
   out = np.where(gone[:, None], 0, flat)
   without = np.square(x @ (out - flat)).sum(-1).mean()
   out[~gone] += np.linalg.solve(
@@ -465,6 +466,43 @@ def test_repair_step_equals_the_closed_form_of_every_matrix(prune, only):
       before, after = getattr(params.layers, name), getattr(got.layers, name)
       np.testing.assert_array_equal(before, after)
   np.testing.assert_array_equal(got.embed, params.embed)
+
+
+def test_a_repair_commutes_with_a_shrink(prune):
+  """Dead slots, of which a narrow layer has many, weigh nothing in it."""
+  cfg, params, masks, tokens = prune
+  new_masks = further(cfg, masks)
+  small = shrink.shrunk_config(
+    masks, cfg, structure.Groups(heads=1, ffn=1, stem=1)
+  )
+  assert small.F < cfg.F and small.D < cfg.D
+  kept = shrink.kept_indices(masks, conftest.make_scores(cfg), small)
+  got, fits = repaired(
+    shrink.take_params(params, kept),
+    *(shrink.take_groups(x, kept) for x in (masks, new_masks)),
+    tokens,
+    small,
+  )
+  whole, want = repaired(params, masks, new_masks, tokens, cfg)
+  conftest.check_close(got, shrink.take_params(whole, kept), 1e-4, 1e-5)
+  # Errors are those of all outputs, dead ones too.
+  for name, fit in fits.items():
+    for key in ('layers', 'damping'):
+      np.testing.assert_allclose(fit[key], want[name][key], rtol=1e-6)
+
+
+def test_a_repair_holds_the_activations_of_one_micro_batch():
+  """As a training step does, however many it fits."""
+
+  def temporaries(count):
+    params, masks = conftest.make_params(CFG), structure.all_alive(CFG)
+    windows = jax.ShapeDtypeStruct((count, 4, 65), jnp.int32)
+    compiled = steps.repair_step.lower(
+      params, masks, masks, windows, cfg=CFG, damping=DAMPING
+    ).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(8) < 1.5 * temporaries(1)
 
 
 def test_one_compile_repairs_after_every_prune(prune):

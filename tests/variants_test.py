@@ -197,7 +197,14 @@ def test_flops_are_those_of_the_arrays_of_each_step(reference):
     if step in pruned:
       meter.calibrate(cfg)
       fits = pruned[step]['repair']
-      meter.repair(cfg, [n for n, fit in fits.items() if fit['damping']], 3)
+      solved = {name: fit['layers'] for name, fit in fits.items()}
+      assert {n for n, x in solved.items() if x} == {
+        name for name, fit in fits.items() if fit['damping']
+      }
+      assert solved['ffn'] == len(
+        {n for n, _ in pruned[step]['removed']['ffn']}
+      )
+      meter.repair(cfg, solved, 3)
     assert row['flops'] == meter.spent
     if step in record:
       cfg = record[step].after
