@@ -5,6 +5,7 @@ and put into plain numbers. Nothing here knows of files or of the order of
 events in a run.
 """
 
+from collections.abc import Container
 import dataclasses
 import math
 from typing import Any
@@ -26,7 +27,12 @@ from effllm_jax import structure
 
 # A shrink changes no number that matters: float32 sums in another order.
 TOLERANCE = 1e-4
-_MOST = float(np.finfo(np.float32).max)
+# Nats that the lowest groups of a type together count with, where their trial
+# did not raise the loss, and where it broke the model: not 0 and infinity,
+# which would lose the order within the type.
+_LEAST, _MOST = 1e-12, 1e20
+# Float32 scores end soon behind it.
+_HIGHEST = 1e30
 
 
 def select(
@@ -106,20 +112,24 @@ class Exchange:
 
   Attributes:
     measured: whether there has been a trial.
+    broken: the types that broke the model in the newest one, and the sum of the
+      scores of what was taken.
   """
 
   def __init__(self, decay: float):
     """Starts without trials; a prune counts `decay` of the one after it."""
     self._decay = decay
     self._sums = dict.fromkeys(structure.TYPES, (0.0, 0.0))
-    self._broken = set()
+    self.broken = {}
     self.measured = False
 
   def add(self, found: dict[str, dict[str, float | None]]) -> None:
     """Takes in the `trials` of one prune."""
     self.measured = True
-    self._broken = {t for t, x in found.items() if x['change'] is None}
-    for name in found.keys() - self._broken:
+    self.broken = {
+      t: x['score'] for t, x in found.items() if x['change'] is None
+    }
+    for name in found.keys() - self.broken.keys():
       change, score = (self._decay * x for x in self._sums[name])
       trial = found[name]
       self._sums[name] = change + trial['change'], score + trial['score']
@@ -127,35 +137,46 @@ class Exchange:
   def scaled(self, prune: state_lib.PruneState) -> state_lib.PruneState:
     """Scores in nats per token, in their order within a type.
 
-    0 where the loss did not rise; what broke the model in its newest trial
-    costs more than all else.
+    Next to nothing where the loss did not rise; what broke the model in its
+    newest trial costs more than all else, also what has a score of 0.
     """
-    rates = {}
+    rates, extra = {}, {}
     for name, (change, score) in self._sums.items():
-      rate = max(change, 0.0) / score if score > 0 else 0.0
-      rates[name] = np.float32(_MOST if name in self._broken else rate)
-    scores = _scaled(prune.scores, structure.Groups(**rates))
+      extra[name] = np.float32(0)
+      if name in self.broken:
+        change, score = _MOST, self.broken[name]
+        extra[name] = np.float32(_MOST)
+      rate = max(change, _LEAST) / score if score > 0 else 0.0
+      rates[name] = np.float32(min(rate, _HIGHEST))
+    scores = _scaled(
+      prune.scores, structure.Groups(**rates), structure.Groups(**extra)
+    )
     return prune.replace(scores=scores)
 
 
 @jax.jit
-def _scaled(scores, rates):
+def _scaled(scores, rates, extra):
   return jax.tree.map(
-    lambda s, r: jnp.where(r < _MOST, r * s, _MOST), scores, rates
+    lambda s, r, e: jnp.minimum(r * s + e, _HIGHEST), scores, rates, extra
   )
 
 
 def prices(
-  prune: state_lib.PruneState, plan: plan_lib.Plan
+  prune: state_lib.PruneState,
+  plan: plan_lib.Plan,
+  broken: Container[str] = (),
 ) -> dict[str, float | None]:
-  """Mean price of the live groups by type; None where a removal saves nothing.
+  """Mean price of the live groups by type, nats per token and unit of budget.
 
-  Nats per token and unit of the budget.
+  None where a removal saves nothing, or a trial of it has `broken` the model.
   """
   means = selection.mean_prices(
     prune.scores, prune.masks, plan.rules, plan.cost
   )
-  return {t: finite(float(getattr(means, t))) for t in structure.TYPES}
+  return {
+    t: None if t in broken else finite(float(getattr(means, t)))
+    for t in structure.TYPES
+  }
 
 
 def finite(x: float) -> float | None:
@@ -209,7 +230,10 @@ def sizes(
       else None
     ),
     'widths': widths,
-    'pruned': {t: 1 - w / source_widths[t] for t, w in widths.items()},
+    'pruned': {
+      t: 1 - w / before if (before := source_widths[t]) else 0.0
+      for t, w in widths.items()
+    },
   }
 
 

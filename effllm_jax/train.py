@@ -464,7 +464,7 @@ class Run:
         'live_cost': plan.cost.reported(plan.cost.live(masks)),
         'live_params': selection.live_params(masks, self.cfg),
         'removed': pruning.removed(prune, masks),
-        'price': pruning.prices(prune, plan),
+        'price': pruning.prices(prune, plan, self.exchange.broken),
         **measured,
         **repaired,
       }
@@ -479,7 +479,7 @@ class Run:
       return None
     if plan.calibrate:
       prune = self.exchange.scaled(prune)
-    return pruning.prices(prune, plan)
+    return pruning.prices(prune, plan, self.exchange.broken)
 
   def _trials(self, windows_ABT, target: int) -> dict[str, dict]:
     """What groups of one type alone would cost, if they made up a prune."""

@@ -142,7 +142,7 @@ def test_nothing_is_pruned_during_a_rest(everything):
 
 
 def test_prices_are_in_what_trials_measured(everything):
-  """A live type costs nothing where its trials never raised the loss."""
+  """A live type costs next to nothing where no trial raised the loss."""
   found = {row['step']: row for row in trace(everything)}
   assert all(x['groups'] for x in found[min(found)]['trials'].values())
   exchange = pruning.Exchange(0.9)
@@ -159,7 +159,7 @@ def test_prices_are_in_what_trials_measured(everything):
         prices = [row['price'][t]]
         if step in found:
           prices.append(found[step]['price'][t])
-        assert {price == 0 for price in prices} == {change <= 0}, (step, t)
+        assert {price < 1e-13 for price in prices} == {change <= 0}, (step, t)
 
 
 def test_repair_never_raises_the_error_of_a_layer(everything):
