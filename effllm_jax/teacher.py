@@ -55,16 +55,39 @@ class Teacher:
     return self._compiled(self._params, self._masks, windows_ABT)
 
 
-def check(teacher: sources.Source, student: sources.Source) -> None:
-  """Raises InputError unless both speak the same tokens."""
+def fitted(
+  teacher: sources.Source, student: sources.Source, seq_len: int
+) -> sources.Source:
+  """The teacher with a logit for each of the student's, and no more.
+
+  Models of one tokenizer differ in how many rows without a token fill up their
+  vocabulary; what a teacher says of such rows no student can learn.
+
+  Raises:
+    errors.InputError: they speak different tokens, or sequences are longer than
+      the teacher's context.
+  """
   if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
     raise errors.InputError(
       f'distill.teacher {teacher.name} has another vocabulary than the source '
       f'{student.name}; set --config.distill.teacher to a model with the same '
       'tokenizer'
     )
-  if teacher.cfg.V < student.cfg.V:
+  V = student.cfg.V
+  if teacher.cfg.V < V:
     raise errors.InputError(
       f'distill.teacher {teacher.name} has {teacher.cfg.V} logits, the source '
-      f'{student.cfg.V}; set --config.distill.teacher to a larger one'
+      f'{V}; set --config.distill.teacher to a larger one'
     )
+  if teacher.cfg.context < seq_len:
+    raise errors.InputError(
+      f'data.seq_len {seq_len} exceeds the context {teacher.cfg.context} of '
+      f'distill.teacher {teacher.name}; set --config.data.seq_len'
+    )
+  params = teacher.params
+  unembed = None if params.unembed is None else params.unembed[:, :V]
+  return dataclasses.replace(
+    teacher,
+    cfg=dataclasses.replace(teacher.cfg, V=V),
+    params=params.replace(embed=params.embed[:V], unembed=unembed),
+  )

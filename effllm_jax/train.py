@@ -77,7 +77,7 @@ def run(
   if plan.recipe.distill:
     named, flag = config.distill.teacher, '--config.distill.teacher'
     teacher = sources.load(named or config.source, cache, flag=flag)
-    teacher_lib.check(teacher, source)
+    teacher = teacher_lib.fitted(teacher, source, config.data.seq_len)
     teacher = teacher_lib.Teacher(teacher, plan.recipe)
   if jax.process_index() == 0:
     workdir_lib.claim(workdir, config.to_dict())

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,11 @@ import pytest
 import scipy.special
 
 from effllm_jax import distillation
+from effllm_jax import errors
 from effllm_jax import model
+from effllm_jax import sources
 from effllm_jax import structure
+from effllm_jax import teacher as teacher_lib
 from tests import conftest
 
 
@@ -113,3 +118,30 @@ def test_targets_are_the_largest_probabilities_of_the_teacher():
   # A model is its own best teacher.
   divergence = distillation.divergence(logits, targets, 2.0)
   np.testing.assert_allclose(divergence, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_teacher_says_nothing_of_rows_that_the_student_lacks(tmp_path, tied):
+  """Rows without a token fill up a vocabulary, in large models further."""
+  cfg = conftest.make_config(V=300, tied=tied)
+  student = sources.load(
+    conftest.write_model_folder(tmp_path / 'model', cfg), ''
+  )
+  large = dataclasses.replace(cfg, V=320)
+  params, tokens = conftest.make_params(large), conftest.make_tokens(cfg)
+  teacher = dataclasses.replace(student, cfg=large, params=params)
+  fitted = teacher_lib.fitted(teacher, student, seq_len=cfg.context)
+  masks = structure.all_alive(cfg)
+  logits, _ = conftest.forward(fitted.params, masks, tokens, cfg=fitted.cfg)
+  whole, _ = conftest.forward(params, masks, tokens, cfg=large)
+  np.testing.assert_allclose(logits, whole[..., :300], rtol=1e-5, atol=1e-5)
+  # All of them, where those of 320 would name rows that do not exist.
+  targets = distillation.targets(
+    fitted.params, masks, tokens, fitted.cfg, model.Compute(), 1.0, 300
+  )
+  divergence = distillation.divergence(whole[..., :300] + 1, targets, 1.0)
+  np.testing.assert_allclose(divergence, 0, atol=1e-5)
+  with pytest.raises(errors.InputError, match='exceeds the context 128 of'):
+    teacher_lib.fitted(teacher, student, seq_len=129)
+  with pytest.raises(errors.InputError, match='has 300 logits, the source 320'):
+    teacher_lib.fitted(student, teacher, seq_len=8)
