@@ -179,6 +179,8 @@ def make(
       f"prune.policy 'uniform' cannot go on from a source whose layers differ "
       f'in width ({", ".join(ragged)}); set --config.prune.policy=ragged'
     )
+  if rules.policy == 'ragged':
+    _check_blocks(rules, widths)
   parts = 1 if mesh is None else sharding.batch_parts(mesh)
   if config.data.batch_size % parts:
     raise errors.InputError(
@@ -248,6 +250,20 @@ def _check_target(source, rules, cost, schedule):
     )
 
 
+def _check_blocks(rules, widths):
+  """Ragged takes whole blocks: one with dead slots would count as taken."""
+  for name, multiple in zip(structure.TYPES, rules.multiple_of, strict=True):
+    if name == 'stem' or name not in widths:
+      continue
+    odd = widths[name][widths[name] % multiple != 0]
+    if odd.size:
+      raise errors.InputError(
+        f"prune.policy 'ragged' takes {name} in blocks of prune.multiple_of."
+        f'{name} {multiple}, and a layer of the source has {odd[0]} alive; set '
+        f'--config.prune.multiple_of.{name} to a divisor'
+      )
+
+
 def _kernels(config, mesh) -> str:
   """The implementation to use; 'auto' is the choice for this platform."""
   name = config.model.kernels
@@ -304,7 +320,7 @@ def _check_ranges(config):
   for key in ('distill.weight', 'optimizer.embedding'):
     _require(config, key, lambda v: 0 <= v <= 1, 'in [0, 1]')
   for key in ('optimizer.end', 'optimizer.weight_decay'):
-    _require(config, key, lambda v: v >= 0, 'at least 0')
+    _require(config, key, lambda v: 0 <= v < math.inf, 'at least 0 and finite')
   for key, known in (
     ('init', INITS),
     ('prune.policy', POLICIES),

@@ -91,6 +91,8 @@ def test_no_key_has_a_hidden_default():
     ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
     ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
     ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
+    ({'optimizer.end': math.inf}, 'optimizer.end inf is not at least 0 and fi'),
+    ({'optimizer.weight_decay': math.inf}, 'weight_decay inf is not at least'),
     ({'optimizer.embedding': 1.5}, r'embedding 1.5 is not in \[0, 1\]'),
     ({'init': 'random'}, 'embedding 0.0 would leave the .* set .*=1'),
     (
@@ -138,6 +140,22 @@ def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(errors.InputError, match=message):
     plan.make(small(**{'model.kernels': 'pallas_hopper'} | change), SMOLLM2)
+
+
+def test_blocks_that_a_source_has_opened_are_refused_under_ragged():
+  """A layer of 7 in blocks of 8 would lose all of them, whatever its floor."""
+  cfg = conftest.make_config()
+  masks = structure.all_alive(cfg)
+  masks = masks.replace(ffn=masks.ffn.at[1, 7:].set(False))
+  changes = conftest.small_run(
+    '', '', **{'prune.policy': 'ragged', 'prune.floors.ffn': 4,
+               'prune.multiple_of.ffn': 4, 'prune.floors.stem': 8,
+               'budget.target': 0.7 * cfg.num_params()},
+  )  # fmt: skip
+  message = 'ffn in blocks of prune.multiple_of.ffn 4, and a layer .* has 7 al'
+  with pytest.raises(errors.InputError, match=message):
+    plan.make(small(**changes), cfg, masks)
+  plan.make(small(**changes | {'prune.multiple_of.ffn': 1}), cfg, masks)
 
 
 def test_kernels_are_named_in_the_plan():
