@@ -214,6 +214,8 @@ def make(
       distill=config.distill.weight,
       temperature=config.distill.temperature,
       top_k=config.distill.top_k,
+      # No other program shall depend on it.
+      seed=config.seed if config.prune.saliency == 'random' else 0,
     ),
     teacher=config.distill.when,
     damping=config.repair.damping if config.repair.enabled else None,

@@ -53,15 +53,14 @@ Which parameters are members of which group is read from `structure.axes`. The
 paper (arXiv 2502.06663) names the ingredients; these formulas and their
 normalisation are our reading of it. Magnitude, activation and random are
 controls for an ablation. They are no changes of a loss; activation and random
-are multiplied by the number of members, so that the price of a group, its
-score per parameter, compares types by mean |a| and not by their size. Layers
-they do not compare: under `ragged`, `activation` takes the first layers of
-SmolLM2, whose activations are small, and leaves 3.05 bits per byte where
-`fisher` leaves 1.472.
+are multiplied by the number of live members, so that the price of a group, its
+score per parameter, compares types by mean |a| and not by their size, before a
+shrink as after it. Layers they do not compare: under `ragged`, `activation`
+takes the first layers of SmolLM2, whose activations are small, and leaves 3.05
+bits per byte where `fisher` leaves 1.472.
 """
 
 from collections.abc import Callable
-import math
 
 import jax
 import jax.numpy as jnp
@@ -194,8 +193,10 @@ def magnitude(params: structure.Params):
   return group_scores(jnp.abs, params)
 
 
-def activation(taps, shapes: structure.Params) -> structure.Groups:
-  """Mean magnitude of what a group computes, times its number of members.
+def activation(
+  taps, shapes: structure.Params, masks: structure.Groups
+) -> structure.Groups:
+  """Mean magnitude of what a group computes, times its number of live members.
 
   Of a head the mean over tokens of the root mean square of its G outputs of
   width H, of a feed-forward channel the mean |activation|, of a stem channel
@@ -204,6 +205,7 @@ def activation(taps, shapes: structure.Params) -> structure.Groups:
   Args:
     taps: `model.Taps` of a batch.
     shapes: arrays or shapes of the parameters.
+    masks: what is alive of them.
   """
   heads_NBTKGH = taps.heads.astype(jnp.float32)
   rms_NBTK = jnp.sqrt(jnp.square(heads_NBTKGH).mean((-2, -1)))
@@ -217,11 +219,13 @@ def activation(taps, shapes: structure.Params) -> structure.Groups:
     ffn=jnp.abs(taps.ffn.astype(jnp.float32)).mean((1, 2)),
     stem=readers_BTD.mean((0, 1)) / (2 * len(taps.ffn) + 1),
   )
-  return jax.tree.map(jnp.multiply, means, _members(shapes))
+  return jax.tree.map(jnp.multiply, means, _members(shapes, masks))
 
 
-def random(key: Array, shapes: structure.Params) -> structure.Groups:
-  """Uniform in [0, 1), times the number of members."""
+def random(
+  key: Array, shapes: structure.Params, masks: structure.Groups
+) -> structure.Groups:
+  """Uniform in [0, 1), times the number of live members."""
   keys = jax.random.split(key, 3)
   layers = shapes.layers
   draws = structure.Groups(
@@ -229,19 +233,31 @@ def random(key: Array, shapes: structure.Params) -> structure.Groups:
     ffn=jax.random.uniform(keys[1], layers.w_down.shape[:2]),
     stem=jax.random.uniform(keys[2], shapes.embed.shape[1:]),
   )
-  return jax.tree.map(jnp.multiply, draws, _members(shapes))
+  return jax.tree.map(jnp.multiply, draws, _members(shapes, masks))
 
 
-def _members(shapes: structure.Params) -> structure.Groups:
-  """Number of weights in one group of each type, as the arrays are now."""
-  sizes = dict.fromkeys(structure.PRUNABLE, 0)
+def _members(
+  shapes: structure.Params, masks: structure.Groups
+) -> structure.Groups:
+  """Number of live weights in one live group of each type, float32 []."""
+  live = {
+    'D': masks.stem.sum(),
+    'K': masks.heads.sum(-1),
+    'F': masks.ffn.sum(-1),
+  }
+  sizes = dict.fromkeys(structure.PRUNABLE, 0.0)
 
   def add(letters, leaf):
     for letter in structure.PRUNABLE:
       if letter in letters:
-        layers = leaf.shape[0] if letter in 'KF' else 1
-        width = leaf.shape[letters.index(letter)]
-        sizes[letter] += math.prod(leaf.shape) // (layers * width)
+        # Of one layer, or [N] where it differs by layer.
+        size = jnp.float32(1)
+        for axis, x in enumerate(letters):
+          if x not in (letter, 'N'):
+            size *= live.get(x, leaf.shape[axis])
+        if letter == 'D' and 'N' in letters:
+          size = jnp.broadcast_to(size, leaf.shape[0]).sum()
+        sizes[letter] += size
 
   structure.map_axes(add, shapes)
   return structure.Groups(

@@ -36,6 +36,7 @@ class Recipe:
       cross-entropy has 1 minus that. 0: no teacher.
     temperature: of both softmaxes in that divergence.
     top_k: how many of a teacher's probabilities are stored per token.
+    seed: of the saliency `random`, which alone has one; 0: of any other.
   """
 
   compute: model.Compute
@@ -47,6 +48,7 @@ class Recipe:
   distill: float
   temperature: float
   top_k: int
+  seed: int = 0
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'recipe'))
@@ -214,7 +216,9 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
     ).mean()
     numbers['divergence'] = divergence
     objective = (1 - recipe.distill) * loss + recipe.distill * divergence
-  activations = None if taps is None else saliency.activation(taps, params)
+  activations = (
+    None if taps is None else saliency.activation(taps, params, masks)
+  )
   return objective, (numbers, activations)
 
 
@@ -248,7 +252,8 @@ def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
     case 'magnitude':
       return saliency.magnitude(params)
     case 'random':
-      return saliency.random(jax.random.key(state.step), params)
+      key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+      return saliency.random(key, params, state.prune.masks)
   raise ValueError(f'saliency {recipe.saliency!r} is not known')
 
 

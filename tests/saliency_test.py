@@ -132,13 +132,19 @@ def random_taps(cfg, masks, batch=2, length=5) -> model.Taps:
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taps)
 
 
-def members(cfg) -> dict[str, int]:
-  """Weights of one group, counted one by one."""
-  ones = jax.tree.map(
-    lambda s: np.ones(s.shape, np.float32), structure.shapes(cfg)
+def members(cfg, masks) -> dict[str, int]:
+  """Live weights of one live group, counted one by one."""
+  ones = structure.map_axes(
+    lambda letters, s: conftest.alive_entries(letters, s.shape, masks).astype(
+      np.float32
+    ),
+    structure.shapes(cfg),
   )
   counts = brute_force(np.abs, cfg, ones)
-  sizes = {t: np.unique(getattr(counts, t)) for t in structure.TYPES}
+  sizes = {
+    t: np.unique(getattr(counts, t)[np.asarray(getattr(masks, t))])
+    for t in structure.TYPES
+  }
   assert all(len(size) == 1 for size in sizes.values())
   return {t: int(size[0]) for t, size in sizes.items()}
 
@@ -159,20 +165,21 @@ def test_activation_equals_a_walk_over_every_token(cfg):
       stem += np.abs(t64.attn_in[n, b, t]) / (B * T * readers)
       stem += np.abs(t64.ffn_in[n, b, t]) / (B * T * readers)
     stem += np.abs(t64.final[b, t]) / (B * T * readers)
-  size = members(cfg)
+  size = members(cfg, masks)
   want = structure.Groups(
     heads * size['heads'], ffn * size['ffn'], stem * size['stem']
   )
-  got = jax.jit(saliency.activation)(taps, conftest.make_params(cfg))
+  got = jax.jit(saliency.activation)(taps, conftest.make_params(cfg), masks)
   conftest.check_close(got, want, rtol=1e-5)
   jax.tree.map(lambda s, m: np.testing.assert_array_equal(s > 0, m), got, masks)
 
 
 def test_random_is_uniform_by_the_member(cfg):
   shapes = structure.shapes(cfg)
-  draws = [saliency.random(jax.random.key(s), shapes) for s in (0, 0, 1)]
+  masks = conftest.make_masks(cfg)
+  draws = [saliency.random(jax.random.key(s), shapes, masks) for s in (0, 0, 1)]
   conftest.check_close(draws[0], draws[1], rtol=0, atol=0)
-  size = members(cfg)
+  size = members(cfg, masks)
   for name in structure.TYPES:
     first, _, other = (np.ravel(getattr(d, name)) for d in draws)
     assert (first != other).all()
