@@ -290,11 +290,13 @@ def shrink(
   )
 
   def loss(state, cfg):
-    return float(
-      steps.batch_loss(
-        state.params, state.prune.masks, windows_BT, cfg=cfg, compute=compute
+    # What a TPU or a GPU rounds float32 to by default is coarser than that.
+    with jax.default_matmul_precision('highest'):
+      return float(
+        steps.batch_loss(
+          state.params, state.prune.masks, windows_BT, cfg=cfg, compute=compute
+        )
       )
-    )
 
   before, step = loss(state, cfg), int(state.step)
   if new != cfg:

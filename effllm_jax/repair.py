@@ -31,6 +31,8 @@ whose updates are the least trustworthy. What belongs to dead groups is masked
 and goes with the next shrink.
 """
 
+import functools
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,11 @@ from effllm_jax import structure
 
 Array = jax.Array
 
+# By default a TPU rounds what it multiplies to bfloat16, a GPU to TF32.
+_product, _dot = (
+  functools.partial(op, precision=jax.lax.Precision.HIGHEST)
+  for op in (jnp.matmul, jnp.vdot)
+)
 # Each retry multiplies the damping by 10: the last one is 1e8 times the first.
 _RETRIES = 8
 
@@ -53,7 +60,7 @@ def gram(x: Array) -> Array:
     x: [..., I], any float dtype; leading axes are tokens.
   """
   x_TI = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  return x_TI.T @ x_TI / x_TI.shape[0]
+  return _product(x_TI.T, x_TI) / x_TI.shape[0]
 
 
 @struct.dataclass
@@ -100,7 +107,7 @@ def repair(
   both_II = keep_I[:, None] & keep_I[None, :]
   eye_II = jnp.eye(len(keep_I), dtype=jnp.float32)
   # In the rows R this is S_RP w_P; damping is diagonal and does not enter it.
-  image_IO = gram_II @ removed_w_IO
+  image_IO = _product(gram_II, removed_w_IO)
   lost_IO = jnp.where(keep_I[:, None], image_IO, 0)
   squares_I = jnp.diagonal(gram_II)
   scale = squares_I.sum() / jnp.maximum((squares_I > 0).sum(), 1)
@@ -127,9 +134,9 @@ def repair(
   change_IO = jnp.where(good, change_IO, 0)
   # With (S + lambda I) c = l the error |x_R c - x_P w_P|^2 is
   # e - 2 l.c + c.S c = e - l.c - lambda c.c, and needs no further product.
-  without = jnp.vdot(removed_w_IO, image_IO)
-  gained = jnp.vdot(lost_IO, change_IO)
-  gained += damping * scale * jnp.vdot(change_IO, change_IO)
+  without = _dot(removed_w_IO, image_IO)
+  gained = _dot(lost_IO, change_IO)
+  gained += damping * scale * _dot(change_IO, change_IO)
   fit = Fit(
     damping=jnp.where(good, damping, jnp.inf),
     error_without=without,

@@ -120,6 +120,18 @@ def test_one_compile_for_every_mask():
   assert REPAIR._cache_size() == size
 
 
+def test_no_product_is_rounded_on_an_accelerator():
+  """TF32 and bfloat16 are coarser than what a small damping is for."""
+  x, w, keep = make_layer(0)
+  for function, arguments in (
+    (repair.gram, (jnp.asarray(x),)),
+    (repair.repair, (w, jnp.eye(len(w)), keep, 1e-2)),
+  ):
+    text = jax.jit(function).lower(*arguments).as_text()
+    products = [line for line in text.splitlines() if 'dot_general' in line]
+    assert products and all('[HIGHEST, HIGHEST]' in x for x in products)
+
+
 def test_gram_is_the_mean_outer_product_of_the_taps():
   cfg = conftest.make_config()
   params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)

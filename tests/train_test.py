@@ -40,7 +40,11 @@ def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
   run, root = setting
   # One shrink, after step 18.
   changes = {'shrink.threshold': 0.9}
-  good = steps.shrink_step
+  good, loss, precisions = steps.shrink_step, steps.batch_loss, set()
+
+  def batch_loss(*arrays, **static):
+    precisions.add(jax.config.jax_default_matmul_precision)
+    return loss(*arrays, **static)
 
   def faulty(state, **arguments):
     state, kept = good(state, **arguments)
@@ -49,9 +53,12 @@ def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
     wrong = layers.replace(w_down=jnp.roll(layers.w_down, 1, axis=0))
     return state.replace(params=state.params.replace(layers=wrong)), kept
 
+  monkeypatch.setattr(steps, 'batch_loss', batch_loss)
   monkeypatch.setattr(steps, 'shrink_step', faulty)
   with pytest.raises(RuntimeError, match=r'loss .* from \d\.\d+ to \d\.\d+'):
     run('shrink', **changes)
+  # TF32 or bfloat16 would say less than the tolerance.
+  assert precisions == {'highest'}
   assert checkpoints.read_events(root / 'shrink') == []
   # The last good checkpoint is there, and the mended code goes on from it.
   assert checkpoints.moments(root / 'shrink')[0].step == 15
