@@ -84,18 +84,20 @@ def check(
   transformers = import_transformers()
   import torch
 
+  # The modelling file of a trimmed folder is the one that we have just written.
+  # Untrusted, it makes the tokenizer's loader ask the terminal, too.
+  trusted = {'local_files_only': True, 'trust_remote_code': True}
   ours = model.tokenizer.encode(agreement.TEXT).ids
-  theirs = transformers.AutoTokenizer.from_pretrained(
-    folder, local_files_only=True
-  )(agreement.TEXT)['input_ids']
+  theirs = transformers.AutoTokenizer.from_pretrained(folder, **trusted)(
+    agreement.TEXT
+  )['input_ids']
   if not ours or ours != theirs:
     raise RuntimeError(
       f'the exported tokenizer gives {theirs[:8]}... where the source gives '
       f'{ours[:8]}...; the export is not kept'
     )
-  # The modelling file of a trimmed folder is the one that we have just written.
   torch_model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, local_files_only=True, trust_remote_code=True
+    folder, dtype=torch.float32, **trusted
   ).eval()
   # A plain greedy search that no end-of-text token stops early.
   torch_model.generation_config = transformers.GenerationConfig(

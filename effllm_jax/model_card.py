@@ -18,7 +18,7 @@ _USE = {
   'hf': """from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained('.'{trust})
-    tokenizer = AutoTokenizer.from_pretrained('.')""",
+    tokenizer = AutoTokenizer.from_pretrained('.'{trust})""",
   'gguf': 'llama-cli -m {file} -p "Once upon a time"',
   'onnx': """import onnxruntime
 

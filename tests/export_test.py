@@ -408,8 +408,12 @@ def test_formats_that_make_no_sense(tmp_path, tokenizer_folder, formats, match):
   assert not list(tmp_path.iterdir())
 
 
-def test_several_formats_in_one_folder(tmp_path, tokenizer_folder, reference):
+def test_several_formats_in_one_folder(
+  tmp_path, tokenizer_folder, reference, monkeypatch
+):
   pytest.importorskip('xllamacpp', reason='the runtime')
+  # transformers asks whether to run the modelling file, if nobody has said so.
+  monkeypatch.setattr('builtins.input', lambda text: pytest.fail(text))
   cfg = RAGGED['LlamaForCausalLM']
   params, masks = model_files.random_params(cfg), ragged(cfg)
   said = []
