@@ -43,11 +43,12 @@ def split(
   """Splits documents into `train` and `heldout` with nothing in common.
 
   Of each domain, documents in the order of their hashed ids are held out until
-  they make HELD_OUT of its bytes. One that shares more than MAX_SHARED of its
-  windows with the training documents goes into neither split, and the next one
-  takes its place. Paragraphs of WINDOW or more words that stand in a held-out
-  document are then taken out of the training documents; shorter ones ("Exit.")
-  are the language's own. A domain of one document is cut at a paragraph.
+  they make HELD_OUT of the bytes that may be. One that shares more than
+  MAX_SHARED of its windows with the training documents may not: it is trained
+  on, and the next one takes its place. Paragraphs of WINDOW or more words that
+  stand in a held-out document are then taken out of the training documents;
+  shorter ones ("Exit.") are the language's own. A domain of one document is cut
+  at a paragraph.
 
   Returns:
     The splits, and notes for the manifest.
@@ -72,20 +73,20 @@ def split(
       members[:] = _cut(members[0])
       tails.add(members[1])
   hashes = {d: windows(d.text) for ds in domains.values() for d in ds}
-  dropped = {}  # a set in the order of dropping
+  unfit = {}  # a set in the order of finding out
   while True:
     held = {}
     for members in domains.values():
-      left = [d for d in members if d not in dropped]
+      left = [d for d in members if d not in unfit]
       held |= dict.fromkeys([d for d in left if d in tails] or _pick(left))
-    train = [d for d in hashes if d not in dropped and d not in held]
+    train = [d for d in hashes if d not in held]
     _check(domains, train, held)
     # Sorted once and searched: numpy's isin took 100 s here, this takes 1 s.
     seen = np.sort(np.concatenate([hashes[d] for d in train]))
     shared = [d for d in held if _share(hashes[d], seen) > MAX_SHARED]
     if not shared:
       break
-    dropped |= dict.fromkeys(shared)
+    unfit |= dict.fromkeys(shared)
   # What a held-out document says at length, no training document says.
   said = {
     _normal(p) for d in held for p in paragraphs(d.text)[0] if _is_long(p)
@@ -100,10 +101,8 @@ def split(
     if document.text:
       kept.append(document)
   _check(domains, kept, held)
-  notes['dropped'] |= {
-    'heldout_documents_seen_in_train': [f'{d.domain}/{d.id}' for d in dropped],
-    'train_paragraphs_seen_in_heldout': removed,
-  }
+  notes['dropped']['train_paragraphs_seen_in_heldout'] = removed
+  notes['unfit_to_hold_out'] = [f'{d.domain}/{d.id}' for d in unfit]
   return {'train': kept, 'heldout': list(held)}, notes
 
 
@@ -158,10 +157,16 @@ def _check(
   train: Sequence[Document],
   held: Sequence[Document],
 ):
-  for name, documents in (('train', train), ('hold out', held)):
-    missing = set(domains) - {d.domain for d in documents}
-    if missing:
-      raise errors.InputError(
-        f'domain {min(missing)!r} repeats itself: after removing what two of '
-        f'its documents share, nothing is left to {name}; add other text to it'
-      )
+  missing = set(domains) - {d.domain for d in train}
+  if missing:
+    raise errors.InputError(
+      f'domain {min(missing)!r} repeats itself: all of it stands in what would '
+      'be held out; add other text to it'
+    )
+  missing = set(domains) - {d.domain for d in held}
+  if missing:
+    raise errors.InputError(
+      f'domain {min(missing)!r} repeats itself: more than {MAX_SHARED:.0%} of '
+      'what could be held out stands in the rest of it, too; take out what its '
+      'documents share, a footer perhaps, or add other text to it'
+    )

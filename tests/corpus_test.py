@@ -235,7 +235,7 @@ def test_split_removes_what_is_shared():
   docs = [document(i, f'{prose(1000 * i)}\n\nYes.') for i in range(20)]
   splits, notes = splitting.split(docs)
   first = splits['heldout'][0]
-  assert not any(notes['dropped'].values())
+  assert not any(notes['dropped'].values()) and not notes['unfit_to_hold_out']
 
   # A short paragraph is everyone's; a long one is taken out of train only.
   other = splits['train'][0]
@@ -245,22 +245,37 @@ def test_split_removes_what_is_shared():
     for d in docs
   ]
   splits, notes = splitting.split(mixed)
-  assert notes['dropped']['heldout_documents_seen_in_train'] == []
+  assert notes['unfit_to_hold_out'] == []
   assert notes['dropped']['train_paragraphs_seen_in_heldout'] == 1
   assert all(d.text.endswith('Yes.') for d in splits['train'])
 
-  # One that a training document repeats goes into neither split.
+  # One that a training document repeats is trained on as well.
   copied = [*docs, document('copy', f'{first.text}\n\n{prose(90_000)}')]
   splits, notes = splitting.split(copied)
-  assert notes['dropped']['heldout_documents_seen_in_train'] == [
-    f'd/{first.id}'
-  ]
-  assert first not in splits['train'] + splits['heldout']
-  assert splits['heldout']
+  assert notes['unfit_to_hold_out'] == [f'd/{first.id}']
+  assert first in splits['train'] and splits['heldout']
+  assert sum(map(len, splits.values())) == 21
 
   splits, notes = splitting.split([*docs, first._replace(id='twin')])
   assert notes['dropped']['duplicate_documents'] == 1
   assert sum(map(len, splits.values())) == 20
+
+
+def test_a_footer_costs_no_training_text():
+  footer = prose(90_000, 42)
+
+  def documents(plain):
+    for i in range(60):
+      end = f'\n\n{footer}' if i >= plain else ''
+      yield documents_lib.Document('web', str(i), f'{prose(1000 * i)}{end}')
+
+  splits, notes = splitting.split(list(documents(plain=6)))
+  assert sum(map(len, splits.values())) == 60
+  assert splits['heldout'] and notes['unfit_to_hold_out']
+  assert not any(footer in d.text for d in splits['heldout'])
+  assert sum(footer in d.text for d in splits['train']) == 54
+  with pytest.raises(errors.InputError, match=r"'web' repeats.*a footer"):
+    splitting.split(list(documents(plain=0)))
 
 
 def test_another_package_text_is_a_warning(monkeypatch, tmp_path, caplog):
