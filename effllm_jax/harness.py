@@ -89,7 +89,8 @@ class Model(lm_eval_model.TemplateLM):
   @property
   def eot_token_id(self) -> int:
     """What ends a text; the model's own end of a turn, if it has one."""
-    return (*self._source.eos_ids, self._source.separator_id)[0]
+    end = self._source.eos_id
+    return self._source.separator_id if end is None else end
 
   @property
   def prefix_token_id(self) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+from typing import Any
 
 import ml_dtypes  # noqa: F401  Registers bfloat16, which safetensors asks for.
 import numpy as np
@@ -19,11 +20,19 @@ import tokenizers
 from effllm_jax import errors
 from effllm_jax import fetch
 from effllm_jax import hf_config
+from effllm_jax import structure
 from effllm_jax import untrusted
 from effllm_jax import weights
 
 _DTYPES = ('F64', 'F32', 'F16', 'BF16')
 _AGAIN = 'fetch it again'
+# What of generation_config.json is carried over -> its type. A name that is not
+# one of these may be that of a method of transformers' class.
+_GENERATION = {
+  'do_sample': bool, 'temperature': float, 'top_k': int, 'top_p': float,
+  'min_p': float, 'typical_p': float, 'repetition_penalty': float,
+  'no_repeat_ngram_size': int, 'max_length': int, 'max_new_tokens': int,
+}  # fmt: skip
 
 
 def read(folder: pathlib.Path, params: bool) -> weights.Source:
@@ -80,7 +89,14 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
       else None
     )
   tokenizer, chat_template = _tokenizer(folder)
-  bos_id, eos_ids, pad_id = _special_ids(raw, folder)
+  generation = folder / 'generation_config.json'
+  stated = _object(generation)
+  bos_id, eos_ids, pad_id = _special_ids(
+    raw | {k: v for k, v in stated.items() if v is not None}, folder
+  )
+  eos_id = _named_id(folder, 'eos_token', tokenizer)
+  if pad_id is None:
+    pad_id = _named_id(folder, 'pad_token', tokenizer)
   special_ids = [i for i in (bos_id, *eos_ids, pad_id) if i is not None]
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(folder))
   dtype = sizes.most_common(1)[0][0]
@@ -98,7 +114,38 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     chat_template=chat_template,
     tokenizer=tokenizer,
     params=arrays,
+    tokenizer_eos_id=None if eos_id in eos_ids[:1] else eos_id,
+    generation=generation_settings(stated, str(generation)),
   )
+
+
+def generation_settings(
+  stated: dict[str, Any], file: str
+) -> dict[str, bool | int | float]:
+  """The settings of sampling and length among those of a file.
+
+  Args:
+    stated: content of generation_config.json; None is as good as absent.
+    file: named in errors.
+
+  Raises:
+    errors.InputError: one is of another type, or out of range.
+  """
+  found = {}
+  for key, kind in _GENERATION.items():
+    value = stated.get(key)
+    if value is None:
+      continue
+    right = isinstance(value, bool) == (kind is bool)
+    right = right and isinstance(value, (int, kind))
+    least = 1 if key.startswith('max') else 0
+    if not right or not least <= value <= structure.MOST[float]:
+      raise errors.InputError(
+        f'{file}: {key} = {str(value)[:60]!r} is no {kind.__name__} that a '
+        'generation can be set to; correct it or leave it out'
+      )
+    found[key] = value
+  return found
 
 
 def _has_tied_copy(cfg, tensors, found):
@@ -175,12 +222,10 @@ def _tokenizer(folder):
   return tokenizer, chat
 
 
-def _special_ids(raw, folder):
-  """(bos, all eos, pad), of generation_config.json before config.json."""
-  generation = _object(folder / 'generation_config.json')
+def _special_ids(stated, folder):
+  """(bos, all eos, pad) of the keys of both configs."""
   bos, eos, pad = (
-    raw.get(key) if generation.get(key) is None else generation[key]
-    for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    stated.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
   )
   eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
   for i in (bos, *eos, pad):
@@ -191,6 +236,23 @@ def _special_ids(raw, folder):
       )
   # The first Llamas state -1 where there is no padding.
   return bos, tuple(eos), None if pad == -1 else pad
+
+
+def _named_id(folder, key, tokenizer):
+  """The id of a token that tokenizer_config.json names, or None.
+
+  Also where the tokenizer has no such token: transformers would then add one,
+  for which the embedding has no row.
+  """
+  path = folder / 'tokenizer_config.json'
+  token = _object(path).get(key)
+  # Older files have the settings of an `AddedToken` in its place.
+  token = token.get('content', token) if isinstance(token, dict) else token
+  if not isinstance(token, str | None):
+    raise errors.InputError(
+      f'{path}: {key} is not a text; correct it or leave it out'
+    )
+  return None if token is None else tokenizer.token_to_id(token)
 
 
 def _licence(folder):

@@ -40,6 +40,7 @@ _SAVED = {
   'name': str, 'description': str, 'licence': str | None, 'sha256': str,
   'dtype': str, 'separator_id': int, 'bos_id': int | None,
   'pad_id': int | None, 'chat_template': str | None,
+  'tokenizer_eos_id': int | None,
 }  # fmt: skip
 
 
@@ -134,13 +135,14 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
     'bos_token_id': source.bos_id,
     'eos_token_id': list(source.eos_ids) or None,
     'pad_token_id': source.pad_id,
+    **source.generation,
   }
   config = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'model_max_length': source.cfg.context,
     'clean_up_tokenization_spaces': False,
     'bos_token': token(source.bos_id),
-    'eos_token': token(source.eos_ids[0]) if source.eos_ids else None,
+    'eos_token': token(source.eos_id),
     'pad_token': token(source.pad_id),
     'chat_template': source.chat_template,
   }
@@ -214,6 +216,11 @@ def load_saved(folder: str | os.PathLike) -> Source:
   with untrusted.parsing(f'{folder} does not hold a saved source', remedy):
     about['cfg'] = structure.ModelConfig.from_dict(about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
+    # Of an older run, which has neither.
+    about.setdefault('tokenizer_eos_id', None)
+    about['generation'] = hf_source.generation_settings(
+      about.get('generation', {}), str(folder / 'source.json')
+    )
     for name, kind in _SAVED.items():
       if not isinstance(about[name], kind):
         raise TypeError(f'{name} = {about[name]!r}')

@@ -87,6 +87,10 @@ class Source:
       all of them.
     origin: for a pruned model, which group of the first source sits in each
       slot, numpy; None: its own.
+    tokenizer_eos_id: what the tokenizer calls its eos token, where that is not
+      the first of `eos_ids`.
+    generation: how the model's authors want it sampled, as in
+      generation_config.json.
   """
 
   name: str
@@ -104,6 +108,17 @@ class Source:
   params: structure.Params | None
   masks: structure.Groups | None = None
   origin: structure.Groups | None = None
+  tokenizer_eos_id: int | None = None
+  generation: Mapping[str, bool | int | float] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def eos_id(self) -> int | None:
+    """The one of the ends that chat templates and padding mean."""
+    if self.tokenizer_eos_id is not None:
+      return self.tokenizer_eos_id
+    return self.eos_ids[0] if self.eos_ids else None
 
 
 def file_shapes(

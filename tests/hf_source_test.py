@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
+import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
@@ -211,7 +212,92 @@ def test_documents_are_never_truncated(tmp_path):
   assert read.encode('a').ids == model_files.bpe().encode('a').ids
 
 
+V_328 = dataclasses.replace(model_files.CFG, V=328)
+LLAMA_TOKENS = [
+  '<|begin_of_text|>', '<|end_of_text|>', '<|eom_id|>', '<|eot_id|>', '<|pad|>',
+]  # fmt: skip
+
+
+def instruct(folder, generation=(), **config):
+  """A folder with the special tokens of Llama 3.2 Instruct."""
+  model_files.hugging_face(folder, V_328, bos_token_id=320, eos_token_id=321)
+  tokenizer = tokenizers.Tokenizer.from_str(
+    model_files.bpe().to_str().replace('<|endoftext|>', '<|unused|>')
+  )
+  tokenizer.add_special_tokens(LLAMA_TOKENS)
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  generation = {
+    'eos_token_id': [321, 322, 323], 'do_sample': True, 'temperature': 0.6,
+    'top_p': 0.9, 'top_k': None, 'transformers_version': '4.45.0.dev0',
+    'update': True,
+  } | dict(generation)  # fmt: skip
+  config = {'eos_token': '<|eot_id|>', 'pad_token': '<|pad|>'} | config
+  for name, content in (
+    ('generation_config.json', generation),
+    ('tokenizer_config.json', config),
+  ):
+    (folder / name).write_text(json.dumps(content))
+  return folder
+
+
+@pytest.mark.parametrize('token', ['<|eot_id|>', {'content': '<|eot_id|>'}])
+def test_ends_padding_and_sampling_are_carried_over(tmp_path, token):
+  folder = instruct(tmp_path / 'a', eos_token=token)
+  source = sources.load(folder, model_files.CACHE)
+  assert (source.bos_id, source.eos_ids) == (320, (321, 322, 323))
+  assert (source.eos_id, source.pad_id) == (323, 324)
+  # What separates documents is not what ends a turn.
+  assert source.separator_id == 321
+  sampling = {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9}
+  assert source.generation == sampling
+  saved = sources.load_saved(sources.save(source, tmp_path / 'saved'))
+  out = tmp_path / 'out'
+  out.mkdir()
+  sources.write_tokenizer(saved, out)
+  tokenizer, generation = (
+    json.loads((out / f'{name}_config.json').read_text())
+    for name in ('tokenizer', 'generation')
+  )
+  assert tokenizer['eos_token'] == '<|eot_id|>'
+  assert tokenizer['pad_token'] == '<|pad|>'
+  ids = {
+    'bos_token_id': 320, 'eos_token_id': [321, 322, 323], 'pad_token_id': 324,
+  }  # fmt: skip
+  assert generation == ids | sampling
+
+
+def test_padding_that_a_config_states_comes_first(tmp_path):
+  folder = instruct(tmp_path / 'a', {'pad_token_id': 320}, eos_token='new')
+  source = sources.load(folder, model_files.CACHE, params=False)
+  # And a token that the tokenizer does not have is none.
+  assert (source.eos_id, source.pad_id) == (321, 320)
+
+
 # What is refused.
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('eos_token', ['<|eot_id|>']),
+    ('pad_token', {'content': 3}),
+    ('pad_token', 324),
+    ('do_sample', 1),
+    ('temperature', '0.6'),
+    ('temperature', float('nan')),
+    ('temperature', 10**40),
+    ('top_k', 0.5),
+    ('top_p', -0.1),
+    ('max_new_tokens', 0),
+    ('max_length', [20]),
+  ],
+)
+def test_settings_that_no_generation_takes(tmp_path, key, value):
+  folder = tmp_path / 'a'
+  if key.endswith('token'):
+    model_files.refused(instruct(folder, **{key: value}), key, 'not a text')
+  else:
+    model_files.refused(instruct(folder, {key: value}), f'{key} = ')
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,17 @@ def _model(place):
   """A folder with every file that is read, and the bytes of each."""
   folder = model_files.hugging_face(place / 'model', hostile.TINY, shards=2)
   write = lambda name, x: (folder / name).write_text(json.dumps(x))
-  write('generation_config.json', {'bos_token_id': 0, 'eos_token_id': [1, 0]})
+  write(
+    'generation_config.json',
+    {'bos_token_id': 0, 'eos_token_id': [1, 0], 'temperature': 0.5, 'top_k': 5},
+  )
   write(
     'tokenizer_config.json',
-    {'chat_template': [{'name': 'default', 'template': '{{ messages }}'}]},
+    {
+      'chat_template': [{'name': 'default', 'template': '{{ messages }}'}],
+      'eos_token': {'content': '<|endoftext|>'},
+      'pad_token': '<|endoftext|>',
+    },
   )
   config = json.loads((folder / 'config.json').read_text())
   write(
