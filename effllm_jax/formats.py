@@ -158,4 +158,10 @@ def _notes(file, written) -> list[str]:
       f'{file}: {written.padding:,} zeros fill narrower layers up; llama.cpp '
       'has no layers of different widths with norms of q and k'
     )
+  if written.homeless_ends:
+    notes.append(
+      f'{file}: llama.cpp does not end a generation at '
+      f'{", ".join(written.homeless_ends)}, a file has places for three ids; '
+      'give it as a stop string'
+    )
   return notes

@@ -43,12 +43,14 @@ class Written:
       instead -> bytes that each takes.
     padding: zeros that fill up narrower layers, where llama.cpp has no
       architecture with widths per layer.
+    homeless_ends: tokens that end a generation, and at which llama.cpp goes on.
   """
 
   architecture: str
   bits_per_weight: float
   fell_back: dict[str, int]
   padding: int
+  homeless_ends: tuple[str, ...]
 
 
 def write(
@@ -93,6 +95,10 @@ def write(
       if kind == half != layout.matrices
     },
     padding=layout.padding,
+    homeless_ends=tuple(
+      model.tokenizer.id_to_token(i) or f'token {i}'
+      for i in gguf_layout.ends(model).homeless
+    ),
   )
 
 
@@ -214,8 +220,9 @@ def check(
 
 def _text(model):
   """A text in which tokenizers would differ, ends of a text included."""
-  ends = ''.join(model.tokenizer.id_to_token(i) for i in model.eos_ids)
-  return agreement.TEXT + _NASTY + ends
+  # An id may be a row of the embedding that no token has.
+  ends = [model.tokenizer.id_to_token(i) or '' for i in model.eos_ids]
+  return agreement.TEXT + _NASTY + ''.join(ends)
 
 
 def _permute(rows, heads):

@@ -38,6 +38,13 @@ _BLOCKS = (_TYPE.Q8_0, _TYPE.Q4_0)
 # SmolLM2-135M, against its own weights: KL 0.29 and 92 MB; with Q4_0 0.39 and
 # 78 MB, with Q5_0 0.31 and 81 MB. `budgets.FORMATS` counts it so.
 _OUTPUT = _TYPE.Q8_0
+# Tokens at which llama.cpp ends a generation whatever a file says: ends of a
+# turn, of a message that calls a tool, and others.
+_TURN_ENDS = (
+  '<|eot_id|>', '<|im_end|>', '<|end|>', '<end_of_turn>', '<end_of_utterance>',
+)  # fmt: skip
+_MESSAGE_END = '<|eom_id|>'
+_KNOWN_ENDS = (*_TURN_ENDS, _MESSAGE_END, '<|endoftext|>', '<|end_of_text|>')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +229,44 @@ def _uniform(cfg):
   return 'qwen3'
 
 
+@dataclasses.dataclass(frozen=True)
+class Ends:
+  """Where a file, which has three places, says what ends a generation.
+
+  Attributes:
+    eos: what the tokenizer calls its eos token.
+    eot: end of a turn; None: llama.cpp looks for one by its name.
+    eom: end of a message, or one more id.
+    homeless: ids at which llama.cpp goes on.
+  """
+
+  eos: int
+  eot: int | None
+  eom: int | None
+  homeless: tuple[int, ...]
+
+
+def ends(model: weights.Source) -> Ends:
+  """Gives every id that ends a generation a place, if there are enough."""
+  # A base model may state no end; llama.cpp would take token 11 for it.
+  eos = model.separator_id if model.eos_id is None else model.eos_id
+  ids = list(dict.fromkeys([eos, *model.eos_ids]))
+  if len(ids) == 1:
+    return Ends(eos, None, None, ())
+  name = {i: model.tokenizer.id_to_token(i) for i in ids}
+  eot = next((i for i in ids if name[i] in _TURN_ENDS), None)
+  eom = next((i for i in ids[1:] if name[i] == _MESSAGE_END), None)
+  left = [i for i in ids[1:] if i not in (eot, eom)]
+  # Those that need a place come first.
+  left.sort(key=lambda i: name[i] in _KNOWN_ENDS)
+  if eot is None and left:
+    eot = left.pop(0)
+  if left and (eom is None or name[left[0]] not in _KNOWN_ENDS):
+    eom = left.pop(0)
+  homeless = tuple(i for i in left if name[i] not in _KNOWN_ENDS)
+  return Ends(eos, eot, eom, homeless)
+
+
 def _tokenizer(model):
   """Vocabulary, merges, rule and special tokens as GGUF has them."""
   rule = bpe.rule(model.tokenizer, model.name)
@@ -241,8 +286,7 @@ def _tokenizer(model):
       f'{model.name}: its tokenizer has no merges, without which llama.cpp '
       'opens no file; export to another format'
     )
-  # A base model may state no end; llama.cpp would take token 11 for it.
-  eos = model.eos_ids or (model.separator_id,)
+  found = ends(model)
   key = 'tokenizer.ggml'
   return {
     f'{key}.model': 'gpt2',
@@ -251,8 +295,9 @@ def _tokenizer(model):
     f'{key}.token_type': kinds,
     f'{key}.merges': [m if isinstance(m, str) else ' '.join(m) for m in merges],
     f'{key}.bos_token_id': model.bos_id,
-    f'{key}.eos_token_id': eos[0],
-    f'{key}.eot_token_id': eos[1] if len(eos) > 1 else None,
+    f'{key}.eos_token_id': found.eos,
+    f'{key}.eot_token_id': found.eot,
+    f'{key}.eom_token_id': found.eom,
     f'{key}.padding_token_id': model.pad_id,
     f'{key}.add_bos_token': _adds_bos(model),
     'tokenizer.chat_template': model.chat_template,

@@ -70,14 +70,14 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   }
   weights.check_tensors(cfg, weights.GGUF, found, str(path))
   tokenizer = read_tokenizer(path, fields)
-  bos, eos, eot, pad = (
+  bos, pad, *ends = (
     meta.get(key, int, least=0) if key in fields else None
     for key in (
       f'tokenizer.ggml.{name}_token_id'
-      for name in ('bos', 'eos', 'eot', 'padding')
+      for name in ('bos', 'padding', 'eos', 'eot', 'eom')
     )
   )
-  eos_ids = tuple(dict.fromkeys(i for i in (eos, eot) if i is not None))
+  eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
   special_ids = [i for i in (bos, *eos_ids, pad) if i is not None]
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(path))
 

@@ -1,5 +1,6 @@
 """GGUF files: llama.cpp computes the same, or the check says so."""
 
+import ctypes
 import dataclasses
 import json
 import resource
@@ -14,6 +15,7 @@ from effllm_jax import agreement
 from effllm_jax import bpe
 from effllm_jax import budgets
 from effllm_jax import errors
+from effllm_jax import formats
 from effllm_jax import gguf_export
 from effllm_jax import gguf_source
 from effllm_jax import llama_cpp
@@ -267,6 +269,63 @@ def test_vocabulary_with_rows_to_spare_and_bos(tmp_path):
   kinds = fields['tokenizer.ggml.token_type'].contents()
   assert kinds == [3, 3] + 318 * [1] + [4] + 31 * [5]
   assert fields['tokenizer.ggml.tokens'].contents()[350] == '[PAD350]'
+
+
+LLAMA_ENDS = ('<|end_of_text|>', '<|eom_id|>', '<|eot_id|>', '<stop>', '<halt>')
+
+
+@pytest.mark.parametrize(
+  'ends, own, places, homeless',
+  [
+    # Ids in the order of LLAMA_ENDS, the tokenizer's own, (eos, eot, eom).
+    ([0, 1, 2], None, (0, 2, 1), ()),
+    ([0, 1, 2], 2, (2, 2, 1), ()),
+    ([0, 2], None, (0, 2, None), ()),
+    ([0, 2, 3], None, (0, 2, 3), ()),
+    # <|eom_id|> needs no place.
+    ([0, 1, 2, 3], None, (0, 2, 3), ()),
+    ([0, 3, 4], None, (0, 3, 4), ()),
+    ([3, 2, 4, 5, 1], None, (3, 2, 4), ('token 325',)),
+    ([3], None, (3, None, None), ()),
+  ],
+)
+def test_ends_of_a_generation(tmp_path, ends, own, places, homeless):
+  tokenizer = model_files.bpe()
+  tokenizer.add_special_tokens(list(LLAMA_ENDS))
+  # The last is a row that no token has.
+  cfg = dataclasses.replace(CFG, V=326)
+  at = lambda i: None if i is None else 320 + i
+  model = source(
+    cfg, tokenizer=tokenizer, eos_ids=tuple(map(at, ends)),
+    tokenizer_eos_id=at(own),
+  )  # fmt: skip
+  path = tmp_path / 'a.gguf'
+  written = gguf_export.write(model, path, 'f32')
+  gguf_export.read_back(model, path, 'f32')
+  fields, _ = gguf_source.contents(path)
+  keys = [f'tokenizer.ggml.{x}_token_id' for x in ('eos', 'eot', 'eom')]
+  assert [fields.get(x) for x in keys] == [at(i) for i in places]
+  again = gguf_source.read(path, params=False)
+  assert set(again.eos_ids) == {at(i) for i in places if i is not None}
+  assert written.homeless_ends == homeless
+  notes = formats._notes('a.gguf', written)
+  assert len(notes) == len(homeless)
+  assert all(x in notes[0] for x in homeless)
+  if llama_cpp.available():
+    assert ends_in_llama_cpp(path) >= {
+      at(i) for i in ends if f'token {at(i)}' not in homeless
+    }
+
+
+def ends_in_llama_cpp(path):
+  """The ids at which it ends a generation."""
+  with llama_cpp._opened(path) as (lib, model):
+    vocab = lib.llama_model_get_vocab(model)
+    is_end = lib.llama_vocab_is_eog
+    is_end.restype, is_end.argtypes = (
+      ctypes.c_bool, (ctypes.c_void_p, ctypes.c_int32),
+    )  # fmt: skip
+    return {i for i in range(326) if is_end(vocab, i)}
 
 
 RULES = {
