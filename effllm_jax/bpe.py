@@ -42,7 +42,7 @@ _RULES = {
   'deepseek-r1-qwen': _split(''),
 }
 # Values of `tokenizer.ggml.token_type`.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 
 def tokenizer(
@@ -86,7 +86,13 @@ def tokenizer(
     f'{file}: merges do not fit the vocabulary', 'fetch the file again'
   ):
     model = models.BPE(
-      vocab={token: i for i, token in enumerate(tokens)},
+      # llama.cpp's converter names the rows of the embedding that no token has;
+      # in the model's own tokenizer they are not.
+      vocab={
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != _UNUSED or token != f'[PAD{i}]'
+      },
       merges=[tuple(merge.split(' ')) for merge in merges],
       # As llama.cpp does for this rule: a word that is a token stays whole.
       ignore_merges=pre == 'llama-bpe',

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from effllm_jax import errors
+from effllm_jax import gguf_export
 from effllm_jax import gguf_source
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import structure
+from effllm_jax import teacher
 from effllm_jax import weights
 from tests import model_files
 
@@ -195,6 +197,24 @@ def test_tokenizer_of_qwen2_is_transformers(tmp_path):
   for text in TEXTS:
     if '<|' not in text:  # It knows of no special tokens.
       assert tokenizer.encode(text).ids == reference(text)['input_ids'], text
+
+
+def test_rows_that_no_token_has_are_no_tokens(tmp_path):
+  cfg = dataclasses.replace(model_files.CFG, V=336)
+  path = model_files.write_gguf(tmp_path / 'a.gguf', cfg)
+  source = sources.load(path, model_files.CACHE)
+  assert source.tokenizer.get_vocab() == model_files.bpe().get_vocab()
+  folder = model_files.hugging_face(tmp_path / 'hf', cfg)
+  teacher.check(source, sources.load(folder, model_files.CACHE))
+  # And an export names them as the converter did.
+  gguf_export.write(source, tmp_path / 'again.gguf', 'f32')
+  want, have = (
+    gguf_source.contents(tmp_path / f'{name}.gguf')[0]
+    for name in ('a', 'again')
+  )
+  for key in ('tokens', 'token_type'):
+    key = f'tokenizer.ggml.{key}'
+    assert have[key] == want[key] and len(want[key]) == 336
 
 
 # What is refused.
