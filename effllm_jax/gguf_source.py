@@ -63,10 +63,13 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   fields, tensors = contents(path)
   meta = _Metadata(path, fields)
   cfg = _config(meta, tensors)
+  # What stands for a part of the architecture is in it already.
+  read_already = {
+    _ROPE_FREQS: cfg.rope_scaling is not None,
+    weights.GGUF.unembed: cfg.tied,
+  }
   found = {
-    name: t.shape
-    for name, t in tensors.items()
-    if cfg.rope_scaling is None or name != _ROPE_FREQS
+    name: t.shape for name, t in tensors.items() if not read_already.get(name)
   }
   weights.check_tensors(cfg, weights.GGUF, found, str(path))
   tokenizer = read_tokenizer(path, fields)
@@ -345,7 +348,7 @@ def _config(meta, tensors):
     norm_eps=float(
       str(np.float32(get('attention.layer_norm_rms_epsilon', float)))
     ),
-    tied='output.weight' not in tensors,
+    tied=_is_tied(tensors),
     qkv_bias='blk.0.attn_q.bias' in tensors,
     qk_norm=arch == 'qwen3',
   )
@@ -359,6 +362,17 @@ def _config(meta, tensors):
     divisors = _dequantised(tensors, _ROPE_FREQS, meta.path)
     return dataclasses.replace(cfg, rope_scaling=_scaling(meta, cfg, divisors))
   return cfg
+
+
+def _is_tied(tensors):
+  """Whether no output matrix is there, or one that repeats the embedding."""
+  output = tensors.get(weights.GGUF.unembed)
+  embed = tensors.get(weights.GGUF.embed)
+  if output is None or embed is None:
+    return output is None
+  return output.tensor_type == embed.tensor_type and np.array_equal(
+    output.data, embed.data
+  )
 
 
 def _scaling(meta, cfg, divisors):

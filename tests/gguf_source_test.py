@@ -88,6 +88,20 @@ def test_biases_of_a_llama_are_in_the_order_of_its_rows(tmp_path):
     )
 
 
+@pytest.mark.parametrize('kind', ['F16', 'Q8_0'])
+def test_an_output_that_repeats_the_embedding_is_tied(tmp_path, kind):
+  embed = model_files.random_params(model_files.CFG).embed
+  found = [
+    sources.load(
+      model_files.write_gguf(tmp_path / 'a.gguf', kind=kind, tensors=tensors),
+      model_files.CACHE,
+    )
+    for tensors in ({}, {'output.weight': embed}, {'output.weight': 2 * embed})
+  ]
+  assert [x.cfg.tied for x in found] == [True, True, False]
+  assert model_files.same(found[0].params, found[1].params)
+
+
 def draw_blocks(kind, blocks, seed):
   """Random finite blocks of a quantised type, bytes, and their values."""
   _, size = gguf.GGML_QUANT_SIZES[kind]
