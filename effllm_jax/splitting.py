@@ -48,7 +48,7 @@ def split(
   on, and the next one takes its place. Paragraphs of WINDOW or more words that
   stand in a held-out document are then taken out of the training documents;
   shorter ones ("Exit.") are the language's own. A domain of one document is cut
-  at a paragraph.
+  at a paragraph, within one where that alone comes near HELD_OUT.
 
   Returns:
     The splits, and notes for the manifest.
@@ -123,18 +123,39 @@ def _cut(document: Document) -> list[Document]:
   """The beginning and the end of a domain's only document."""
   parts, joint = paragraphs(document.text)
   goal = HELD_OUT * document.size
-  tail = parts.pop()
-  while len(parts) > 1 and len(tail.encode()) < goal:
-    tail = parts.pop() + joint + tail
-  if not parts:
+  tail = _take(parts, joint, goal)
+  size = len(joint.join(tail).encode())
+  if tail and not goal <= size <= 2 * goal:
+    # The paragraph around the right place is a large one: it is cut at a line.
+    short = size < goal
+    large = parts.pop() if short else tail.pop(0)
+    lines = large.split('\n')
+    last = _take(lines, '\n', goal - len(joint.join(tail).encode()))
+    if last:
+      tail.insert(0, '\n'.join(last))
+    if last or short:
+      parts.append('\n'.join(lines))
+    else:
+      tail.insert(0, large)
+  head, tail = joint.join(parts).strip(), joint.join(tail).strip()
+  if min(len(head.encode()), len(tail.encode())) < goal / 10:
     raise errors.InputError(
       f'domain {document.domain!r} is a single paragraph ({document.id}), so '
-      'nothing of it can be held out; add text to it'
+      'nothing of it can be held out; add text to it, or ends of lines'
     )
   return [
-    document._replace(text=joint.join(parts).strip()),
-    Document(document.domain, f'{document.id}#end', tail.strip()),
+    document._replace(text=head),
+    Document(document.domain, f'{document.id}#end', tail),
   ]
+
+
+def _take(parts: list[str], joint: str, goal: float) -> list[str]:
+  """Takes parts from the end, until they have `goal` bytes or one is left."""
+  taken, size = [], -len(joint)
+  while len(parts) > 1 and size < goal:
+    taken.append(parts.pop())
+    size += len(joint) + len(taken[-1].encode())
+  return taken[::-1]
 
 
 def _pick(

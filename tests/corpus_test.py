@@ -228,6 +228,21 @@ def test_a_single_document_is_cut_at_a_paragraph(tmp_path, joint):
   assert corpus.manifest(data)['cut_documents'] == ['text/book.txt']
 
 
+@pytest.mark.parametrize('short', ['before', 'after'])
+def test_a_single_large_paragraph_is_cut_at_a_line(short):
+  large = '\n'.join(prose(20 * i, 20) for i in range(100))
+  text = f'A title\n\n{large}' if short == 'before' else f'{large}\n\nThe end'
+  splits, _ = splitting.split([documents_lib.Document('d', 'book', text)])
+  (train,), (held,) = splits['train'], splits['heldout']
+  assert f'{train.text}\n{held.text}' == text
+  share = held.size / len(text)
+  assert splitting.HELD_OUT <= share < 2 * splitting.HELD_OUT
+  # Of which no line is an end.
+  whole = text.replace(large, large.replace('\n', ' '))
+  with pytest.raises(errors.InputError, match=r'single paragraph.*; add text'):
+    splitting.split([documents_lib.Document('d', 'book', whole)])
+
+
 def test_split_removes_what_is_shared():
   def document(i, text):
     return documents_lib.Document('d', str(i), text)
