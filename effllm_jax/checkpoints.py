@@ -16,6 +16,7 @@ The last file that is written before that rename is that of `digests`, which
 whoever reads a file compares first.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import copy
@@ -216,14 +217,27 @@ def write_error(error: Exception) -> Exception:
 
 
 def moments(workdir: str | os.PathLike) -> list[Moment]:
-  """Everything that a run in `workdir` can go on from, newest first."""
+  """Everything that a run in `workdir` can go on from, newest first.
+
+  What cannot be read is left out, with a warning, and stays where it is: the
+  run may be deleting it just now.
+  """
+  return _moments(workdir, _leave_out)
+
+
+def _moments(
+  workdir: str | os.PathLike, refuse: Callable[[pathlib.Path, Exception], None]
+) -> list[Moment]:
+  """As `moments`; `refuse` is told of each folder that cannot be read."""
   found = []
   for kind in (_ROLLING, _EVENTS):
     for path in _committed(workdir, kind):
       try:
         found.append(_moment(path))
       except (OSError, ValueError, KeyError, TypeError) as e:
-        _set_aside(path, e)
+        # A run deletes its old checkpoints while others read.
+        if path.exists():
+          refuse(path, e)
   return sorted(found, key=lambda m: (m.step, m.num_events), reverse=True)
 
 
@@ -311,7 +325,7 @@ def restore_latest(
 
 def _set_damaged_aside(workdir) -> None:
   """Moves away what is newer than the newest moment that is as it was saved."""
-  for moment in moments(workdir):
+  for moment in _moments(workdir, _set_aside):
     try:
       digests.verify(moment.path)
     except (KeyError, OSError, TypeError, ValueError) as e:
@@ -385,7 +399,14 @@ def _same_shape(leaf, want):
     )
 
 
+def _leave_out(path: pathlib.Path, error: Exception) -> None:
+  logging.warning(
+    'checkpoint %s cannot be read (%s); leaving it out', path, _brief(error)
+  )
+
+
 def _set_aside(path: pathlib.Path, error: Exception) -> None:
+  """Only for the run itself: nobody else may move what it writes."""
   target = path.parents[1] / _DAMAGED / f'{path.parent.name}-{path.name}'
   target.parent.mkdir(exist_ok=True)
   if target.exists():
@@ -394,9 +415,13 @@ def _set_aside(path: pathlib.Path, error: Exception) -> None:
   logging.warning(
     'checkpoint %s cannot be read (%s); moved to %s, taking the one before',
     path,
-    ' '.join(str(error).split())[:200],
+    _brief(error),
     target,
   )
+
+
+def _brief(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200]
 
 
 def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
@@ -490,6 +515,6 @@ def _read_part(moment, name, abstract):
     return _read(moment.path / name, abstract)
   except Exception as e:
     raise errors.InputError(
-      f'{moment.path} cannot be read ({" ".join(str(e).split())[:200]}); '
-      'choose another event, or resume the run to write it again'
+      f'{moment.path} cannot be read ({_brief(e)}); choose another event, or '
+      'resume the run to write it again'
     ) from e

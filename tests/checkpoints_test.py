@@ -167,6 +167,31 @@ def test_a_damaged_architecture_file_falls_back(tmp_path, tx):
   assert int(restore(tmp_path, tx)[0].step) == 1
 
 
+def test_a_reader_moves_nothing(tmp_path, tx, caplog):
+  """The run may be deleting what a reader finds half of."""
+  write(tmp_path, tx, [1, 3])
+  (tmp_path / 'checkpoints' / '3' / 'arch' / 'metadata').unlink()
+  before = sorted(tmp_path.rglob('*'))
+  with caplog.at_level(logging.WARNING):
+    assert [m.step for m in checkpoints.moments(tmp_path)] == [1]
+    assert checkpoints.restore_params(tmp_path)[-1] == 1
+  assert 'checkpoints/3 cannot be read' in caplog.text
+  assert 'leaving it out' in caplog.text
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_what_is_gone_meanwhile_is_not_damaged(
+  tmp_path, tx, monkeypatch, caplog
+):
+  write(tmp_path, tx, [1])
+  listed = checkpoints._committed
+  gone = lambda *x: [*listed(*x), tmp_path / 'checkpoints' / '0']
+  monkeypatch.setattr(checkpoints, '_committed', gone)
+  with caplog.at_level(logging.WARNING):
+    assert [m.step for m in checkpoints.moments(tmp_path)] == [1]
+  assert not [x for x in caplog.messages if 'cannot be read' in x]
+
+
 def test_arrays_of_another_architecture_are_never_padded_or_cut(
   tmp_path, tx, monkeypatch
 ):
