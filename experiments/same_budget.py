@@ -7,8 +7,8 @@
     <workdir>/<study>/results.jsonl              a row for every finished run
     <workdir>/<study>/summary.md, *.png          made of these rows alone
 
-A finished run loses its checkpoints and events, but for the last checkpoint of
-`ours_a` at equal tokens, whose shape other arms start from.
+A finished run loses its checkpoints and events, but for the last of either kind
+of `ours_a` at equal tokens, whose shape other arms start from.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,7 @@ from effllm_jax import finished
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
 from effllm_jax import runlog
+from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import tables
 from effllm_jax import train
@@ -290,10 +291,17 @@ class Runner:
   def _tidy(self) -> None:
     """Deletes the states of finished runs that no other arm starts from."""
     for budget, arm, seed in self.rows:
-      for run in self.folder.glob(f'runs/{budget}/{arm}/{seed}-*'):
-        shutil.rmtree(run / 'events', ignore_errors=True)
-        if (budget, arm) != ('tokens', arms_lib.OURS):
-          shutil.rmtree(run / 'checkpoints', ignore_errors=True)
+      for run in self.folder.absolute().glob(f'runs/{budget}/{arm}/{seed}-*'):
+        kept = None
+        if (budget, arm) == ('tokens', arms_lib.OURS):
+          # An event, where the last step shrinks.
+          kept = next((x.path for x in checkpoints.moments(run)), None)
+        for folder in (run / 'events', run / 'checkpoints'):
+          others = [folder]
+          if kept and kept.parent == folder:
+            others = [x for x in folder.iterdir() if x != kept]
+          for path in others:
+            shutil.rmtree(path, ignore_errors=True)
 
   def _workdir(self, key, tokens: int) -> pathlib.Path:
     budget, arm, seed = key
@@ -302,11 +310,30 @@ class Runner:
   def _config(self, arm: arms_lib.Arm, seed: int) -> ml_collections.ConfigDict:
     starts = {'source': self.source, 'uniform': self.uniform}
     if arm.start == 'found':
-      key = ('tokens', arms_lib.OURS, seed)
-      run = self._workdir(key, self.study.config.train.tokens)
-      found = checkpoints.moments(run)
-      starts['found'] = found[0].path if found else run
+      starts['found'] = self._found(seed)
     return arms_lib.config(arm, self.study.config, seed, starts)
+
+  def _found(self, seed: int) -> pathlib.Path:
+    """Where the last state of `ours_a` is.
+
+    Raises:
+      errors.InputError: what is there is not of the size that it ended with.
+    """
+    key = ('tokens', arms_lib.OURS, seed)
+    run = self._workdir(key, self.study.config.train.tokens)
+    saved = checkpoints.moments(run)
+    if not saved:
+      return run
+    last = saved[0]
+    masks = checkpoints.read_prune(last).masks
+    live = selection.live_params(masks, last.cfg)
+    if key in self.rows and live != self.rows[key].live_params:
+      raise errors.InputError(
+        f'{last.path} has {live:,} live parameters, {arms_lib.OURS} of seed '
+        f'{seed} ended with {self.rows[key].live_params:,}; its last state is '
+        'gone: set another --workdir'
+      )
+    return last.path
 
   def _write_uniform(self) -> pathlib.Path:
     """A model folder; of its random weights only the shape is used."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 import fcntl
+import json
 import math
+import shutil
 
 import jax
 import pytest
@@ -17,6 +19,7 @@ from effllm_jax import train
 from experiments import arms
 from experiments import same_budget
 from tests import conftest
+from tests import hostile_runs_test
 from tests import runs
 
 # The dense arm gives the row of the source, and is the costliest.
@@ -127,6 +130,34 @@ def test_from_scratch_in_the_shape_that_was_found(root):
   first = made.run.last_eval('source')
   pruned = sources.load(ours.path, root / 'cache')
   assert made.params == pruned.cfg.num_params() == first['live_params']
+
+
+def test_the_last_state_of_ours_is_kept_of_either_kind(
+  root, tmp_path, monkeypatch
+):
+  """A run whose last step shrinks saves what it ended with as an event."""
+  compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
+  ours = next((root / 'runs' / 'mini').glob('runs/tokens/ours_a/0-*'))
+  run = tmp_path / ours.relative_to(root / 'runs' / 'mini')
+  event, older = run / 'events' / '0', run / 'checkpoints' / '20'
+  for folder in (event, older):
+    shutil.copytree(checkpoints.moments(ours)[0].path, folder)
+  path = older / 'arch' / 'metadata'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'step': 20}))
+  hostile_runs_test.sign(older)
+  rows = comparison.read(root / 'runs' / 'mini' / 'results.jsonl')
+  row = next(x for x in rows if x.key == ('tokens', 'ours_a', 0))
+  comparison.write(tmp_path / 'results.jsonl', [row])
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  runner = same_budget.Runner(study_of(root), tmp_path, None, None, None)
+  runner._tidy()
+  assert [x.path for x in checkpoints.moments(run)] == [event]
+  (found,) = choose('scratch_found').arms
+  assert runner._config(found, 0).source == str(event)
+  # As those are who have lost it.
+  runner.rows[row.key] = dataclasses.replace(row, live_params=1)
+  with pytest.raises(errors.InputError, match='ended with 1; its last state'):
+    runner._config(found, 0)
 
 
 def test_another_comparison_at_work_is_refused(root):
