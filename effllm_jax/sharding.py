@@ -148,6 +148,13 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def of_the_first(word: bool) -> bool:
+  """What the first process says, once every process has come here."""
+  if jax.process_count() == 1:
+    return word
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(word)))
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -1,11 +1,13 @@
 """The host loop: train, prune, shrink, evaluate, record, and resume."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 import ml_collections
@@ -79,9 +81,6 @@ def run(
     teacher = sources.load(named or config.source, cache, flag=flag)
     teacher = teacher_lib.fitted(teacher, source, config.data.seq_len)
     teacher = teacher_lib.Teacher(teacher, plan.recipe)
-  if jax.process_index() == 0:
-    workdir_lib.claim(workdir, config.to_dict())
-  sharding.wait('workdir')
   if config.init == 'random':
     source = dataclasses.replace(
       source, description=f'from scratch, in the shape of {source.description}'
@@ -90,15 +89,45 @@ def run(
   else:
     # Read once and not held on to: the state has its own copy.
     initial = lambda: sources.load(config.source, cache).params
-  try:
-    if jax.process_index() == 0 and not checkpoints.moments(workdir):
-      sources.save(source, workdir / 'source')
-      workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
-    Run(
-      config, workdir, plan, source, initial, teacher, batches, heldout
-    ).train(profiled)
-  except OSError as e:
-    raise checkpoints.write_error(e) from e
+  with _claimed(workdir, config.to_dict()):
+    try:
+      if jax.process_index() == 0 and not checkpoints.moments(workdir):
+        sources.save(source, workdir / 'source')
+        workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
+      Run(
+        config, workdir, plan, source, initial, teacher, batches, heldout
+      ).train(profiled)
+    except OSError as e:
+      raise checkpoints.write_error(e) from e
+
+
+@contextlib.contextmanager
+def _claimed(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
+  """Has a workdir for this run alone; what one process is refused, all are.
+
+  Raises:
+    errors.InputError: as `workdir.claim`, or another run is at work there.
+  """
+  refusal = None
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        workdir_lib.claim(workdir, config)
+        stack.enter_context(
+          workdir_lib.locked(
+            workdir / 'lock',
+            f'another run is at work in {workdir}; wait for its end or choose '
+            'another --workdir',
+          )
+        )
+      except errors.InputError as e:
+        refusal = e
+    # The others would wait for it for ever.
+    if not sharding.of_the_first(refusal is None):
+      raise refusal or errors.InputError(
+        f'the first process is refused {workdir}; see what it says'
+      )
+    yield
 
 
 def train_batches(

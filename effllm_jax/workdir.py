@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -92,6 +94,38 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     raise errors.InputError(
       f'cannot write {workdir}: {e.strerror}; choose another --workdir'
     ) from e
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, refusal: str = '') -> Iterator[None]:
+  """Holds a lock, which a killed process lets go of.
+
+  A file system that has no locks costs the protection and nothing else.
+
+  Args:
+    path: of the lock, a file of no content that stays.
+    refusal: what to say where it is held already; '': wait until it is not.
+
+  Raises:
+    errors.InputError: it is held already, or it cannot be written.
+  """
+  try:
+    # No link of that name leads out of the folder.
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write {path}: {e.strerror}; choose another --workdir'
+    ) from e
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+    except BlockingIOError as e:
+      raise errors.InputError(refusal) from e
+    except OSError:
+      pass
+    yield
+  finally:
+    os.close(file)
 
 
 def _flat(tree, prefix='') -> dict[str, Any]:

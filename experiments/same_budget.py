@@ -11,11 +11,9 @@ A finished run loses its checkpoints and events, but for the last of either kind
 of `ours_a` at equal tokens, whose shape other arms start from.
 """
 
-from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import os
@@ -95,7 +93,12 @@ def run(
   workdir = pathlib.Path(workdir)
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-  with _alone(workdir), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
+    refusal = (
+      f'another comparison is at work in {workdir}; wait for its end or set '
+      'another --workdir'
+    )
+    stack.enter_context(workdir_lib.locked(workdir / 'lock', refusal))
     # Before a source is made, which takes minutes.
     _check_order(workdir / name, choice)
     if study.pretrained:
@@ -114,21 +117,6 @@ def run(
     runner.run(choice)
     with errors.writing(runner.folder):
       return comparison.publish(runner.folder, arms_lib.OURS)
-
-
-@contextlib.contextmanager
-def _alone(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the lock of a workdir, which a killed process lets go of."""
-  path = workdir / 'lock'
-  with errors.writing(path), path.open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise errors.InputError(
-        f'another comparison is at work in {workdir}; wait for its end or set '
-        'another --workdir'
-      ) from e
-    yield
 
 
 def _check_order(folder: pathlib.Path, choice: Choice) -> None:
@@ -250,7 +238,6 @@ class Runner:
       config = arms_lib.lengthened(config, tokens)
     key = (budget, arm.name, seed)
     workdir = self._workdir(key, config.train.tokens)
-    workdir.parent.mkdir(parents=True, exist_ok=True)
     # Of the run before; see `pruning.shrink`. After 27 runs XLA aborted.
     jax.clear_caches()
     train.run(config, workdir, self.cache)

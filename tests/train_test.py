@@ -11,6 +11,7 @@ import pytest
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import errors
+from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import train
@@ -94,6 +95,43 @@ def test_blocks_that_cannot_be_used_are_refused(setting, text):
   with pytest.raises(errors.InputError, match=r'model\.blocks .* cannot'):
     run('refused', **{'model.blocks': str(path)})
   assert not (root / 'refused').exists()
+
+
+def test_one_run_at_a_time_in_a_workdir(setting, monkeypatch):
+  run, root = setting
+  refused = []
+
+  class Busy:
+    """A run that another one comes into."""
+
+    def __init__(self, *_):
+      pass
+
+    def train(self, _):
+      before = sorted((root / 'busy').rglob('*'))
+      with pytest.raises(errors.InputError, match='another run is at work in'):
+        run('busy')
+      assert sorted((root / 'busy').rglob('*')) == before
+      refused.append(before)
+      raise ZeroDivisionError
+
+  monkeypatch.setattr(train, 'Run', Busy)
+  # An error lets go of the workdir.
+  for _ in range(2):
+    with pytest.raises(ZeroDivisionError):
+      run('busy')
+  assert len(refused) == 2
+
+
+def test_all_processes_are_refused_with_the_first(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(sharding, 'of_the_first', lambda _: False)
+  with (
+    pytest.raises(errors.InputError, match='the first process is refused'),
+    train._claimed(tmp_path / 'run', {}),
+  ):
+    pass
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('log_every', [1, 3])

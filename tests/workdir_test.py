@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 
@@ -65,3 +67,38 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
   path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
   with pytest.raises(errors.InputError, match='line 2 is not JSON'):
     list(workdir.read(path))
+
+
+def test_a_lock_is_held_once(tmp_path):
+  path = tmp_path / 'lock'
+  with (
+    workdir.locked(path, 'taken'),
+    pytest.raises(errors.InputError, match='taken'),
+    workdir.locked(path, 'taken'),
+  ):
+    pass
+  # Also an error lets go of it.
+  with pytest.raises(ZeroDivisionError), workdir.locked(path, 'taken'):
+    raise ZeroDivisionError
+  with workdir.locked(path):
+    pass
+
+
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', flock)
+  with workdir.locked(tmp_path / 'lock', 'taken'):
+    assert os.listdir(tmp_path) == ['lock']
+
+
+@pytest.mark.parametrize('make', [os.mkdir, lambda x: os.symlink('other', x)])
+def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
+  make(tmp_path / 'lock')
+  with (
+    pytest.raises(errors.InputError, match=r'cannot write .* another --wo'),
+    workdir.locked(tmp_path / 'lock'),
+  ):
+    pass
+  assert os.listdir(tmp_path) == ['lock']
