@@ -10,6 +10,7 @@ Raises:
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import json
 import logging
@@ -24,8 +25,10 @@ from effllm_jax import benchmark_items
 from effllm_jax import errors
 from effllm_jax import likelihood
 from effllm_jax import model as model_lib
+from effllm_jax import runlog
 from effllm_jax import weights
 from effllm_jax import widths
+from effllm_jax import workdir
 import kernels
 
 try:
@@ -260,3 +263,47 @@ def run(
           }
         )
   return rows
+
+
+def added(
+  record: Mapping[str, Any], step: int | None, rows: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+  """A record of benchmarks with rows of `run`; what they measure anew goes.
+
+  Args:
+    record: `runlog.Run.benchmarks`; of another version, whose prompts may be
+      others, nothing is taken.
+    step: of the model that was asked; None: the source.
+    rows: of `run`.
+  """
+  rows = list(rows)
+  if record.get('harness') != VERSION:
+    record = {'harness': VERSION, 'rows': []}
+  replaced = {(step, x['task'], x['limit']) for x in rows}
+  kept = [
+    x
+    for x in record['rows']
+    if (x['step'], x['task'], x['limit']) not in replaced
+  ]
+  return {**record, 'rows': kept + [{'step': step, **x} for x in rows]}
+
+
+def keep(
+  folder: pathlib.Path, step: int | None, rows: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+  """Adds to what a workdir has now, which another command may add to as well.
+
+  Returns:
+    The record as it is written.
+
+  Raises:
+    errors.InputError: what is there is damaged, or cannot be written.
+  """
+  path = folder / runlog.BENCHMARKS
+  with (
+    workdir.locked(path.with_name(f'{path.name}.lock')),
+    errors.writing(path),
+  ):
+    record = added(runlog.benchmarks(folder), step, rows)
+    workdir.write_json(path, record)
+  return record

@@ -316,8 +316,17 @@ def read(folder: str | os.PathLike) -> Run:
     removed=removed,
     text=_object(folder / TEXT, _TEXT),
     edge=_object(folder / EDGE, _EDGE),
-    benchmarks=_object(folder / BENCHMARKS, _BENCHMARKS),
+    benchmarks=benchmarks(folder),
   )
+
+
+def benchmarks(workdir: str | os.PathLike) -> dict[str, Any]:
+  """`Run.benchmarks` as it is now.
+
+  Raises:
+    errors.InputError: the file is damaged.
+  """
+  return _object(pathlib.Path(workdir) / BENCHMARKS, _BENCHMARKS)
 
 
 def _alive(about, path) -> dict[str, np.ndarray]:

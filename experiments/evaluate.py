@@ -67,7 +67,6 @@ def main(argv: list[str]) -> None:
   from effllm_jax import runlog
   from effllm_jax import sources
   from effllm_jax import tables
-  from effllm_jax import workdir
 
   record = {'harness': harness.VERSION, 'rows': []}
   models = {}
@@ -112,18 +111,13 @@ def main(argv: list[str]) -> None:
         f'{items / seconds:.2f} items/s',
         highlight=False,
       )
-      replaced = {(step, x['task'], x['limit']) for x in rows}
-      record['rows'] = [
-        x
-        for x in record['rows']
-        if (x['step'], x['task'], x['limit']) not in replaced
-      ] + [{'step': step, **x} for x in rows]
-      if _WORKDIR.value is not None:
-        path = pathlib.Path(_WORKDIR.value) / runlog.BENCHMARKS
-        with errors.writing(path):
-          workdir.write_json(path, record)
+      if _WORKDIR.value is None:
+        record = harness.added(record, step, rows)
+      else:
+        record = harness.keep(pathlib.Path(_WORKDIR.value), step, rows)
   cli.tables().print(tables.benchmarks(record).rich())
   if _WORKDIR.value is not None:
+    path = pathlib.Path(_WORKDIR.value) / runlog.BENCHMARKS
     console.print(f'{path}', soft_wrap=True, highlight=False)
 
 

@@ -311,6 +311,23 @@ runpy.run_module('experiments.evaluate', run_name='__main__', alter_sys=True)
 """
 
 
+# Another one adds its row while this one asks.
+MEANWHILE = """
+import json, pathlib, sys
+from effllm_jax import harness
+ask = harness.run
+def run(*arguments):
+  (folder,) = [x[10:] for x in sys.argv if x.startswith('--workdir=')]
+  path = pathlib.Path(folder, 'benchmarks.json')
+  record = json.loads(path.read_text())
+  if len(record['rows']) == 2:
+    record['rows'].append(record['rows'][1] | {'step': 3})
+    path.write_text(json.dumps(record))
+  return ask(*arguments)
+harness.run = run
+"""
+
+
 def evaluate(*arguments, setup=COMMAND):
   sha256 = {k: v.sha256 for k, v in benchmark_items.BENCHMARKS.items()}
   return conftest.python('-c', setup, json.dumps(sha256), *arguments)
@@ -337,8 +354,9 @@ def test_command(cache, tmp_path):
     json.dumps({'harness': harness.VERSION, 'rows': before})
   )
   done = evaluate(
-    f'--workdir={workdir}', f'--cache={cache}', '--tasks=piqa,boolq'
-  )
+    f'--workdir={workdir}', f'--cache={cache}', '--tasks=piqa,boolq',
+    setup=MEANWHILE + COMMAND,
+  )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert 'source: 2 items' in done.stderr and 'step 5: 4 items' in done.stderr
   assert 'Tokenizing' not in done.stderr
@@ -346,6 +364,7 @@ def test_command(cache, tmp_path):
   rows = json.loads((workdir / 'benchmarks.json').read_text())['rows']
   assert rows[:2] == before and runlog.read(workdir).benchmarks['rows'] == rows
   assert [(x['step'], x['task'], x['metric']) for x in rows[2:]] == [
+    (3, 'piqa', 'acc'),
     (None, 'boolq', 'acc'),
     (5, 'piqa', 'acc'),
     (5, 'piqa', 'acc_norm'),
