@@ -108,12 +108,22 @@ class Bench:
       )
 
   def results(self, names: list[str]) -> list[dict[str, Any]]:
-    """Runs the arms that have no row in `results.jsonl` yet; all their rows."""
+    """Runs the arms that have no row in `results.jsonl` yet; all their rows.
+
+    Raises:
+      errors.InputError: another comparison is at work, or as `run`.
+    """
     from effllm_jax import workdir as workdir_lib
 
+    refusal = (
+      f'another comparison is at work in {self.workdir}; wait for its end or '
+      'set another --workdir'
+    )
     path = self.workdir / 'results.jsonl'
-    log = workdir_lib.Log(path, self.plan.steps)
-    with contextlib.closing(log):
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(workdir_lib.locked(self.workdir / 'lock', refusal))
+      log = workdir_lib.Log(path, self.plan.steps)
+      stack.callback(log.close)
       done = {row['arm']: row for row in workdir_lib.read(path)}
       for name in names:
         if name not in done:

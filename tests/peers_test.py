@@ -222,6 +222,8 @@ def test_a_finished_arm_is_not_run_again(bench, monkeypatch):
   bench, calls = bench(), []
 
   def run(name):
+    with pytest.raises(errors.InputError, match='another comparison is at w'):
+      bench.results(['ours'])
     calls.append(name)
     if len(calls) == 2:
       raise errors.InputError('killed')
