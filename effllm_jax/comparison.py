@@ -27,6 +27,8 @@ from effllm_jax import workdir
 
 # What all runs have alike -> the title of its tables.
 BUDGETS = {'tokens': 'Equal training tokens', 'flops': 'Equal FLOPs'}
+# How far the FLOPs of two runs of equal FLOPs may be apart.
+TOLERANCE = 0.02
 _COLOURS = {'tokens': '#0072B2', 'flops': '#D55E00'}
 _MARKERS = 'osD^v<>PXph*'
 _SPENT = ('training', 'scoring', 'repair', 'teacher')
@@ -142,6 +144,38 @@ def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
   """Replaces a file by these rows, at once."""
   lines = (json.dumps(dataclasses.asdict(row)) for row in rows)
   workdir.write_text(path, ''.join(f'{line}\n' for line in lines))
+
+
+def most_flops(rows: Iterable[Row]) -> int:
+  """FLOPs of the costliest run at equal tokens; 0: there is none."""
+  return max((x.total_flops for x in rows if x.budget == 'tokens'), default=0)
+
+
+def unequal(rows: Sequence[Row]) -> list[Row]:
+  """Rows of equal FLOPs that are not those of the costliest run any more.
+
+  So it is with those that were there before a costlier arm was run.
+  """
+  most = most_flops(rows)
+  return [
+    x
+    for x in rows
+    if x.budget == 'flops' and abs(x.total_flops - most) > TOLERANCE * most
+  ]
+
+
+def left_out(rows: Sequence[Row]) -> str:
+  """One line on what `unequal` finds, and the remedy; '': nothing."""
+  found = unequal(rows)
+  if not found:
+    return ''
+  names = ', '.join(f'{x.arm} of seed {x.seed}' for x in found)
+  arms = ','.join(dict.fromkeys(x.arm for x in found))
+  seeds = ','.join(str(x) for x in sorted({x.seed for x in found}))
+  return (
+    f'left out of equal FLOPs, which a costlier arm has raised: {names}; run '
+    f'them again with --arms={arms} --seeds={seeds}'
+  )
 
 
 def by_arm(rows: Iterable[Row], budget: str) -> dict[str, list[Row]]:
@@ -298,10 +332,14 @@ def costs(rows: Sequence[Row], budget: str) -> figure.Figure:
 def publish(folder: pathlib.Path, reference: str) -> list[tables.Table]:
   """Makes summary.md and figures of `folder`/results.jsonl; returns tables.
 
+  Without the rows that are `unequal`.
+
   Raises:
     errors.InputError: as `read`.
   """
-  rows = read(folder / 'results.jsonl')
+  every = read(folder / 'results.jsonl')
+  stale, note = unequal(every), left_out(every)
+  rows = [x for x in every if x not in stale]
   budgets = [x for x in BUDGETS if by_arm(rows, x)]
   made = [t for x in budgets for t in make_tables(rows, x, reference)]
   figures = {'arms.png': chart(rows)} if rows else {}
@@ -310,12 +348,16 @@ def publish(folder: pathlib.Path, reference: str) -> list[tables.Table]:
     scratch = folder / f'{name}.tmp'
     fig.savefig(scratch, format='png')
     scratch.replace(folder / name)
+  for budget in BUDGETS.keys() - budgets:
+    # Of rows that are left out by now.
+    (folder / f'costs-{budget}.png').unlink(missing_ok=True)
   pictures = [f'![{name}]({name})\n' for name in figures]
   text = '\n'.join(
     [
       '# At the same budget\n',
       f'Means over seeds {_PLUS_MINUS} standard errors; against {reference} '
       'seed by seed.\n',
+      *([f'{note[0].upper()}{note[1:]}.\n'] if note else []),
       *(t.markdown() for t in made),
       *pictures,
     ]

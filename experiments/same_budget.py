@@ -43,8 +43,6 @@ from effllm_jax import workdir as workdir_lib
 from experiments import arms as arms_lib
 from experiments import pretraining
 
-# How far the FLOPs of two runs of equal FLOPs may be apart.
-TOLERANCE = 0.02
 _RESULTS = 'results.jsonl'
 # Of public benchmarks, read at once.
 _BATCH_TOKENS = 2048
@@ -115,6 +113,8 @@ def run(
     runner = Runner(study, workdir / name, cache, source, ask)
     runner.check(choice)
     runner.run(choice)
+    if note := comparison.left_out([*runner.rows.values()]):
+      runner.say(note, soft_wrap=True)
     with errors.writing(runner.folder):
       return comparison.publish(runner.folder, arms_lib.OURS)
 
@@ -207,32 +207,24 @@ class Runner:
 
   def _pending(self, choice: Choice) -> set[tuple[str, str, int]]:
     """Keys without a row, or with one of FLOPs that are no longer the most."""
+    stale = {x.key for x in comparison.unequal([*self.rows.values()])}
     return {
       (budget, arm.name, seed)
       for budget in choice.budgets
       for arm in choice.arms
       for seed in choice.seeds
       if (budget, arm.name, seed) not in self.rows
-      or (budget == 'flops' and not self._equal(budget, arm, seed))
+      or (budget, arm.name, seed) in stale
     }
-
-  def _equal(self, budget, arm, seed) -> bool:
-    row = self.rows[budget, arm.name, seed]
-    return abs(row.total_flops / self._most() - 1) <= TOLERANCE
-
-  def _most(self) -> int:
-    """FLOPs of the costliest run at equal tokens."""
-    return max(
-      row.total_flops for row in self.rows.values() if row.budget == 'tokens'
-    )
 
   def _one(self, budget: str, arm: arms_lib.Arm, seed: int) -> None:
     config = self._config(arm, seed)
     if budget == 'flops':
-      first, most = self.rows['tokens', arm.name, seed], self._most()
+      first = self.rows['tokens', arm.name, seed]
+      most = comparison.most_flops(self.rows.values())
       missing = most - first.total_flops
       tokens = first.tokens + missing / first.flops_per_token
-      if missing < TOLERANCE / 2 * most:
+      if missing < comparison.TOLERANCE / 2 * most:
         self._keep(dataclasses.replace(first, budget=budget))
         return
       config = arms_lib.lengthened(config, tokens)
@@ -246,7 +238,10 @@ class Runner:
     if self.ask:
       tasks = self.ask(finished.read(workdir, None)[0])
     row = _row(key, log, log.last_eval('final'), tasks)
-    if budget == 'flops' and abs(row.total_flops / most - 1) > TOLERANCE:
+    if (
+      budget == 'flops'
+      and abs(row.total_flops / most - 1) > comparison.TOLERANCE
+    ):
       raise RuntimeError(
         f'{workdir} spent {row.total_flops:.4g} FLOPs where {most:.4g} were '
         'planned; please report this'

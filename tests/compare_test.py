@@ -18,6 +18,7 @@ from effllm_jax import sources
 from effllm_jax import train
 from experiments import arms
 from experiments import same_budget
+from tests import comparison_test
 from tests import conftest
 from tests import hostile_runs_test
 from tests import runs
@@ -158,6 +159,27 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   runner.rows[row.key] = dataclasses.replace(row, live_params=1)
   with pytest.raises(errors.InputError, match='ended with 1; its last state'):
     runner._config(found, 0)
+
+
+def test_what_is_left_out_of_equal_flops_can_be_run_again(
+  root, tmp_path, monkeypatch
+):
+  """Whatever arm is asked for, all that is left out of the tables is to do."""
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  rows = [
+    comparison_test.row(arm, 0, 2.0, budget)
+    for budget in ('tokens', 'flops')
+    for arm in ('ours_a', 'dense')
+  ]
+  costly = rows[1].flops | {'train': 2 * 10**13}
+  rows[1] = dataclasses.replace(rows[1], flops=costly)
+  comparison.write(tmp_path / 'results.jsonl', rows)
+  runner = same_budget.Runner(study_of(root), tmp_path, None, None, None)
+  for arm in ('ours_a', 'dense'):
+    choice = choose(arm, seeds=(0,))
+    assert runner._pending(choice) == {('flops', arm, 0)}
+  left = comparison.left_out(rows)
+  assert left.endswith('run them again with --arms=ours_a,dense --seeds=0')
 
 
 def test_another_comparison_at_work_is_refused(root):

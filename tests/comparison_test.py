@@ -103,3 +103,26 @@ def test_what_is_published_comes_from_the_rows_alone(tmp_path):
     assert f'({name}.png)' in text
     assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   assert {p.suffix for p in tmp_path.iterdir()} == {'.jsonl', '.md', '.png'}
+
+
+def test_flops_that_are_no_longer_equal_are_left_out(tmp_path):
+  """After a costlier arm: told, and with no row beside those of others."""
+  ends = [row(x.arm, x.seed, 2.0, 'flops') for x in ROWS[:3]]
+  costly = dict.fromkeys(accounting.PURPOSES, 0) | {'train': 2 * 10**13}
+  rows = [*ROWS, *ends, row('dense', 0, 1.5, flops=costly)]
+  assert comparison.unequal(rows[:-1]) == [] and not comparison.left_out(ROWS)
+  comparison.write(tmp_path / 'results.jsonl', rows[:-1])
+  assert comparison.publish(tmp_path, 'ours_a')[3].title.startswith('Equal FL')
+  comparison.write(tmp_path / 'results.jsonl', rows)
+  made = comparison.publish(tmp_path, 'ours_a')
+  assert not [x for x in made if x.title.startswith('Equal FLOPs')]
+  assert not (tmp_path / 'costs-flops.png').exists()
+  text = (tmp_path / 'summary.md').read_text(encoding='utf-8')
+  assert (
+    'costlier arm has raised: ours_a of seed 0, scratch of seed 0, ours_a of '
+    'seed 1; run them again with --arms=ours_a,scratch --seeds=0,1.\n'
+  ) in text
+  # Those that were as long as the costly one stay.
+  again = row('dense', 0, 1.5, 'flops', flops=costly)
+  comparison.write(tmp_path / 'results.jsonl', [*rows, again])
+  assert comparison.publish(tmp_path, 'ours_a')[3].rows[0][0] == 'dense'
