@@ -256,12 +256,21 @@ def _named_id(folder, key, tokenizer):
 
 
 def _licence(folder):
-  """The licence in the front matter of README.md, or None."""
+  """The licence, or several, in the front matter of README.md, or None."""
   readme = folder / 'README.md'
   text = readme.read_text('utf-8', 'replace') if readme.is_file() else ''
   front = text.split('\n---', 1)[0] if text.startswith('---') else ''
-  match = re.search(r'^license:\s*(\S+)', front, re.MULTILINE)
-  return match[1] if match else None
+  match = re.search(
+    r'^license:(.*)((?:\n[ \t]*-[ \t].*)*)', front, re.MULTILINE
+  )
+  if not match:
+    return None
+  first, *listed = match[1].strip(), *match[2].split('\n')[1:]
+  values = first.split(',') if first.startswith('[') else [first]
+  values += [x.strip().removeprefix('-') for x in listed]
+  # Of each the first word, which a comment is not.
+  words = [word for x in values for word in x.partition('#')[0].split()[:1]]
+  return ', '.join(word.strip('"\'[],') for word in words) or None
 
 
 def _sha256(files):

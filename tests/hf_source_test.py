@@ -14,6 +14,7 @@ import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
+from effllm_jax import hf_source
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
@@ -134,6 +135,24 @@ def test_hugging_face_folder_is_read_exactly(tmp_path, cfg):
   assert (source.name, source.licence, source.dtype) == ('toy', 'mit', 'F32')
   assert source.separator_id == 0 and source.eos_ids == (1,)
   assert sources.load(folder, model_files.CACHE, params=False).params is None
+
+
+@pytest.mark.parametrize(
+  'front, licence',
+  [
+    ('license: mit', 'mit'),
+    ('license: "mit"  # or so\ntags:\n- x', 'mit'),
+    ('license:\n- apache-2.0\n- mit\ntags:\n- x', 'apache-2.0, mit'),
+    ("license:\n  - 'mit'", 'mit'),
+    ('license: [apache-2.0, "mit"]', 'apache-2.0, mit'),
+    ('license:\nlanguage: en', None),
+    ('license: # none\nlanguage: en', None),
+    ('license_name: mit', None),
+  ],
+)
+def test_licence_in_the_front_matter(tmp_path, front, licence):
+  (tmp_path / 'README.md').write_text(f'---\n{front}\n---\nlicense: no\n')
+  assert hf_source._licence(tmp_path) == licence
 
 
 def test_shards_and_bfloat16(tmp_path):
