@@ -54,7 +54,10 @@ def tokenize(
   domains = corpus.domains(data_dir)
   if not folder.is_dir():
     plain = encoder(tokenizer)
-    dtype = np.uint16 if plain.get_vocab_size() <= 2**16 else np.uint32
+    # Not of their number: there may be gaps, and the separator may be a row of
+    # the embedding that no token has.
+    largest = max([separator_id, *plain.get_vocab().values()])
+    dtype = np.uint16 if largest < 2**16 else np.uint32
     source = corpus.source(data_dir, 'train')
     pieces = {domain: [] for domain in domains}
     for start in range(0, len(source), _CHUNK):

@@ -16,6 +16,7 @@ from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
+from effllm_jax import tokenizing
 from tests import conftest
 
 SEPARATOR = 0
@@ -75,6 +76,15 @@ def test_batches_are_windows_of_the_text(built, bpe):
   total = expected.total()
   rows = np.concatenate([batch, *take(iterator, -(-total // 4) - 1)])[:total]
   assert collections.Counter(map(tuple, rows.tolist())) == expected
+
+
+def test_a_separator_beyond_two_bytes(built, bpe):
+  files = tokenizing.tokenize(built, bpe, 70_000)
+  for tokens in map(np.load, files.values()):
+    assert tokens.dtype == np.uint32
+    assert tokens[0] == tokens[-1] == 70_000 and tokens.min() < 400
+  files = tokenizing.tokenize(built, bpe, 65_535)
+  assert {np.load(x).dtype for x in files.values()} == {np.dtype(np.uint16)}
 
 
 def test_the_order_is_of_the_seed_and_new_each_epoch(built, bpe):
