@@ -258,7 +258,7 @@ def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
   np.savez(folder / 'index.npz', **index)
   facts = {'digest': content.hexdigest(), 'domains': counts, **notes}
   (folder / 'manifest.json').write_text(
-    json.dumps(facts, indent=2, ensure_ascii=False) + '\n'
+    json.dumps(facts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
   )
 
 

@@ -28,7 +28,7 @@ def write(folder: pathlib.Path, but: Collection[str]) -> None:
   files = sorted(p for p in folder.rglob('*') if p.is_file())
   names = [p.relative_to(folder).as_posix() for p in files]
   digests = of(folder, [name for name in names if name not in but])
-  (folder / NAME).write_text(json.dumps(digests, indent=0))
+  (folder / NAME).write_text(json.dumps(digests, indent=0), encoding='utf-8')
 
 
 def of(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:

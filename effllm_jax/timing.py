@@ -103,7 +103,7 @@ def memory(key: str) -> int | None:
   Not `ru_maxrss`: a child inherits that from a larger parent.
   """
   try:
-    status = pathlib.Path('/proc/self/status').read_text()
+    status = pathlib.Path('/proc/self/status').read_text('utf-8')
   except OSError:
     return None
   (line,) = [x for x in status.splitlines() if x.startswith(f'{key}:')]

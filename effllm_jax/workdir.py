@@ -158,7 +158,7 @@ class Log:
       if row['step'] <= resume_step:
         kept.append(row)
     write_text(path, ''.join(json.dumps(row) + '\n' for row in kept))
-    self._file = path.open('a', buffering=1)
+    self._file = path.open('a', buffering=1, encoding='utf-8')
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Appends one row, which must have a `step`."""

@@ -102,7 +102,7 @@ def keep_compiled(cache: str | os.PathLike) -> None:
   # What XLA compiles for a CPU is for the instructions of this one; jax's key
   # does not promise to tell two of them apart.
   try:
-    about = pathlib.Path('/proc/cpuinfo').read_text()
+    about = pathlib.Path('/proc/cpuinfo').read_text('utf-8')
   except OSError:
     about = platform.processor()
   features = re.findall(r'^(?:flags|Features|model name).*', about, re.M)

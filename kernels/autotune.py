@@ -100,7 +100,8 @@ def store(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
   kept = {tuple(row[x] for x in _KEY): row for row in [*old, *rows]}
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'.{path.name}.{os.getpid()}')
-  partial.write_text(json.dumps([*kept.values()], indent=1) + '\n')
+  text = json.dumps([*kept.values()], indent=1) + '\n'
+  partial.write_text(text, encoding='utf-8')
   partial.replace(path)
 
 

@@ -107,6 +107,35 @@ def test_kernels_know_nothing_of_the_method():
     ), path
 
 
+def says_its_encoding(call: ast.Call) -> bool:
+  """Whether a call opens no text, or says in which encoding."""
+  name = getattr(call.func, 'attr', getattr(call.func, 'id', None))
+  if any(x.arg == 'encoding' for x in call.keywords):
+    return True
+  if name in ('read_text', 'write_text'):
+    ours = {'untrusted', 'workdir', 'workdir_lib'}
+    encodings = call.args[name == 'write_text' :]
+    return (
+      not isinstance(call.func, ast.Attribute)
+      or getattr(call.func.value, 'id', None) in ours
+      or bool(encodings)
+    )
+  # Of the built-in function the mode comes second, of a path's first; what is
+  # opened by a name of its own is no text.
+  modes = call.args[isinstance(call.func, ast.Name) :][:1]
+  return name != 'open' or any(
+    not isinstance(x, ast.Constant) or 'b' in x.value for x in modes
+  )
+
+
+def test_text_is_in_utf8_whatever_the_locale():
+  for package in ('effllm_jax', 'experiments', 'kernels'):
+    for path in (ROOT / package).rglob('*.py'):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+          assert says_its_encoding(node), f'{path}:{node.lineno}'
+
+
 def test_the_model_needs_jax_and_flax_only():
   heavy = ['tokenizers', *sorted(ONLY.keys() - {'absl', 'kernels'})]
   code = (
