@@ -1,13 +1,20 @@
-"""What a user says of a comparison, checked: study, arms, seeds, budgets."""
+"""What a user says of many runs, checked: study, arms, seeds, sweep."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import importlib.util
 import os
 import pathlib
+import types
+from typing import Any
+
+import ml_collections
 
 from effllm_jax import comparison
 from effllm_jax import errors
 from experiments import arms as arms_lib
+from experiments import cli
 
 
 def load(path: str | os.PathLike) -> arms_lib.Study:
@@ -16,27 +23,68 @@ def load(path: str | os.PathLike) -> arms_lib.Study:
   Raises:
     errors.InputError: no such file, or it has no `get_study`, or that fails.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise errors.InputError(f'{path} is not a file; set --study')
-  spec = importlib.util.spec_from_file_location('study', path)
-  if spec is None:
-    raise errors.InputError(f'{path} is no Python file; set --study')
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    study = module.get_study()
-  except Exception as e:  # A program of the user's.
-    raise errors.InputError(
-      f'{path} cannot be read as a study: {type(e).__name__}: {e}; see '
-      'experiments/studies'
-    ) from e
+  module, path = _module(path, '--study')
+  with _reading(path, 'a study, see experiments/studies'):
+    study = _run(module).get_study()
   if not isinstance(study, arms_lib.Study):
     raise errors.InputError(
       f'{path}: get_study() gives a {type(study).__name__}, not a Study; see '
       'experiments/studies'
     )
   return study
+
+
+def sweep(
+  path: str | os.PathLike,
+) -> list[tuple[dict[str, Any], ml_collections.ConfigDict]]:
+  """The variants of a file: what each overrides, and the whole config.
+
+  Raises:
+    errors.InputError: no such file, or it has no `sweep` or no `get_config`, or
+      one of them fails, or what they give is no config that a run takes.
+  """
+  module, path = _module(path, '--config')
+  what = 'a sweep, see experiments/configs/efficientllm_a.py'
+  with _reading(path, what):
+    _run(module)
+  if not hasattr(module, 'sweep'):
+    raise errors.InputError(f'{path} has no sweep(); write one, or use main')
+  found = []
+  with _reading(path, what):
+    for overrides in module.sweep():
+      config = module.get_config()
+      config.update_from_flattened_dict(overrides)
+      found.append((dict(overrides), config))
+  for _, config in found:
+    cli.check(config, path)
+  return found
+
+
+def _module(path, flag) -> tuple[types.ModuleType, pathlib.Path]:
+  """A Python file of the user's, not run yet."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise errors.InputError(f'{path} is not a file; set {flag}')
+  spec = importlib.util.spec_from_file_location('of_the_user', path)
+  if spec is None:
+    raise errors.InputError(f'{path} is no Python file; set {flag}')
+  return importlib.util.module_from_spec(spec), path
+
+
+def _run(module: types.ModuleType) -> types.ModuleType:
+  module.__spec__.loader.exec_module(module)
+  return module
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path, what: str) -> Iterator[None]:
+  """Tells in one line whatever a program of the user's raises."""
+  try:
+    yield
+  except Exception as e:
+    raise errors.InputError(
+      f'{path} cannot be read as {what}: {type(e).__name__}: {e}'
+    ) from e
 
 
 def arms(

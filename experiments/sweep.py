@@ -9,7 +9,6 @@ resumes there, so a sweep can be stopped, continued and extended.
 """
 
 import hashlib
-import importlib.util
 import os
 import pathlib
 
@@ -28,24 +27,14 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import jax
 
-  from effllm_jax import errors
   from effllm_jax import runlog
   from effllm_jax import train
+  from experiments import choices
 
-  path = pathlib.Path(_CONFIG.value)
-  if not path.is_file():
-    raise errors.InputError(f'{path} is not a file; set --config')
-  spec = importlib.util.spec_from_file_location('swept_config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'sweep'):
-    raise errors.InputError(f'{path} has no sweep(); write one, or use main')
-
+  # All of them, before the first one takes its time.
+  variants = choices.sweep(_CONFIG.value)
   table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
-  for overrides in module.sweep():
-    config = module.get_config()
-    config.update_from_flattened_dict(overrides)
-    cli.check(config, path)
+  for overrides, config in variants:
     name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
     folder = pathlib.Path(_WORKDIR.value) / _folder_name(name)
     # What the variant before has compiled; see `pruning.shrink`.

@@ -1,5 +1,9 @@
 """The real command over a few variants of a small model."""
 
+import pytest
+
+from effllm_jax import errors
+from experiments import choices
 from experiments.configs import efficientllm_a
 from experiments.configs import efficientllm_b
 from experiments.configs import ragged
@@ -73,3 +77,38 @@ def test_the_sweep_of_the_recipe_ends_at_what_is_shipped():
     module.get_config().to_dict()
     for module in (smollm2_135m, efficientllm_a, efficientllm_b, ragged)
   ]
+
+
+SWEPT = """
+from experiments.configs.smollm2_135m import get_config
+def sweep():
+  yield {}
+"""
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'message'),
+  [
+    ('a.txt', '', 'is no Python file; set --config'),
+    ('a.py', 'def (', 'cannot be read as a sweep, .*: SyntaxError'),
+    ('a.py', 'import nothing_of_that_name', 'ModuleNotFoundError'),
+    ('a.py', '', r'has no sweep\(\); write one, or use main'),
+    ('a.py', 'def sweep(): yield {}', "has no attribute 'get_config'"),
+    ('a.py', f"{SWEPT}  yield {{'optimizer.peak': 'high'}}", 'TypeError'),
+    ('a.py', f"{SWEPT}  yield {{'optimizer.peek': 1.0}}", 'peek'),
+    ('a.py', f'{SWEPT}  yield 7', 'cannot be read as a sweep'),
+    ('a.py', f'{SWEPT}  1 / 0', 'ZeroDivisionError'),
+    (
+      'a.py', f'{SWEPT}def get_config(): return None',
+      'cannot be read as a sweep',
+    ),
+  ],
+)  # fmt: skip
+def test_what_is_no_sweep_is_refused(tmp_path, name, text, message):
+  """Also in the last variant, before the first one runs."""
+  path = tmp_path / name
+  path.write_text(text)
+  with pytest.raises(errors.InputError, match=message):
+    choices.sweep(path)
+  with pytest.raises(errors.InputError, match='is not a file; set --config'):
+    choices.sweep(tmp_path)
