@@ -167,6 +167,20 @@ def _is_whole(path):
     return False
 
 
+def out_file(path: str) -> pathlib.Path:
+  """The file that --out names, before what it will hold takes its time.
+
+  Raises:
+    errors.InputError: it is a folder, or in none.
+  """
+  out = pathlib.Path(path)
+  if out.is_dir():
+    raise errors.InputError(f'--out {path!r} is a folder; set --out to a file')
+  if not out.absolute().parent.is_dir():
+    raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  return out
+
+
 def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   """The config of a `config_flags` flag.
 

@@ -47,7 +47,6 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import dataclasses
   import os
-  import pathlib
   import statistics
 
   import jax
@@ -63,9 +62,7 @@ def main(argv: list[str]) -> None:
   config = cli.config(_CONFIG)
   source = sources.load(config.source, cli.CACHE.value, params=False)
   cfg = source.cfg
-  out = pathlib.Path(_OUT.value)
-  if not out.absolute().parent.is_dir():
-    raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  out = cli.out_file(_OUT.value)
   if _TOKENS.value > cfg.context:
     raise errors.InputError(
       f"--tokens {_TOKENS.value} exceeds the source model's context "
@@ -111,7 +108,8 @@ def main(argv: list[str]) -> None:
       for shape, ms in median.items()
     ],
   }
-  workdir.write_json(out, record)
+  with errors.writing(out):
+    workdir.write_json(out, record)
 
   cost = budgets.milliseconds(cfg, out)
   table = rich.table.Table(

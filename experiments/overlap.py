@@ -21,8 +21,6 @@ _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 def main(argv: list[str]) -> None:
   """Compares, prints two tables, and writes them where --out says."""
   del argv
-  import pathlib
-
   from effllm_jax import errors
 
   if len(_WORKDIRS.value) < 2:
@@ -30,9 +28,7 @@ def main(argv: list[str]) -> None:
       f'an overlap takes two runs or more, not {len(_WORKDIRS.value)}; set '
       '--workdirs to several, separated by commas'
     )
-  out = _OUT.value and pathlib.Path(_OUT.value)
-  if out and not out.absolute().parent.is_dir():
-    raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  out = _OUT.value and cli.out_file(_OUT.value)
   # After the flags have been checked: these imports take seconds.
 
   from effllm_jax import overlap

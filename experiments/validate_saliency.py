@@ -20,7 +20,6 @@ order of the three changes.
 
 import dataclasses
 import os
-import pathlib
 import time
 
 from absl import flags
@@ -55,9 +54,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of text, model and drawn groups.')
 def main(argv: list[str]) -> None:
   """Measures, prints one table, writes the JSON."""
   del argv
-  out = pathlib.Path(_OUT.value)
-  if not out.absolute().parent.is_dir():
-    raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  out = cli.out_file(_OUT.value)
   started = time.perf_counter()
   console = cli.tables()
   cache, seed = os.path.expanduser(cli.CACHE.value), _SEED.value

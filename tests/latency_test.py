@@ -87,6 +87,8 @@ def test_the_shapes_are_on_multiples_where_there_is_room():
     (['--tokens=129'], "--tokens 129 exceeds the source model's context 128"),
     (['--decode'], '--decode: format jax has no key/value cache; set --format'),
     (['--out=nowhere/latency.json'], 'nowhere is not a folder; set --out'),
+    (['--out=.'], "--out '.' is a folder; set --out to a file"),
+    (['--out='], "--out '' is a folder; set --out to a file"),
     (['--config.model.dtype=int8'], "model.dtype 'int8' is not one of float32"),
     (
       ['--config.prune.multiple_of.ffn=0'],
