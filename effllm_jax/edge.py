@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import optax
 
+from effllm_jax import errors
 from effllm_jax import formats
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import timing
@@ -54,12 +55,15 @@ def measure(
     (tokens per second), memory (bytes at the peak), bits_per_byte (or None).
 
   Raises:
-    errors.InputError: a format cannot hold a model, or no room for the files.
+    errors.InputError: a format cannot hold a model, or the files cannot be
+      written.
   """
   rows = []
   for name in names:
     runtime, file = formats.FORMATS[name].runtime, formats.FORMATS[name].file
-    with tempfile.TemporaryDirectory(dir=scratch, prefix='.edge-') as tmp:
+    with errors.writing(scratch):
+      made = tempfile.TemporaryDirectory(dir=scratch, prefix='.edge-')
+    with made as tmp:
       files = {}
       for label, model in models.items():
         say(f'{name}: writing {label}')

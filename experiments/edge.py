@@ -101,9 +101,10 @@ def main(argv: list[str]) -> None:
     f'thread{"s" * (_THREADS.value > 1)}; prefill {_PREFILL.value}, decode '
     f'{_DECODE.value} tokens, medians of {_ROUNDS.value}'
   )
-  workdir.write_json(
-    path, {'step': made.step, 'machine': machine, 'rows': rows}
-  )
+  with errors.writing(path):
+    workdir.write_json(
+      path, {'step': made.step, 'machine': machine, 'rows': rows}
+    )
   table = tables.edge(runlog.read(_WORKDIR.value))
   console = cli.tables()
   console.print(table.rich())

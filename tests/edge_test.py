@@ -20,6 +20,7 @@ from effllm_jax import sources
 from effllm_jax import widths
 from tests import conftest
 from tests import model_files
+from tests import runs
 
 CACHE = model_files.CACHE
 
@@ -79,6 +80,14 @@ def test_measures_what_we_measure(source, text, tmp_path, name):
   assert not list(tmp_path.glob('.edge-*'))
 
 
+def test_a_workdir_that_cannot_be_written(tmp_path):
+  with pytest.raises(errors.InputError, match=r'cannot write .*missing: No '):
+    edge.measure(
+      {}, ['gguf-f32'], {}, tmp_path / 'missing',
+      threads=1, prefill=40, decode=8, rounds=1, say=print,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize('names', [['hf'], [], ['gguf-q8_0', 'gguf-q3_k']])
 def test_unknown_formats(names):
   with pytest.raises(errors.InputError, match='has no runtime here'):
@@ -124,6 +133,14 @@ def test_command(tmp_path, text):
 
   found, made = finished.read(workdir, None)
   assert 'On the edge' in model_card.text(found, made, {}, {})
+
+  (workdir / 'edge.json').unlink()
+  (workdir / 'edge.json').mkdir()
+  done = conftest.command(
+    'edge', f'--workdir={workdir}', '--formats=gguf-f16', '--prefill=4',
+    '--decode=1', '--rounds=1', '--tokens=0',
+  )  # fmt: skip
+  runs.refused(done, f'cannot write {workdir / "edge.json"}: ')
 
   bad = conftest.command(
     'edge', f'--workdir={workdir}', '--prefill=600', '--formats=gguf-f16'
