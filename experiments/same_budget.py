@@ -164,9 +164,19 @@ class Runner:
     self.rows = {row.key: row for row in comparison.read(self.path)}
 
   def check(self, choice: Choice) -> None:
-    """Refuses what belongs to other settings."""
+    """Refuses what belongs to other settings, or would have no row."""
     names = [arm.name for arm in choice.arms]
+    starts = dict.fromkeys(arms_lib.STARTS, self.source)
     for arm in choice.arms:
+      config = arms_lib.config(arm, self.study.config, 0, starts)
+      steps = config.train.tokens // arms_lib.tokens_per_step(config)
+      # `_row` takes the FLOPs of a token from the last two rows of the log.
+      if config.train.log_every >= steps:
+        raise errors.InputError(
+          f'train.log_every {config.train.log_every} leaves one row of the '
+          f'{steps} steps of arm {arm.name}, and a comparison needs two; set '
+          'it lower in the study'
+        )
       for seed in choice.seeds:
         key = ('tokens', arm.name, seed)
         if key in self.rows:

@@ -182,6 +182,21 @@ def test_what_is_left_out_of_equal_flops_can_be_run_again(
   assert left.endswith('run them again with --arms=ours_a,dense --seeds=0')
 
 
+def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
+  """Before its run is trained."""
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  for log_every in (23, 24):
+    study = study_of(root, **{'train.log_every': log_every})
+    runner = same_budget.Runner(study, tmp_path, None, None, None)
+    if log_every == 23:
+      runner.check(choose('dense'))
+    else:
+      with pytest.raises(
+        errors.InputError, match='24 leaves one row of the 24'
+      ):
+        runner.check(choose('dense'))
+
+
 def test_another_comparison_at_work_is_refused(root):
   (root / 'runs').mkdir(exist_ok=True)
   with (root / 'runs' / 'lock').open('w') as file:
