@@ -140,6 +140,12 @@ class Run:
     return self.train['tokens']
 
   @property
+  def step_seconds(self) -> float:
+    """Of all training steps and prunes; a row has the mean since the last."""
+    steps = np.diff(self.train['step'], prepend=0)
+    return float(steps @ self.train['seconds'])
+
+  @property
   def finished(self) -> bool:
     """Whether the last evaluation, after the last step, has been written."""
     last = self.last_eval('final')

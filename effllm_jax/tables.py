@@ -222,13 +222,14 @@ def spent(run: runlog.Run) -> Table:
 def time(run: runlog.Run) -> Table:
   """Seconds since the start of the run, by what they went into.
 
-  Steps without a row are taken to be as long as those that have one.
+  Steps without a row are taken to have waited for text, which rows have of one
+  step, as long as those that have one.
   """
   steps = run.train['step']
   # A resume writes no rows anew, so that every step is counted once.
   each = steps[-1] / len(steps)
   parts = {
-    'training steps and prunes': run.train['seconds'].sum() * each,
+    'training steps and prunes': run.step_seconds,
     'waiting for text': run.train['data_seconds'].sum() * each,
     'compiling': run.train['compile_seconds'].sum(),
     'shrinking': math.fsum(x['seconds'] for x in run.shrinks),

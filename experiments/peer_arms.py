@@ -285,13 +285,11 @@ def _ours(config, changes, workdir, cache) -> dict[str, Any]:
   phases = ('source', 'pruned', 'final')
   held = {phase: log.last_eval(phase) for phase in phases}
   shrinks = sum(row['seconds'] for row in log.shrinks)
-  # The time of a row is the mean of the steps since the one before.
-  steps = np.diff(log.train['step'], prepend=0)
   return {
     'widths': log.widths(),
     'params': int(held['final']['live_params']),
     'losses': log.train['loss'].tolist(),
-    'seconds': float(steps @ log.train['seconds']) + shrinks,
+    'seconds': log.step_seconds + shrinks,
     'peak_bytes': timing.memory('VmHWM'),
     'bits_per_byte': {p: x['bits_per_byte'] for p, x in held.items() if x},
     'domains': held['final']['domains'],

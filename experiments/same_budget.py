@@ -352,8 +352,6 @@ def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:
   train = log.train
   flops = {x: train[f'flops.{x}'] for x in accounting.PURPOSES}
   total = sum(flops.values())
-  # Steps without a row are taken to be as long as those that have one.
-  each = train['step'][-1] / len(train['step'])
   return comparison.Row(
     budget=budget, arm=arm, seed=seed,
     bits_per_byte=last['bits_per_byte'],
@@ -364,6 +362,6 @@ def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:
     flops_per_token=float(
       (total[-1] - total[-2]) / (log.tokens[-1] - log.tokens[-2])
     ),
-    seconds=float(train['seconds'].sum() * each),
+    seconds=log.step_seconds,
     tasks=tasks,
   )  # fmt: skip

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
       name,
       f'{final["live_params"]:,}',
       f'{source["bits_per_byte"]:.4f} -> {final["bits_per_byte"]:.4f}',
-      f'{run.train["seconds"].sum():.0f}',
+      f'{run.step_seconds:.0f}',
     )
   cli.tables().print(table)
 

@@ -580,6 +580,24 @@ def test_run_in_progress(tmp_path, until):
   assert ('None yet.' in Page(out / 'index.html').text) == (not shrinks)
 
 
+def test_seconds_are_those_of_all_steps_whatever_is_logged(tmp_path):
+  """A row has the mean since the last: 3 steps of 2 s, then 4 of 1 s."""
+  write_run(tmp_path / 'a', until=7)
+  rows = [
+    json.loads(x)
+    for x in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()
+  ]
+  kept = [
+    x | {'seconds': 2.0 if x['step'] == 3 else 1.0}
+    for x in rows
+    if x['kind'] == 'train' and x['step'] in (3, 7)
+  ]
+  _cut(tmp_path / 'a', ''.join(json.dumps(x) + '\n' for x in kept))
+  run = runlog.read(tmp_path / 'a')
+  assert run.step_seconds == 10
+  assert tables.time(run).rows[0][:2] == ('training steps and prunes', '10.0')
+
+
 @pytest.mark.parametrize('ragged', [False, True])
 def test_same_run_same_bytes_and_nothing_left_behind(tmp_path, ragged):
   write_run(tmp_path / 'a', until=30, ragged=ragged)
