@@ -1,4 +1,4 @@
-"""Writes the model of a run for other runtimes, each file checked.
+r"""Writes the model of a run for other runtimes, each file checked.
 
     python -m experiments.export --workdir=runs/a [--event=3] --out=out/a \
       [--formats=hf,gguf-f16,gguf-q8_0,onnx] [--pad=64]

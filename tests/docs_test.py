@@ -1,5 +1,6 @@
 """What README, CONTRIBUTING and CITATION say is true."""
 
+import ast
 import pathlib
 import re
 import tomllib
@@ -32,6 +33,13 @@ def test_every_invariant_has_its_test():
   for module, name in named:
     code = (ROOT / 'tests' / f'{module}.py').read_text()
     assert re.search(rf'^(def )?{name}\b', code, re.M), (module, name)
+
+
+def test_help_shows_commands_as_they_are_written():
+  """Outside of a raw string a backslash joins two lines."""
+  for path in (ROOT / 'experiments').glob('*.py'):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert max(map(len, text.split('\n'))) <= 80, path
 
 
 def test_the_citation_is_of_this_version():
