@@ -45,7 +45,7 @@ def draw(run: runlog.Run, names: Sequence[str] = NAMES) -> list[Figure]:
 
 
 def layer_maps(run: runlog.Run) -> dict[str, np.ndarray]:
-  """What the figure `layers` shows: tokens at removal, inf where alive.
+  """What the figure `layers` shows: `Run.removed` of heads and ffn.
 
   Returns:
     float64 arrays: `heads` [N, K] by index in the source model; `ffn` [N, F]
@@ -67,7 +67,11 @@ def _size(run):
   )
   start, live = run.source_params(), run.train['live_params']
   x = [0, *(e['tokens'] for e in run.shrinks), run.tokens[-1]]
-  y = [start, *(e['params_after'] for e in run.shrinks), run.array_params()]
+  y = [
+    run.source_array_params(),
+    *(e['params_after'] for e in run.shrinks),
+    run.array_params(),
+  ]
   ax.plot(x, y, drawstyle='steps-post', lw=3.5, color='#A6CBE8', label='arrays')
   if run.shrinks:
     style = {'color': '#2a6ea3', 'mec': 'white', 'ms': 9, 'zorder': 5}
@@ -241,9 +245,10 @@ def _said(run):
 def _widths(run):
   fig, panels = plots.panels(run, 3, height=6.6)
   before, after = run.source_widths(), run.widths()
+  arrays = run.source_array_widths()
   for t, ax in zip(structure.TYPES, panels, strict=True):
     x = [0, *(e['tokens'] for e in run.shrinks), run.tokens[-1]]
-    y = [before[t], *(e['widths_after'][t] for e in run.shrinks)]
+    y = [arrays[t], *(e['widths_after'][t] for e in run.shrinks)]
     style = {'color': COLORS[t], 'alpha': 0.3, 'lw': 4.5}
     ax.plot(x, [*y, y[-1]], drawstyle='steps-post', label='arrays', **style)
     live = run.train[f'widths.{t}']
@@ -263,7 +268,7 @@ def _widths(run):
       ax.fill_between(x, low, high, label='narrowest to widest layer', **style)
     plots.line(ax, run, live, before[t], color=COLORS[t], label='live')
     # Below 0, or a layer that lost everything would hide behind the axis.
-    ax.set_ylim(-0.03 * before[t], 1.12 * before[t])
+    ax.set_ylim(-0.03 * arrays[t], 1.12 * arrays[t])
     ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
     became = f'to {after[t]:,.6g} ({tables.change(before[t], after[t])})'
@@ -293,9 +298,9 @@ def _layers(run):
     style = plots.times(run)
     for ax, (t, values) in zip((top, bottom), maps.items(), strict=True):
       drawn = plots.grid(ax, values, *style)
-      live = np.isinf(values).sum(-1)
+      before, live = run.layer_widths(t, [0.0, np.inf])
       plots.lost(ax, np.flatnonzero(live == 0))
-      text = f'{words[t]}: {_spread(live, values.shape[1])}'
+      text = f'{words[t]}: {_spread(live, before)}'
       plots.title(ax, text, space=8 if live.all() else 15)
     if len(run.prune_tokens):
       plots.time_bar(fig, drawn, (top, bottom))
@@ -315,14 +320,24 @@ def _layers(run):
     'heads stand at their index in the source model. The channels of a layer '
     'are sorted by the time of their removal, the live ones at the bottom: '
     'their height is the width of the layer now. A cross marks a layer that '
-    'has nothing left.',
+    'has nothing left.'
+    + (
+      ' What was dead before the run began is white.'
+      if any((x == 0).any() for x in maps.values())
+      else ''
+    ),
   )
 
 
-def _spread(live, width):
+def _spread(live, before):
   """The narrowest and the widest layer, and those that have nothing left."""
+  if not before.any():
+    return 'none in the source model'
+  width = f'{"up to " * bool(np.ptp(before))}{before.max():,}'
   if live.min() == live.max():
-    left = f'{live[0]:,} of {width:,}' if live[0] < width else f'all {width:,}'
+    left = (
+      f'all {width}' if (live == before).all() else f'{live[0]:,} of {width}'
+    )
     return f'{left} alive in every layer'
   lost, rest = np.flatnonzero(live == 0), live[live > 0]
   ends = [
@@ -330,7 +345,7 @@ def _spread(live, width):
     for count in dict.fromkeys((int(rest.min()), int(rest.max())))
   ]
   none = f'none left in {_named(lost)}, elsewhere ' if len(lost) else ''
-  return f'{none}{" to ".join(ends)} of {width:,}'
+  return f'{none}{" to ".join(ends)} of {width}'
 
 
 def _named(layers):

@@ -88,7 +88,7 @@ def read(workdir: str | os.PathLike, event: int | None = None) -> Structure:
   source = sources.load_saved(workdir / 'source')
   fresh = state.fresh_prune_state(source.cfg)
   removed = structure.Groups(
-    **{t: np.isfinite(x) for t, x in log.removed.items()}
+    **{t: (x > 0) & np.isfinite(x) for t, x in log.removed.items()}
   )
   start = _sets(fresh.masks, fresh.origin)
   if source.origin is None and event is None:

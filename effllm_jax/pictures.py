@@ -125,7 +125,8 @@ def architecture(run: runlog.Run) -> figures.Figure:
     fig, (top, bottom) = plots.panels(run, 2, height=6.4)
     before, after = run.source_widths(), run.widths()
     for t in structure.TYPES:
-      share = 100 * run.train[f'widths.{t}'] / before[t]
+      # No line for a type that the source had nothing of.
+      share = 100 * run.train[f'widths.{t}'] / (before[t] or np.nan)
       style = {'color': figures.COLORS[t], 'label': t}
       plots.line(top, run, share, 100.0, **style)
       plots.line(bottom, run, run.train[f'price.{t}'], **style)

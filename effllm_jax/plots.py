@@ -134,12 +134,12 @@ def shrinks(ax: axes.Axes, run: runlog.Run) -> None:
 def times(run: runlog.Run) -> tuple[colors.Colormap, colors.Normalize]:
   """Colours of tokens at removal, from the first prune to the last.
 
-  What is alive (inf) is drawn in ink.
+  What is alive (inf) is drawn in ink, what was dead before (0) not at all.
   """
   shades = matplotlib.colormaps['YlOrRd'](np.linspace(0.08, 0.82, 256))
-  colormap = colors.ListedColormap(shades, bad=INK, over=INK)
+  colormap = colors.ListedColormap(shades, bad=INK, over=INK, under='white')
   at = run.prune_tokens
-  first, last = (at[0], at[-1]) if len(at) else (0.0, run.tokens[-1])
+  first, last = (at[0], at[-1]) if len(at) else (1.0, run.tokens[-1])
   # One prune only: its colour is the first one.
   return colormap, colors.Normalize(first, last if last > first else first + 1)
 

@@ -117,8 +117,9 @@ class Run:
     benchmarks: what `experiments.evaluate` measured, a row for each step (None:
       the source model), task and metric; empty before.
     removed: by pruning type, tokens seen when each group of the source model
-      went, inf where it is alive: float64, heads [N, K], ffn [N, F], stem [D].
-      Empty when the shape of the source model is not recorded.
+      went, inf where it is alive, 0 where it was dead before the run began:
+      float64, heads [N, K], ffn [N, F], stem [D]. Empty when the shape of the
+      source model is not recorded.
   """
 
   name: str
@@ -193,23 +194,28 @@ class Run:
     return self.removed[name].shape[1] - np.stack(count, axis=-1)
 
   def uneven(self) -> bool:
-    """Whether live widths differ by layer."""
+    """Whether live widths differ by layer, now or when the run began."""
     return any(
-      np.ptp(np.isinf(self.removed[t]).sum(-1)) > 0
+      np.ptp(self.layer_widths(t, [0.0, np.inf]), axis=-1).any()
       for t in ('heads', 'ffn')
       if t in self.removed
     )
 
   def source_params(self) -> int:
-    """Parameters of the source model."""
+    """Live parameters of the source model; of a dense one, those in arrays."""
+    first = self.last_eval('source')
+    return int(first['live_params']) if first else self.source_array_params()
+
+  def source_array_params(self) -> int:
+    """Parameters in the arrays of the source model."""
     if self.shrinks:
       return int(self.shrinks[0]['params_before'])
     return int(self.train['array_params'][0])
 
   def source_widths(self) -> dict[str, float]:
-    """Widths of the source model by pruning type."""
+    """Live widths of the source model by pruning type, mean of the layers."""
     if self.removed:
-      return {t: float(x.shape[-1]) for t, x in self.removed.items()}
+      return {t: float((x > 0).sum(-1).mean()) for t, x in self.removed.items()}
     if self.shrinks:
       return self.shrinks[0]['widths_before']
     # The first logged step may already have pruned something.
@@ -218,6 +224,12 @@ class Run:
       for t in structure.TYPES
       for w, p in [(self.train[f'widths.{t}'], self.train[f'pruned.{t}'])]
     }
+
+  def source_array_widths(self) -> dict[str, float]:
+    """Widths of the arrays of the source model by pruning type."""
+    if self.removed:
+      return {t: float(x.shape[-1]) for t, x in self.removed.items()}
+    return self.source_widths()
 
   def widths(self) -> dict[str, float]:
     """Live widths by pruning type, mean of the layers, at the newest step."""
@@ -353,7 +365,15 @@ def _alive(about, path) -> dict[str, np.ndarray]:
     raise errors.InputError(
       f'{path} lacks or misspells {e} in cfg; restore it'
     ) from e
-  return {t: np.full(shape, np.inf) for t, shape in shapes.items()}
+  if about.get('masks') is None:
+    return {t: np.full(shape, np.inf) for t, shape in shapes.items()}
+  try:
+    masks = structure.masks_from_json(
+      about['masks'], structure.Groups(**shapes)
+    )
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.InputError(f'{path} lacks or misspells {e}; restore it') from e
+  return {t: np.where(getattr(masks, t), np.inf, 0.0) for t in structure.TYPES}
 
 
 def _number(value) -> float:

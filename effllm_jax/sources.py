@@ -186,9 +186,10 @@ def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   about = {
     f.name: getattr(source, f.name)
     for f in dataclasses.fields(source)
-    if f.name not in ('tokenizer', 'params', 'masks')
+    if f.name not in ('tokenizer', 'params')
   }
   about['cfg'] = dataclasses.asdict(source.cfg)
+  about['masks'] = source.masks and structure.masks_to_json(source.masks)
   about['origin'] = source.origin and {
     t: getattr(source.origin, t).tolist() for t in structure.TYPES
   }
@@ -224,12 +225,15 @@ def load_saved(folder: str | os.PathLike) -> Source:
     for name, kind in _SAVED.items():
       if not isinstance(about[name], kind):
         raise TypeError(f'{name} = {about[name]!r}')
+    shapes = structure.group_shapes(about['cfg'])
+    # A run from before the masks were written has none.
+    if about.get('masks') is not None:
+      about['masks'] = structure.masks_from_json(about['masks'], shapes)
     if about['origin'] is not None:
       about['origin'] = structure.Groups(
         **{t: np.asarray(about['origin'][t], np.int64) for t in structure.TYPES}
       )
-      shapes = jax.tree.map(np.shape, about['origin'])
-      if shapes != structure.group_shapes(about['cfg']):
+      if jax.tree.map(np.shape, about['origin']) != shapes:
         raise ValueError('origin has other shapes than cfg')
     return Source(
       **about,

@@ -330,6 +330,44 @@ def all_alive(cfg: ModelConfig) -> Groups:
   )
 
 
+def masks_to_json(masks: Groups) -> dict[str, list[str]]:
+  """Masks as text: a line per layer, 1 for a live group and 0 for a dead one.
+
+  The stem is one line. `masks_from_json` is the inverse.
+  """
+  return {
+    t: [
+      ''.join(np.where(row, '1', '0'))
+      for row in np.atleast_2d(np.asarray(getattr(masks, t)))
+    ]
+    for t in TYPES
+  }
+
+
+def masks_from_json(record: Mapping[str, Any], shapes: Groups) -> Groups:
+  """The masks that `masks_to_json` wrote, numpy.
+
+  Args:
+    record: may be damaged.
+    shapes: of the groups, as `group_shapes` gives them.
+
+  Raises:
+    KeyError, TypeError, ValueError: of a damaged record.
+  """
+
+  def read(t):
+    lines, shape = record[t], getattr(shapes, t)
+    count, width = math.prod(shape[:-1]), shape[-1]
+    if len(lines) != count or any(
+      not isinstance(x, str) or len(x) != width or set(x) - {'0', '1'}
+      for x in lines
+    ):
+      raise ValueError(f'masks.{t}')
+    return np.array([[*x] for x in lines]).reshape(shape) == '1'
+
+  return Groups(**{t: read(t) for t in TYPES})
+
+
 def check_shapes(params: Params, cfg: ModelConfig) -> None:
   """Raises ValueError, with the key path, where a shape contradicts `cfg`."""
 

@@ -119,7 +119,13 @@ def compare(run: runlog.Run) -> Table:
   rows = [
     ('training tokens', _count, 0, pruned and pruned['tokens'], tokens),
     ('live parameters', _count, params, pruned and pruned['live_params'], live),
-    ('parameters in arrays', _count, params, None, run.array_params()),
+    (
+      'parameters in arrays',
+      _count,
+      run.source_array_params(),
+      None,
+      run.array_params(),
+    ),
   ]
   # Nothing is removed after the last prune: cost and widths of then are those
   # now.
@@ -185,14 +191,23 @@ def layers(run: runlog.Run) -> Table | None:
   """Live widths of each layer; None while all layers have the same."""
   if not run.uneven():
     return None
-  heads, ffn = (np.isinf(run.removed[t]).sum(-1) for t in ('heads', 'ffn'))
-  K, F = (run.removed[t].shape[1] for t in ('heads', 'ffn'))
+  columns, cells = ['layer'], []
+  for t, name in (('heads', 'heads'), ('ffn', 'ffn channels')):
+    before, now = run.layer_widths(t, [0.0, np.inf])
+    if np.ptp(before):
+      # The source was ragged too.
+      columns.append(name)
+      cells.append(
+        [f'{k:,} of {n:,}' for n, k in zip(before, now, strict=True)]
+      )
+    else:
+      columns.append(f'{name} of {before[0]:,}')
+      cells.append([_count(k) for k in now])
   return Table(
     title='Live widths by layer',
-    columns=('layer', f'heads of {K:,}', f'ffn channels of {F:,}'),
+    columns=tuple(columns),
     rows=tuple(
-      (str(n), _count(k), _count(f))
-      for n, (k, f) in enumerate(zip(heads, ffn, strict=True))
+      (str(n), *row) for n, row in enumerate(zip(*cells, strict=True))
     ),
   )
 

@@ -319,7 +319,8 @@ def _saved(place, model):
   source = sources.load(folder, place)
   origin = jax.tree.map(np.asarray, structure.all_alive(hostile.TINY))
   origin = jax.tree.map(lambda x: np.arange(x.size).reshape(x.shape), origin)
-  source = dataclasses.replace(source, origin=origin)
+  masks = jax.tree.map(lambda x: x % 3 > 0, origin)
+  source = dataclasses.replace(source, masks=masks, origin=origin)
   out = sources.save(source, place / 'run' / 'source')
   return out, {p.name: p.read_bytes() for p in out.iterdir()}
 

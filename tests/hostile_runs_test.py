@@ -139,6 +139,7 @@ def _done(place):
   """A workdir with everything that a report reads."""
   folder = place / 'done'
   report_test.write_run(folder, until=45, ragged=True)
+  report_test.goes_on(folder)
   for name, content in (
     (runlog.EDGE, {**model_card_test.SPEEDS, 'step': 40}),
     (runlog.TEXT, model_card_test.TEXT),

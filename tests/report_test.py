@@ -15,6 +15,7 @@ from effllm_jax import figures
 from effllm_jax import plots
 from effllm_jax import report
 from effllm_jax import runlog
+from effllm_jax import structure
 from effllm_jax import tables
 from experiments.configs import smollm2_135m
 from tests import conftest
@@ -440,6 +441,89 @@ def test_table_of_layers_only_where_they_differ(done, ragged):
   assert {'heads per layer, mean', 'stem width'} <= rows
 
 
+def goes_on(folder):
+  """Makes of a ragged run one that began with the half of its prunes done.
+
+  Returns:
+    Live groups of every layer when it began, and its live parameters.
+  """
+  rows = {
+    name: [json.loads(x) for x in (folder / name).read_text().splitlines()]
+    for name in ('metrics.jsonl', 'trace.jsonl')
+  }
+  trace = rows['trace.jsonl']
+  before, after = trace[: len(trace) // 2], trace[len(trace) // 2 :]
+  masks = _Masks(None, True)
+  for row in before:
+    for t, gone in row['removed'].items():
+      index = np.array(gone, int).reshape(-1, masks.alive[t].ndim)
+      masks.alive[t][tuple(index.T)] = False
+  start, metrics = masks.widths(), []
+  for row in rows['metrics.jsonl']:
+    if row['kind'] == 'train':
+      row['pruned'] = {t: 1 - w / start[t] for t, w in row['widths'].items()}
+    if row['step'] > before[-1]['step']:
+      metrics.append(row)
+    elif row.get('phase') == 'source':
+      metrics.append(row | {'live_params': masks.params()})
+  lines = lambda rows: ''.join(json.dumps(x) + '\n' for x in rows)
+  (folder / 'metrics.jsonl').write_text(lines(metrics))
+  (folder / 'trace.jsonl').write_text(lines(after))
+  groups = structure.Groups(**masks.alive)
+  edit(
+    folder / 'source/source.json',
+    lambda x: x.update(masks=structure.masks_to_json(groups)),
+  )
+  return masks.alive, masks.params()
+
+
+def test_what_was_dead_before_the_run_was_not_pruned_by_it(tmp_path):
+  """Of a run that goes on from a ragged event of another one."""
+  folder = tmp_path / 'a'
+  write_run(folder, ragged=True)
+  end = runlog.read(folder)
+  start, params = goes_on(folder)
+  run = runlog.read(folder)
+  arrays = int(run.shrinks[0]['params_before'])
+  assert params < arrays
+  widths = {t: x.sum(-1) for t, x in start.items()}
+  assert np.ptp(widths['ffn']) > 0
+  for t, alive in start.items():
+    np.testing.assert_array_equal(run.removed[t] > 0, alive)
+    # What is alive in the end is what it was.
+    now, want = np.isinf(run.removed[t]), np.isinf(end.removed[t])
+    np.testing.assert_array_equal(now, want)
+    assert run.source_widths()[t] == widths[t].mean()
+  np.testing.assert_array_equal(run.layer_widths('ffn', [0])[0], widths['ffn'])
+  rows = {r[0]: r[1:] for r in report.table(folder).rows}
+  live = int(run.train['live_params'][-1])
+  assert rows['live parameters'] == (
+    f'{params:,}', *2 * [f'{live:,}'], tables.change(params, live)
+  )  # fmt: skip
+  assert rows['parameters in arrays'][0] == f'{arrays:,}'
+  ffn = f'{widths["ffn"].mean():,.1f}'
+  assert rows['ffn channels per layer, mean'][0] == ffn
+  layers, now = tables.layers(run), np.isinf(run.removed['ffn']).sum(-1)
+  assert layers.columns[2] == 'ffn channels'
+  assert [r[2] for r in layers.rows] == [
+    f'{k:,} of {n:,}' for n, k in zip(widths['ffn'], now, strict=True)
+  ]
+  share = tables.change(params, 107_600_000)
+  title, facts = report._heading(run)
+  assert title.startswith(f'smollm2-135m: {tables.si(params)} to ')
+  assert share in dict(facts)['target']
+  size, drawn, maps = figures.draw(run, ['size', 'widths', 'layers'])
+  assert f'{tables.si(params)} to {tables.si(live)} live' in size.title
+  assert f'mean: {widths["ffn"].mean():,.6g} to ' in drawn.title
+  assert f'of up to {widths["ffn"].max():,}' in maps.title
+  assert 'dead before the run began is white' in maps.caption
+  # A workdir from before the masks were written.
+  edit(folder / 'source/source.json', lambda x: x.pop('masks'))
+  old = runlog.read(folder)
+  assert old.source_params() == params
+  assert old.source_widths() == {'heads': 3, 'ffn': 1536, 'stem': 576}
+
+
 def test_table_of_cost(done):
   folder, out, metrics = done
   spent = rows_of(metrics, 'train')[-1]['flops']
@@ -640,6 +724,12 @@ BROKEN = {
   ),
   "source.json lacks or misspells 'F' in cfg": lambda f: edit(
     f / 'source/source.json', lambda x: x['cfg'].pop('F')
+  ),
+  'source.json lacks or misspells masks.ffn': lambda f: edit(
+    f / 'source/source.json',
+    lambda x: x.update(
+      masks={'heads': ['111'] * N, 'ffn': ['1'], 'stem': ['1' * 576]}
+    ),
   ),
   'config.json is not a JSON object': lambda f: (f / 'config.json').write_text(
     '[1]'

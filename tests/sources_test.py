@@ -1,9 +1,11 @@
 """Sources by any name: the default one, what a run keeps, what is refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from effllm_jax import errors
@@ -11,6 +13,7 @@ from effllm_jax import gguf_source
 from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import structure
+from tests import conftest
 from tests import model_files
 
 
@@ -64,6 +67,26 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
   (folder / 'source.json').write_text('{')
   with pytest.raises(errors.InputError, match=r'source\.json is not JSON'):
     sources.load_saved(folder)
+
+
+def test_what_is_dead_in_a_source_is_saved_with_it(tmp_path):
+  """And a folder from before that was reads as if nothing were."""
+  source = sources.load(
+    model_files.write_gguf(tmp_path / 'a.gguf'), model_files.CACHE
+  )
+  masks = jax.tree.map(np.asarray, conftest.make_masks(source.cfg))
+  folder = sources.save(dataclasses.replace(source, masks=masks), tmp_path)
+  saved = sources.load_saved(folder).masks
+  jax.tree.map(np.testing.assert_array_equal, saved, masks)
+  path = folder / 'source.json'
+  record = json.loads(path.read_text())
+  record['masks']['ffn'][0] += '1'
+  path.write_text(json.dumps(record))
+  with pytest.raises(errors.InputError, match=r'saved source \(masks\.ffn\)'):
+    sources.load_saved(folder)
+  del record['masks']
+  path.write_text(json.dumps(record))
+  assert sources.load_saved(folder).masks is None
 
 
 def test_saved_tokenizer_opens_in_transformers(tmp_path):

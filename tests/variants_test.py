@@ -12,8 +12,10 @@ from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import model
+from effllm_jax import overlap
 from effllm_jax import pruning
 from effllm_jax import report
+from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import steps
@@ -328,6 +330,19 @@ def test_a_family_goes_on_from_an_event(setting, everything):
     mine = set(np.asarray(origin.ffn)[n][alive[n]].tolist())
     theirs = np.asarray(before.origin.ffn)[n][np.asarray(before.masks.ffn)[n]]
     assert mine <= set(theirs.tolist())
+  # Its report tells what it did, not what its parent had done.
+  assert selection.live_params(start.masks, start.cfg) < start.cfg.num_params()
+  log, rest = runlog.read(child), selection.live_widths(prune.masks)
+  cost = budgets.flops(start.cfg, 32).live(start.masks)
+  assert log.source_cost() == cost
+  assert log.source_params() == selection.live_params(start.masks, start.cfg)
+  for t, width in selection.live_widths(start.masks).items():
+    assert log.source_widths()[t] == width.mean()
+    if t != 'stem':
+      began, ended = log.layer_widths(t, [0, np.inf])
+      np.testing.assert_array_equal(began, width)
+      np.testing.assert_array_equal(ended, rest[t])
+  assert overlap.read(child).start == overlap.read(everything, 0).alive
   # And still works: an embedding row of the child is made of live channels.
   assert params.embed.shape == (cfg.V, cfg.D)
 
