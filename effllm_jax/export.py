@@ -122,7 +122,7 @@ def write(
         )
     _write_pruning(folder, model, made, pad)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-    card = model_card.text(model, made, files, agreements)
+    card = model_card.text(model, made, files, agreements, pad)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     os.replace(folder, out)
   live = selection.live_params(masks, model.cfg)

@@ -58,8 +58,17 @@ def text(
   made: Made,
   files: Mapping[str, int],
   agreements: Mapping[str, agreement.Agreement | None],
+  pad: int = 1,
 ) -> str:
-  """The card; the same inputs give the same bytes."""
+  """The card; the same inputs give the same bytes.
+
+  Args:
+    model: as it is exported.
+    made: how it came to be.
+    files: name -> bytes.
+    agreements: format -> how near its runtime came, None where none was asked.
+    pad: its widths are filled up to multiples of this.
+  """
   plain = tables.markdown_text
   run = made.run
   size = tables.si(made.params)
@@ -80,7 +89,7 @@ def text(
   measured = {x['step'] for x in run.benchmarks.get('rows', ())}
   if made.step in measured:
     parts.append(tables.benchmarks(run.benchmarks, made.step).markdown())
-  if run.edge.get('step') == made.step:
+  if (run.edge.get('step'), run.edge.get('pad')) == (made.step, pad):
     parts.append(tables.edge(run).markdown())
   parts.append(f'## Use\n\n{_use(agreements)}')
   return '\n'.join(parts)

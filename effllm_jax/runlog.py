@@ -72,6 +72,7 @@ _TEXT = {
 }
 _EDGE = {
   'step': (int, None),
+  'pad': (int, None),
   'machine': str,
   'rows': [
     {
@@ -113,7 +114,8 @@ class Run:
     save_seconds: that the run waited for its checkpoints, all together.
     prune_tokens: tokens seen at each prune, float64 [prunes].
     text: manifest of the training text; empty when not recorded.
-    edge: what `experiments.edge` measured, and of which step; empty before.
+    edge: what `experiments.edge` measured, of which `step`, its widths filled
+      up to multiples of `pad`; empty before.
     benchmarks: what `experiments.evaluate` measured, a row for each step (None:
       the source model), task and metric; empty before.
     removed: by pruning type, tokens seen when each group of the source model
@@ -322,6 +324,10 @@ def read(folder: str | os.PathLike) -> Run:
       at[tuple(index.T)] = prune_tokens[-1]
 
   _each(folder / 'trace.jsonl', prune)
+  edge = _object(folder / EDGE, _EDGE)
+  if edge:
+    # A file from before it was recorded.
+    edge['pad'] = edge['pad'] or 1
   return Run(
     name=folder.resolve().name,
     config=untrusted.read_json(folder / 'config.json', 'restore it'),
@@ -333,7 +339,7 @@ def read(folder: str | os.PathLike) -> Run:
     save_seconds=math.fsum(saves),
     removed=removed,
     text=_object(folder / TEXT, _TEXT),
-    edge=_object(folder / EDGE, _EDGE),
+    edge=edge,
     benchmarks=benchmarks(folder),
   )
 

@@ -263,10 +263,21 @@ def time(run: runlog.Run) -> Table:
 
 
 def edge(run: runlog.Run) -> Table:
-  """Size, speed and quality of source and pruned model in other runtimes."""
-  record = run.edge
+  """Size, speed and quality of source and pruned model in other runtimes.
+
+  The title says which model of the run the pruned one is.
+  """
+  record, which = run.edge, []
+  if record['step'] is not None:
+    which.append(f'step {record["step"]:,}')
+  which += [
+    f'event {x["event"]}' for x in run.shrinks if x['step'] == record['step']
+  ]
+  if record['pad'] > 1:
+    which.append(f'padded to multiples of {record["pad"]:,}')
   return Table(
-    title=f'On the edge: {record["machine"]}',
+    title=f'On the edge: {record["machine"]}'
+    + (f'; pruned: {", ".join(which)}' if which else ''),
     columns=(
       'format', 'model', 'MB', 'prefill tok/s', 'decode tok/s', 'memory, MB',
       'bits/byte',

@@ -6,7 +6,8 @@ r"""What a run's model is worth on the edge: beside its source, per format.
 File size, tokens/s of prefill and decode (medians), memory at the peak, and
 held-out bits per byte through llama.cpp or onnxruntime. The table is printed
 and kept in the workdir (edge.json): the report shows it, and so does the model
-card of an export of the same model that is made afterwards.
+card of an export of the same model, with the same --pad, that is made
+afterwards.
 """
 
 from absl import flags
@@ -103,7 +104,13 @@ def main(argv: list[str]) -> None:
   )
   with errors.writing(path):
     workdir.write_json(
-      path, {'step': made.step, 'machine': machine, 'rows': rows}
+      path,
+      {
+        'step': made.step,
+        'pad': _PAD.value,
+        'machine': machine,
+        'rows': rows,
+      },
     )
   table = tables.edge(runlog.read(_WORKDIR.value))
   console = cli.tables()

@@ -127,6 +127,7 @@ def test_command(tmp_path, text):
   assert 'gguf-q8_0' in done.stdout and 'bits/byte' in done.stdout
   record = json.loads((workdir / 'edge.json').read_text())
   assert record['step'] == 5 and len(record['rows']) == 4
+  assert record['pad'] == 1
 
   from effllm_jax import finished
   from effllm_jax import model_card

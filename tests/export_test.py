@@ -384,14 +384,16 @@ def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
   assert 'stem 60; ffn 90' in note and '196 against 299' in note
   assert '\n' not in note
 
-  out = tmp_path / 'even'
-  even = run(out, tokenizer_folder, cfg, pad=64)
+  out, how = tmp_path / 'even', made()
+  how.run.edge.update(step=7, pad=64, machine='a padded phone', rows=[])
+  even = run(out, tokenizer_folder, cfg, pad=64, made=how)
   assert even.notes == [] and even.agreements['hf'].greedy
   again = sources.load(out, model_files.CACHE)
   assert (again.cfg.D, again.cfg.F) == (64, 128)
   added = again.cfg.num_params() - cfg.num_params()
   assert f'--pad=64 adds {added:,} zeros' in note
   assert json.loads((out / 'pruning.json').read_text())['pad'] == 64
+  assert 'a padded phone' in (out / 'README.md').read_text()
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _card(tmp_path):
   model = sources.load(gguf, model_files.CACHE)
   masks = widths.whole(None, model.cfg)
 
-  def write(step=60, licence='apache-2.0', formats=('hf',), **files):
+  def write(step=60, licence='apache-2.0', formats=('hf',), pad=1, **files):
     for name, content in files.items():
       (folder / f'{name}.json').write_text(json.dumps(content))
     made = model_card.Made(
@@ -74,6 +74,7 @@ def _card(tmp_path):
       made,
       FILES,
       dict.fromkeys(formats, found),
+      pad,
     )
 
   return write
@@ -128,6 +129,11 @@ def test_speeds_are_those_of_this_model(card):
     'pruned', '200.0', '475.2', '94.5', '300.0', '1.2500',
   ]  # fmt: skip
   assert 'a phone' not in card(step=1)
+  # Padded it is another file, and another speed.
+  assert 'a phone' not in card(pad=64)
+  padded = SPEEDS | {'pad': 64}
+  assert 'a phone' not in card(edge=padded)
+  assert 'a phone' in card(edge=padded, pad=64)
 
 
 def test_benchmarks_are_those_of_this_model(card):
