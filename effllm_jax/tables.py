@@ -360,13 +360,16 @@ def config(run: runlog.Run) -> Table:
   """Every key of the configuration, as it is set on the command line."""
 
   def flat(prefix, value):
-    if isinstance(value, dict):
+    # Domains are no keys of a config: their weights are one value.
+    if isinstance(value, dict) and prefix != '.data.weights':
       for key, child in value.items():
         yield from flat(f'{prefix}.{key}', child)
     else:
+      # As Python reads it too, which takes half a surrogate pair for a letter.
+      literal = lambda x: json.dumps(x, ensure_ascii=False)
       yield (
         prefix.removeprefix('.'),
-        value if isinstance(value, str) else json.dumps(value),
+        value if isinstance(value, str) else literal(value),
       )
 
   return Table('Configuration', ('key', 'value'), tuple(flat('', run.config)))

@@ -1,8 +1,6 @@
 """What a user says of many runs, checked: study, arms, seeds, sweep."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import importlib.util
 import os
 import pathlib
@@ -24,7 +22,7 @@ def load(path: str | os.PathLike) -> arms_lib.Study:
     errors.InputError: no such file, or it has no `get_study`, or that fails.
   """
   module, path = _module(path, '--study')
-  with _reading(path, 'a study, see experiments/studies'):
+  with cli.reading(path, 'a study, see experiments/studies'):
     study = _run(module).get_study()
   if not isinstance(study, arms_lib.Study):
     raise errors.InputError(
@@ -45,12 +43,12 @@ def sweep(
   """
   module, path = _module(path, '--config')
   what = 'a sweep, see experiments/configs/efficientllm_a.py'
-  with _reading(path, what):
+  with cli.reading(path, what):
     _run(module)
   if not hasattr(module, 'sweep'):
     raise errors.InputError(f'{path} has no sweep(); write one, or use main')
   found = []
-  with _reading(path, what):
+  with cli.reading(path, what):
     for overrides in module.sweep():
       config = module.get_config()
       config.update_from_flattened_dict(overrides)
@@ -74,17 +72,6 @@ def _module(path, flag) -> tuple[types.ModuleType, pathlib.Path]:
 def _run(module: types.ModuleType) -> types.ModuleType:
   module.__spec__.loader.exec_module(module)
   return module
-
-
-@contextlib.contextmanager
-def _reading(path: pathlib.Path, what: str) -> Iterator[None]:
-  """Tells in one line whatever a program of the user's raises."""
-  try:
-    yield
-  except Exception as e:
-    raise errors.InputError(
-      f'{path} cannot be read as {what}: {type(e).__name__}: {e}'
-    ) from e
 
 
 def arms(

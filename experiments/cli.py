@@ -1,7 +1,9 @@
 """What all commands share: one clear line for a user's mistake."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import hashlib
 import itertools
 import os
@@ -23,6 +25,8 @@ from effllm_jax import errors
 from effllm_jax import interrupts
 from experiments.configs import smollm2_135m
 
+# What ml_collections says of a key with a dot.
+_DOTS = re.compile(r'ConfigDict does not accept dots .* key (.*) contains.*')
 # Of the folder of compiled programs; a run of the quickstart makes 2 MB.
 _MOST_BYTES = 2**30
 CACHE = flags.DEFINE_string(
@@ -191,16 +195,26 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   path = pathlib.Path(flags.FLAGS[flag.name].config_filename)
   if not path.is_file():
     raise errors.InputError(f'{path} is not a file; set --config')
-  try:
+  with reading(path):
     # The flag reports a broken file only when its value is used.
     flag.value.to_dict()
-  except Exception as e:  # A program of the user's.
-    raise errors.InputError(
-      f'{path} cannot be read as a config: {_last_line(e)}'
-    ) from e
-
   check(flag.value, path)
   return flag.value
+
+
+@contextlib.contextmanager
+def reading(file: str | os.PathLike, what: str = 'a config') -> Iterator[None]:
+  """Refuses a program of the user's, by default a config, if it raises.
+
+  Raises:
+    errors.InputError: instead of any other exception.
+  """
+  try:
+    yield
+  except Exception as e:
+    raise errors.InputError(
+      f'{file} cannot be read as {what}: {type(e).__name__}: {_last_line(e)}'
+    ) from e
 
 
 def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
@@ -212,7 +226,7 @@ def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
   """
 
   def compare(have, base, at=''):
-    for key in sorted({*base} ^ {*have}):
+    for key in sorted({*base} ^ {*have}, key=str):
       raise errors.InputError(
         f'{file}: the config {"lacks" if key in base else "has no"} key '
         f'{at}{key}; import a shipped config and change lines'
@@ -224,6 +238,13 @@ def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
         if value or not found:
           compare(found, value, f'{at}{key}.')
           continue
+        for name in found:
+          if not isinstance(name, str):
+            raise errors.InputError(
+              f'{file}: {at}{key} has {name!r} for a domain; domains have names'
+            )
+          if '.' in name:
+            raise errors.InputError(f'{file}: {at}{key}: {_dotted(name)}')
         kind = float
         values = found.values()
       else:
@@ -268,7 +289,20 @@ def join() -> None:
 
 def _last_line(error: Exception) -> str:
   lines = str(error).strip().splitlines()
-  return lines[-1].strip() if lines else type(error).__name__
+  return _plain(lines[-1].strip()) if lines else type(error).__name__
+
+
+def _plain(text: str) -> str:
+  """A line of ml_collections; of a key with a dot, what can be done there."""
+  return _DOTS.sub(lambda found: _dotted(found[1]), text)
+
+
+def _dotted(name: str) -> str:
+  return (
+    f'{name!r} has a dot, which no key of a config may have; a domain needs '
+    'another name in the text: that of its folder, or "domain" in its .jsonl '
+    'lines'
+  )
 
 
 def _unknown_key(argv: Sequence[str], text: str) -> str:
@@ -280,6 +314,11 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
   ]
   if not wrong:
     return text
+  if any(a.startswith('--config.data.weights.') for a in wrong):
+    return (
+      'the weights of all domains are one value; set them as in '
+      """--config.data.weights="{'drama': 2.0, 'wiki': 1.0}\""""
+    )
   key = wrong[0].partition('=')[0].removeprefix('--config.')
   hint = f'did you mean {near.group(1)!r}? All' if near else 'all'
   return (
@@ -290,6 +329,7 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
 
 def _with_remedy(text: str) -> str:
   """What absl says of a flag; what to write where its value is no number."""
+  text = _plain(text)
   for said, remedy in (
     ('to float', 'write a number, such as 0.5 or 200e6'),
     ('for int()', 'write a whole number in digits, such as 200000'),

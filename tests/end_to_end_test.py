@@ -123,6 +123,14 @@ def test_another_worker_count_is_refused(setting, finished):
     ),
     ('--config=no/such.py', ('--config cannot be read', 'no/such.py')),
     ('surplus', ("unexpected argument 'surplus'",)),
+    (
+      '--config.data.weights.text=1',
+      ('are one value', '--config.data.weights="{'),
+    ),
+    (
+      "--config.data.weights={'en.wiki': 1}",
+      ("'en.wiki' has a dot", 'another name in the text'),
+    ),
     ('--config.prune.every=soon', ('every', 'soon', 'write a whole number')),
     ('--config.budget.target=200M', ("'200M'", 'such as 0.5 or 200e6')),
     ('--config.repair.enabled=maybe', ("'maybe'", 'write true or false')),

@@ -206,6 +206,20 @@ CONFIGS = {
   'memory': b'def get_config(): raise MemoryError\n',
   'empty': b'import ml_collections\n'
   b'def get_config(): return ml_collections.ConfigDict()\n',
+  **{
+    name: b'import ml_collections\n'
+    b'from experiments.configs import smollm2_135m\n'
+    b'def get_config():\n'
+    b'  config = smollm2_135m.get_config()\n'
+    b'  config.data.weights = ' + weights + b'\n'
+    b'  return config\n'
+    for name, weights in {
+      'dots': b'{"en.wiki": 1.0}',
+      'dots_allowed': b'ml_collections.ConfigDict('
+      b'{"en.wiki": 1.0}, allow_dotted_keys=True)',
+      'numbers': b'{3: 1.0}',
+    }.items()
+  },
 }
 
 

@@ -18,6 +18,7 @@ from effllm_jax import report
 from effllm_jax import runlog
 from effllm_jax import structure
 from effllm_jax import tables
+from experiments import cli
 from experiments.configs import smollm2_135m
 from tests import conftest
 
@@ -614,6 +615,7 @@ def test_command_gives_the_same_config(tmp_path):
   config = smollm2_135m.get_config()
   config.seed, config.train.log_every, config.data.text = 7, 3, "my 'own' texts"
   config.optimizer.peak, config.prune.every = 1.25e-4, 3
+  config.data.weights = {'drama': 2.0, "l'été 🙂": 1}
   path = tmp_path / 'a b' / 'config.json'
   path.write_text(json.dumps(config.to_dict()))
   page = Page(report.build(tmp_path / 'a b') / 'index.html')
@@ -630,6 +632,7 @@ def test_command_gives_the_same_config(tmp_path):
   assert values(command[2:]) == ['experiments.main']
   assert values.workdir == 'runs/a b-again'
   assert parsed.value.to_dict() == config.to_dict()
+  cli.check(parsed.value, 'the file')
 
 
 def test_names_cannot_break_the_page(tmp_path):

@@ -67,6 +67,20 @@ def test_every_variant_runs_in_a_folder_of_its_own(tmp_path):
   assert all('...' in x.name for x in longer)
 
 
+def test_a_config_that_fails_is_refused_in_one_line(tmp_path):
+  config = tmp_path / 'swept.py'
+  config.write_text(
+    'from experiments.configs import smollm2_135m as base\n'
+    'get_config = base.get_config\n'
+    "def sweep():\n  yield {'data.weights': {'en.wiki': 1.0}}\n"
+  )
+  done = conftest.command(
+    'sweep', f'--config={config}', f'--workdir={tmp_path / "sweep"}'
+  )
+  runs.refused(done, str(config), "'en.wiki' has a dot")
+  assert not (tmp_path / 'sweep').exists()
+
+
 def test_the_sweep_of_the_recipe_ends_at_what_is_shipped():
   def changed(overrides):
     config = efficientllm_a.get_config()

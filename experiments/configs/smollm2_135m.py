@@ -35,8 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Seconds that a batch of theirs may take, their start included: a worker that
   # hangs stops the run instead of hanging it.
   config.data.timeout = 300.0
-  # Sampling weight by domain, as in ConfigDict({'drama': 2.0, 'wiki': 1.0});
-  # empty: every window of the text once per epoch.
+  # Sampling weight by domain, as in {'drama': 2.0, 'wiki': 1.0}, by flag as one
+  # value; domains that are left out are not read, and a name with a dot cannot
+  # be given. Empty: every window of the text once per epoch.
   config.data.weights = ml_collections.ConfigDict()
 
   config.model = ml_collections.ConfigDict()
