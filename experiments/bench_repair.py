@@ -10,8 +10,6 @@ a repair on one and on all of these batches. Nothing is trained. The config
 says source, text, batch, kind of prices and floors; widths are not rounded.
 """
 
-import os
-
 from absl import flags
 from ml_collections import config_flags
 import rich.box
@@ -64,7 +62,7 @@ def main(argv: list[str]) -> None:
     dampings = [float(x) for x in _DAMPING.value]
   except ValueError as e:
     raise errors.InputError(f'--damping: {e}; give numbers') from e
-  cache = os.path.expanduser(cli.CACHE.value)
+  cache = cli.CACHE.value
   source = sources.load(config.source, cache)
   cfg, alive = source.cfg, structure.all_alive(source.cfg)
   params = jax.tree.map(jnp.asarray, source.params)

@@ -29,6 +29,8 @@ from experiments.configs import smollm2_135m
 _DOTS = re.compile(r'ConfigDict does not accept dots .* key (.*) contains.*')
 # Of the folder of compiled programs; a run of the quickstart makes 2 MB.
 _MOST_BYTES = 2**30
+# Flags whose values are files or folders.
+_PATHS = ('cache', 'out', 'study', 'workdir', 'workdirs')
 CACHE = flags.DEFINE_string(
   'cache',
   os.path.join('~', '.cache', 'effllm_jax'),
@@ -56,7 +58,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def parse(argv):
     try:
       _check_files(argv)
-      return flags.FLAGS(argv)
+      rest = flags.FLAGS(argv)
+      _expand_home()
+      return rest
     except (AttributeError, KeyError) as e:
       _fail(_unknown_key(argv, str(e.args[0])))
     except (flags.Error, TypeError, ValueError) as e:
@@ -73,7 +77,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     interrupts.unwind_on_sigterm()
     try:
-      keep_compiled(os.path.expanduser(CACHE.value))
+      keep_compiled(CACHE.value)
       main(argv)
     except errors.InputError as e:
       _fail(e)
@@ -258,6 +262,18 @@ def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
           )
 
   compare(config, smollm2_135m.get_config())
+
+
+def _expand_home() -> None:
+  """Puts the home folder in the place of ~, which no shell does after a =."""
+  for name in _PATHS:
+    if name in flags.FLAGS and flags.FLAGS[name].value is not None:
+      value = flags.FLAGS[name].value
+      flags.FLAGS[name].value = (
+        [os.path.expanduser(x) for x in value]
+        if isinstance(value, list)
+        else os.path.expanduser(value)
+      )
 
 
 def _check_files(argv: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ and, with two kinds of figures, kept in the workdir's folder of the study
 `--arms=sensitivity` runs the study's variants of `ours_a` instead.
 """
 
-import os
 import pathlib
 
 from absl import flags
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> None:
     tasks=tuple(benchmark_items.names(_TASKS.value)) if _TASKS.value else (),
     limit=_LIMIT.value,
   )
-  cache = os.path.expanduser(cli.CACHE.value)
+  cache = cli.CACHE.value
   made = same_budget.run(study, path.stem, _WORKDIR.value, cache, choice)
   console = cli.tables()
   for table in made:

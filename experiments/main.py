@@ -5,7 +5,6 @@ r"""Prunes a model while it trains; run again with the same flags to resume.
       [--config.budget.target=100e6] [--distributed] [--profile=20:24]
 """
 
-import os
 import re
 
 from absl import flags
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> None:
   train.run(
     config,
     _WORKDIR.value,
-    os.path.expanduser(cli.CACHE.value),
+    cli.CACHE.value,
     _steps(_PROFILE.value),
   )
 

@@ -31,7 +31,6 @@ row in `results.jsonl` and is not run again. One of ours that was stopped goes
 on, one of the others starts again.
 """
 
-import os
 import pathlib
 
 from absl import flags
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
   claim = config.to_dict() | {'scoring_batches': _SCORING.value}
   workdir_lib.check(folder, claim)
   peer_arms.check(_ARMS.value)
-  cache = os.path.expanduser(cli.CACHE.value)
+  cache = cli.CACHE.value
   bench = peer_arms.Bench(config, folder, cache, _SCORING.value)
   for name in _ARMS.value:
     if recipe := peer_arms.OTHERS.get(name):

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     folder = pathlib.Path(_WORKDIR.value) / _folder_name(name)
     # What the variant before has compiled; see `pruning.shrink`.
     jax.clear_caches()
-    train.run(config, folder, os.path.expanduser(cli.CACHE.value))
+    train.run(config, folder, cli.CACHE.value)
     run = runlog.read(folder)
     source, final = run.last_eval('source'), run.last_eval('final')
     table.add_row(

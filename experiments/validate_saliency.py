@@ -19,7 +19,6 @@ order of the three changes.
 """
 
 import dataclasses
-import os
 import time
 
 from absl import flags
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> None:
   out = cli.out_file(_OUT.value)
   started = time.perf_counter()
   console = cli.tables()
-  cache, seed = os.path.expanduser(cli.CACHE.value), _SEED.value
+  cache, seed = cli.CACHE.value, _SEED.value
   small = not _SOURCE.value
   sizes = brute_force.SMALL_SIZES if small else brute_force.SOURCE_SIZES
   sizes = dataclasses.replace(

@@ -1,6 +1,7 @@
 import hashlib
 import html.parser
 import json
+import pathlib
 import shlex
 import shutil
 
@@ -21,6 +22,7 @@ from effllm_jax import tables
 from experiments import cli
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import runs
 
 FIGURES = ('size', 'price', 'loss', 'widths', 'layers', 'speed')
 
@@ -701,6 +703,17 @@ def test_seconds_are_those_of_all_steps_whatever_is_logged(tmp_path):
   run = runlog.read(tmp_path / 'a')
   assert run.step_seconds == 10
   assert tables.time(run).rows[0][:2] == ('training steps and prunes', '10.0')
+
+
+def test_the_home_folder_of_a_flag_is_that_of_the_user():
+  """Of one folder and of several."""
+  home = pathlib.Path('~').expanduser()
+  for name, flag in (
+    ('report', '--workdir=~/no/run'),
+    ('overlap', '--workdirs=~/no/run,~/no/other'),
+  ):
+    done = conftest.command(name, flag)
+    runs.refused(done, f'workdir {home}/no/run does not exist')
 
 
 @pytest.mark.parametrize('ragged', [False, True])
