@@ -50,5 +50,6 @@ def writing(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[None]:
   except (OSError, *kinds) as e:
     reason = getattr(e, 'strerror', None) or e
     raise InputError(
-      f'cannot write {path}: {reason}; free some space or set another --out'
+      f'cannot write {path}: {reason}; free some space or set another '
+      '--out or --workdir'
     ) from e

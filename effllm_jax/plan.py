@@ -116,6 +116,11 @@ class Plan:
     return step % self.checkpoint_every == 0 or step == self.steps
 
 
+def tokens_per_step(config: ml_collections.ConfigDict) -> int:
+  """Training tokens of one optimizer update."""
+  return config.train.accumulate * config.data.batch_size * config.data.seq_len
+
+
 def make(
   config: ml_collections.ConfigDict,
   source: structure.ModelConfig,
@@ -163,9 +168,7 @@ def make(
     table=config.budget.table,
   )
   start = cost.of_config(source) if masks is None else cost.live(masks)
-  per_step = (
-    config.train.accumulate * config.data.batch_size * config.data.seq_len
-  )
+  per_step = tokens_per_step(config)
   length = math.ceil(config.train.tokens / per_step)
   if rules.policy == 'none':
     schedule = schedules.constant(start, after=length * per_step)

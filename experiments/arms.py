@@ -144,11 +144,6 @@ def config(
   return made
 
 
-def tokens_per_step(config: ml_collections.ConfigDict) -> int:
-  """Training tokens of one optimizer update."""
-  return config.train.accumulate * config.data.batch_size * config.data.seq_len
-
-
 def lengthened(
   config: ml_collections.ConfigDict, tokens: float
 ) -> ml_collections.ConfigDict:
@@ -158,7 +153,7 @@ def lengthened(
     config: of a run.
     tokens: of the longer one, which has the nearest number of whole steps.
   """
-  per_step = tokens_per_step(config)
+  per_step = plan_lib.tokens_per_step(config)
   tokens = round(tokens / per_step) * per_step
   made = ml_collections.ConfigDict(config.to_dict()).lock()
   share = config.optimizer.decay_tokens / config.train.tokens

@@ -169,7 +169,7 @@ class Runner:
     starts = dict.fromkeys(arms_lib.STARTS, self.source)
     for arm in choice.arms:
       config = arms_lib.config(arm, self.study.config, 0, starts)
-      steps = config.train.tokens // arms_lib.tokens_per_step(config)
+      steps = config.train.tokens // plan_lib.tokens_per_step(config)
       # `_row` takes the FLOPs of a token from the last two rows of the log.
       if config.train.log_every >= steps:
         raise errors.InputError(
