@@ -49,8 +49,7 @@ _SCALARS = (
   'data_seconds',
 )  # fmt: skip
 _PER_TYPE = ('widths', 'price', 'pruned')
-# What else is read, and as what: `float` is any number, None after it another
-# word for none; {str: x} has keys of any name, [x] any length.
+# What else is read, and as what (`untrusted.shaped`).
 _BY_TYPE = dict.fromkeys(structure.TYPES, float)
 _EVAL = {
   'step': float, 'tokens': float, 'phase': str, 'live_params': float,
@@ -94,8 +93,6 @@ _BENCHMARKS = {
 _SOURCE = {
   'name': (str, None), 'description': (str, None), 'licence': (str, None),
 }  # fmt: skip
-# No count of tokens, parameters or FLOPs comes near it.
-_LARGEST = 1e30
 # Groups of a source model: Llama 3.1 405B has 6.8M of them.
 _MOST_GROUPS = 2**23
 
@@ -299,9 +296,9 @@ def read(folder: str | os.PathLike) -> Run:
       for x in accounting.PURPOSES:
         columns[f'flops.{x}'].append(_number(row['flops'][x]))
     elif kind == 'eval':
-      evals.append(_as(_EVAL, row))
+      evals.append(untrusted.shaped(_EVAL, row))
     elif kind == 'shrink':
-      shrinks.append(_as(_SHRINK, row))
+      shrinks.append(untrusted.shaped(_SHRINK, row))
     elif kind == 'save':
       saves.append(_number(row['seconds']))
 
@@ -312,7 +309,7 @@ def read(folder: str | os.PathLike) -> Run:
       f'experiments.main with --workdir={folder} first'
     )
   source = folder / 'source' / 'source.json'
-  about = _object(source, _SOURCE)
+  about = _found(source, _SOURCE)
   removed = _alive(about, source)
 
   def prune(row):
@@ -324,7 +321,7 @@ def read(folder: str | os.PathLike) -> Run:
       at[tuple(index.T)] = prune_tokens[-1]
 
   _each(folder / 'trace.jsonl', prune)
-  edge = _object(folder / EDGE, _EDGE)
+  edge = _found(folder / EDGE, _EDGE)
   if edge:
     # A file from before it was recorded.
     edge['pad'] = edge['pad'] or 1
@@ -338,7 +335,7 @@ def read(folder: str | os.PathLike) -> Run:
     prune_tokens=np.asarray(prune_tokens),
     save_seconds=math.fsum(saves),
     removed=removed,
-    text=_object(folder / TEXT, _TEXT),
+    text=_found(folder / TEXT, _TEXT),
     edge=edge,
     benchmarks=benchmarks(folder),
   )
@@ -350,7 +347,7 @@ def benchmarks(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     errors.InputError: the file is damaged.
   """
-  return _object(pathlib.Path(workdir) / BENCHMARKS, _BENCHMARKS)
+  return _found(pathlib.Path(workdir) / BENCHMARKS, _BENCHMARKS)
 
 
 def _alive(about, path) -> dict[str, np.ndarray]:
@@ -383,51 +380,15 @@ def _alive(about, path) -> dict[str, np.ndarray]:
 
 
 def _number(value) -> float:
-  return float('nan') if value is None else float(_as(float, value))
+  number = untrusted.shaped((float, None), value)
+  return float('nan') if number is None else float(number)
 
 
-def _as(shape, value, name='row') -> Any:
-  """The part of a JSON value that `shape` describes.
-
-  Raises:
-    KeyError, TypeError, ValueError: what is missing, or is something else.
-  """
-  if isinstance(shape, tuple):
-    return None if value is None else _as(shape[0], value, name)
-  if isinstance(shape, list):
-    if not isinstance(value, list):
-      raise TypeError(f'{name}, a list')
-    return [_as(shape[0], x, name) for x in value]
-  if isinstance(shape, dict):
-    if not isinstance(value, dict):
-      raise TypeError(f'{name}, an object')
-    if str in shape:
-      return {key: _as(shape[str], x, key) for key, x in value.items()}
-    return {key: _as(x, value[key], key) for key, x in shape.items()}
-  kinds = (int, float) if shape is float else shape
-  if not isinstance(value, kinds) or isinstance(value, bool):
-    raise TypeError(name)
-  if shape is not str and not abs(value) < _LARGEST:
-    raise ValueError(f'{name} {value}')
-  return value
-
-
-def _object(path: pathlib.Path, shape: dict[str, Any]) -> dict[str, Any]:
-  """An object of which the keys of `shape` are as it says; empty: no file.
-
-  A shape of a tuple is that of an object that may lack it.
-  """
+def _found(path: pathlib.Path, shape: dict[str, Any]) -> dict[str, Any]:
+  """What a file holds; empty: there is none."""
   if not path.is_file():
     return {}
-  about = untrusted.read_json(path, 'restore it')
-  try:
-    known = {
-      key: _as(x, about.get(key) if isinstance(x, tuple) else about[key], key)
-      for key, x in shape.items()
-    }
-  except (KeyError, TypeError, ValueError) as e:
-    raise errors.InputError(f'{path} lacks or misspells {e}; restore it') from e
-  return about | known
+  return untrusted.read_shaped(path, shape, 'restore it')
 
 
 def _each(path: pathlib.Path, use: Callable[[dict[str, Any]], None]) -> None:

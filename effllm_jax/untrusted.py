@@ -18,6 +18,8 @@ from effllm_jax import errors
 
 # Levels of JSON; ours and those of Hugging Face have less than ten.
 _DEPTH = 64
+# No count of tokens, parameters or FLOPs comes near it.
+_LARGEST = 1e30
 
 
 def read(path: str | os.PathLike, remedy: str) -> bytes:
@@ -69,6 +71,63 @@ def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
   value = parse_json(read(path, remedy), str(path), remedy)
   if not isinstance(value, dict):
     raise errors.InputError(f'{path} is not a JSON object; {remedy}')
+  return value
+
+
+def read_shaped(
+  path: str | os.PathLike, shape: dict[str, Any], remedy: str
+) -> dict[str, Any]:
+  """The object in a JSON file, of which the keys of `shape` are as it says.
+
+  Args:
+    path: the file.
+    shape: as `shaped`; a key whose shape is a tuple may be missing: None.
+    remedy: end of the message.
+
+  Raises:
+    errors.InputError: as `read_json`, or a key is missing or something else.
+  """
+  known = read_json(path, remedy)
+  try:
+    return known | {
+      key: shaped(
+        x, known.get(key) if isinstance(x, tuple) else known[key], key
+      )
+      for key, x in shape.items()
+    }
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.InputError(f'{path} lacks or misspells {e}; {remedy}') from e
+
+
+def shaped(shape: Any, value: Any, name: str = 'row') -> Any:
+  """The part of a JSON value that `shape` describes.
+
+  Args:
+    shape: `float` is any number; {str: x} has keys of any name, other dicts
+      those that they have, [x] any length; (x, None) may be none.
+    value: of `parse_json`.
+    name: of the value, in errors.
+
+  Raises:
+    KeyError, TypeError, ValueError: what is missing, or is something else.
+  """
+  if isinstance(shape, tuple):
+    return None if value is None else shaped(shape[0], value, name)
+  if isinstance(shape, list):
+    if not isinstance(value, list):
+      raise TypeError(f'{name}, a list')
+    return [shaped(shape[0], x, name) for x in value]
+  if isinstance(shape, dict):
+    if not isinstance(value, dict):
+      raise TypeError(f'{name}, an object')
+    if str in shape:
+      return {key: shaped(shape[str], x, key) for key, x in value.items()}
+    return {key: shaped(x, value[key], key) for key, x in shape.items()}
+  kinds = (int, float) if shape is float else shape
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise TypeError(name)
+  if shape is not str and not abs(value) < _LARGEST:
+    raise ValueError(f'{name} {value}')
   return value
 
 
