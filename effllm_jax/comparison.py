@@ -20,6 +20,7 @@ from matplotlib import figure
 from matplotlib import ticker
 
 from effllm_jax import accounting
+from effllm_jax import amounts
 from effllm_jax import plots
 from effllm_jax import tables
 from effllm_jax import untrusted
@@ -222,10 +223,10 @@ def make_tables(
       'held-out bits per byte',
       ('parameters', 'bits/byte', f'against {reference}', 'FLOPs'),
       lambda arm, members: (
-        tables.si(mean(members, lambda x: x.live_params)),
+        amounts.si(mean(members, lambda x: x.live_params)),
         estimate(map(bits, members)).text(4),
         against(arm, members),
-        tables.flops(mean(members, lambda x: x.total_flops)),
+        amounts.flops(mean(members, lambda x: x.total_flops)),
       ),
     ),
     table(
@@ -239,10 +240,10 @@ def make_tables(
       'what it took, FLOPs by purpose',
       ('tokens', 'seconds', *_SPENT),
       lambda _, members: (
-        tables.si(mean(members, lambda x: x.tokens)),
+        amounts.si(mean(members, lambda x: x.tokens)),
         f'{mean(members, lambda x: x.seconds):,.0f}',
         *(
-          tables.flops(mean(members, lambda x, p=p: x.flops[p]), 3)
+          amounts.flops(mean(members, lambda x, p=p: x.flops[p]), 3)
           for p in accounting.PURPOSES
         ),
       ),

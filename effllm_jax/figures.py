@@ -13,6 +13,7 @@ from matplotlib import figure
 from matplotlib import ticker
 import numpy as np
 
+from effllm_jax import amounts
 from effllm_jax import plots
 from effllm_jax import runlog
 from effllm_jax import structure
@@ -83,10 +84,11 @@ def _size(run):
   ax.set_ylabel('parameters')
   plots.title(
     ax,
-    f'{tables.si(start)} to {tables.si(live[-1])} live parameters '
-    f'({tables.change(start, live[-1])}) in {tables.si(run.tokens[-1])} tokens'
+    f'{amounts.si(start)} to {amounts.si(live[-1])} live parameters '
+    f'({amounts.change(start, live[-1])}) in {amounts.si(run.tokens[-1])} '
+    'tokens'
     if live[-1] < start
-    else f'Nothing pruned yet: {tables.si(start)} live parameters',
+    else f'Nothing pruned yet: {amounts.si(start)} live parameters',
   )
   for cost in others:
     _cost(cost, run, kind)
@@ -112,15 +114,15 @@ def _cost(ax, run, kind):
   _target(ax, run)
   plots.line(ax, run, live, start, color=plots.INK, label='live')
   ax.yaxis.set_major_formatter(
-    ticker.FuncFormatter(lambda x, _: tables.costs(kind, x))
+    ticker.FuncFormatter(lambda x, _: amounts.costs(kind, x))
   )
-  name = tables.BUDGETS.get(kind, kind)
+  name = amounts.BUDGETS.get(kind, kind)
   ax.set_ylabel(name)
-  before, after = (tables.costs(kind, x) for x in (start, live[-1]))
+  before, after = (amounts.costs(kind, x) for x in (start, live[-1]))
   name = name[0].upper() + name[1:]
   plots.title(
     ax,
-    f'{name}: {before} to {after} ({tables.change(start, live[-1])})'
+    f'{name}: {before} to {after} ({amounts.change(start, live[-1])})'
     if live[-1] != start
     else f'{name}: {after}, nothing pruned yet',
   )
@@ -155,7 +157,7 @@ def _price(run):
     top.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'))
     plots.title(
       top,
-      f'Lowest mean price: {winner}, at {100 * share:.0f}{tables.PERCENT} of '
+      f'Lowest mean price: {winner}, at {100 * share:.0f}{amounts.PERCENT} of '
       'the scored steps',
     )
     top.set_ylabel(f'price, $10^{{{exponent}}}$ nats per token\nper {unit}')
@@ -170,11 +172,11 @@ def _price(run):
   # Below 0, or a type of which nothing went would hide behind the axis.
   bottom.set_ylim(-0.03 * most, 1.08 * most)
   bottom.yaxis.set_major_formatter(
-    ticker.FuncFormatter(lambda v, _: f'{v:g}{tables.PERCENT}')
+    ticker.FuncFormatter(lambda v, _: f'{v:g}{amounts.PERCENT}')
   )
   bottom.set_ylabel('groups pruned')
   ends = ', '.join(
-    f'{y[-1]:.3g}{tables.PERCENT} of {t}' for t, y in shares.items()
+    f'{y[-1]:.3g}{amounts.PERCENT} of {t}' for t, y in shares.items()
   )
   plots.title(bottom, f'Pruned: {ends}', legend=not scored.size)
   return render(
@@ -271,7 +273,7 @@ def _widths(run):
     ax.set_ylim(-0.03 * arrays[t], 1.12 * arrays[t])
     ax.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
-    became = f'to {after[t]:,.6g} ({tables.change(before[t], after[t])})'
+    became = f'to {after[t]:,.6g} ({amounts.change(before[t], after[t])})'
     plots.title(
       ax,
       f'{tables.LABELS[t]}{mean}: {before[t]:,.6g} '
@@ -373,7 +375,7 @@ def _speed(run):
   plots.title(
     top,
     f'A step took {first:.3g} s at the start, {last:.3g} s {end} '
-    f'({tables.change(first, last)})',
+    f'({amounts.change(first, last)})',
   )
   plots.shrinks(bottom, run)
   plots.noisy(bottom, run, speed)
@@ -383,8 +385,8 @@ def _speed(run):
   slow, fast = run.at_ends('tokens_per_second')
   plots.title(
     bottom,
-    f'{tables.si(slow, 3)} tokens per second at the start, '
-    f'{tables.si(fast, 3)} {end}',
+    f'{amounts.si(slow, 3)} tokens per second at the start, '
+    f'{amounts.si(fast, 3)} {end}',
     legend=False,
   )
   return render(

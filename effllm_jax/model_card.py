@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from effllm_jax import agreement
+from effllm_jax import amounts
 from effllm_jax import formats
 from effllm_jax import runlog
 from effllm_jax import tables
@@ -71,7 +72,7 @@ def text(
   """
   plain = tables.markdown_text
   run = made.run
-  size = tables.si(made.params)
+  size = amounts.si(made.params)
   name, how = f'{model.name}, pruned to {size} parameters', _PRUNED
   if run.only_trains:
     name, how = f'{model.name}, {size} parameters, trained further', _TRAINED
@@ -136,7 +137,7 @@ def _facts(model, made) -> tables.Table:
         'budget',
         'none: training only' if run.only_trains
         else 'not recorded' if target is None
-        else f'at most {tables.costs(kind, target, unit=True)}',
+        else f'at most {amounts.costs(kind, target, unit=True)}',
       ),
       ('parameters', f'{made.params:,} of {run.source_params():,}'),
       ('training', f'{made.step:,} steps, {tokens:,} tokens'),
@@ -199,7 +200,7 @@ def _files(files, agreements) -> tables.Table:
       'file', 'size', 'largest difference', 'KL, nats', 'top token equal, %',
     ),
     rows=tuple(
-      (name, tables.size(size), *cells(found.get(name)))
+      (name, amounts.size(size), *cells(found.get(name)))
       for name, size in files.items()
     ),
   )  # fmt: skip

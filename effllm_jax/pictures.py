@@ -12,11 +12,11 @@ from matplotlib import colors
 from matplotlib import figure
 import numpy as np
 
+from effllm_jax import amounts
 from effllm_jax import figures
 from effllm_jax import plots
 from effllm_jax import runlog
 from effllm_jax import structure
-from effllm_jax import tables
 
 _WORDS = {'heads': 'heads', 'ffn': 'ffn channels', 'stem': 'stem channels'}
 # For runs, of Okabe and Ito too, without those of the pruning types.
@@ -169,7 +169,7 @@ def quality(runs: Sequence[runlog.Run]) -> figures.Figure:
 
 
 def _span(values):
-  ends = dict.fromkeys(tables.si(x) for x in (min(values), max(values)))
+  ends = dict.fromkeys(amounts.si(x) for x in (min(values), max(values)))
   return ' to '.join(ends)
 
 

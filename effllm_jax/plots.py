@@ -13,11 +13,11 @@ from matplotlib import ticker
 from matplotlib import transforms
 import numpy as np
 
+from effllm_jax import amounts
 from effllm_jax import runlog
-from effllm_jax import tables
 
 INK, FAINT = '#222222', '#b9b9b9'
-SI = ticker.FuncFormatter(lambda x, _: tables.si(x, 6))
+SI = ticker.FuncFormatter(lambda x, _: amounts.si(x, 6))
 STYLE = {
   'font.size': 10,
   'axes.titlesize': 11.5,

@@ -13,6 +13,7 @@ import shlex
 import string
 import tempfile
 
+from effllm_jax import amounts
 from effllm_jax import errors
 from effllm_jax import figures
 from effllm_jax import runlog
@@ -80,11 +81,11 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
   elif target is None:
     target = 'not recorded'
   else:
-    share = tables.change(run.source_cost(), target)
+    share = amounts.change(run.source_cost(), target)
     size = (
       f'{target:,.0f} parameters'
       if kind == 'params'
-      else tables.costs(kind, target, unit=True)
+      else amounts.costs(kind, target, unit=True)
     )
     target = f'at most {size} ({share}), {setting("prune.policy")} policy'
   progress = (
@@ -93,7 +94,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
     f'prunes: {len(run.prune_tokens):,}, shrinks: {len(run.shrinks):,}'
   )
   return (
-    f'{name}: {tables.si(start)} to {tables.si(live)} parameters',
+    f'{name}: {amounts.si(start)} to {amounts.si(live)} parameters',
     [
       ('source model', ', '.join(str(x) for x in source if x)),
       ('text', setting('data.text')),

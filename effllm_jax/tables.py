@@ -15,6 +15,7 @@ import rich.table
 import rich.text
 
 from effllm_jax import accounting
+from effllm_jax import amounts
 from effllm_jax import benchmark_items
 from effllm_jax import runlog
 from effllm_jax import structure
@@ -23,18 +24,6 @@ LABELS = {
   'heads': 'heads per layer',
   'ffn': 'ffn channels per layer',
   'stem': 'stem width',
-}
-_MINUS = '\N{MINUS SIGN}'
-_NONE = '\N{EN DASH}'
-# A number and its unit stay on one line.
-_SPACE = '\N{NO-BREAK SPACE}'
-PERCENT = f'{_SPACE}%'
-# What a budget can limit, by `budget.kind`.
-BUDGETS = {
-  'params': 'parameters',
-  'bytes': 'size',
-  'flops': 'FLOPs per token',
-  'ms': 'time',
 }
 _SPENT = {
   'train': 'training',
@@ -117,11 +106,23 @@ def compare(run: runlog.Run) -> Table:
   live = run.train['live_params'][-1]
   kind, _ = run.budget
   rows = [
-    ('training tokens', _count, 0, pruned and pruned['tokens'], tokens),
-    ('live parameters', _count, params, pruned and pruned['live_params'], live),
+    (
+      'training tokens',
+      amounts.count,
+      0,
+      pruned and pruned['tokens'],
+      tokens,
+    ),
+    (
+      'live parameters',
+      amounts.count,
+      params,
+      pruned and pruned['live_params'],
+      live,
+    ),
     (
       'parameters in arrays',
-      _count,
+      amounts.count,
       run.source_array_params(),
       None,
       run.array_params(),
@@ -130,19 +131,19 @@ def compare(run: runlog.Run) -> Table:
   # Nothing is removed after the last prune: cost and widths of then are those
   # now.
   if kind != 'params':
-    cost, show = run.train['live_cost'][-1], lambda x: costs(kind, x)
-    name = BUDGETS.get(kind, kind)
+    cost, show = run.train['live_cost'][-1], lambda x: amounts.costs(kind, x)
+    name = amounts.BUDGETS.get(kind, kind)
     rows.append((name, show, run.source_cost(), pruned and cost, cost))
   mean = ', mean' if run.uneven() else ''
   for t in structure.TYPES:
     name = LABELS[t] + (mean if t != 'stem' else '')
-    rows.append((name, _count, before[t], pruned and after[t], after[t]))
+    rows.append((name, amounts.count, before[t], pruned and after[t], after[t]))
   values = [x and x['bits_per_byte'] for x in evals]
-  rows.append(('held-out bits per byte', _bits, *values))
+  rows.append(('held-out bits per byte', amounts.bits, *values))
   for domain in dict.fromkeys(d for x in evals if x for d in x['domains']):
     values = [x and x['domains'].get(domain) for x in evals]
-    rows.append((f'{domain}, bits per byte', _bits, *values))
-  rows.append(('seconds per step', _seconds, first, None, last))
+    rows.append((f'{domain}, bits per byte', amounts.bits, *values))
+  rows.append(('seconds per step', amounts.seconds, first, None, last))
   return Table(
     title='Source model against pruned model',
     columns=(
@@ -153,7 +154,7 @@ def compare(run: runlog.Run) -> Table:
       'change',
     ),
     rows=tuple(
-      (name, show(a), show(b), show(c), change(a, c))
+      (name, show(a), show(b), show(c), amounts.change(a, c))
       for name, show, a, b, c in rows
     ),
   )
@@ -171,16 +172,20 @@ def events(run: runlog.Run) -> Table:
     rows=tuple(
       (
         str(e['event']),
-        _count(e['step']),
-        _count(e['tokens']),
+        amounts.count(e['step']),
+        amounts.count(e['tokens']),
         *(
-          arrow(str, _count(e['widths_before'][t]), _span(e['widths_live'][t]))
+          arrow(
+            str,
+            amounts.count(e['widths_before'][t]),
+            amounts.span(e['widths_live'][t]),
+          )
           for t in structure.TYPES
         ),
-        arrow(_count, e['params_before'], e['params_after']),
-        _count(e['live_params']),
-        arrow(_bits, e['loss_before'], e['loss_after']),
-        _seconds(e['seconds']),
+        arrow(amounts.count, e['params_before'], e['params_after']),
+        amounts.count(e['live_params']),
+        arrow(amounts.bits, e['loss_before'], e['loss_after']),
+        amounts.seconds(e['seconds']),
       )
       for e in run.shrinks
     ),
@@ -202,7 +207,7 @@ def layers(run: runlog.Run) -> Table | None:
       )
     else:
       columns.append(f'{name} of {before[0]:,}')
-      cells.append([_count(k) for k in now])
+      cells.append([amounts.count(k) for k in now])
   return Table(
     title='Live widths by layer',
     columns=tuple(columns),
@@ -215,21 +220,23 @@ def layers(run: runlog.Run) -> Table | None:
 def spent(run: runlog.Run) -> Table:
   """Tokens and FLOPs since the start of the run, by what they went into."""
   last = {x: run.train[f'flops.{x}'][-1] for x in accounting.PURPOSES}
-  total = sum(x for x in last.values() if _known(x))
+  total = sum(x for x in last.values() if amounts.known(x))
   tokens = {'train': run.tokens[-1]}
   share = lambda x: (
-    f'{100 * x / total:.1f}{PERCENT}' if _known(x) and total else _NONE
+    f'{100 * x / total:.1f}{amounts.PERCENT}'
+    if amounts.known(x) and total
+    else amounts.NONE
   )
-  count = lambda x: si(x) if _known(x) else _NONE
+  count = lambda x: amounts.si(x) if amounts.known(x) else amounts.NONE
   return Table(
     title='Tokens and FLOPs spent',
     columns=('', 'tokens', 'FLOPs', 'share of FLOPs'),
     rows=(
       *(
-        (_SPENT[x], count(tokens.get(x)), flops(y), share(y))
+        (_SPENT[x], count(tokens.get(x)), amounts.flops(y), share(y))
         for x, y in last.items()
       ),
-      ('total', count(run.tokens[-1]), flops(total), share(total)),
+      ('total', count(run.tokens[-1]), amounts.flops(total), share(total)),
     ),
   )
 
@@ -256,7 +263,11 @@ def time(run: runlog.Run) -> Table:
     title='Time',
     columns=('', 'seconds', 'share'),
     rows=tuple(
-      (name, _tenths(x), f'{100 * x / total:.1f}{PERCENT}' if total else _NONE)
+      (
+        name,
+        amounts.tenths(x),
+        f'{100 * x / total:.1f}{amounts.PERCENT}' if total else amounts.NONE,
+      )
       for name, x in (*parts.items(), ('total', total))
     ),
   )
@@ -286,11 +297,11 @@ def edge(run: runlog.Run) -> Table:
       (
         row['format'],
         row['model'],
-        _tenths(row['bytes'] / 1e6),
-        _tenths(row['prefill']),
-        _tenths(row['decode']),
-        _tenths(row['memory'] and row['memory'] / 1e6),
-        _bits(row['bits_per_byte']),
+        amounts.tenths(row['bytes'] / 1e6),
+        amounts.tenths(row['prefill']),
+        amounts.tenths(row['decode']),
+        amounts.tenths(row['memory'] and row['memory'] / 1e6),
+        amounts.bits(row['bits_per_byte']),
       )
       for row in record['rows']
     ),
@@ -310,7 +321,7 @@ def benchmarks(record: Mapping[str, Any], step: int | None = None) -> Table:
   cells = {}
   for x in [*rows, *_averages(rows)]:
     key = (x['task'], x['metric'], x['items'])
-    cells.setdefault(key, {})[x['step']] = _measured(x)
+    cells.setdefault(key, {})[x['step']] = amounts.measured(x)
   steps = sorted({x['step'] for x in rows} - {None})
   return Table(
     title=f'Benchmarks: {record["harness"]}, zero-shot, with standard errors',
@@ -318,8 +329,8 @@ def benchmarks(record: Mapping[str, Any], step: int | None = None) -> Table:
     rows=tuple(
       (
         f'{task}, {metric}',
-        _count(items),
-        *(found.get(x, _NONE) for x in (None, *steps)),
+        amounts.count(items),
+        *(found.get(x, amounts.NONE) for x in (None, *steps)),
       )
       for (task, metric, items), found in cells.items()
     ),
@@ -375,102 +386,6 @@ def config(run: runlog.Run) -> Table:
   return Table('Configuration', ('key', 'value'), tuple(flat('', run.config)))
 
 
-def si(x: float, digits: int = 4) -> str:
-  """A count as people say it: 20k, 134.5M, 1.5B."""
-  return ''.join(_scaled(x, digits, 'kMBT'))
-
-
-def flops(x: float | None, digits: int = 4) -> str:
-  """FLOPs with their unit: 12.5 TFLOP."""
-  if not _known(x):
-    return _NONE
-  number, prefix = _scaled(x, digits, 'kMGTPEZY')
-  return f'{number}{_SPACE}{prefix}FLOP'
-
-
-def size(num_bytes: int) -> str:
-  """Bytes of a file: 113.4 MB, 0.6 MB, 1.2 kB."""
-  unit, scale = ('MB', 1e6) if num_bytes >= 1e5 else ('kB', 1e3)
-  return f'{num_bytes / scale:,.1f}{_SPACE}{unit}'
-
-
-def costs(kind: str, x: float | None, unit: bool = False) -> str:
-  """A cost as people say it: 134.5M, 269 MB, 2.1 GFLOP, 12.5 ms.
-
-  Args:
-    kind: `budget.kind`.
-    x: in the unit of the log.
-    unit: no label says what it is: 134.5M parameters, 2.1 GFLOP per token.
-  """
-  if not _known(x):
-    return _NONE
-  # Four digits at least, and no exponent: 0.1234, 215.2, 12,345.
-  plain = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
-  if kind == 'bytes':
-    return f'{plain(x / 1e6)}{_SPACE}MB'
-  if kind == 'ms':
-    return f'{plain(x)}{_SPACE}ms'
-  if kind == 'flops':
-    return flops(x) + (' per token' if unit else '')
-  return si(x) + (f' {BUDGETS.get(kind, kind)}' if unit else '')
-
-
-def change(before: float | None, after: float | None) -> str:
-  """The relative change in percent; a dash where there is none to state."""
-  if not _known(before) or not _known(after) or not before:
-    return _NONE
-  text = f'{100 * (after / before - 1):+.1f}{PERCENT}'
-  return 'unchanged' if after == before else text.replace('-', _MINUS)
-
-
 def markdown_text(text: str) -> str:
   """Text that Markdown shows as it is, on one line, also inside a table."""
   return re.sub(r'([\\`*|<>\[\]&])', r'\\\1', ' '.join(text.splitlines()))
-
-
-def _scaled(x, digits, suffixes):
-  for power, suffix in reversed([*enumerate(suffixes, 1)]):
-    scale = 1000.0**power
-    # Not `>= scale`: 999,999 rounds to 1M, not to 1000k.
-    if abs(x) >= scale * (1 - 0.5 * 10.0**-digits):
-      return f'{x / scale:.{digits}g}', suffix
-  return f'{x:.{digits}g}', ''
-
-
-def _known(x) -> bool:
-  return x is not None and math.isfinite(x)
-
-
-def _span(ends: list[float]) -> str:
-  """`448 to 1,536`; one number where both ends are the same."""
-  return ' to '.join(dict.fromkeys(map(_count, ends)))
-
-
-def _count(x: float | None) -> str:
-  if not _known(x):
-    return _NONE
-  # A mean over layers of different widths has a fraction.
-  return f'{x:,.0f}' if x == round(x) else f'{x:,.1f}'
-
-
-def _bits(x: float | None) -> str:
-  return f'{x:.4f}' if _known(x) else _NONE
-
-
-def _measured(x: Mapping[str, Any]) -> str:
-  """`0.475 ± 0.080`; a perplexity with two digits."""
-  digits = 3 if x['metric'].startswith('acc') else 2
-  value = f'{x["value"]:,.{digits}f}'
-  return (
-    value
-    if x['stderr'] is None
-    else (f'{value} \N{PLUS-MINUS SIGN} {x["stderr"]:,.{digits}f}')
-  )
-
-
-def _tenths(x: float | None) -> str:
-  return f'{x:,.1f}' if _known(x) else _NONE
-
-
-def _seconds(x: float | None) -> str:
-  return f'{x:.3g}' if _known(x) else _NONE

@@ -34,10 +34,10 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import rich.console
 
+  from effllm_jax import amounts
   from effllm_jax import export
   from effllm_jax import finished
   from effllm_jax import formats
-  from effllm_jax import tables
 
   formats.check_names(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   if 'hf' in _FORMATS.value:
     print(f'  zeros beside them, hf {report.padding:15,}')
   for name, size in report.files.items():
-    print(f'  {name:23} {tables.size(size):>15}')
+    print(f'  {name:23} {amounts.size(size):>15}')
   for name, found in report.agreements.items():
     if found:
       print(

@@ -10,9 +10,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
-  'errors', 'untrusted', 'structure', 'sharding', 'model', 'distillation',
-  'saliency', 'budgets', 'rules', 'selection', 'schedules', 'optimizers',
-  'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
+  'errors', 'amounts', 'untrusted', 'structure', 'sharding', 'model',
+  'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
+  'optimizers', 'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
   'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
   'documents', 'packages', 'splitting', 'corpus', 'tokenizing',
   'data', 'heldout',
@@ -22,8 +22,8 @@ ORDER = [
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'overlap', 'edge', 'plan', 'pruning', 'evaluate',
   'likelihood', 'harness', 'plots', 'figures', 'report', 'comparison',
-  'console', 'interrupts', 'profiling', 'advice', 'train', 'small_run',
-  'inspection', 'pictures', 'notebook',
+  'console', 'interrupts', 'profiling', 'advice', 'loop', 'train',
+  'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import rich.console
 
+from effllm_jax import amounts
 from effllm_jax import errors
 from effllm_jax import figures
 from effllm_jax import plots
@@ -502,7 +503,7 @@ def test_what_was_dead_before_the_run_was_not_pruned_by_it(tmp_path):
   rows = {r[0]: r[1:] for r in report.table(folder).rows}
   live = int(run.train['live_params'][-1])
   assert rows['live parameters'] == (
-    f'{params:,}', *2 * [f'{live:,}'], tables.change(params, live)
+    f'{params:,}', *2 * [f'{live:,}'], amounts.change(params, live)
   )  # fmt: skip
   assert rows['parameters in arrays'][0] == f'{arrays:,}'
   ffn = f'{widths["ffn"].mean():,.1f}'
@@ -512,12 +513,12 @@ def test_what_was_dead_before_the_run_was_not_pruned_by_it(tmp_path):
   assert [r[2] for r in layers.rows] == [
     f'{k:,} of {n:,}' for n, k in zip(widths['ffn'], now, strict=True)
   ]
-  share = tables.change(params, 107_600_000)
+  share = amounts.change(params, 107_600_000)
   title, facts = report._heading(run)
-  assert title.startswith(f'smollm2-135m: {tables.si(params)} to ')
+  assert title.startswith(f'smollm2-135m: {amounts.si(params)} to ')
   assert share in dict(facts)['target']
   size, drawn, maps = figures.draw(run, ['size', 'widths', 'layers'])
-  assert f'{tables.si(params)} to {tables.si(live)} live' in size.title
+  assert f'{amounts.si(params)} to {amounts.si(live)} live' in size.title
   assert f'mean: {widths["ffn"].mean():,.6g} to ' in drawn.title
   assert f'of up to {widths["ffn"].max():,}' in maps.title
   assert 'dead before the run began is white' in maps.caption
@@ -825,7 +826,7 @@ def test_smooth_is_the_mean_of_the_neighbours():
    (999_999, '1M'), (134_515_008, '134.5M'), (1.5e9, '1.5B'), (11e12, '11T')],
 )  # fmt: skip
 def test_si(x, want):
-  assert tables.si(x) == want
+  assert amounts.si(x) == want
 
 
 @pytest.mark.parametrize(
@@ -836,7 +837,7 @@ def test_si(x, want):
    ('ms', float('nan'), '\N{EN DASH}')],
 )  # fmt: skip
 def test_costs(kind, x, want):
-  assert tables.costs(kind, x).replace('\N{NO-BREAK SPACE}', ' ') == want
+  assert amounts.costs(kind, x).replace('\N{NO-BREAK SPACE}', ' ') == want
 
 
 def test_numbers_of_a_run_that_pruned_before_its_first_row(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import errors
+from effllm_jax import loop
 from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import structure
@@ -115,7 +116,7 @@ def test_one_run_at_a_time_in_a_workdir(setting, monkeypatch):
       refused.append(before)
       raise ZeroDivisionError
 
-  monkeypatch.setattr(train, 'Run', Busy)
+  monkeypatch.setattr(loop, 'Loop', Busy)
   # An error lets go of the workdir.
   for _ in range(2):
     with pytest.raises(ZeroDivisionError):
@@ -179,7 +180,7 @@ def test_seconds_are_those_of_the_devices(setting, monkeypatch, log_every):
 def test_says_so_where_a_prune_breaks_the_model(setting, monkeypatch):
   """Of that one alone: those before it harm as little as they should."""
   run, root = setting
-  said, prune = [], train.Run._prune
+  said, prune = [], loop.Loop._prune
 
   def broken(self, step, windows_ABT):
     prune(self, step, windows_ABT)
@@ -190,7 +191,7 @@ def test_says_so_where_a_prune_breaks_the_model(setting, monkeypatch):
         params=params.replace(embed=20 * params.embed)
       )
 
-  monkeypatch.setattr(train.Run, '_prune', broken)
+  monkeypatch.setattr(loop.Loop, '_prune', broken)
   monkeypatch.setattr(console.Progress, 'say', lambda _, x: said.append(x))
   run('broken')
   (line,) = [x for x in said if x.startswith('the loss is ')]
@@ -213,9 +214,9 @@ def test_a_trace_that_lost_its_trials_is_told(tmp_path):
     {'step': 4},
   ]
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  assert train._exchange(plan, path, 3)._sums['ffn'] == (0.5, 2.0)
+  assert loop._exchange(plan, path, 3)._sums['ffn'] == (0.5, 2.0)
   remedy = "lacks or misspells 'trials' at step 4; restore or delete it"
   with pytest.raises(errors.InputError, match=remedy):
-    train._exchange(plan, path, 4)
+    loop._exchange(plan, path, 4)
   off = dataclasses.replace(plan, calibrate=False)
-  assert train._exchange(off, path, 4)._sums['ffn'] == (0.0, 0.0)
+  assert loop._exchange(off, path, 4)._sums['ffn'] == (0.0, 0.0)

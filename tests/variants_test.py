@@ -11,6 +11,7 @@ from effllm_jax import budgets
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
+from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import overlap
 from effllm_jax import pruning
@@ -271,12 +272,12 @@ def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
   class Stop(BaseException):
     pass
 
-  def one_step(self, step, original=train.Run._one_step):
+  def one_step(self, step, original=loop.Loop._one_step):
     if step == 14:
       raise Stop
     original(self, step)
 
-  monkeypatch.setattr(train.Run, '_one_step', one_step)
+  monkeypatch.setattr(loop.Loop, '_one_step', one_step)
   with pytest.raises(Stop):
     setting.run('stopped', **ALL)
   monkeypatch.undo()

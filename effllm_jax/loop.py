@@ -1,0 +1,495 @@
+"""The host loop: train, prune, shrink, evaluate, record, and resume."""
+
+from collections.abc import Callable
+import contextlib
+import pathlib
+import time
+
+import jax
+import ml_collections
+import numpy as np
+
+from effllm_jax import accounting
+from effllm_jax import advice
+from effllm_jax import checkpoints
+from effllm_jax import console
+from effllm_jax import data
+from effllm_jax import errors
+from effllm_jax import evaluate
+from effllm_jax import events
+from effllm_jax import heldout as heldout_lib
+from effllm_jax import interrupts
+from effllm_jax import optimizers
+from effllm_jax import plan as plan_lib
+from effllm_jax import profiling
+from effllm_jax import pruning
+from effllm_jax import selection
+from effllm_jax import sharding
+from effllm_jax import sources
+from effllm_jax import state as state_lib
+from effllm_jax import steps
+from effllm_jax import structure
+from effllm_jax import teacher as teacher_lib
+from effllm_jax import workdir as workdir_lib
+
+
+class Loop:
+  """One run: the state on the devices and, in the first process, its files."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    plan: plan_lib.Plan,
+    source: sources.Source,
+    initial: Callable[[], structure.Params],
+    teacher: teacher_lib.Teacher | None,
+    batches: data.TrainIterator,
+    heldout: dict[str, heldout_lib.HeldOut],
+  ):
+    """Restores the newest checkpoint of `workdir`, or takes `initial()`.
+
+    `source` is without its parameters, which `initial` loads.
+    """
+    self.config, self.workdir, self.plan = config, workdir, plan
+    self.mesh = plan.recipe.compute.mesh
+    self.teacher = teacher
+    self.source_widths = {
+      t: float(w.mean())
+      for t, w in selection.live_widths(
+        source.masks or structure.all_alive(source.cfg)
+      ).items()
+    }
+    self.batches, self.heldout = batches, heldout
+    self.rate = optimizers.learning_rate(
+      config.optimizer.schedule,
+      config.optimizer.peak,
+      config.optimizer.end,
+      config.optimizer.warmup_tokens // plan.tokens_per_step,
+      config.optimizer.decay_tokens // plan.tokens_per_step,
+      plan.steps,
+    )
+    self.tx = optimizers.optimizer(
+      self.rate,
+      config.optimizer.b1,
+      config.optimizer.b2,
+      config.optimizer.weight_decay,
+      config.optimizer.clip,
+      config.optimizer.embedding,
+    )
+    restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
+    if restored:
+      self.state, moment = restored
+      self.cfg, self.num_events = moment.cfg, moment.num_events
+    else:
+      self.cfg, self.num_events = source.cfg, 0
+      self.state = state_lib.placed_state(
+        initial(), self.cfg, self.tx, self.mesh, source.masks
+      )
+    self.first_step = int(self.state.step)
+    resume = self.first_step if restored else -1
+    # The other processes know the same, and write nothing of it.
+    log = workdir_lib.Log if jax.process_index() == 0 else workdir_lib.NoLog
+    self.metrics = log(workdir / 'metrics.jsonl', resume)
+    self.trace = log(workdir / 'trace.jsonl', resume)
+    self.writer = checkpoints.Writer(workdir, config.checkpoint.keep)
+    self.meter = accounting.Meter(
+      config.data.seq_len,
+      plan.tokens_per_step,
+      plan.recipe.compute.remat,
+      moment.flops if restored else None,
+    )
+    self.exchange = _exchange(plan, workdir / 'trace.jsonl', resume)
+    self.compiled = {}
+    # Since the last row: not every step has one.
+    self.compile_seconds = self.busy_seconds = 0.0
+    self.unlogged = 0
+    self.damage = advice.Damage()
+    self.extents = self._extents()
+
+  def train(self, profiled: range = range(0)) -> None:
+    """Runs every step that is left, then waits for the last checkpoint."""
+    plan, first = self.plan, self.first_step
+    quiet = jax.process_index() > 0
+    with console.Progress(plan.steps, first, quiet) as progress:
+      self.progress = progress
+      if first:
+        progress.say(f'resuming {self.workdir} after step {first}')
+      else:
+        progress.say(
+          f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
+        )
+        self._say(advice.devices(self.cfg, self.mesh))
+        self._say(advice.price(plan, self.cfg))
+        self._evaluate(0, 'source')
+      with contextlib.ExitStack() as stack:
+        # Also on the way out of an error: what was started gets finished.
+        for resource in (self.batches, self.writer, self.trace, self.metrics):
+          stack.callback(resource.close)
+        profile = stack.enter_context(
+          profiling.Profile(self.workdir / 'profile', profiled, progress.say)
+        )
+        self.requests = stack.enter_context(interrupts.requests())
+        for step in range(first + 1, plan.steps + 1):
+          with profile.step(step, lambda: self.state):
+            self._one_step(step)
+
+  def _one_step(self, step: int) -> None:
+    plan = self.plan
+    start = time.perf_counter()
+    windows = next(self.batches)
+    waited = time.perf_counter() - start
+    windows_ABT = sharding.put_batch(
+      windows, self.config.train.accumulate, self.mesh
+    )
+    self.compile_seconds += self._compile(windows_ABT, step)
+    start = time.perf_counter()
+    teacher = self.teacher if plan.teaches(step) else None
+    answers = teacher(windows_ABT) if teacher else None
+    self.state, numbers = self.compiled[plan.scores(step)](
+      self.state, windows_ABT, answers
+    )
+    self.meter.step(
+      self.cfg,
+      plan.scores(step),
+      teacher and teacher.cfg,
+      self.extents,
+    )
+    log = step % self.config.train.log_every == 0 or step == plan.steps
+    if plan.prunes(step):
+      self._check_scored(step, numbers)
+      self._prune(step, windows_ABT)
+    if (
+      log or plan.prunes(step) or plan.evaluates(step) or plan.checkpoints(step)
+    ):
+      # Until here the time is that of asking for steps; what follows shall not
+      # be charged with them.
+      jax.block_until_ready(self.state.params)
+    self.busy_seconds += time.perf_counter() - start
+    self.unlogged += 1
+    row = (
+      {
+        'kind': 'train',
+        'step': step,
+        'tokens': plan.tokens(step),
+        **{
+          name: pruning.finite(float(number))
+          for name, number in numbers.items()
+        },
+        'skipped': int(self.state.skipped),
+        # Of the last update.
+        'learning_rate': float(self.rate(step - 1 - int(self.state.skipped))),
+        # Of a step, the mean since the last row. Includes the prune; not the
+        # compilation, the input or the shrink.
+        'seconds': self.busy_seconds / self.unlogged,
+        'compile_seconds': self.compile_seconds,
+        'data_seconds': waited,
+        **pruning.sizes(
+          self.state.prune, self.cfg, plan, step, self.source_widths
+        ),
+        'price': self._price(step),
+        'flops': dict(self.meter.spent),
+      }
+      if log
+      else None
+    )
+    event = self._shrink(step, windows_ABT)
+    if row:
+      if int(self.state.in_a_row):
+        self.progress.say(f'step {step} is skipped: {_told(numbers)}')
+      row['tokens_per_second'] = plan.tokens_per_step / row['seconds']
+      self.compile_seconds = self.busy_seconds = 0.0
+      self.unlogged = 0
+      self.metrics.write(row)
+      self.progress.step(row)
+      self._say(self.damage.add(row))
+    if plan.evaluates(step):
+      self._evaluate(step, self._phase(step))
+    stop = self._why_stop(step, log, numbers)
+    # Last of all, so that a resume from here has lost nothing of this step.
+    start = time.perf_counter()
+    if event:
+      self.writer.save_event(event, self.state, self.batches, self.meter.spent)
+    elif plan.checkpoints(step) or stop:
+      self.writer.save(
+        self.state,
+        self.cfg,
+        self.batches,
+        self.num_events,
+        self.meter.spent,
+      )
+    if event or plan.checkpoints(step) or stop:
+      self.metrics.write(
+        {
+          'kind': 'save',
+          'step': step,
+          'tokens': plan.tokens(step),
+          # What the run waited; the rest is written while it goes on.
+          'seconds': time.perf_counter() - start,
+        }
+      )
+    if stop:
+      raise stop
+
+  def _why_stop(self, step: int, look: bool, numbers) -> Exception | None:
+    """What ends the run after this step, before its time; None: nothing.
+
+    Processes that train together have to answer alike. Without `look` nothing
+    is read from the device.
+    """
+    limit = self.config.train.max_skipped
+    if look and int(self.state.in_a_row) >= limit:
+      # The batches behind this one get as many tries.
+      again = jax.device_put(np.int32(0), sharding.everywhere(self.mesh))
+      self.state = self.state.replace(in_a_row=again)
+      return errors.InputError(
+        f'{limit} steps in a row were skipped, step {step} because of '
+        f'{_told(numbers)}; the state before them is saved: run the same '
+        'command again to go on with the batches after them, or lower '
+        '--config.optimizer.peak and start in a new --workdir'
+      )
+    signum = self.requests.asked(step)
+    if signum is not None and step < self.plan.steps:
+      return interrupts.Stopped(signum, step)
+    return None
+
+  def _compile(self, windows_ABT, step: int) -> float:
+    """Compiles the step once per architecture; returns the seconds it took."""
+    score = self.plan.scores(step)
+    if score in self.compiled:
+      return 0.0
+    self.progress.phase('compiling')
+    start = time.perf_counter()
+    self.compiled[score] = steps.train_step.lower(
+      self.state,
+      windows_ABT,
+      self.teacher.compile(windows_ABT) if self.plan.teaches(step) else None,
+      cfg=self.cfg,
+      tx=self.tx,
+      recipe=self.plan.recipe,
+      score=score,
+    ).compile()
+    if score and self.plan.damping is not None:
+      self.repair = steps.repair_step.lower(
+        self.state.params,
+        self.state.prune.masks,
+        self.state.prune.masks,
+        self._repaired_on(),
+        cfg=self.cfg,
+        damping=self.plan.damping,
+        mesh=self.mesh,
+      ).compile()
+    if score:
+      # The first calls compile; the times of steps shall not include that.
+      start_size = self.plan.schedule.start
+      pruning.select(self.state.prune, self.plan, start_size)
+      if self.plan.calibrate:
+        self.exchange.scaled(self.state.prune)
+        self._trials(windows_ABT, start_size)
+      pruning.prices(self.state.prune, self.plan)
+    self.progress.phase(self.plan.phase(step))
+    return time.perf_counter() - start
+
+  def _check_scored(self, step: int, numbers) -> None:
+    if not int(self.state.prune.count):
+      raise errors.InputError(
+        f'step {step} cannot prune: every step up to it was skipped, the last '
+        f'because of {_told(numbers)}; check --config.source and '
+        '--config.data.text, or start in a new --workdir with another '
+        '--config.model.dtype'
+      )
+
+  def _prune(self, step: int, windows_ABT) -> None:
+    """Flips mask bits until the schedule's size is reached; logs what went."""
+    prune, plan = self.state.prune, self.plan
+    target = plan.schedule.at(plan.tokens(step))
+    measured = {}
+    if plan.calibrate:
+      trials = self._trials(self._sound(windows_ABT), target)
+      self.exchange.add(trials)
+      prune = self.exchange.scaled(prune)
+      self.meter.calibrate(self.cfg, self.extents)
+      measured = {'trials': trials}
+    masks = jax.device_put(
+      pruning.select(prune, plan, target), sharding.everywhere(self.mesh)
+    )
+    repaired = {}
+    if plan.damping is not None:
+      params, fits = self.repair(
+        self.state.params, prune.masks, masks, self._repaired_on()
+      )
+      self.state = self.state.replace(params=params)
+      fits = jax.tree.map(lambda x: x.item(), fits)
+      self.meter.repair(
+        self.cfg,
+        {name: fit['layers'] for name, fit in fits.items()},
+        self.config.repair.batches,
+      )
+      self._say(advice.damping(step, fits, plan.damping))
+      repaired = {'repair': jax.tree.map(pruning.finite, fits)}
+    self.trace.write(
+      {
+        'step': step,
+        'tokens': plan.tokens(step),
+        'target_cost': plan.cost.reported(target),
+        'live_cost': plan.cost.reported(plan.cost.live(masks)),
+        'live_params': selection.live_params(masks, self.cfg),
+        'removed': pruning.removed(prune, masks),
+        'price': pruning.prices(prune, plan, self.exchange.broken),
+        **measured,
+        **repaired,
+      }
+    )
+    self.state = self.state.replace(prune=self.state.prune.replace(masks=masks))
+    self.extents = self._extents()
+
+  def _price(self, step: int) -> dict[str, float | None] | None:
+    """Prices as a prune would compare them; None where nothing is scored."""
+    prune, plan = self.state.prune, self.plan
+    if not plan.scores(step) or (plan.calibrate and not self.exchange.measured):
+      return None
+    if plan.calibrate:
+      prune = self.exchange.scaled(prune)
+    return pruning.prices(prune, plan, self.exchange.broken)
+
+  def _trials(self, windows_ABT, target: int) -> dict[str, dict]:
+    """What groups of one type alone would cost, if they made up a prune."""
+    return pruning.trials(
+      self.state.params,
+      self.state.prune,
+      windows_ABT,
+      self.cfg,
+      self.plan,
+      target,
+    )
+
+  def _sound(self, windows_ABT) -> jax.Array:
+    """The batch; held-out windows for one that was skipped: it has no loss."""
+    if not int(self.state.in_a_row):
+      return windows_ABT
+    held = next(iter(self.heldout.values()))
+    rows = np.resize(held.windows, windows_ABT.shape)
+    return sharding.put(rows, sharding.batches(self.mesh))
+
+  def _repaired_on(self) -> jax.Array:
+    """The micro-batches of the newest batches, [A, B, T + 1]."""
+    rows = self.batches.recent()
+    count = self.config.repair.batches * self.config.train.accumulate
+    return sharding.put_batch(rows, count, self.mesh)
+
+  def _say(self, lines: list[str]) -> None:
+    for line in lines:
+      self.progress.say(line)
+
+  def _extents(self) -> dict[str, np.ndarray] | None:
+    """Where the kernels of a training step stop; None: they do not."""
+    if self.plan.recipe.compute.kernels == 'xla':
+      return None
+    return selection.extents(self.state.prune.masks)
+
+  def _shrink(self, step: int, windows_ABT) -> events.ShrinkEvent | None:
+    """Makes the arrays smaller, where the plan wants that after this step."""
+    old, masks = self.cfg, self.state.prune.masks
+    new = pruning.shrunk(masks, old, self.plan, step)
+    if new is None:
+      return None
+    start = time.perf_counter()
+    self.progress.phase('shrinking')
+    self.state, event = pruning.shrink(
+      self.state,
+      self._sound(windows_ABT)[0],
+      old,
+      new,
+      self.plan,
+      self.tx,
+      self.num_events,
+    )
+    if new != old:
+      self.cfg, self.compiled = new, {}
+      self._say(advice.devices(new, self.mesh))
+    self.num_events += 1
+    self.extents = self._extents()
+    seconds = time.perf_counter() - start
+    # Least and most of a layer.
+    live = {}
+    for t in structure.TYPES:
+      widths = np.atleast_1d(getattr(event.live, t)).tolist()
+      live[t] = [min(widths), max(widths)]
+    live_params = selection.live_params(masks, old)
+    self.metrics.write(
+      {
+        'kind': 'shrink',
+        'event': event.index,
+        'step': step,
+        'tokens': event.tokens,
+        'widths_before': old.widths(),
+        'widths_after': new.widths(),
+        'widths_live': live,
+        'live_params': live_params,
+        'params_before': old.num_params(),
+        'params_after': new.num_params(),
+        'loss_before': event.loss_before,
+        'loss_after': event.loss_after,
+        'seconds': seconds,
+      }
+    )
+    spans = {t: ' to '.join(dict.fromkeys(map(str, live[t]))) for t in live}
+    widths = ', '.join(
+      f'{t} {before} -> {spans[t]}' for t, before in old.widths().items()
+    )
+    self.progress.say(
+      f'shrink {event.index} at step {step}: arrays {old.num_params():,} -> '
+      f'{new.num_params():,} parameters, {live_params:,} alive: {widths}'
+    )
+    return event
+
+  def _evaluate(self, step: int, phase: str) -> None:
+    self.progress.phase('evaluating')
+    result = evaluate.bits_per_byte(
+      self.state.params,
+      self.state.prune.masks,
+      self.heldout,
+      self.cfg,
+      self.plan.recipe.compute,
+      self.config.data.batch_size,
+    )
+    self.metrics.write(
+      {
+        'kind': 'eval',
+        'step': step,
+        'tokens': self.plan.tokens(step),
+        'phase': phase,
+        'live_params': selection.live_params(self.state.prune.masks, self.cfg),
+        **result,
+      }
+    )
+    self.progress.say(
+      f'held out, {phase}: {result["bits_per_byte"]:.4f} bits per byte'
+    )
+    self.progress.phase(self.plan.phase(step))
+
+  def _phase(self, step: int) -> str:
+    if step == self.plan.steps:
+      return 'final'
+    if self.plan.last_prune(step):
+      return 'pruned'
+    return self.plan.phase(step)
+
+
+def _exchange(plan, path: pathlib.Path, resume: int) -> pruning.Exchange:
+  """With the trials of the prunes up to step `resume`."""
+  exchange = pruning.Exchange(plan.recipe.decay**plan.every)
+  for row in workdir_lib.read(path) if plan.calibrate else ():
+    try:
+      if row['step'] <= resume:
+        exchange.add(row['trials'])
+    except (AttributeError, KeyError, TypeError) as e:
+      raise errors.InputError(
+        f'{path} lacks or misspells {e} at step {row["step"]}; restore or '
+        'delete it'
+      ) from e
+  return exchange
+
+
+def _told(numbers) -> str:
+  return f'loss {numbers["loss"]} and gradient norm {numbers["grad_norm"]}'
