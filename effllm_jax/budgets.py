@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -42,35 +43,25 @@ _LONGEST = 1e9
 FIXED = ('V', 'N', 'G', 'H')
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """A budget as integers; hashable, so that jitted code can close over it.
+class Form(NamedTuple):
+  """Units as a function of how many groups are alive; a pytree of integers.
 
   Attributes:
-    kind: one of `KINDS`.
-    unit: the name of what is reported, for messages.
-    per_unit: integer units in one reported unit.
     head, ffn, stem: units per live stem channel: of each head, of each
       feed-forward channel, and of all that lies outside them.
     head_fixed, ffn_fixed, fixed: units that do not depend on the stem.
     unpriced_stem: the part of `stem` that is embedding and output matrix. It is
       left out of a stem channel's price where `price_embedding` is off, never
       out of the size.
-    fit_error: largest relative difference between a measured time and this
-      formula; 0 for what is counted.
   """
 
-  kind: str
-  unit: str
-  per_unit: int
-  head: int
-  ffn: int
-  stem: int
-  head_fixed: int
-  ffn_fixed: int
-  fixed: int
-  unpriced_stem: int
-  fit_error: float = 0.0
+  head: Any
+  ffn: Any
+  stem: Any
+  head_fixed: Any
+  ffn_fixed: Any
+  fixed: Any
+  unpriced_stem: Any
 
   def size(self, heads: Any, ffn: Any, stem: Any) -> Any:
     """Units of a model with so many live groups, over all layers.
@@ -91,6 +82,30 @@ class Cost:
       self.ffn * stem + self.ffn_fixed,
       self.head * heads + self.ffn * ffn + self.stem,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """A budget.
+
+  Attributes:
+    kind: one of `KINDS`.
+    unit: the name of what is reported, for messages.
+    per_unit: integer units in one reported unit.
+    form: what it costs, in units; Python integers.
+    fit_error: largest relative difference between a measured time and this
+      form; 0 for what is counted.
+  """
+
+  kind: str
+  unit: str
+  per_unit: int
+  form: Form
+  fit_error: float = 0.0
+
+  def size(self, heads: int, ffn: int, stem: int) -> int:
+    """As `Form.size`."""
+    return self.form.size(heads, ffn, stem)
 
   def of_config(self, cfg: structure.ModelConfig) -> int:
     """Units of a model of which nothing is masked; exact."""
@@ -267,13 +282,7 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
     kind='ms',
     unit='ms',
     per_unit=per_unit,
-    head=head,
-    ffn=ffn,
-    stem=stem,
-    head_fixed=head_fixed,
-    ffn_fixed=ffn_fixed,
-    fixed=fixed,
-    unpriced_stem=stem,
+    form=Form(head, ffn, stem, head_fixed, ffn_fixed, fixed, stem),
     fit_error=float(np.abs(terms / scale @ solution / ms - 1).max()),
   )
 
@@ -322,12 +331,14 @@ def _counted(
     kind=kind,
     unit=unit,
     per_unit=per_unit,
-    head=weight * cfg.head_rows(),
-    ffn=weight * 3,
-    stem=tables + scale * (2 * cfg.N + 1),
-    # What of a head is not as long as the stem: biases; attention itself.
-    head_fixed=head_fixed + scale * cfg.head_biases(),
-    ffn_fixed=0,
-    fixed=scale * cfg.norm_scales(),
-    unpriced_stem=tables,
+    form=Form(
+      head=weight * cfg.head_rows(),
+      ffn=weight * 3,
+      stem=tables + scale * (2 * cfg.N + 1),
+      # What of a head is not as long as the stem: biases; attention itself.
+      head_fixed=head_fixed + scale * cfg.head_biases(),
+      ffn_fixed=0,
+      fixed=scale * cfg.norm_scales(),
+      unpriced_stem=tables,
+    ),
   )

@@ -70,7 +70,7 @@ class Plan:
     """
     if self.rules.policy == 'none' or self.rules.price_embedding:
       return 0.0
-    return stem * self.cost.unpriced_stem / self.schedule.target
+    return stem * self.cost.form.unpriced_stem / self.schedule.target
 
   def tokens(self, step: int) -> int:
     """Training tokens seen after `step`."""

@@ -78,7 +78,9 @@ def costs(masks: structure.Groups, cost: budgets.Cost) -> structure.Groups:
   On the host: numpy int64, shapes of `masks`, exact.
   """
   alive = jax.tree.map(np.asarray, masks)
-  saved = cost.savings(alive.heads.sum(), alive.ffn.sum(), alive.stem.sum())
+  saved = cost.form.savings(
+    alive.heads.sum(), alive.ffn.sum(), alive.stem.sum()
+  )
   return jax.tree.map(
     lambda m, s: m * np.int64(s), alive, structure.Groups(*saved)
   )
@@ -97,7 +99,7 @@ def prices(
   is saved the price is infinite.
   """
   with jax.enable_x64(True):
-    return _prices(scores, masks, rules, cost)
+    return _prices(scores, masks, rules, cost.form)
 
 
 def mean_prices(
@@ -108,7 +110,7 @@ def mean_prices(
 ) -> structure.Groups:
   """Mean price of the live groups of each type, float32 scalars."""
   with jax.enable_x64(True):
-    return _mean_prices(scores, masks, rules, cost)
+    return _mean_prices(scores, masks, rules, cost.form)
 
 
 def select(
@@ -145,7 +147,7 @@ def select(
   # part of jit's key, so the compiled function is found again.
   with jax.enable_x64(True):
     return _select(
-      scores, masks, np.int64(target), np.int64(final), rules, cost
+      scores, masks, np.int64(target), np.int64(final), rules, cost.form
     )
 
 
@@ -171,7 +173,7 @@ def trials(
     `structure.TYPES`.
   """
   with jax.enable_x64(True):
-    return _trials(scores, masks, np.int64(saved), rules, cost)
+    return _trials(scores, masks, np.int64(saved), rules, cost.form)
 
 
 class _Moves(NamedTuple):
@@ -193,22 +195,22 @@ class _Moves(NamedTuple):
   groups: int
 
 
-@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
-def _select(scores, masks, target, final, rules, cost):
+@functools.partial(jax.jit, static_argnames='rules')
+def _select(scores, masks, target, final, rules, form):
   moves, smallest, multiple = _all_moves(scores, masks, rules)
   groups = jnp.array([m.groups for m in moves])
   total = jnp.array([m.score.size - 1 for m in moves])
   live = jnp.stack([getattr(masks, t).sum() for t in structure.TYPES])
 
   def size(left):
-    return cost.size(*jnp.moveaxis(left * groups, -1, 0))
+    return form.size(*jnp.moveaxis(left * groups, -1, 0))
 
   def price(left, made=0):
     """Of the next move of each type; `made` 1: of the last one."""
     score = jnp.stack(
       [m.score[total[i] - left[i] - made] for i, m in enumerate(moves)]
     )
-    worth = _price(score, jnp.stack(_priced(left * groups, rules, cost)))
+    worth = _price(score, jnp.stack(_priced(left * groups, rules, form)))
     # Infinity is for what is not allowed.
     return jnp.minimum(worth, jnp.finfo(worth.dtype).max)
 
@@ -270,11 +272,11 @@ def _select(scores, masks, target, final, rules, cost):
   )
 
 
-@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
-def _trials(scores, masks, saved, rules, cost):
+@functools.partial(jax.jit, static_argnames='rules')
+def _trials(scores, masks, saved, rules, form):
   moves, smallest, _ = _all_moves(scores, masks, rules)
   live = [getattr(masks, t).sum() for t in structure.TYPES]
-  units = _priced(live, rules, cost)
+  units = _priced(live, rules, form)
   tried = [masks]
   for i, (name, m) in enumerate(zip(structure.TYPES, moves, strict=True)):
     left = live[i] // m.groups
@@ -340,31 +342,31 @@ def _ragged(score_NX, mask_NX, block, kept) -> _Moves:
   )
 
 
-@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
-def _prices(scores, masks, rules, cost):
+@functools.partial(jax.jit, static_argnames='rules')
+def _prices(scores, masks, rules, form):
   live = [getattr(masks, t).sum() for t in structure.TYPES]
   return jax.tree.map(
     # A group that died lately still has a score in the running average.
     lambda s, c, m: jnp.where(m, _price(s, c), 0.0),
     scores,
-    structure.Groups(*_priced(live, rules, cost)),
+    structure.Groups(*_priced(live, rules, form)),
     masks,
   )
 
 
-@functools.partial(jax.jit, static_argnames=('rules', 'cost'))
-def _mean_prices(scores, masks, rules, cost):
+@functools.partial(jax.jit, static_argnames='rules')
+def _mean_prices(scores, masks, rules, form):
   return jax.tree.map(
     lambda p, m: p.sum() / jnp.maximum(m.sum(), 1).astype(p.dtype),
-    _prices(scores, masks, rules, cost),
+    _prices(scores, masks, rules, form),
     masks,
   )
 
 
-def _priced(live, rules, cost) -> tuple[Any, Any, Any]:
+def _priced(live, rules, form) -> tuple[Any, Any, Any]:
   """Units by which one removal of each type is priced; int64 scalars."""
-  head, ffn, stem = cost.savings(*live)
-  unpriced = 0 if rules.price_embedding else cost.unpriced_stem
+  head, ffn, stem = form.savings(*live)
+  unpriced = 0 if rules.price_embedding else form.unpriced_stem
   return head, ffn, stem - unpriced
 
 

@@ -119,9 +119,11 @@ def test_block_formats_are_blocks():
 
 def test_unpriced_is_embedding_and_output_matrix(cfg):
   tables = 1 if cfg.tied else 2
-  assert budgets.params(cfg).unpriced_stem == tables * cfg.V
-  assert budgets.stored_bytes(cfg, 'f16').unpriced_stem == 32 * tables * cfg.V
-  assert budgets.flops(cfg, 8).unpriced_stem == 2 * cfg.V
+  assert budgets.params(cfg).form.unpriced_stem == tables * cfg.V
+  assert (
+    budgets.stored_bytes(cfg, 'f16').form.unpriced_stem == 32 * tables * cfg.V
+  )
+  assert budgets.flops(cfg, 8).form.unpriced_stem == 2 * cfg.V
 
 
 def test_units_are_rounded_down_and_reported_back():
@@ -153,7 +155,7 @@ def test_a_latency_of_the_right_form_is_found_again(tmp_path):
     shape = dataclasses.replace(cfg, K=k, F=f, D=d)
     got = cost.reported(cost.of_config(shape))
     assert got == pytest.approx(time(k, f, d), rel=1e-6)
-  assert cost.unpriced_stem == cost.stem
+  assert cost.form.unpriced_stem == cost.form.stem
 
 
 def test_a_latency_of_another_form_says_how_far_off_it_is(tmp_path):
@@ -166,7 +168,7 @@ def test_a_latency_of_another_form_says_how_far_off_it_is(tmp_path):
 
   path = write_table(tmp_path / 't.json', cfg, time)
   cost = budgets.milliseconds(cfg, path)
-  assert cost.head == cost.head_fixed == 0
+  assert cost.form.head == cost.form.head_fixed == 0
   assert cost.fit_error == pytest.approx(
     max(
       abs(

@@ -27,9 +27,11 @@ RULES = {
 }
 # A fit may say that heads and channels cost a little even without a stem.
 LATENCY = budgets.Cost(
-  kind='ms', unit='ms', per_unit=10**12, head=3 * 10**9, ffn=2 * 10**8,
-  stem=10**10, head_fixed=10**10, ffn_fixed=10**7, fixed=4 * 10**11,
-  unpriced_stem=10**10,
+  'ms', 'ms', 10**12,
+  budgets.Form(
+    head=3 * 10**9, ffn=2 * 10**8, stem=10**10, head_fixed=10**10,
+    ffn_fixed=10**7, fixed=4 * 10**11, unpriced_stem=10**10,
+  ),
 )  # fmt: skip
 BUDGETS = {
   'params': budgets.params,
@@ -81,7 +83,7 @@ class _Lists:
     fewer[i] -= 1
     saved = self.cost.size(*counts) - self.cost.size(*fewer)
     if i == 2 and not self.rules.price_embedding:
-      saved -= self.cost.unpriced_stem
+      saved -= self.cost.form.unpriced_stem
     mean = np.mean([self.scores[i][g] for g in groups])
     return mean / saved if saved else 1e300
 
@@ -253,7 +255,7 @@ def trial(i, scores, masks, saved, rules, cost):
   one = [x - (j == i) for j, x in enumerate(counts)]
   worth = cost.size(*counts) - cost.size(*one)
   if i == 2 and not rules.price_embedding:
-    worth -= cost.unpriced_stem
+    worth -= cost.form.unpriced_stem
   lowest = lambda n: sorted(np.flatnonzero(mask[n]), key=lambda x: score[n][x])
   won, moved = 0, False
   while (worth > 0 and won < saved) or not moved:
@@ -453,8 +455,8 @@ def test_targets_do_not_retrace_and_callers_keep_their_types(cfg):
   size = selection._select._cache_size()
   for share in (0.9, 0.7, 0.5):
     target = int(share * cfg.num_params())
-    # Another budget object of the same numbers is the same budget.
-    cost = budgets.params(cfg)
+    # The program is that of every budget.
+    cost = budgets.flops(cfg, 64) if share == 0.5 else budgets.params(cfg)
     masks = selection.select(scores, masks, target, 0, FREE, cost)
   assert selection._select._cache_size() == size
   assert not jax.config.jax_enable_x64
@@ -478,7 +480,7 @@ def test_select_is_exact_above_two_to_the_32(policy):
   )
   layers = cfg.N if policy == 'uniform' else 1
   for cost in (budgets.params(cfg), budgets.stored_bytes(cfg, 'q4_0')):
-    channels = cost.ffn * cfg.D * layers
+    channels = cost.form.ffn * cfg.D * layers
     target = cost.of_config(cfg) - 5 * channels
     masks = selection.select(
       scores, structure.all_alive(cfg), target, target, rules, cost
@@ -492,7 +494,8 @@ def test_select_is_exact_above_two_to_the_32(policy):
 def test_what_saves_nothing_stays():
   """A latency fit may say that heads are free: they are never taken."""
   cfg = conftest.make_config(K=4, G=1, N=3, F=24, D=16)
-  cost = dataclasses.replace(LATENCY, head=0, head_fixed=0)
+  free = LATENCY.form._replace(head=0, head_fixed=0)
+  cost = dataclasses.replace(LATENCY, form=free)
   scores = conftest.make_scores(cfg).replace(heads=jnp.zeros((3, 4)))
   for name, above in itertools.product(('multiples', 'ragged'), (0, 1, 10**9)):
     rules = dataclasses.replace(RULES[name], multiple_of=(1, 4, 4))
@@ -568,7 +571,7 @@ def test_the_embedding_can_be_left_out_of_the_stem_price(kind):
   alive = np.asarray(masks.stem)
   np.testing.assert_allclose(
     np.asarray(without.stem)[alive] / np.asarray(counted.stem)[alive],
-    (saved / (saved - cost.unpriced_stem))[alive],
+    (saved / (saved - cost.form.unpriced_stem))[alive],
     rtol=1e-5,
   )
   conftest.check_close(without.ffn, counted.ffn)
