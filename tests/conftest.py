@@ -17,6 +17,9 @@ import tempfile
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+# The threads of PyTorch's products wait for each other at full speed: beside
+# other workers the export of SmolLM2 takes 21 CPU seconds, and 8 with one.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 # What one process compiles, a worker or a command of a test, the others load:
 # many make the same training step, and files let go of it (below). Nothing is
 # written into the user's cache, nor read there.

@@ -82,15 +82,6 @@ def write_folder(made, folder):
   return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-  """Two threads wait for each other where every core has a test of its own."""
-  threads = torch.get_num_threads()
-  torch.set_num_threads(1)
-  yield
-  torch.set_num_threads(threads)
-
-
 @pytest.fixture(name='opened')
 def _opened(tmp_path, monkeypatch):
   """Opens a model from a folder as a user does; code is copied to a cache."""

@@ -37,13 +37,10 @@ def make(name) -> weights.Source:
 def _files(tmp_path_factory):
   """Name of a shape -> its file, written once."""
   folder = tmp_path_factory.mktemp('onnx')
-  threads = torch.get_num_threads()
-  torch.set_num_threads(1)
   paths = {}
   for name in SHAPES:
     paths[name] = folder / f'{name}.onnx'
     onnx_export.write(make(name), paths[name])
-  torch.set_num_threads(threads)
   return paths
 
 
