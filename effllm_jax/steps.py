@@ -48,7 +48,7 @@ class Recipe:
   distill: float
   temperature: float
   top_k: int
-  seed: int = 0
+  seed: int
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'recipe'))

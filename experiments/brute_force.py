@@ -114,7 +114,7 @@ def recipe(kind: str) -> steps.Recipe:
   """A step that scores by `kind` and keeps the score of its batch only."""
   return steps.Recipe(
     compute=COMPUTE, saliency=kind, decay=0.0, b1=B1, b2=B2, clip=CLIP,
-    distill=0.0, temperature=1.0, top_k=1,
+    distill=0.0, temperature=1.0, top_k=1, seed=0,
   )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
   def parse(argv):
     try:
+      argv = [_config_at_home(x) for x in argv]
       _check_files(argv)
       rest = flags.FLAGS(argv)
       _expand_home()
@@ -274,6 +275,14 @@ def _expand_home() -> None:
         if isinstance(value, list)
         else os.path.expanduser(value)
       )
+
+
+def _config_at_home(flag: str) -> str:
+  """As `_expand_home`, for a file that is read while flags are parsed."""
+  name, equals, path = flag.partition('=')
+  if name not in ('--config', '-config'):
+    return flag
+  return f'{name}{equals}{os.path.expanduser(path)}'
 
 
 def _check_files(argv: Sequence[str]) -> None:

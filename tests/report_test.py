@@ -715,6 +715,8 @@ def test_the_home_folder_of_a_flag_is_that_of_the_user():
   ):
     done = conftest.command(name, flag)
     runs.refused(done, f'workdir {home}/no/run does not exist')
+  done = conftest.command('main', '--config=~/no/config.py', '--workdir=~/no')
+  runs.refused(done, f'{home}/no/config.py')
 
 
 @pytest.mark.parametrize('ragged', [False, True])

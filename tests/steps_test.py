@@ -59,6 +59,7 @@ RECIPE = steps.Recipe(
   distill=0.0,
   temperature=1.0,
   top_k=8,
+  seed=0,
 )
 
 
