@@ -11,6 +11,7 @@ import io
 import matplotlib
 from matplotlib import figure
 from matplotlib import ticker
+from matplotlib.backends import backend_agg
 import numpy as np
 
 from effllm_jax import amounts
@@ -400,8 +401,14 @@ def _speed(run):
 def render(fig: figure.Figure, name: str, caption: str) -> Figure:
   """A drawn figure; its title is made of those of its panels."""
   buffer = io.BytesIO()
-  # Without the version of matplotlib: the same run gives the same bytes.
-  fig.savefig(buffer, format='png', metadata={'Software': None})
+  # `savefig` would draw all of it once more, for the layout. Level 4 packs the
+  # pixels in half the time of 6, into 2 % more bytes.
+  backend_agg.FigureCanvasAgg(fig).print_png(
+    buffer,
+    # Without the version of matplotlib: the same run gives the same bytes.
+    metadata={'Software': None},
+    pil_kwargs={'compress_level': 4},
+  )
   title = '; '.join(
     ax.get_title(loc='left').replace('\n', ' ')
     for ax in fig.axes
