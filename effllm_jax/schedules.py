@@ -60,14 +60,12 @@ class Schedule:
 
   def at(self, tokens: int) -> int:
     """Largest size allowed after `tokens`: never rises, exact integers."""
-    passed = self._passed(tokens)
-    done = {
-      'linear': passed,
-      'cubic': 1 - (1 - passed) ** 3,
-      'oneshot': fractions.Fraction(
-        math.ceil(passed * self.stages), self.stages
-      ),
-    }[self.kind]
+    done = self._passed(tokens)
+    match self.kind:
+      case 'cubic':
+        done = 1 - (1 - done) ** 3
+      case 'oneshot':
+        done = fractions.Fraction(math.ceil(done * self.stages), self.stages)
     return self.start - math.floor((self.start - self.target) * done)
 
   def falls(self, since: int, tokens: int) -> bool:
@@ -78,6 +76,8 @@ class Schedule:
     """Share of the falling stretches that has passed, in [0, 1]."""
     span = self.end - self.begin
     time = fractions.Fraction(min(max(tokens - self.begin, 0), span), span)
+    if self.stages == 1:
+      return time
     falling = 1 - fractions.Fraction(self.rest)
     # In stages; the last one ends before its rest.
     time *= self.stages - 1 + falling
