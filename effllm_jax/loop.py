@@ -54,12 +54,12 @@ class Loop:
     self.config, self.workdir, self.plan = config, workdir, plan
     self.mesh = plan.recipe.compute.mesh
     self.teacher = teacher
-    self.source_widths = {
-      t: float(w.mean())
-      for t, w in selection.live_widths(
-        source.masks or structure.all_alive(source.cfg)
-      ).items()
-    }
+    widths = (
+      selection.live_widths(source.masks)
+      if source.masks
+      else source.cfg.widths()
+    )
+    self.source_widths = {t: float(np.mean(w)) for t, w in widths.items()}
     self.batches, self.heldout = batches, heldout
     self.rate = optimizers.learning_rate(
       config.optimizer.schedule,
@@ -77,6 +77,8 @@ class Loop:
       config.optimizer.clip,
       config.optimizer.embedding,
     )
+    # For the rows: one program that no shrink forgets, not seven after each.
+    self.rate_at = jax.jit(self.rate).lower(np.int32(0)).compile()
     restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:
       self.state, moment = restored
@@ -178,7 +180,9 @@ class Loop:
         },
         'skipped': int(self.state.skipped),
         # Of the last update.
-        'learning_rate': float(self.rate(step - 1 - int(self.state.skipped))),
+        'learning_rate': float(
+          self.rate_at(np.int32(step - 1 - int(self.state.skipped)))
+        ),
         # Of a step, the mean since the last row. Includes the prune; not the
         # compilation, the input or the shrink.
         'seconds': self.busy_seconds / self.unlogged,

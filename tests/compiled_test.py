@@ -155,6 +155,8 @@ def test_a_shrink_compiles_again_only_what_its_shapes_are_in(counted):
     'repair_step': len(scored),
     '_select': len(scored),
     '_mean_prices': len(scored),
+    # Of a learning rate, operation by operation: it is one program.
+    'integer_pow': 0,
     # The teacher does not shrink.
     'teach_step': 1,
     'sum_losses': len(evaluated),

@@ -243,9 +243,8 @@ def test_average_equals_the_weighted_mean(cfg):
   decay, n = 0.8, 5
   average = jax.jit(saliency.average, static_argnums=3)
   seen = [conftest.make_scores(cfg, seed) for seed in range(n)]
-  mean = jax.tree.map(lambda s: np.full(s.shape, np.nan), seen[0])
   # The first score enters whole: what was there before does not matter.
-  mean = jax.tree.map(np.zeros_like, mean)
+  mean = jax.tree.map(lambda s: np.full(s.shape, 7.0, np.float32), seen[0])
   for count, scores in enumerate(seen):
     mean = average(mean, scores, np.int32(count), decay)
   weights = [decay ** (n - 1 - i) for i in range(n)]
