@@ -31,6 +31,10 @@ class Process:
     """What it has written to stderr so far."""
     return self._files[1].read_text()
 
+  def alive(self) -> bool:
+    """Whether it runs; one that has ended has no root any more."""
+    return pathlib.Path(f'/proc/{self.pid}/root').exists()
+
   def wait(self) -> subprocess.CompletedProcess:
     code = int(self._server.stdout.readline())
     said = [path.read_text() for path in self._files]

@@ -26,6 +26,7 @@ from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import fork_server
 from tests import runs
 
 MESHES = {
@@ -343,41 +344,42 @@ def test_rules_by_letters():
 def _processes(ran):
   """Two processes of one device each, as Slurm would start them."""
   root, *_ = ran
+  servers = [
+    fork_server.Server(
+      os.environ
+      | {
+        # Which also names the port where they meet.
+        'SLURM_JOB_ID': str(os.getpid()),
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_NTASKS': '2',
+        'SLURM_PROCID': str(i),
+        'SLURM_LOCALID': str(i),
+      },
+      conftest.ROOT,
+    )
+    for i in range(2)
+  ]
 
   def start(name):
-    arguments = [
+    flags = [
       conftest.CONFIG_FILE,
       '--distributed',
+      f'--workdir={root / name}',
       f'--cache={root / "cache"}',
       *conftest.flags_of(changes_of(root, (-1, 1, 1))),
     ]
-    return [
-      subprocess.Popen(
-        [sys.executable, '-m', 'experiments.main', f'--workdir={root / name}',
-         *arguments],
-        cwd=conftest.ROOT,
-        env=os.environ
-        | {
-          # Which also names the port where they meet.
-          'SLURM_JOB_ID': str(os.getpid()),
-          'SLURM_STEP_NODELIST': 'localhost',
-          'SLURM_NTASKS': '2',
-          'SLURM_PROCID': str(i),
-          'SLURM_LOCALID': str(i),
-        },
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      )
-      for i in range(2)
-    ]  # fmt: skip
+    return [server.start('main', flags) for server in servers]
 
-  return root, start
+  yield root, start
+  for server in servers:
+    server.close()
 
 
 def finished(running):
   """What each process of a run says; all of them have to succeed."""
-  said = [process.communicate(timeout=300)[1] for process in running]
-  assert all(process.returncode == 0 for process in running), said
-  return said
+  done = [process.wait() for process in running]
+  assert not any(x.returncode for x in done), [x.stderr for x in done]
+  return [x.stderr for x in done]
 
 
 def test_two_processes_are_one(processes):
@@ -389,14 +391,15 @@ def test_two_processes_are_one(processes):
   root, start = processes
   running = start('two')
   while runs.reached(root / 'two') < 1:
-    assert running[0].poll() is None, running[0].communicate()
+    assert running[0].alive(), running[0].wait()
     time.sleep(0.01)
-  running[1].send_signal(signal.SIGTERM)
-  said = [process.communicate(timeout=120)[1] for process in running]
-  assert [p.returncode for p in running] == [143, 143], said
-  stopped = [re.search(r'stopped after step (\d+);', x)[1] for x in said]
+  os.kill(running[1].pid, signal.SIGTERM)
+  stopped = [process.wait() for process in running]
+  said = [x.stderr for x in stopped]
+  assert [x.returncode for x in stopped] == [143, 143], said
+  steps_done = [re.search(r'stopped after step (\d+);', x)[1] for x in said]
   moment = checkpoints.moments(root / 'two')[0]
-  assert stopped == [str(moment.step)] * 2
+  assert steps_done == [str(moment.step)] * 2
   assert 'mesh: data 2 x fsdp 1 x tensor 1' in said[0]
   first, second = finished(start('two'))
   same(root / 'two', root / 'one')
