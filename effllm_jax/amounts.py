@@ -1,8 +1,6 @@
 """Numbers as people read them; a dash for none."""
 
-from collections.abc import Mapping
 import math
-from typing import Any
 
 _MINUS = '\N{MINUS SIGN}'
 NONE = '\N{EN DASH}'
@@ -64,17 +62,6 @@ def change(before: float | None, after: float | None) -> str:
     return NONE
   text = f'{100 * (after / before - 1):+.1f}{PERCENT}'
   return 'unchanged' if after == before else text.replace('-', _MINUS)
-
-
-def measured(x: Mapping[str, Any]) -> str:
-  """`0.475 ± 0.080`; a perplexity with two digits."""
-  digits = 3 if x['metric'].startswith('acc') else 2
-  value = f'{x["value"]:,.{digits}f}'
-  return (
-    value
-    if x['stderr'] is None
-    else (f'{value} \N{PLUS-MINUS SIGN} {x["stderr"]:,.{digits}f}')
-  )
 
 
 def span(ends: list[float]) -> str:

@@ -61,7 +61,7 @@ class Loop:
     )
     self.source_widths = {t: float(np.mean(w)) for t, w in widths.items()}
     self.batches, self.heldout = batches, heldout
-    self.rate = optimizers.learning_rate(
+    rate = optimizers.learning_rate(
       config.optimizer.schedule,
       config.optimizer.peak,
       config.optimizer.end,
@@ -70,7 +70,7 @@ class Loop:
       plan.steps,
     )
     self.tx = optimizers.optimizer(
-      self.rate,
+      rate,
       config.optimizer.b1,
       config.optimizer.b2,
       config.optimizer.weight_decay,
@@ -78,7 +78,7 @@ class Loop:
       config.optimizer.embedding,
     )
     # For the rows: one program that no shrink forgets, not seven after each.
-    self.rate_at = jax.jit(self.rate).lower(np.int32(0)).compile()
+    self.rate = jax.jit(rate).lower(np.int32(0)).compile()
     restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:
       self.state, moment = restored
@@ -181,7 +181,7 @@ class Loop:
         'skipped': int(self.state.skipped),
         # Of the last update.
         'learning_rate': float(
-          self.rate_at(np.int32(step - 1 - int(self.state.skipped)))
+          self.rate(np.int32(step - 1 - int(self.state.skipped)))
         ),
         # Of a step, the mean since the last row. Includes the prune; not the
         # compilation, the input or the shrink.

@@ -321,7 +321,7 @@ def benchmarks(record: Mapping[str, Any], step: int | None = None) -> Table:
   cells = {}
   for x in [*rows, *_averages(rows)]:
     key = (x['task'], x['metric'], x['items'])
-    cells.setdefault(key, {})[x['step']] = amounts.measured(x)
+    cells.setdefault(key, {})[x['step']] = _measured(x)
   steps = sorted({x['step'] for x in rows} - {None})
   return Table(
     title=f'Benchmarks: {record["harness"]}, zero-shot, with standard errors',
@@ -365,6 +365,17 @@ def _averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
       )
   return found
+
+
+def _measured(x: Mapping[str, Any]) -> str:
+  """`0.475 ± 0.080`; a perplexity with two digits."""
+  digits = 3 if x['metric'].startswith('acc') else 2
+  value = f'{x["value"]:,.{digits}f}'
+  return (
+    value
+    if x['stderr'] is None
+    else (f'{value} \N{PLUS-MINUS SIGN} {x["stderr"]:,.{digits}f}')
+  )
 
 
 def config(run: runlog.Run) -> Table:
