@@ -353,8 +353,11 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
 
 
 def _with_remedy(text: str) -> str:
-  """What absl says of a flag; what to write where its value is no number."""
+  """What absl says of a flag; what to write where it is none, or no number."""
   text = _plain(text)
+  missing = re.search(r'Flag (--\w+) must have a value other than None', text)
+  if missing:
+    return f'{missing[1]} is not given; set it, --help says to what'
   for said, remedy in (
     ('to float', 'write a number, such as 0.5 or 200e6'),
     ('for int()', 'write a whole number in digits, such as 200000'),

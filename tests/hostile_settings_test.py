@@ -21,6 +21,7 @@ from experiments.configs import smollm2_135m
 from kernels import autotune
 from tests import conftest
 from tests import hostile
+from tests import runs
 
 # Tables.
 
@@ -263,3 +264,12 @@ def test_overrides_of_the_command_line():
     assert said[-1].startswith('error: '), (flags, text)
     assert 'Traceback' not in text and len(said[-1]) < 3000
   assert 20 < accepted < len(cases) / 2
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'missing'),
+  [(['main', '--workdir=no'], '--config'), (['report'], '--workdir')],
+)
+def test_a_flag_that_is_not_given(arguments, missing):
+  done = conftest.command(*arguments)
+  runs.refused(done, f'{missing} is not given; set it, --help says')
