@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Iterator
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -50,13 +51,14 @@ os.environ['XLA_FLAGS'] = ' '.join(
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
 
 from effllm_jax import model
+from effllm_jax import shrink
+from effllm_jax import small_run as small_run_lib
 from effllm_jax import structure
 from tests import fork_server
 
@@ -110,6 +112,11 @@ def _cfg(request) -> structure.ModelConfig:
   return make_config(**CONFIGS[request.param])
 
 
+def _array(x: np.ndarray) -> jax.Array:
+  """In float32, from numpy: jax would compile a program for each shape."""
+  return jax.device_put(x.astype(np.float32))
+
+
 def make_params(cfg, seed=0) -> structure.Params:
   """Parameters far from their initial values, norms and biases included."""
   rng = np.random.default_rng(seed)
@@ -117,7 +124,7 @@ def make_params(cfg, seed=0) -> structure.Params:
   def leaf(letters, shape):
     noise = rng.standard_normal(shape.shape) * 0.15
     scale = 1.0 if letters in ('D', 'ND', 'NH') else 0.0
-    return jnp.asarray(scale + noise, jnp.float32)
+    return _array(scale + noise)
 
   return structure.map_axes(leaf, structure.shapes(cfg))
 
@@ -126,7 +133,7 @@ def make_scores(cfg, seed=0) -> structure.Groups:
   """Positive scores without ties."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda m: jnp.asarray(rng.uniform(0.1, 1.0, m.shape), jnp.float32),
+    lambda m: _array(rng.uniform(0.1, 1.0, m.shape)),
     structure.all_alive(cfg),
   )
 
@@ -144,7 +151,7 @@ def make_masks(cfg, seed=0, uniform=False) -> structure.Groups:
     dead = rng.integers(1, max(width // 2, 2), len(rows))
     for row, count in zip(rows, dead, strict=True):
       row[rng.permutation(width)[: dead[0] if uniform else count]] = False
-    return jnp.asarray(rows.reshape(mask.shape))
+    return jax.device_put(rows.reshape(mask.shape))
 
   return jax.tree.map(leaf, structure.all_alive(cfg))
 
@@ -166,13 +173,37 @@ def alive_entries(letters, shape, masks) -> np.ndarray:
 def make_tokens(cfg, batch=2, length=12, seed=0):
   """Random token ids, int32 [batch, length]."""
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.integers(0, cfg.V, (batch, length)), jnp.int32)
+  tokens = rng.integers(0, cfg.V, (batch, length))
+  return jax.device_put(tokens.astype(np.int32))
 
 
-forward = jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
-loss_and_grad = jax.jit(
-  jax.value_and_grad(model.loss), static_argnames=('cfg', 'compute')
+def _on_host(function):
+  """Its results as numpy, of which no test makes programs by the way.
+
+  On the newest jax each takes 30 ms, most of it for the dialects of MLIR.
+  """
+
+  @functools.wraps(function)
+  def call(*arrays, **static):
+    return jax.tree.map(np.asarray, function(*arrays, **static))
+
+  return call
+
+
+forward = _on_host(
+  jax.jit(model.forward, static_argnames=('cfg', 'compute', 'taps'))
 )
+loss_and_grad = _on_host(
+  jax.jit(jax.value_and_grad(model.loss), static_argnames=('cfg', 'compute'))
+)
+kept_indices = _on_host(jax.jit(shrink.kept_indices, static_argnames='cfg'))
+take_params = _on_host(jax.jit(shrink.take_params))
+take_groups = _on_host(jax.jit(shrink.take_groups))
+
+
+def copied(tree):
+  """Arrays of their own, for what donates them."""
+  return jax.tree.map(lambda x: jax.device_put(np.array(x)), tree)
 
 
 def check_close(a, b, rtol=1e-5, atol=1e-6):
@@ -262,7 +293,7 @@ def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
     'bos_token_id': 0,
   }
   (folder / 'config.json').write_text(json.dumps(config))
-  params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
+  params = small_run_lib.random_params(cfg, 0.02)
   layers = params.layers
   tensors = {
     'model.embed_tokens.weight': params.embed,

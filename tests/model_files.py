@@ -14,7 +14,6 @@ import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
-from effllm_jax import model
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import weights
@@ -69,16 +68,17 @@ LLAMA3 = dataclasses.replace(
 @functools.cache
 def random_params(cfg, seed=0):
   """Weights large enough that greedy decoding has clear winners."""
-  params = model.init(jax.random.key(seed), cfg)
   rng = np.random.default_rng(seed)
 
-  def leaf(letters, x):
+  def leaf(letters, like):
     if structure.is_matrix(letters):
-      return np.asarray((20 if letters == 'VD' else 8) * x)
+      scale = 0.4 if letters == 'VD' else 0.16
+      return rng.normal(0, scale, like.shape).astype(np.float32)
     # Norm scales around 1, biases around 0.
-    return np.asarray(x + rng.uniform(-0.5, 0.5, x.shape), np.float32)
+    middle = 0.0 if 'K' in letters else 1.0
+    return rng.uniform(-0.5, 0.5, like.shape).astype(np.float32) + middle
 
-  return structure.map_axes(leaf, params)
+  return structure.map_axes(leaf, structure.shapes(cfg))
 
 
 def bpe(vocab=CFG.V):

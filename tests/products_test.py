@@ -89,7 +89,7 @@ def test_every_extent(name, form, axes):
       f'{left},{right}->mn', x.astype(np.float64), b.astype(np.float64)
     )
     x, y = beyond(x, left, limits, np.nan), beyond(b, right, limits, np.nan)
-    c = run(x, y, {z: jnp.int32(extents[z]) for z in axes})
+    c = np.asarray(run(x, y, {z: jnp.int32(extents[z]) for z in axes}))
     inside = np.s_[: extents['m'], : extents['n']]
     np.testing.assert_allclose(c[inside], want[inside], rtol=1e-4, atol=1e-5)
   assert len(traces) == 1

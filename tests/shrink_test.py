@@ -22,7 +22,7 @@ def make_optimizer():
 def test_survivors_are_ordered_by_descending_score(cfg):
   masks, scores = conftest.make_masks(cfg), conftest.make_scores(cfg)
   small = shrink.shrunk_config(masks, cfg, ONE)
-  kept = shrink.kept_indices(masks, scores, small)
+  kept = conftest.kept_indices(masks, scores, small)
   for n in range(cfg.N):
     alive = np.flatnonzero(np.asarray(masks.ffn[n]))
     want = alive[np.argsort(-np.asarray(scores.ffn[n])[alive])]
@@ -51,8 +51,8 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
   tx = make_optimizer()
   params = conftest.make_params(cfg)
   small = shrink.shrunk_config(masks, cfg, ONE)
-  kept = shrink.kept_indices(masks, scores, small)
-  small_masks = shrink.take_groups(masks, kept)
+  kept = conftest.kept_indices(masks, scores, small)
+  small_masks = conftest.take_groups(masks, kept)
 
   @jax.jit
   def update(params, opt_state, grads):
@@ -70,7 +70,7 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
     grads = grad(params, structure.all_alive(cfg), cfg, seed)
     params, opt_state = update(params, opt_state, grads)
 
-  small_params = shrink.take_params(params, kept)
+  small_params = conftest.take_params(params, kept)
   small_opt = shrink.take_opt_state(tx, opt_state, cfg, kept)
   for seed in range(2, 4):
     params, opt_state = update(
@@ -81,7 +81,7 @@ def test_an_optimizer_step_commutes_with_shrinking(cfg):
     )
   # Adam divides by the root of tiny second moments: 1e-2 is the step size.
   conftest.check_close(
-    shrink.take_params(params, kept), small_params, 1e-3, 2e-5
+    conftest.take_params(params, kept), small_params, 1e-3, 2e-5
   )
   conftest.check_close(
     shrink.take_opt_state(tx, opt_state, cfg, kept), small_opt, 5e-3, 1e-5

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def make_state(cfg, tx, masks=None):
   state = state_lib.fresh_state(conftest.make_params(cfg), cfg, tx)
   if masks is not None:
     # A copy: a step donates its state.
-    masks = jax.tree.map(jnp.copy, masks)
+    masks = conftest.copied(masks)
     state = state.replace(prune=state.prune.replace(masks=masks))
   return state
 
@@ -96,7 +97,7 @@ def test_scores_come_from_the_training_gradient(tx):
   masks = conftest.make_masks(cfg)
   state = make_state(cfg, tx, masks)
   tokens = conftest.make_tokens(cfg, 4)
-  params = jax.tree.map(jnp.copy, state.params)
+  params = jax.tree.map(np.array, state.params)
   loss, grads = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
   # As two micro-batches: the same mean gradient, the same scores.
   state, numbers = step(state, tokens.reshape(2, 2, -1), cfg, tx)
@@ -134,7 +135,7 @@ def _history(tx):
   state = make_state(cfg, tx, masks)
   rows, mu, nu = [], 0.0, 0.0
   for count, windows in enumerate(tokens, 1):
-    params = jax.tree.map(jnp.copy, state.params)
+    params = jax.tree.map(np.array, state.params)
     micro = [
       as64(conftest.loss_and_grad(params, masks, w, cfg=cfg)[1])
       for w in windows
@@ -173,37 +174,49 @@ def zeros(tree):
   return jax.tree.map(np.zeros_like, tree)
 
 
+# Whole, as a step has it: each small operation would be a program of its own.
+SALIENCY = types.SimpleNamespace(
+  **{
+    name: jax.jit(getattr(saliency, name))
+    for name in (
+      'taylor1', 'taylor1_group', 'taylor2', 'obd', 'fisher', 'magnitude',
+      'activation',
+    )
+  }
+)  # fmt: skip
+
+
 def want_scores(kind, row, cfg, masks, windows):
   """The scores of one step from what was computed by hand."""
   params = row['params']
   n, n_micro = windows[..., 1:].size, windows[0, :, 1:].size
   match kind:
     case 'taylor1':
-      return saliency.taylor1(params, row['grads'])
+      return SALIENCY.taylor1(params, row['grads'])
     case 'taylor1_momentum':
-      return saliency.taylor1(params, row['mu'])
+      return SALIENCY.taylor1(params, row['mu'])
     case 'taylor1_group':
-      return saliency.taylor1_group(params, row['grads'])
+      return SALIENCY.taylor1_group(params, row['grads'])
     case 'taylor2':
       scale = n * max(1.0, row['norm'] / CLIP) ** 2
       h = jax.tree.map(lambda v: scale * v, row['nu'])
-      return saliency.taylor2(params, row['grads'], h)
+      return SALIENCY.taylor2(params, row['grads'], h)
     case 'obd':
       scale = n * max(1.0, row['norm'] / CLIP) ** 2
-      return saliency.obd(params, jax.tree.map(lambda v: scale * v, row['nu']))
+      return SALIENCY.obd(params, jax.tree.map(lambda v: scale * v, row['nu']))
     case 'taylor2_micro':
       h = jax.tree.map(
         lambda *g: n_micro * sum(x**2 for x in g) / len(g), *row['micro']
       )
-      return saliency.taylor2(params, row['grads'], h)
+      return SALIENCY.taylor2(params, row['grads'], h)
     case 'fisher':
-      each = [saliency.fisher(params, g, n_micro) for g in row['micro']]
+      each = [SALIENCY.fisher(params, g, n_micro) for g in row['micro']]
       return jax.tree.map(lambda *s: sum(s) / len(s), *each)
     case 'magnitude':
-      return saliency.magnitude(params)
+      return SALIENCY.magnitude(params)
     case 'activation':
       each = [
-        saliency.activation(
+        SALIENCY.activation(
           conftest.forward(params, masks, w[:, :-1], cfg=cfg, taps=True)[1],
           params,
           masks,
@@ -220,7 +233,8 @@ def test_every_kind_equals_its_formula_over_three_steps(history, tx, kind):
   for windows, row in zip(tokens, rows, strict=True):
     state, numbers = step(state, windows, cfg, tx, saliency=kind, decay=0.0)
     want = want_scores(kind, row, cfg, masks, windows)
-    largest = jax.tree.map(lambda s: 1e-4 * float(abs(s).max()), want)
+    want = jax.tree.map(np.asarray, want)
+    largest = jax.tree.map(lambda s: 1e-4 * abs(s).max(), want)
     jax.tree.map(
       lambda a, b, atol: np.testing.assert_allclose(a, b, 1e-3, atol),
       state.prune.scores,
@@ -350,7 +364,7 @@ DAMPING = 1e-2
 def repaired(params, masks, new_masks, tokens, cfg):
   """`repair_step` on two micro-batches, as numpy; it donates what it gets."""
   params, fits = steps.repair_step(
-    jax.tree.map(jnp.copy, params), masks, new_masks,
+    conftest.copied(params), masks, new_masks,
     tokens.reshape(2, -1, tokens.shape[-1]), cfg=cfg, damping=DAMPING,
   )  # fmt: skip
   return jax.tree.map(np.asarray, params), fits
@@ -476,15 +490,15 @@ def test_a_repair_commutes_with_a_shrink(prune):
     masks, cfg, structure.Groups(heads=1, ffn=1, stem=1)
   )
   assert small.F < cfg.F and small.D < cfg.D
-  kept = shrink.kept_indices(masks, conftest.make_scores(cfg), small)
+  kept = conftest.kept_indices(masks, conftest.make_scores(cfg), small)
   got, fits = repaired(
-    shrink.take_params(params, kept),
-    *(shrink.take_groups(x, kept) for x in (masks, new_masks)),
+    conftest.take_params(params, kept),
+    *(conftest.take_groups(x, kept) for x in (masks, new_masks)),
     tokens,
     small,
   )
   whole, want = repaired(params, masks, new_masks, tokens, cfg)
-  conftest.check_close(got, shrink.take_params(whole, kept), 1e-4, 1e-5)
+  conftest.check_close(got, conftest.take_params(whole, kept), 1e-4, 1e-5)
   # Errors are those of all outputs, dead ones too.
   for name, fit in fits.items():
     for key in ('layers', 'damping'):
