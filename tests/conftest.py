@@ -180,7 +180,7 @@ def make_tokens(cfg, batch=2, length=12, seed=0):
 def _on_host(function):
   """Its results as numpy, of which no test makes programs by the way.
 
-  On the newest jax each takes 30 ms, most of it for the dialects of MLIR.
+  On the newest jax each takes some 20 ms.
   """
 
   @functools.wraps(function)
