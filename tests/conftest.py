@@ -58,7 +58,6 @@ import tokenizers
 
 from effllm_jax import model
 from effllm_jax import shrink
-from effllm_jax import small_run as small_run_lib
 from effllm_jax import structure
 from tests import fork_server
 
@@ -293,7 +292,7 @@ def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
     'bos_token_id': 0,
   }
   (folder / 'config.json').write_text(json.dumps(config))
-  params = small_run_lib.random_params(cfg, 0.02)
+  params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
   layers = params.layers
   tensors = {
     'model.embed_tokens.weight': params.embed,
