@@ -35,7 +35,9 @@ from tests import runs
 KILLS = int(os.environ.get('EFFLLM_KILLS', '50'))
 CHAINS = 2
 # The plainest kernels compile fastest; saves before, between and after shrinks.
-CHANGES = {'model.kernels': 'xla', 'checkpoint.every_steps': 3}
+CHANGES = {
+  'model.kernels': 'xla', 'shrink.threshold': 0.2, 'checkpoint.every_steps': 3
+}  # fmt: skip
 SHRINKS = (12, 16)
 
 

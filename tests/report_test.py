@@ -401,14 +401,6 @@ def test_layer_maps_are_what_the_trace_says(which, request):
     assert (live['heads'] == 3).all() and np.ptp(live['ffn']) == 0
 
 
-@pytest.fixture(name='unpainted')
-def _unpainted(monkeypatch):
-  """For what looks at words alone: figures whose pixels are not painted."""
-  canvas = figures.backend_agg.FigureCanvasAgg
-  monkeypatch.setattr(canvas, 'print_png', lambda *_, **__: None)
-
-
-@pytest.mark.usefixtures('unpainted')
 def test_layer_maps_before_the_first_prune(tmp_path):
   write_run(tmp_path / 'a', until=3)
   run = runlog.read(tmp_path / 'a')
@@ -569,7 +561,6 @@ COSTS = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures('unpainted')
 @pytest.mark.parametrize('kind', COSTS)
 def test_budgets_other_than_parameters(tmp_path, kind):
   name, before, after, target = COSTS[kind]
@@ -622,7 +613,6 @@ def test_page_is_self_contained(done):
   assert '@import' not in style
 
 
-@pytest.mark.usefixtures('unpainted')
 def test_command_gives_the_same_config(tmp_path):
   write_run(tmp_path / 'a b')
   config = smollm2_135m.get_config()
@@ -796,7 +786,6 @@ def test_bad_workdir_is_one_line_and_writes_nothing(tmp_path, said):
   assert not (folder / 'report').exists()
 
 
-@pytest.mark.usefixtures('unpainted')
 def test_a_file_in_place_of_the_folder(tmp_path):
   write_run(tmp_path / 'a', until=3)
   (tmp_path / 'a/report').write_text('a file of the user')

@@ -31,8 +31,8 @@ class Setting:
     self.text = conftest.write_text_folder(root / 'text')
 
   def arguments(self, workdir, *more, **changes) -> list[str]:
-    # By the kernels of a user.
-    changes = {'model.kernels': 'auto'} | changes
+    # By the kernels of a user, with 3 shrinks.
+    changes = {'model.kernels': 'auto', 'shrink.threshold': 0.1} | changes
     flags = conftest.flags_of(
       conftest.small_run(self.model, self.text, **changes)
     )
