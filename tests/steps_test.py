@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -174,16 +173,9 @@ def zeros(tree):
   return jax.tree.map(np.zeros_like, tree)
 
 
-# Whole, as a step has it: each small operation would be a program of its own.
-SALIENCY = types.SimpleNamespace(
-  **{
-    name: jax.jit(getattr(saliency, name))
-    for name in (
-      'taylor1', 'taylor1_group', 'taylor2', 'obd', 'fisher', 'magnitude',
-      'activation',
-    )
-  }
-)  # fmt: skip
+def whole(function, *arrays):
+  """As a step has it: each small operation would be a program of its own."""
+  return jax.jit(function)(*arrays)
 
 
 def want_scores(kind, row, cfg, masks, windows):
@@ -192,31 +184,34 @@ def want_scores(kind, row, cfg, masks, windows):
   n, n_micro = windows[..., 1:].size, windows[0, :, 1:].size
   match kind:
     case 'taylor1':
-      return SALIENCY.taylor1(params, row['grads'])
+      return whole(saliency.taylor1, params, row['grads'])
     case 'taylor1_momentum':
-      return SALIENCY.taylor1(params, row['mu'])
+      return whole(saliency.taylor1, params, row['mu'])
     case 'taylor1_group':
-      return SALIENCY.taylor1_group(params, row['grads'])
+      return whole(saliency.taylor1_group, params, row['grads'])
     case 'taylor2':
       scale = n * max(1.0, row['norm'] / CLIP) ** 2
       h = jax.tree.map(lambda v: scale * v, row['nu'])
-      return SALIENCY.taylor2(params, row['grads'], h)
+      return whole(saliency.taylor2, params, row['grads'], h)
     case 'obd':
       scale = n * max(1.0, row['norm'] / CLIP) ** 2
-      return SALIENCY.obd(params, jax.tree.map(lambda v: scale * v, row['nu']))
+      return whole(
+        saliency.obd, params, jax.tree.map(lambda v: scale * v, row['nu'])
+      )
     case 'taylor2_micro':
       h = jax.tree.map(
         lambda *g: n_micro * sum(x**2 for x in g) / len(g), *row['micro']
       )
-      return SALIENCY.taylor2(params, row['grads'], h)
+      return whole(saliency.taylor2, params, row['grads'], h)
     case 'fisher':
-      each = [SALIENCY.fisher(params, g, n_micro) for g in row['micro']]
+      each = [whole(saliency.fisher, params, g, n_micro) for g in row['micro']]
       return jax.tree.map(lambda *s: sum(s) / len(s), *each)
     case 'magnitude':
-      return SALIENCY.magnitude(params)
+      return whole(saliency.magnitude, params)
     case 'activation':
       each = [
-        SALIENCY.activation(
+        whole(
+          saliency.activation,
           conftest.forward(params, masks, w[:, :-1], cfg=cfg, taps=True)[1],
           params,
           masks,
