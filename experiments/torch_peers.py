@@ -96,6 +96,7 @@ def run(
   """
   import torch
 
+  from effllm_jax import console
   from effllm_jax import timing
 
   torch.set_num_threads(threads)
@@ -106,30 +107,35 @@ def run(
   pruner = recipe and make_pruner(net, recipe, width)
   optimizer = make_optimizer(net, task.optimizer)
   losses, seconds, pruning_seconds = [], 0.0, 0.0
-  for step in range(len(task.windows) + 1):
-    if step:
-      start = time.perf_counter()
-      losses.append(
-        train_step(
-          net,
-          optimizer,
-          torch.from_numpy(task.windows[step - 1]).long(),
-          task.rates[step - 1],
-          task.optimizer['clip'],
+  with console.Progress(len(task.windows), 0) as progress:
+    for step in range(len(task.windows) + 1):
+      if step:
+        start = time.perf_counter()
+        losses.append(
+          train_step(
+            net,
+            optimizer,
+            torch.from_numpy(task.windows[step - 1]).long(),
+            task.rates[step - 1],
+            task.optimizer['clip'],
+          )
         )
-      )
-      seconds += time.perf_counter() - start
-    if step in goes:
-      start = time.perf_counter()
-      batches = task.windows[step : step + task.scoring]
-      score(net, torch.from_numpy(batches).long().flatten(0, 2), pruner)
-      pruner.step()
-      # The parameters are new ones; what Adam knew of the old ones is lost.
-      optimizer = make_optimizer(net, task.optimizer)
-      pruning_seconds += time.perf_counter() - start
-      if step == goes[-1]:
-        held['pruned'] = read()
-  widths = [layer.mlp.gate_proj.out_features for layer in net.model.layers]
+        took = time.perf_counter() - start
+        seconds += took
+        progress.step(_shown(net, task, step, losses[-1], took))
+      if step in goes:
+        progress.phase('pruning')
+        start = time.perf_counter()
+        batches = task.windows[step : step + task.scoring]
+        score(net, torch.from_numpy(batches).long().flatten(0, 2), pruner)
+        pruner.step()
+        # The parameters are new ones; what Adam knew of the old ones is lost.
+        optimizer = make_optimizer(net, task.optimizer)
+        pruning_seconds += time.perf_counter() - start
+        if step == goes[-1]:
+          held['pruned'] = read()
+      progress.phase('training')
+  widths = ffn_widths(net)
   if recipe and width not in widths:
     raise RuntimeError(f'{width} channels were asked for, {widths} are left')
   return {
@@ -140,6 +146,27 @@ def run(
     'seconds': seconds + pruning_seconds,
     'pruning_seconds': pruning_seconds,
     'peak_bytes': timing.memory('VmHWM'),
+  }
+
+
+def ffn_widths(net) -> list[int]:
+  """Feed-forward channels of every layer."""
+  return [layer.mlp.gate_proj.out_features for layer in net.model.layers]
+
+
+def _shown(net, task: Task, step: int, loss: float, seconds: float) -> dict:
+  """The row of a step that `console.Progress` shows."""
+  return {
+    'step': step,
+    'loss': loss,
+    'seconds': seconds,
+    'tokens_per_second': task.windows[0, ..., 1:].size / seconds,
+    'live_params': sum(x.numel() for x in net.parameters()),
+    'widths': {
+      'heads': net.config.num_key_value_heads,
+      'ffn': float(np.mean(ffn_widths(net))),
+      'stem': net.config.hidden_size,
+    },
   }
 
 

@@ -114,6 +114,18 @@ def test_pytorch_trains_and_reads_as_we_do(bench):
     )
 
 
+def test_an_arm_of_the_others_says_how_far_it_is(bench, capsys):
+  task = bench().task
+  found = torch_peers.run(task, None, None, 1)
+  assert len(found['losses']) == 24 and found['pruning_seconds'] == 0
+  lines = capsys.readouterr().err.splitlines()
+  said = [line for line in lines if line.startswith('step ')]
+  assert f'loss {found["losses"][-1]:.3f}' in said[-1]
+  parts = 'step 24/24', f'{found["params"]:,} live', 'heads 2 ffn 64 stem 32'
+  for part in parts:
+    assert part in said[-1]
+
+
 def test_salience_of_llm_pruner_by_hand():
   w, g = torch.tensor([[2.0, -3.0]]), torch.tensor([[0.5, 1.0]])
   h = torch.tensor([[4.0, 2.0]])
