@@ -81,7 +81,7 @@ class Schedule:
     falling = 1 - fractions.Fraction(self.rest)
     # In stages; the last one ends before its rest.
     time *= self.stages - 1 + falling
-    stage = min(math.floor(time), self.stages - 1)
+    stage = math.floor(time)
     fallen = stage + min((time - stage) / falling, 1)
     return fractions.Fraction(fallen, self.stages)
 

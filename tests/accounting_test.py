@@ -96,6 +96,26 @@ def test_a_repair_is_a_pass_and_what_its_matrices_need():
   assert several.spent == large.spent
 
 
+def test_every_input_has_its_matrices():
+  cfg = conftest.make_config(V=64, D=16, N=2, K=3, G=2, H=4, F=24)
+  query, key = cfg.K * cfg.G * cfg.H, cfg.K * cfg.H
+  read_by = {
+    'attn_in': [(cfg.D, query), (cfg.D, key), (cfg.D, key)],
+    'heads': [(query, cfg.D)],
+    'ffn_in': [(cfg.D, cfg.F), (cfg.D, cfg.F)],
+    'ffn': [(cfg.F, cfg.D)],
+    'final': [(cfg.D, cfg.V)],
+  }
+  for name, matrices in read_by.items():
+    spent = meter()
+    spent.repair(cfg, {name: 1}, 1)
+    rows = matrices[0][0]
+    # The Gram matrix and its factor, once; what was lost, and its solution.
+    want = 2 * 32 * rows * rows + rows**3 // 3
+    want += sum(2 * rows * rows * columns * 2 for _, columns in matrices)
+    assert spent.spent['repair'] == by_hand(cfg, 32)[0] + want, name
+
+
 def test_counting_goes_on_where_it_stopped():
   whole, first = meter(), meter()
   for _ in range(4):

@@ -55,6 +55,36 @@ def test_impossible_targets_are_refused(change, message):
   assert '--config.' in str(e.value) and '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize(
+  ('floors', 'multiple_of'),
+  [
+    ((1, 1, 1), (1, 20, 12)),
+    ((2, 1, 1), (2, 1, 1)),
+    ((1, 20, 12), (1, 1, 1)),
+    # Rounded up to the source's own width.
+    ((1, 17, 11), (1, 5, 4)),
+  ],
+)
+def test_a_width_of_the_source_is_not_too_much(floors, multiple_of):
+  cfg = conftest.make_config(K=2, F=20, D=12)
+  cost = budgets.params(cfg)
+  rules = rules_lib.Rules('uniform', floors, multiple_of, True)
+  dense = cost.of_config(cfg)
+  rules_lib.check_target(cfg, rules, cost, dense - 1)
+  with pytest.raises(errors.InputError, match=r'is not below the source'):
+    rules_lib.check_target(cfg, rules, cost, dense)
+
+
+def test_the_size_at_the_floors_is_within_reach():
+  cfg = conftest.make_config(K=2, F=20, D=12)
+  cost = budgets.params(cfg)
+  rules = rules_lib.Rules('uniform', (1, 3, 5), (1, 4, 2), True)
+  least = cost.of_config(dataclasses.replace(cfg, K=1, F=4, D=6))
+  rules_lib.check_target(cfg, rules, cost, least)
+  with pytest.raises(errors.InputError, match=r'heads 1, ffn 4, stem 6'):
+    rules_lib.check_target(cfg, rules, cost, least - 1)
+
+
 def test_rules_come_from_the_mappings_of_a_config():
   floors = {'ffn': 2, 'heads': 1, 'stem': 3}
   rules = rules_lib.Rules.of('ragged', floors, floors | {'stem': 4}, False)
