@@ -83,6 +83,7 @@ ARMS = (
   Arm('ours_a_distill', _TEACHER),
   Arm('ours_a_distill_recovery', _LATE_TEACHER),
   Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
+  Arm('ours_ragged_b_floors_distill', _RAGGED_FLOORS | _REPAIR | _TEACHER),
   Arm('ours_ragged_b_distill_recovery', _RAGGED | _REPAIR | _LATE_TEACHER),
   # LLM-Pruner's criterion (Ma et al. 2023), under the same rules as ours.
   Arm('oneshot_taylor', _ONESHOT | {'prune.saliency': 'taylor1_group'}),
