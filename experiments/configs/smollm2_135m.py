@@ -113,8 +113,8 @@ def get_config() -> ml_collections.ConfigDict:
   # the embedding is most of the target, count it: the stem has to go then.
   config.prune.price_embedding = False
   # Least groups left: heads and ffn per layer (0 under 'ragged': a layer may
-  # lose the whole block), stem in the model. To a quarter of a small model one
-  # head and 64 channels were better than 0 (BENCHMARKS.md).
+  # lose the whole block), stem in the model. To a half and to a quarter of a
+  # small model one head and 64 channels were better than 0 (BENCHMARKS.md).
   config.prune.floors = ml_collections.ConfigDict(
     {'heads': 0, 'ffn': 0, 'stem': 64}
   )
