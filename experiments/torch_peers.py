@@ -108,6 +108,7 @@ def run(
   optimizer = make_optimizer(net, task.optimizer)
   losses, seconds, pruning_seconds = [], 0.0, 0.0
   with console.Progress(len(task.windows), 0) as progress:
+    progress.phase('training')
     for step in range(len(task.windows) + 1):
       if step:
         start = time.perf_counter()
@@ -134,7 +135,7 @@ def run(
         pruning_seconds += time.perf_counter() - start
         if step == goes[-1]:
           held['pruned'] = read()
-      progress.phase('training')
+        progress.phase('training')
   widths = ffn_widths(net)
   if recipe and width not in widths:
     raise RuntimeError(f'{width} channels were asked for, {widths} are left')
@@ -154,7 +155,9 @@ def ffn_widths(net) -> list[int]:
   return [layer.mlp.gate_proj.out_features for layer in net.model.layers]
 
 
-def _shown(net, task: Task, step: int, loss: float, seconds: float) -> dict:
+def _shown(
+  net, task: Task, step: int, loss: float, seconds: float
+) -> dict[str, Any]:
   """The row of a step that `console.Progress` shows."""
   return {
     'step': step,
