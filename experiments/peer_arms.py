@@ -253,18 +253,12 @@ class Bench:
     """What PyTorch found, in the words of our own runs."""
     from effllm_jax import evaluate
 
-    cfg = self.source.cfg
     phases = {
       phase: evaluate.summary(nats, self.task.heldout)
       for phase, nats in found['nats'].items()
     }
     return {
       **{k: v for k, v in found.items() if k != 'nats'},
-      'widths': {
-        'heads': cfg.K,
-        'ffn': float(np.mean(found['widths'])),
-        'stem': cfg.D,
-      },
       'bits_per_byte': {p: x['bits_per_byte'] for p, x in phases.items()},
       'domains': phases['final']['domains'],
     }

@@ -90,8 +90,8 @@ def run(
 
   Returns:
     `nats` of the held-out text, by phase (`source`, `pruned`, `final`) and
-    domain; `widths` of the feed-forward layers; `params`; `losses` of the
-    steps, nats per token; `seconds` of training, scoring and pruning, and
+    domain; `widths`, means over the layers; `params`; `losses` of the steps,
+    nats per token; `seconds` of training, scoring and pruning, and
     `pruning_seconds` of it; `peak_bytes`.
   """
   import torch
@@ -136,12 +136,12 @@ def run(
         if step == goes[-1]:
           held['pruned'] = read()
         progress.phase('training')
-  widths = ffn_widths(net)
-  if recipe and width not in widths:
-    raise RuntimeError(f'{width} channels were asked for, {widths} are left')
+  left = ffn_widths(net)
+  if recipe and width not in left:
+    raise RuntimeError(f'{width} channels were asked for, {left} are left')
   return {
     'nats': held | {'final': read()},
-    'widths': widths,
+    'widths': mean_widths(net),
     'params': sum(x.numel() for x in net.parameters()),
     'losses': losses,
     'seconds': seconds + pruning_seconds,
@@ -155,6 +155,15 @@ def ffn_widths(net) -> list[int]:
   return [layer.mlp.gate_proj.out_features for layer in net.model.layers]
 
 
+def mean_widths(net) -> dict[str, float]:
+  """Means over the layers; of heads and stem nothing is pruned here."""
+  return {
+    'heads': net.config.num_key_value_heads,
+    'ffn': float(np.mean(ffn_widths(net))),
+    'stem': net.config.hidden_size,
+  }
+
+
 def _shown(
   net, task: Task, step: int, loss: float, seconds: float
 ) -> dict[str, Any]:
@@ -165,11 +174,7 @@ def _shown(
     'seconds': seconds,
     'tokens_per_second': task.windows[0, ..., 1:].size / seconds,
     'live_params': sum(x.numel() for x in net.parameters()),
-    'widths': {
-      'heads': net.config.num_key_value_heads,
-      'ffn': float(np.mean(ffn_widths(net))),
-      'stem': net.config.hidden_size,
-    },
+    'widths': mean_widths(net),
   }
 
 
