@@ -89,6 +89,9 @@ def run(
     RuntimeError: a run of equal FLOPs spent others.
   """
   workdir = pathlib.Path(workdir)
+  # Before a folder is made, or a source, which takes minutes. Another one
+  # that is at work can only add rows.
+  _check_order(workdir / name, choice)
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
@@ -97,8 +100,6 @@ def run(
       'another --workdir'
     )
     stack.enter_context(workdir_lib.locked(workdir / 'lock', refusal))
-    # Before a source is made, which takes minutes.
-    _check_order(workdir / name, choice)
     if study.pretrained:
       source = pretraining.make(study.pretrained, workdir, cache)
     else:

@@ -219,7 +219,8 @@ def test_an_arm_whose_start_is_missing_is_refused(
   monkeypatch.setattr(same_budget.pretraining, 'make', None)
   study = dataclasses.replace(study_of(root), pretrained=object())
   with pytest.raises(errors.InputError, match=message):
-    same_budget.run(study, 'mini', root / 'runs', root / 'cache', choice)
+    same_budget.run(study, 'mini', root / 'new', root / 'cache', choice)
+  assert not (root / 'new').exists()
 
 
 def test_results_of_other_settings_are_refused(root):
