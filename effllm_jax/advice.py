@@ -31,7 +31,7 @@ def price(plan: plan_lib.Plan, cfg: structure.ModelConfig) -> list[str]:
   """Of a target that leaves the layers little of an unpriced stem."""
   share = plan.unpriced(cfg.D)
   # A small model came out well at 0.49 and without heads at 0.98, where
-  # pricing the embedding mended it (BENCHMARKS.md).
+  # pricing the embedding mended it (experiments/HYPOTHESES.md).
   if share <= 0.5:
     return []
   return [

@@ -108,7 +108,7 @@ class Exchange:
   so far. One trial of 512 tokens can be off by half, and what seems cheapest is
   then what was measured worst: `fisher` on SmolLM2, whose unit is right within
   a third, ended 0.010 bits per byte worse by the newest trial alone, 0.005 by
-  this average (BENCHMARKS.md).
+  this average (experiments/HYPOTHESES.md).
 
   Attributes:
     measured: whether there has been a trial.

@@ -14,7 +14,7 @@ inputs the fit learns the batch. Removing 5 % of SmolLM2-135M, 512 tokens with a
 damping of 0.1 leave 6 % of the layer error and make the held-out loss worse;
 with a damping of 10 they leave half of it and make it better. Of the damage of
 22 % at one stroke that mends 13 %, 4,096 tokens with a damping of 1 mend 25 %
-(BENCHMARKS.md).
+(BENCHMARKS.md, experiments/HYPOTHESES.md).
 
 `repair_model` does that for every matrix that loses inputs: wo (heads), w_down
 (feed-forward channels), wq wk wv w_gate w_up and an untied output matrix (stem

@@ -14,7 +14,7 @@ import numpy as np
 
 from effllm_jax import structure
 
-# Block formats and SIMD kernels of the runtimes: BENCHMARKS.md.
+# GGUF quantizes rows in blocks of 32, and llama.cpp decodes F16 best at 64.
 MULTIPLE = 64
 
 

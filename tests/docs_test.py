@@ -42,6 +42,27 @@ def test_help_shows_commands_as_they_are_written():
     assert max(map(len, text.split('\n'))) <= 80, path
 
 
+def test_the_documents_name_what_there_is():
+  documents = [*ROOT.glob('*.md'), *ROOT.glob('experiments/*.md')]
+  titles = {}
+  for path in documents:
+    text = path.read_text()
+    titles[path.name] = set(re.findall(r'^#+ (.+)$', text, re.M))
+    for link in re.findall(r'\]\(([^)#:]+)\)', text):
+      assert (path.parent / link).exists(), (path.name, link)
+    for name in re.findall(r'python -m experiments\.(\w+)', text):
+      assert (ROOT / 'experiments' / f'{name}.py').exists(), (path.name, name)
+    for name in re.findall(r'experiments/(?:configs|studies)/\w+\.py', text):
+      assert (ROOT / name).exists(), (path.name, name)
+  assert {'README.md', 'BENCHMARKS.md', 'HYPOTHESES.md'} <= set(titles)
+  packages = ('effllm_jax', 'experiments', 'kernels')
+  code = [x for name in packages for x in (ROOT / name).rglob('*.py')]
+  for path in [*documents, *code]:
+    text = re.sub(r'\s+#?\s*', ' ', path.read_text())
+    for name, title in re.findall(r'(\w+\.md), "([^"]+)"', text):
+      assert title in titles[name], (path.name, name, title)
+
+
 def test_the_citation_is_of_this_version():
   cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']

@@ -6,7 +6,7 @@ r"""Variant A, distilled from the source model in the same loop.
 A teacher costs one more forward pass a step: a third more arithmetic. The
 metrics count it (`flops.teacher`), so that runs compare at equal FLOPs. With
 as little text as here the shipped recipe is better without one
-(BENCHMARKS.md, rows 21 and 23).
+(HYPOTHESES.md, rows 21 and 23).
 """
 
 import ml_collections

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.every = 2
   config.prune.end_tokens = 30_720
   config.repair.enabled = False
-  # Where it is turned on, below: as in BENCHMARKS.md.
+  # Where it is turned on, below: as in HYPOTHESES.md.
   config.repair.batches = 1
   config.repair.damping = 10.0
   config.distill.weight = 0.0
@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def sweep() -> Iterator[dict[str, Any]]:
-  """How the shipped recipe was found, then the presets: see BENCHMARKS.md."""
+  """How the shipped recipe was found, then the presets: HYPOTHESES.md."""
   # Every weight at one rate, and no higher than it can be then.
   plain = {'optimizer.embedding': 1.0, 'optimizer.peak': 1e-4}
   ragged = {

@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   """Variant A under the ragged policy, with the saliency that suits it.
 
   Sums of |g w| order the channels of one layer well and layers badly; half the
-  curvature times w^2 orders both (BENCHMARKS.md).
+  curvature times w^2 orders both (HYPOTHESES.md, item 5).
   """
   config = efficientllm_a.get_config()
   config.prune.policy = 'ragged'

@@ -9,7 +9,7 @@ The embedded default: source model and text come from PyPI packages. What
     python -m experiments.report --workdir=runs/a
 
 The recipe is the best that 61,440 tokens gave, one change at a time, in
-BENCHMARKS.md: layers keep different widths, which an export pads with zeros.
+HYPOTHESES.md: layers keep different widths, which an export pads with zeros.
 For a plain Llama of one width, smaller in every file, take efficientllm_a.py.
 """
 

@@ -37,7 +37,7 @@ def study(
   Args:
     target: parameters at the end, the embedding among them.
     tokens: of an arm; it prunes from a 32nd of them to an eighth, since what
-      goes early has longer to recover (BENCHMARKS.md).
+      goes early has longer to recover (HYPOTHESES.md).
     price_embedding: whether the stem is priced by its embedding too. At half of
       the size that takes too much of it, by activations; at a quarter, which
       the embedding alone would fill, `ragged` loses whole layers without.
