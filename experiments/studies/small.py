@@ -10,6 +10,8 @@ single tokens give 2.795 (facts.json in its folder); 13 minutes where other jobs
 keep both cores busy.
 """
 
+from collections.abc import Mapping
+
 import ml_collections
 
 from effllm_jax import structure
@@ -30,7 +32,10 @@ def get_study() -> arms.Study:
 
 
 def study(
-  target: int, tokens: int, price_embedding: bool = False
+  target: int,
+  tokens: int,
+  price_embedding: bool = False,
+  floors: Mapping[str, int] | None = None,
 ) -> arms.Study:
   """The study at another size or length.
 
@@ -41,10 +46,13 @@ def study(
     price_embedding: whether the stem is priced by its embedding too. At half of
       the size that takes too much of it, by activations; at a quarter, which
       the embedding alone would fill, `ragged` loses whole layers without.
+    floors: least widths by type, but for arms that set their own; None: one
+      head, 64 channels, a stem of 96.
   """
   config = _base()
   config.budget.target = float(target)
   config.prune.price_embedding = price_embedding
+  config.prune.floors.update(floors or {})
   config.train.tokens = tokens
   config.optimizer.peak = 1e-3
   config.optimizer.end = 1e-4
