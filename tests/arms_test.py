@@ -11,6 +11,7 @@ from experiments import arms
 from experiments import choices
 from experiments import cli
 from experiments.studies import small
+from experiments.studies import small_quick_shape
 from tests import configs_test
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments' / 'studies'
@@ -72,6 +73,21 @@ def test_the_uniform_shape_is_the_largest_of_its_proportions(path):
   fits = [x for x in every if x.num_params() <= study.config.budget.target]
   assert found == max(fits, key=lambda x: x.num_params())
   assert found.N == cfg.N
+
+
+def test_in_the_study_of_one_shape_no_other_one_is_final():
+  plan = plan_lib.make(small_quick_shape.get_study().config, small.CFG)
+  floors, blocks = plan.rules.smallest(), plan.rules.multiple_of
+  assert floors == (3, 192, 144)
+
+  def size(widths):
+    shape = dict(zip('KFD', widths, strict=True))
+    return plan.cost.of_config(dataclasses.replace(small.CFG, **shape))
+
+  assert size(floors) <= plan.schedule.target
+  for i, block in enumerate(blocks):
+    wider = [w + block * (i == j) for j, w in enumerate(floors)]
+    assert size(wider) > plan.schedule.target
 
 
 def test_a_longer_run_is_pruned_at_the_same_tokens():
