@@ -44,7 +44,7 @@ def test_help_shows_commands_as_they_are_written():
 
 def test_the_documents_name_what_there_is():
   documents = [*ROOT.glob('*.md'), *ROOT.glob('experiments/*.md')]
-  titles = {}
+  titles, named = {}, set()
   for path in documents:
     text = path.read_text()
     titles[path.name] = set(re.findall(r'^#+ (.+)$', text, re.M))
@@ -59,8 +59,12 @@ def test_the_documents_name_what_there_is():
   code = [x for name in packages for x in (ROOT / name).rglob('*.py')]
   for path in [*documents, *code]:
     text = re.sub(r'\s+#?\s*', ' ', path.read_text())
-    for name, title in re.findall(r'(\w+\.md), "([^"]+)"', text):
+    found = re.findall(r'(\w+\.md), "([^"]+)"', text)
+    found += [x[::-1] for x in re.findall(r'"([^"]+)" in (\w+\.md)', text)]
+    for name, title in found:
       assert title in titles[name], (path.name, name, title)
+      named.add(path.name)
+  assert {'README.md', 'BENCHMARKS.md', 'dispatch.py'} <= named
 
 
 def test_the_citation_is_of_this_version():

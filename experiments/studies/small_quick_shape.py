@@ -2,7 +2,7 @@ r"""The small Llama to one shape, which is not left to the arms.
 
     python -m experiments.compare --workdir=runs/compare \
       --study=experiments/studies/small_quick_shape.py \
-      --arms=dense,ours_a,oneshot_activation,oneshot_taylor,oneshot_magnitude
+      --arms=dense,ours_a,oneshot_activation,oneshot_taylor
 
 The shape is what one cut by activations finds under the floors of
 small_quick.py, where it wins at equal FLOPs. What is left of its lead here is
