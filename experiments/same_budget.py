@@ -84,14 +84,16 @@ def run(
     choice: what of it to run.
 
   Raises:
-    errors.InputError: a choice that cannot be run, another comparison at work,
-      results of another config, or as `train.run`.
+    errors.InputError: a choice that cannot be run, a target out of reach,
+      another comparison at work, results of another config, or as `train.run`.
     RuntimeError: a run of equal FLOPs spent others.
   """
   workdir = pathlib.Path(workdir)
   # Before a folder is made, or a source, which takes minutes. Another one
   # that is at work can only add rows.
   _check_order(workdir / name, choice)
+  if study.pretrained:
+    plan_lib.make(study.config, study.pretrained.cfg)
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:

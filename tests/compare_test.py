@@ -18,6 +18,7 @@ from effllm_jax import sources
 from effllm_jax import train
 from experiments import arms
 from experiments import same_budget
+from experiments.studies import small
 from tests import comparison_test
 from tests import conftest
 from tests import hostile_runs_test
@@ -219,6 +220,20 @@ def test_an_arm_whose_start_is_missing_is_refused(
   monkeypatch.setattr(same_budget.pretraining, 'make', None)
   study = dataclasses.replace(study_of(root), pretrained=object())
   with pytest.raises(errors.InputError, match=message):
+    same_budget.run(study, 'mini', root / 'new', root / 'cache', choice)
+  assert not (root / 'new').exists()
+
+
+def test_a_target_out_of_reach_is_refused_before_a_source_is_made(
+  root, monkeypatch
+):
+  monkeypatch.setattr(same_budget.pretraining, 'make', None)
+  floors = {'heads': 3, 'ffn': 512, 'stem': 192}
+  study = small.study(small.CFG.num_params() // 2, 256_000, floors=floors)
+  choice = choose('ours_a', budgets=('tokens',))
+  with pytest.raises(
+    errors.InputError, match=r'the size at the floors \(heads 3'
+  ):
     same_budget.run(study, 'mini', root / 'new', root / 'cache', choice)
   assert not (root / 'new').exists()
 
