@@ -224,6 +224,7 @@ def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
     lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0
   )
   overwrite(state)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
   writer.close()
   equal(restore(tmp_path, tx)[0], make_state(tx, 7))
 
