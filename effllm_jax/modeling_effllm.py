@@ -120,8 +120,17 @@ class EffllmAttention(nn.Module):
       for _ in range(2)
     )
 
-  def forward(self, x, cos, sin, mask, cache):
-    """Args: x [B, T, hidden], cos and sin of the angles, mask True = seen."""
+  def forward(self, x, cos, sin, mask, cache, rows):
+    """[B, T, hidden] -> [B, T, hidden].
+
+    Args:
+      x: [B, T, hidden].
+      cos: of the angles by which to rotate, [B or 1, 1, T, head_dim / 2].
+      sin: of the same.
+      mask: True = seen, [B or 1, 1, T, keys], broadcast.
+      cache: or None.
+      rows: of a static cache for these tokens, [T].
+    """
     q, k, v = (
       project(x).unflatten(-1, (-1, self.head_dim))
       for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -130,7 +139,10 @@ class EffllmAttention(nn.Module):
     k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
     v = v.transpose(1, 2)
     if cache is not None:
-      k, v = cache.update(k, v, self.cache_index)
+      # A static cache of transformers 4 has to be told which rows are next,
+      # and any static cache hands out those of later tokens too.
+      k, v = cache.update(k, v, self.cache_index, {'cache_position': rows})
+      k, v = (states[:, :, : mask.shape[-1]] for states in (k, v))
     heads = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     return self.o_proj(heads.transpose(1, 2).flatten(2))
 
@@ -165,10 +177,10 @@ class EffllmLayer(nn.Module):
       self.post_attention_layernorm = norm()
       self.mlp = EffllmMLP(config, width)
 
-  def forward(self, x, cos, sin, mask, cache):
-    """[B, T, hidden] -> [B, T, hidden]."""
+  def forward(self, x, *args):
+    """[B, T, hidden] -> [B, T, hidden]; `args` are the attention's."""
     if self.has_attention:
-      x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+      x = x + self.self_attn(self.input_layernorm(x), *args)
     if self.has_mlp:
       x = x + self.mlp(self.post_attention_layernorm(x))
     return x
@@ -191,16 +203,22 @@ class EffllmModel(nn.Module):
     self.norm = EffllmRMSNorm(config.hidden_size, config.rms_norm_eps)
 
   def forward(self, x, attention_mask, position_ids, cache):
-    """Args: x [B, T, hidden]; attention_mask [B, past + T] or None."""
+    """Args: x [B, T, hidden]; the others as `EffllmForCausalLM` takes them."""
     length = x.shape[1]
-    if attention_mask is None:
-      total = length + (0 if cache is None else cache.get_seq_length())
+    padded = attention_mask is not None and attention_mask.ndim == 2
+    if padded:
+      # A model without any attention has nothing in its cache to count.
+      past = attention_mask.shape[1] - length
     else:
-      total = attention_mask.shape[1]
-    keys = torch.arange(total, device=x.device)
-    queries = torch.arange(total - length, total, device=x.device)[:, None]
-    mask = keys <= queries
-    if attention_mask is not None:
+      past = 0 if cache is None else cache.get_seq_length()
+    rows = past + torch.arange(length, device=x.device)
+    queries = rows[:, None]
+    if attention_mask is None or padded:
+      keys = torch.arange(past + length, device=x.device)
+      mask = keys <= queries
+    else:
+      mask = attention_mask
+    if padded:
       # Padding sees itself: a row without any key would be NaN.
       seen = attention_mask[:, None, None].bool()
       mask = (mask & seen) | (keys == queries)
@@ -209,7 +227,7 @@ class EffllmModel(nn.Module):
     angles = position_ids[:, None, :, None] * frequencies(self.config, x.device)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     for layer in self.layers:
-      x = layer(x, cos, sin, mask, cache)
+      x = layer(x, cos, sin, mask, cache, rows)
     return self.norm(x)
 
 
@@ -245,7 +263,8 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
       input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
-      attention_mask: [B, past + T], 0 where there is padding.
+      attention_mask: [B, past + T], 0 where there is padding; or, as `generate`
+        makes it for a static cache, [B, 1, T, rows of the cache], True = seen.
       position_ids: [B, T]; counted from the start of the row when absent.
       cache: grows by T; `past_key_values` is its older name.
       past_key_values: see `cache`.

@@ -159,7 +159,7 @@ def traceable(model: weights.Source):
     def __init__(self, tensors):
       self.entries = list(zip(tensors[::2], tensors[1::2], strict=True))
 
-    def update(self, key, value, i):
+    def update(self, key, value, i, _):
       self.entries[i] = tuple(
         torch.cat(pair, 2)
         for pair in zip(self.entries[i], (key, value), strict=True)

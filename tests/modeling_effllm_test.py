@@ -141,6 +141,7 @@ def test_folder_is_the_masked_model(opened, name):
   whole = np.concatenate([tokens, new], 1)
   likely = logits(have, whole).argmax(-1)[:, tokens.shape[1] - 1 : -1]
   assert new == likely.tolist() == generate(have, tokens, use_cache=False)
+  assert new == generate(have, tokens, cache_implementation='static')
   # Beams reorder the cache.
   beams = [
     generate(have, tokens, num_beams=3, use_cache=cache)
@@ -154,14 +155,16 @@ def test_cache_grows_by_chunks(opened):
   have = opened(made)
   tokens = np.asarray(conftest.make_tokens(made.cfg, length=24))
   want = logits(have, tokens)
-  cache, parts = None, []
-  for part in np.split(tokens, [7, 8, 9, 20], 1):
-    with torch.no_grad():
-      out = have(torch.tensor(part), past_key_values=cache, use_cache=True)
-    cache = out.past_key_values
-    parts.append(out.logits.numpy())
-  np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=1e-4)
-  assert cache.get_seq_length() == 24
+  static = transformers.StaticCache(config=have.config, max_cache_len=40)
+  for cache in (None, static):
+    parts = []
+    for part in np.split(tokens, [7, 8, 9, 20], 1):
+      with torch.no_grad():
+        out = have(torch.tensor(part), past_key_values=cache, use_cache=True)
+      cache = out.past_key_values
+      parts.append(out.logits.numpy())
+    np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=1e-4)
+    assert cache.get_seq_length() == 24
   last = logits(have, tokens, logits_to_keep=2)
   np.testing.assert_allclose(last, want[:, -2:], atol=1e-5)
 
@@ -178,9 +181,11 @@ def test_padding_changes_nothing(opened):
   assert np.isfinite(both).all()
   np.testing.assert_allclose(both[:1, 11:], logits(have, short), atol=1e-4)
   np.testing.assert_allclose(both[1:], logits(have, long), atol=1e-4)
-  assert generate(have, padded, attention_mask=mask) == [
-    *generate(have, short), *generate(have, long),
-  ]  # fmt: skip
+  apart = [*generate(have, short), *generate(have, long)]
+  for cache in ('dynamic', 'static'):
+    assert apart == generate(
+      have, padded, attention_mask=mask, cache_implementation=cache
+    )
   # On the other side, as for training, with a loss that leaves it out.
   mask, labels = mask.flip(1), torch.tensor(padded).long()
   padded[0] = np.pad(short, ((0, 0), (0, 11)))
