@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,6 @@ TEXT = """The lighthouse at Skerryvore was first lit in 1844. It stands on a
 reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
 "two of blasting, four of building." Its 4,308 tons of granite    were cut on
 the island of Mull \u2013 each block fitted by hand before it was shipped."""
-
-_forward = jax.jit(
-  model_lib.forward, static_argnames=('cfg', 'compute', 'taps')
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +85,18 @@ def reference(
 
   def logits(tokens):
     tokens_BT = jnp.asarray([tokens], jnp.int32)
-    logits_BTV, _ = _forward(
-      params, masks, tokens_BT, cfg, model_lib.Compute(remat='none')
-    )
-    return np.asarray(logits_BTV[0])
+    return np.asarray(_forward(params, masks, tokens_BT, cfg)[0])
 
   return Reference(list(prompt), logits)
+
+
+@functools.partial(jax.jit, static_argnames='cfg')
+def _forward(params, masks, tokens_BT, cfg):
+  """Logits [B, T, V]."""
+  compute = model_lib.Compute(remat='none')
+  # What a TPU or a GPU rounds float32 to by default is coarser than `LEVELS`.
+  with jax.default_matmul_precision('highest'):
+    return model_lib.forward(params, masks, tokens_BT, cfg, compute)[0]
 
 
 def answers(model: weights.Source) -> Reference:

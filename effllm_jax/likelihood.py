@@ -20,6 +20,9 @@ from effllm_jax import structure
 
 Array = jax.Array
 
+# By default a TPU rounds the float32 that it multiplies to bfloat16, a GPU to
+# TF32; transformers, whose answers these are compared with, does neither.
+_exact = functools.partial(jax.default_matmul_precision, 'highest')
 # Scored tokens of one call; the shortest sequence that there is a compile for.
 _POINTS, _NARROWEST = 128, 32
 
@@ -109,14 +112,17 @@ def padded(length: int, context: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute'))
 def _hidden(params, masks, tokens_BT, cfg, compute):
-  return model.hidden(params, masks, tokens_BT, cfg, compute)[0]
+  with _exact():
+    return model.hidden(params, masks, tokens_BT, cfg, compute)[0]
 
 
 @functools.partial(jax.jit, static_argnames=('compute',))
 def _score(params, final_BTD, points, compute):
   """Log-probability [P], and whether it is the largest, of points [P, 4]."""
   row_P, position_P, target_P, _ = points.T
-  logits_PV = model.unembed(final_BTD[row_P, position_P][None], params, compute)
+  rows_PD = final_BTD[row_P, position_P]
+  with _exact():
+    logits_PV = model.unembed(rows_PD[None], params, compute)
   logp_PV = jax.nn.log_softmax(logits_PV[0], axis=-1)
   found_P = jnp.take_along_axis(logp_PV, target_P[:, None], axis=-1)[:, 0]
   return found_P, logp_PV.argmax(-1) == target_P

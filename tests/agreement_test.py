@@ -110,3 +110,15 @@ def test_a_continuation_that_ends_early_is_not_greedy(want, continuation):
   for short in (continuation[:-1], []):
     found = agreement.compare(want, want.logits(PROMPT + short), short)
     assert found.relative == 0 and not found.greedy
+
+
+def test_products_are_of_float32_on_every_platform():
+  """Lowered for platforms that would round it by default."""
+  args = (conftest.make_params(CFG), conftest.make_masks(CFG))
+  args += (np.zeros((1, 8), np.int32), CFG)
+  for platform in ('tpu', 'cuda'):
+    traced = agreement._forward.trace(*args)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [x for x in text.splitlines() if 'dot_general' in x]
+    assert products
+    assert all('precision = [HIGHEST, HIGHEST]' in x for x in products)

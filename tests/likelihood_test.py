@@ -121,3 +121,20 @@ def test_refused():
   broken = jax.tree.map(lambda x: x * np.nan, params)
   with pytest.raises(errors.InputError, match='not finite'):
     ask(broken, 2)
+
+
+def test_products_are_of_float32_on_every_platform():
+  """Lowered for platforms that would round it by default."""
+  cfg = conftest.make_config()
+  params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
+  tokens = np.zeros((1, 32), np.int32)
+  final, points = np.zeros((1, 32, cfg.D), np.float32), np.zeros((4, 4), int)
+  for traced in (
+    likelihood._hidden.trace(params, masks, tokens, cfg, COMPUTE),
+    likelihood._score.trace(params, final, points, COMPUTE),
+  ):
+    for platform in ('tpu', 'cuda'):
+      text = traced.lower(lowering_platforms=(platform,)).as_text()
+      products = [x for x in text.splitlines() if 'dot_general' in x]
+      assert products
+      assert all('precision = [HIGHEST, HIGHEST]' in x for x in products)
