@@ -60,7 +60,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       argv = [_config_at_home(x) for x in argv]
       _check_files(argv)
       rest = flags.FLAGS(argv)
-      _expand_home()
+      _localize_paths()
       return rest
     except (AttributeError, KeyError) as e:
       _fail(_unknown_key(argv, str(e.args[0])))
@@ -265,20 +265,29 @@ def check(config: ml_collections.ConfigDict, file: str | os.PathLike) -> None:
   compare(config, smollm2_135m.get_config())
 
 
-def _expand_home() -> None:
-  """Puts the home folder in the place of ~, which no shell does after a =."""
+def _localize_paths() -> None:
+  """Puts the home folder in the place of ~, which no shell does after a =.
+
+  Raises:
+    ValueError: a path is the address of a bucket. As a path it is a folder on
+      the disk of this machine, which a pod loses.
+  """
   for name in _PATHS:
     if name in flags.FLAGS and flags.FLAGS[name].value is not None:
       value = flags.FLAGS[name].value
-      flags.FLAGS[name].value = (
-        [os.path.expanduser(x) for x in value]
-        if isinstance(value, list)
-        else os.path.expanduser(value)
-      )
+      listed = value if isinstance(value, list) else [value]
+      for path in listed:
+        if '://' in path:
+          raise ValueError(
+            f'--{name}: {path} is no folder of this machine; mount it, and '
+            'name the folder where it is mounted'
+          )
+      listed = [os.path.expanduser(path) for path in listed]
+      flags.FLAGS[name].value = listed if isinstance(value, list) else listed[0]
 
 
 def _config_at_home(flag: str) -> str:
-  """As `_expand_home`, for a file that is read while flags are parsed."""
+  """As `_localize_paths`, for a file that is read while flags are parsed."""
   name, equals, path = flag.partition('=')
   if name not in ('--config', '-config'):
     return flag

@@ -719,6 +719,15 @@ def test_the_home_folder_of_a_flag_is_that_of_the_user():
   runs.refused(done, f'{home}/no/config.py')
 
 
+def test_a_bucket_is_no_folder(tmp_path):
+  for name, flag in (
+    ('report', '--workdir=gs://bucket/run'),
+    ('overlap', f'--workdirs={tmp_path},gs://bucket/run'),
+  ):
+    done = conftest.command(name, flag)
+    runs.refused(done, 'gs://bucket/run is no folder of this machine; mount it')
+
+
 @pytest.mark.parametrize('ragged', [False, True])
 def test_same_run_same_bytes_and_nothing_left_behind(tmp_path, ragged):
   write_run(tmp_path / 'a', until=30, ragged=ragged)
