@@ -20,8 +20,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _DISTRIBUTED = flags.DEFINE_bool(
   'distributed',
   False,
-  'Several processes, one a host: jax.distributed.initialize() finds the '
-  'others on TPU pods, GKE, Slurm and under Open MPI.',
+  'Several processes: jax.distributed.initialize() finds the others on TPU '
+  'pods and GKE, one a host, and under Slurm and Open MPI, one a GPU.',
 )
 _PROFILE = flags.DEFINE_string(
   'profile',
@@ -36,7 +36,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-  """Runs, then prints the closing table."""
+  """Runs the config, or goes on with its run."""
   del argv
   # After the flags have been parsed: these imports take seconds.
   from effllm_jax import train

@@ -55,6 +55,13 @@ def test_the_documents_name_what_there_is():
     for name in re.findall(r'experiments/(?:configs|studies)/\w+\.py', text):
       assert (ROOT / name).exists(), (path.name, name)
   assert {'README.md', 'BENCHMARKS.md', 'HYPOTHESES.md'} <= set(titles)
+  commands = ' '.join(path.read_text() for path in documents)
+  for file, name in re.findall(r'(tests/\w+\.py) -k (\w+)', commands):
+    named_tests = re.findall(r'def test_(\w+)', (ROOT / file).read_text())
+    assert any(name in test for test in named_tests), (file, name)
+  tests = ' '.join(path.read_text() for path in ROOT.glob('tests/*.py'))
+  for name in re.findall(r'EFFLLM_\w+', commands):
+    assert f"'{name}'" in tests, name
   packages = ('effllm_jax', 'experiments', 'kernels')
   code = [x for name in packages for x in (ROOT / name).rglob('*.py')]
   for path in [*documents, *code]:

@@ -3,8 +3,8 @@ r"""Widths that differ from layer to layer: the cheapest group anywhere goes.
     python -m experiments.main \
       --config=experiments/configs/ragged.py --workdir=runs/ragged
 
-A layer may lose all of its heads or all of its feed-forward channels. The
-export pads narrower layers with zeros up to the widest one.
+A layer may lose all of its heads or all of its feed-forward channels. Only an
+export as a stock Hugging Face model fills narrower layers up with zeros.
 """
 
 import ml_collections

@@ -9,8 +9,9 @@ The embedded default: source model and text come from PyPI packages. What
     python -m experiments.report --workdir=runs/a
 
 The recipe is the best that 61,440 tokens gave, one change at a time, in
-HYPOTHESES.md: layers keep different widths, which an export pads with zeros.
-For a plain Llama of one width, smaller in every file, take efficientllm_a.py.
+HYPOTHESES.md: layers keep different widths, which an export as a stock Hugging
+Face model, and no other, fills up with zeros. For a plain Llama of one width
+take efficientllm_a.py.
 """
 
 import ml_collections
