@@ -142,7 +142,8 @@ class EffllmAttention(nn.Module):
       # A static cache of transformers 4 has to be told which rows are next,
       # and any static cache hands out those of later tokens too.
       k, v = cache.update(k, v, self.cache_index, {'cache_position': rows})
-      k, v = (states[:, :, : mask.shape[-1]] for states in (k, v))
+      if getattr(cache, 'is_compileable', False):
+        k, v = (states[:, :, : mask.shape[-1]] for states in (k, v))
     heads = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     return self.o_proj(heads.transpose(1, 2).flatten(2))
 
@@ -202,8 +203,16 @@ class EffllmModel(nn.Module):
     )
     self.norm = EffllmRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-  def forward(self, x, attention_mask, position_ids, cache):
-    """Args: x [B, T, hidden]; the others as `EffllmForCausalLM` takes them."""
+  def forward(self, x, attention_mask, position_ids, cache, rows):
+    """[B, T, hidden] -> [B, T, hidden].
+
+    Args:
+      x: [B, T, hidden].
+      attention_mask: as `EffllmForCausalLM` takes it, like the next two.
+      position_ids: see there.
+      cache: see there.
+      rows: of the cache for these tokens, [T]; None: after what is in it.
+    """
     length = x.shape[1]
     padded = attention_mask is not None and attention_mask.ndim == 2
     if padded:
@@ -211,7 +220,8 @@ class EffllmModel(nn.Module):
       past = attention_mask.shape[1] - length
     else:
       past = 0 if cache is None else cache.get_seq_length()
-    rows = past + torch.arange(length, device=x.device)
+    if rows is None:
+      rows = past + torch.arange(length, device=x.device)
     queries = rows[:, None]
     if attention_mask is None or padded:
       keys = torch.arange(past + length, device=x.device)
@@ -272,14 +282,16 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       labels: [B, T], -100 where the loss does not count.
       use_cache: whether to start a cache when none is given.
       logits_to_keep: only for so many tokens at the end; 0 is all.
-      **kwargs: go to the loss.
+      **kwargs: go to the loss, but for `cache_position` of transformers 4.
     """
     cache = past_key_values if cache is None else cache
     if use_cache and cache is None:
       cache = DynamicCache()
     if inputs_embeds is None:
       inputs_embeds = self.model.embed_tokens(input_ids)
-    x = self.model(inputs_embeds, attention_mask, position_ids, cache)
+    # From transformers 4, which counts a static cache's rows that are not 0.
+    rows = kwargs.pop('cache_position', None)
+    x = self.model(inputs_embeds, attention_mask, position_ids, cache, rows)
     logits = self.lm_head(x[:, -logits_to_keep:])
     loss = None
     if labels is not None:
@@ -287,6 +299,15 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
         logits, labels, vocab_size=self.config.vocab_size, **kwargs
       )
     return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+
+  def _get_cache(self, *args, **kwargs):
+    """A new static cache for each call, in transformers up to 5.0.
+
+    They ask every layer of the last one for its size, which those without
+    attention do not have.
+    """
+    self.__dict__.pop('_cache', None)
+    return super()._get_cache(*args, **kwargs)
 
 
 def frequencies(config, device):

@@ -325,6 +325,14 @@ for folder in sys.argv[2:]:
   tokens = torch.tensor(np.load(sys.argv[1]))
   with torch.no_grad():
     np.save(folder + '.npy', model(tokens).logits.numpy())
+  found = [
+    model.generate(
+      tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8,
+      do_sample=False, pad_token_id=0, cache_implementation=cache,
+    ).tolist()
+    for cache in (None, 'static', 'static')
+  ]
+  assert found[0] == found[1] == found[2], folder
   tokenizer = transformers.AutoTokenizer.from_pretrained(
     folder, trust_remote_code=True
   )
