@@ -80,6 +80,7 @@ def group_scores(
   params: structure.Params,
   *rest: structure.Params,
   members: Callable[[str], bool] = lambda letters: True,
+  masks: structure.Groups | None = None,
 ) -> structure.Groups:
   """Sums `term(w, ...)` over the members of every group, in float32.
 
@@ -89,20 +90,29 @@ def group_scores(
     *rest: parameter-shaped trees: the gradient of the mean loss in nats per
       token, before clipping; the curvature.
     members: which parameters count, by their axis letters without N.
+    masks: without them dead weights count, as they must not (a shrink would
+      change the scores) unless the term is 0 whenever the gradient is, as is
+      that of a dead weight.
 
   Returns:
-    heads [N, K], ffn [N, F], stem [D]. Where a term is 0 whenever its gradient
-    is, a dead group's score is exactly 0.
+    heads [N, K], ffn [N, F], stem [D]; exactly 0 of a dead group.
   """
   table = structure.axes_of(params)
+  live_D, *live_layers = (
+    (None, None, None)
+    if masks is None
+    else (masks.stem, masks.heads, masks.ffn)
+  )
 
   # One layer at a time: the terms of a layer live in cache-sized buffers (14 MB
   # instead of 425 MB for SmolLM2-135M, and 1.5x faster than summing the stacked
   # arrays, 2-core CPU).
-  def layer(stem_D, trees):
+  def layer(stem_D, scanned):
+    trees, (live_K, live_F) = scanned
     sums = _sums(
       term,
       members,
+      {'D': live_D, 'K': live_K, 'F': live_F},
       jax.tree.map(lambda letters: letters.removeprefix('N'), table.layers),
       *trees,
     )
@@ -111,20 +121,27 @@ def group_scores(
   outside = [tree.replace(layers=None) for tree in (table, params, *rest)]
   stem_D, (heads_NK, ffn_NF) = jax.lax.scan(
     layer,
-    _sums(term, members, *outside)['D'],
-    tuple(tree.layers for tree in (params, *rest)),
+    _sums(term, members, {'D': live_D}, *outside)['D'],
+    (tuple(tree.layers for tree in (params, *rest)), tuple(live_layers)),
   )
   return structure.Groups(heads=heads_NK, ffn=ffn_NF, stem=stem_D)
 
 
-def _sums(term, members, table, *trees) -> dict[str, Array]:
-  """Sums of the terms over all but one axis, by the letter that is kept."""
+def _sums(term, members, live, table, *trees) -> dict[str, Array]:
+  """Sums of the terms over all but one axis, by the letter that is kept.
+
+  Those of dead groups are left out, of letters for which `live` has a mask.
+  """
   sums = {}
 
   def add(letters, *leaves):
     if not members(letters):
       return
     value = term(*(x.astype(jnp.float32) for x in leaves))
+    for axis, letter in enumerate(letters):
+      if live.get(letter) is not None:
+        others = [i for i in range(len(letters)) if i != axis]
+        value *= jnp.expand_dims(live[letter], others)
     for letter in structure.PRUNABLE:
       if letter in letters:
         others = [i for i, x in enumerate(letters) if x != letter]
@@ -134,9 +151,14 @@ def _sums(term, members, table, *trees) -> dict[str, Array]:
   return sums
 
 
-def taylor1(params: structure.Params, grads: structure.Params):
-  """Sum of |g w|; g is a gradient or its momentum."""
-  return group_scores(lambda w, g: jnp.abs(g * w), params, grads)
+def taylor1(
+  params: structure.Params,
+  grads: structure.Params,
+  masks: structure.Groups | None = None,
+):
+  """Sum of |g w|; g is a gradient or, with masks, its momentum."""
+  term = lambda w, g: jnp.abs(g * w)
+  return group_scores(term, params, grads, masks=masks)
 
 
 def taylor1_group(params: structure.Params, grads: structure.Params):
@@ -150,6 +172,7 @@ def taylor2(
   grads: structure.Params,
   squares: structure.Params,
   scale: Array | float = 1.0,
+  masks: structure.Groups | None = None,
 ):
   """Sum of |-g w + 1/2 h w^2|, h = scale * squares the Fisher of a token.
 
@@ -161,6 +184,7 @@ def taylor2(
     params,
     grads,
     squares,
+    masks=masks,
   )
 
 
@@ -168,9 +192,11 @@ def obd(
   params: structure.Params,
   squares: structure.Params,
   scale: Array | float = 1.0,
+  masks: structure.Groups | None = None,
 ):
   """Sum of 1/2 h w^2, h = scale * squares the Fisher diagonal of a token."""
-  return group_scores(lambda w, v: 0.5 * scale * v * w * w, params, squares)
+  term = lambda w, v: 0.5 * scale * v * w * w
+  return group_scores(term, params, squares, masks=masks)
 
 
 def fisher(params: structure.Params, grads: structure.Params, tokens: int):
@@ -188,9 +214,9 @@ def fisher(params: structure.Params, grads: structure.Params, tokens: int):
   return jax.tree.map(lambda x: 0.5 * tokens * jnp.square(x), slopes)
 
 
-def magnitude(params: structure.Params):
+def magnitude(params: structure.Params, masks: structure.Groups | None = None):
   """Sum of |w|."""
-  return group_scores(jnp.abs, params)
+  return group_scores(jnp.abs, params, masks=masks)
 
 
 def activation(

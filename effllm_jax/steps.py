@@ -226,13 +226,15 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
 def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
   """The scores of one update; `squares` are means over the micro-batches."""
   params, count = state.params, state.step - state.skipped + 1
+  # Without which weights and moments of what is dead would count.
+  masks = state.prune.masks
   # Adam's moments start at 0, and are this factor too small.
   unbiased = lambda decay: 1 / (1 - decay ** count.astype(jnp.float32))
   match recipe.saliency:
     case 'taylor1':
       return saliency.taylor1(params, grads)
     case 'taylor1_momentum':
-      scores = saliency.taylor1(params, optax.tree.get(opt_state, 'mu'))
+      scores = saliency.taylor1(params, optax.tree.get(opt_state, 'mu'), masks)
       return jax.tree.map(lambda x: unbiased(recipe.b1) * x, scores)
     case 'taylor1_group':
       return saliency.taylor1_group(params, grads)
@@ -242,18 +244,18 @@ def _scores(state, grads, squares, opt_state, norm, windows_ABT, recipe):
       scale *= unbiased(recipe.b2)
       squares = optax.tree.get(opt_state, 'nu')
       if recipe.saliency == 'obd':
-        return saliency.obd(params, squares, scale)
-      return saliency.taylor2(params, grads, squares, scale)
+        return saliency.obd(params, squares, scale, masks)
+      return saliency.taylor2(params, grads, squares, scale, masks)
     case 'taylor2_micro':
       tokens = windows_ABT[0, :, 1:].size
       return saliency.taylor2(params, grads, squares, tokens)
     case 'fisher':
       return squares
     case 'magnitude':
-      return saliency.magnitude(params)
+      return saliency.magnitude(params, masks)
     case 'random':
       key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-      return saliency.random(key, params, state.prune.masks)
+      return saliency.random(key, params, masks)
   raise ValueError(f'saliency {recipe.saliency!r} is not known')
 
 

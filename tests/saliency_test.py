@@ -10,8 +10,11 @@ from effllm_jax import structure
 from tests import conftest
 
 
-def brute_force(term, cfg, params, *rest) -> structure.Groups:
-  """Walks every single weight; adds `term` to each group it belongs to."""
+def brute_force(term, cfg, params, *rest, masks=None) -> structure.Groups:
+  """Walks every single weight; adds `term` to each group it belongs to.
+
+  With masks only if all of these are alive.
+  """
   scores = {
     'K': np.zeros((cfg.N, cfg.K)),
     'F': np.zeros((cfg.N, cfg.F)),
@@ -20,6 +23,8 @@ def brute_force(term, cfg, params, *rest) -> structure.Groups:
 
   def walk(letters, *leaves):
     values = term(*(np.asarray(x, np.float64) for x in leaves))
+    if masks is not None:
+      values = values * conftest.alive_entries(letters, values.shape, masks)
     for index in np.ndindex(values.shape):
       at = dict(zip(letters, index, strict=True))
       for letter in 'KFD':
@@ -50,6 +55,10 @@ def test_equals_a_walk_over_every_weight(cfg, kind):
   scores = jax.jit(getattr(saliency, kind))(*trees)
   conftest.check_close(scores, brute_force(term, cfg, *trees), 1e-5, 2e-5)
   assert {s.dtype for s in jax.tree.leaves(scores)} == {jnp.dtype('float32')}
+  masks = conftest.make_masks(cfg)
+  scores = jax.jit(getattr(saliency, kind))(*trees, masks=masks)
+  want = brute_force(term, cfg, *trees, masks=masks)
+  conftest.check_close(scores, want, 1e-5, 2e-5)
 
 
 def test_a_group_sum_lets_its_terms_cancel(cfg):

@@ -75,8 +75,8 @@ def step(state, tokens, cfg, tx, score=True, teacher=None, **changes):
   )
 
 
-def test_masks_do_not_retrace_and_dead_groups_keep_score_zero(tx):
-  """Invariants 3 and 6."""
+def test_masks_do_not_retrace(tx):
+  """Invariant 6."""
   cfg = CFG
   state = make_state(cfg, tx)
   tokens = two_micro_batches(cfg)
@@ -186,18 +186,17 @@ def want_scores(kind, row, cfg, masks, windows):
     case 'taylor1':
       return whole(saliency.taylor1, params, row['grads'])
     case 'taylor1_momentum':
-      return whole(saliency.taylor1, params, row['mu'])
+      return whole(saliency.taylor1, params, row['mu'], masks)
     case 'taylor1_group':
       return whole(saliency.taylor1_group, params, row['grads'])
     case 'taylor2':
       scale = n * max(1.0, row['norm'] / CLIP) ** 2
       h = jax.tree.map(lambda v: scale * v, row['nu'])
-      return whole(saliency.taylor2, params, row['grads'], h)
+      return whole(saliency.taylor2, params, row['grads'], h, 1.0, masks)
     case 'obd':
       scale = n * max(1.0, row['norm'] / CLIP) ** 2
-      return whole(
-        saliency.obd, params, jax.tree.map(lambda v: scale * v, row['nu'])
-      )
+      h = jax.tree.map(lambda v: scale * v, row['nu'])
+      return whole(saliency.obd, params, h, 1.0, masks)
     case 'taylor2_micro':
       h = jax.tree.map(
         lambda *g: n_micro * sum(x**2 for x in g) / len(g), *row['micro']
@@ -207,7 +206,7 @@ def want_scores(kind, row, cfg, masks, windows):
       each = [whole(saliency.fisher, params, g, n_micro) for g in row['micro']]
       return jax.tree.map(lambda *s: sum(s) / len(s), *each)
     case 'magnitude':
-      return whole(saliency.magnitude, params)
+      return whole(saliency.magnitude, params, masks)
     case 'activation':
       each = [
         whole(
@@ -237,12 +236,34 @@ def test_every_kind_equals_its_formula_over_three_steps(history, tx, kind):
       largest,
     )
     np.testing.assert_allclose(numbers['grad_norm'], row['norm'], rtol=1e-4)
-  if kind != 'magnitude':
-    jax.tree.map(
-      lambda s, m: np.testing.assert_array_equal(s != 0, m),
-      state.prune.scores,
-      masks,
-    )
+  jax.tree.map(
+    lambda s, m: np.testing.assert_array_equal(s != 0, m),
+    state.prune.scores,
+    masks,
+  )
+
+
+@pytest.mark.parametrize('kind', sorted(set(saliency.KINDS) - {'random'}))
+def test_scores_are_the_same_before_a_shrink_and_after_it(history, tx, kind):
+  """Weights and moments of what has died count for nothing."""
+  cfg, masks, (first, then, _), _ = history
+  alive, _ = step(make_state(cfg, tx), first, cfg, tx)
+  dead = alive.prune.replace(masks=conftest.copied(masks))
+  pruned = alive.replace(prune=dead)
+  small = shrink.shrunk_config(
+    masks, cfg, structure.Groups(heads=1, ffn=1, stem=1)
+  )
+  assert small.F < cfg.F and small.D < cfg.D
+  shrunk, kept = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=tx)
+  change = dict(saliency=kind, decay=0.0)
+  shrunk, _ = step(shrunk, then, small, tx, **change)
+  pruned, _ = step(pruned, then, cfg, tx, **change)
+  want = conftest.take_groups(pruned.prune.scores, kept)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-4 * abs(b).max()),
+    shrunk.prune.scores,
+    jax.tree.map(np.asarray, want),
+  )
 
 
 def test_random_scores_depend_on_step_and_seed_only(tx):
