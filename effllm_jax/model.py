@@ -231,7 +231,7 @@ def block(
   def layer(x_BTD, scanned):
     w, heads_K, ffn_F = scanned
     w = sharding.gathered(w, compute.mesh)
-    attn_in_BTD = norm(x_BTD, w.attn_norm.astype(dtype))
+    attn_in_BTD = norm(x_BTD, w.attn_norm)
     out_BTD = attention(
       attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, cos_sin_2TH,
       bq=w.bq, bk=w.bk, bv=w.bv, q_norm=w.q_norm, k_norm=w.k_norm,
@@ -240,7 +240,7 @@ def block(
       out_BTD, heads_BTKGH = out_BTD
     x_BTD += out_BTD * stem_D
 
-    ffn_in_BTD = norm(x_BTD, w.ffn_norm.astype(dtype))
+    ffn_in_BTD = norm(x_BTD, w.ffn_norm)
     out_BTD = swiglu(ffn_in_BTD, w.w_gate, w.w_up, w.w_down, ffn_F)
     if taps:
       out_BTD, ffn_BTF = out_BTD
@@ -283,7 +283,7 @@ def _rms_norm(x_BTD, scale_D, stem_D, eps):
   live = jnp.maximum(stem_D.sum(), 1).astype(jnp.float32)
   mean_square = jnp.square(x32_BTD).sum(-1, keepdims=True) / live
   normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square + eps)
-  return normed_BTD.astype(x_BTD.dtype) * scale_D
+  return normed_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
 
 
 def _cos_sin(length, cfg):

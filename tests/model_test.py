@@ -235,6 +235,12 @@ def test_bfloat16_is_near_float32_and_keeps_float32_gradients(cfg):
   assert value.dtype == jnp.float32
   assert abs(float(value) - float(exact)) < 0.05 * float(exact)
   assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+  # What every product reads, the last one too.
+  logits, taps = jax.eval_shape(
+    lambda *xs: model.forward(*xs, cfg, half, taps=True), *args
+  )
+  assert logits.dtype == jnp.float32
+  assert {x.dtype for x in jax.tree.leaves(taps)} == {jnp.dtype('bfloat16')}
 
 
 def test_taps_are_the_inputs_of_the_matrix_products(cfg):
