@@ -22,10 +22,14 @@ def by_hand(cfg, tokens):
     (cfg.D, cfg.F), (cfg.D, cfg.F), (cfg.F, cfg.D),
   ):  # fmt: skip
     layer += 2 * rows * columns * tokens
-  # Token t sees t + 1 keys; scores and values, 2 G H each.
-  seen = tokens // T * sum(t + 1 for t in range(T))
-  layer += 2 * 2 * query * seen
+  layer += attention_by_hand(cfg, tokens)
   return cfg.N * layer, 2 * cfg.D * cfg.V * tokens
+
+
+def attention_by_hand(cfg, tokens):
+  """Token t sees t + 1 keys; scores and values, 2 G H each."""
+  seen = tokens // T * sum(t + 1 for t in range(T))
+  return 2 * 2 * cfg.K * cfg.G * cfg.H * seen
 
 
 def meter(remat='none', tokens=32):
@@ -37,7 +41,8 @@ def test_a_step_is_three_forward_passes_and_adam(remat):
   layers, output = by_hand(CFG, 32)
   spent = meter(remat)
   spent.step(CFG, scores=False, teacher=None)
-  again = layers if remat == 'full' else 0
+  attention = CFG.N * attention_by_hand(CFG, 32)
+  again = {'none': 0, 'dots': attention, 'full': layers}[remat]
   assert spent.spent == {
     'train': 3 * (layers + output) + again + 12 * CFG.num_params(),
     'score': 0,
