@@ -243,10 +243,15 @@ def repair_model(
   )
   repaired = params.replace(layers=layers)
   if params.unembed is not None:
-    final_ABTD = model.final_norm(x_ABTD, params, masks, cfg)
+    gram_DD = jax.lax.cond(
+      (masks.stem & ~new_masks.stem).any(),
+      lambda x: _shared(gram(model.final_norm(x, params, masks, cfg)), mesh),
+      lambda x: jnp.zeros((cfg.D, cfg.D)),
+      x_ABTD,
+    )
     unembed, fits['final'] = _repaired(
       params.unembed,
-      _shared(gram(final_ABTD), mesh),
+      gram_DD,
       masks.stem,
       new_masks.stem,
       damping,
