@@ -131,7 +131,10 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
         documents = list(_user_documents(text, label, files))
       splits, notes = splitting.split(documents)
       built = pathlib.Path(tmp) / 'dataset'
-      _write(built, splits, {'text': label, 'packages': entries, **notes})
+      try:
+        _write(built, splits, {'text': label, 'packages': entries, **notes})
+      except RuntimeError as e:  # So ArrayRecord says that a disk is full.
+        raise OSError(str(e).splitlines()[0]) from e
       try:
         built.rename(final)
       except OSError:

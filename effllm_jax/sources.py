@@ -13,6 +13,7 @@ import tempfile
 
 import jax
 import numpy as np
+import safetensors
 from safetensors import numpy as safetensors_numpy
 import tokenizers
 
@@ -57,7 +58,7 @@ def load(
       safetensors and tokenizer.json, or an event or checkpoint of a run.
     cache: folder outside the repository for what is fetched.
     params: also read the weights; without, `Source.params` is None.
-    flag: what the user has named the source by.
+    flag: where the user has named the source.
 
   Raises:
     errors.InputError: an unknown source, a damaged or incomplete file, or an
@@ -158,12 +159,16 @@ def write_model(source: Source, folder: pathlib.Path) -> None:
   """Writes a folder that `load` reads as a model; `source` has parameters.
 
   config.json, model.safetensors (float32) and the files of `write_tokenizer`.
+
+  Raises:
+    errors.InputError: the weights cannot be written.
   """
   tensors = weights.views(source.params, weights.HUGGING_FACE)
-  safetensors_numpy.save_file(
-    {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
-    folder / 'model.safetensors',
-  )
+  with errors.writing(folder, safetensors.SafetensorError):
+    safetensors_numpy.save_file(
+      {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
+      folder / 'model.safetensors',
+    )
   write_tokenizer(source, folder)
   special = {
     'bos_token_id': source.bos_id,

@@ -180,13 +180,15 @@ def out_file(path: str) -> pathlib.Path:
   """The file that --out names, before what it will hold takes its time.
 
   Raises:
-    errors.InputError: it is a folder, or in none.
+    errors.InputError: it is a folder, or in none that can be written.
   """
   out = pathlib.Path(path)
   if out.is_dir():
     raise errors.InputError(f'--out {path!r} is a folder; set --out to a file')
   if not out.absolute().parent.is_dir():
     raise errors.InputError(f'{out.parent} is not a folder; set --out')
+  if not os.access(out.parent, os.W_OK):
+    raise errors.InputError(f'cannot write to {out.parent}; set --out')
   return out
 
 

@@ -212,13 +212,16 @@ def _file_times(
   import numpy as np
   import rich.progress
 
+  from effllm_jax import errors
   from effllm_jax import formats
   from effllm_jax import timing
 
   formats.check_runtimes([_FORMAT.value])
   file = formats.FORMATS[_FORMAT.value].file
   runtime = formats.FORMATS[_FORMAT.value].runtime.__name__
-  with tempfile.TemporaryDirectory(dir=folder, prefix='.latency-') as tmp:
+  with errors.writing(folder):
+    scratch = tempfile.TemporaryDirectory(dir=folder, prefix='.latency-')
+  with scratch as tmp:
     files, times = {}, {shape: [] for shape in shapes}
     for shape in rich.progress.track(shapes, 'writing', transient=True):
       cfg, params = cut(shape)

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -367,6 +368,20 @@ def test_unwritable_cache(tmp_path):
     corpus.prepare(str(user), tmp_path / 'cache')
   with pytest.raises(errors.InputError, match='is not a dataset'):
     corpus.manifest(user)
+
+
+def test_a_cache_that_runs_full(tmp_path):
+  user = conftest.write_text_folder(tmp_path / 'text')
+  # A limit on the size of a file fails as a full disk does, in mid-write.
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+  try:
+    with pytest.raises(errors.InputError, match='cannot write the data') as e:
+      corpus.prepare(str(user), tmp_path / 'cache')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert '\n' not in str(e.value)
+  assert not list((tmp_path / 'cache' / 'corpus').iterdir())
 
 
 def test_two_processes_build_at_once(tmp_path):

@@ -418,6 +418,17 @@ def test_formats_that_make_no_sense(tmp_path, tokenizer_folder, formats, match):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_runtime_that_cannot_keep_its_copy(
+  tmp_path, tokenizer_folder, reference, monkeypatch
+):
+  monkeypatch.setattr(
+    reference.dynamic_module_utils, 'HF_MODULES_CACHE', '/dev/null/modules'
+  )
+  with pytest.raises(errors.InputError, match=r'cannot be .* HF_HOME'):
+    run(tmp_path / 'out', tokenizer_folder, formats=('hf-trimmed',))
+  assert not list(tmp_path.iterdir())
+
+
 def test_several_formats_in_one_folder(
   tmp_path, tokenizer_folder, reference, monkeypatch
 ):
