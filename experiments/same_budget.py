@@ -180,13 +180,12 @@ class Runner:
           f'{steps} steps of arm {arm.name}, and a comparison needs two; set '
           'it lower in the study'
         )
-      for seed in choice.seeds:
-        key = ('tokens', arm.name, seed)
-        if key in self.rows:
-          workdir_lib.check(
-            self._workdir(key, self.study.config.train.tokens),
-            self._config(arm, seed).to_dict(),
-          )
+    # Whatever is asked for, the table is of all of them.
+    known = {arm.name: arm for arm in self.study.arms + self.study.sensitivity}
+    known |= {arm.name: arm for arm in choice.arms}
+    for budget, name, seed in self.rows:
+      if budget == 'tokens' and name in known:
+        self._check_row(known[name], seed)
     for row in self.rows.values():
       asked = {x['task'] for x in row.tasks if x['limit'] == choice.limit}
       missing = sorted({*choice.tasks} - asked)
@@ -196,6 +195,20 @@ class Runner:
           f'with --limit={choice.limit}, and its model is gone; set another '
           '--workdir'
         )
+
+  def _check_row(self, arm: arms_lib.Arm, seed: int) -> None:
+    """Refuses a row at equal tokens of other settings than the study's."""
+    key = ('tokens', arm.name, seed)
+    config = self._config(arm, seed)
+    per_step = plan_lib.tokens_per_step(config)
+    tokens = config.train.tokens // per_step * per_step
+    if self.rows[key].tokens != tokens:
+      raise errors.InputError(
+        f'{self.path} has {arm.name} of seed {seed} after '
+        f'{self.rows[key].tokens:,} tokens, the study says {tokens:,}; set '
+        'another --workdir'
+      )
+    workdir_lib.check(self._workdir(key, config.train.tokens), config.to_dict())
 
   def run(self, choice: Choice) -> None:
     """All runs that have no row."""
@@ -285,7 +298,9 @@ class Runner:
 
   def _tidy(self) -> None:
     """Deletes the states of finished runs that no other arm starts from."""
-    for budget, arm, seed in self.rows:
+    # A run that replaces a row is at work yet, or was interrupted.
+    again = {x.key for x in comparison.unequal([*self.rows.values()])}
+    for budget, arm, seed in self.rows.keys() - again:
       for run in self.folder.absolute().glob(f'runs/{budget}/{arm}/{seed}-*'):
         kept = None
         if (budget, arm) == ('tokens', arms_lib.OURS):

@@ -183,6 +183,28 @@ def test_what_is_left_out_of_equal_flops_can_be_run_again(
   assert left.endswith('run them again with --arms=ours_a,dense --seeds=0')
 
 
+def test_a_run_that_replaces_a_row_goes_on(root, tmp_path, monkeypatch):
+  """Interrupted, it goes on from them; those of finished runs go."""
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  rows = [
+    comparison_test.row(arm, 0, 2.0, budget)
+    for budget in ('tokens', 'flops')
+    for arm in ('ours_b', 'dense')
+  ]
+  rows[1] = dataclasses.replace(
+    rows[1], flops=rows[1].flops | {'train': 2 * 10**13}
+  )
+  comparison.write(tmp_path / 'results.jsonl', rows)
+  states = [
+    tmp_path / 'runs' / budget / 'ours_b' / '0-99' / 'checkpoints' / '40'
+    for budget in ('tokens', 'flops')
+  ]
+  for folder in states:
+    folder.mkdir(parents=True)
+  same_budget.Runner(study_of(root), tmp_path, None, None, None)._tidy()
+  assert [x.exists() for x in states] == [False, True]
+
+
 def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
   """Before its run is trained."""
   monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
@@ -242,6 +264,12 @@ def test_results_of_other_settings_are_refused(root):
   compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
   with pytest.raises(errors.InputError, match=r'0\.003 there, 0\.1 now'):
     compare(root, choose('ours_a', seeds=(0,)), **{'optimizer.peak': 0.1})
+  # The table would be of both, whatever is run now.
+  with pytest.raises(errors.InputError, match=r'0\.003 there, 0\.1 now'):
+    compare(root, choose('dense', seeds=(5,)), **{'optimizer.peak': 0.1})
+  tokens = 2 * study_of(root).config.train.tokens
+  with pytest.raises(errors.InputError, match=f'the study says {tokens:,}'):
+    compare(root, choose('dense', seeds=(5,)), **{'train.tokens': tokens})
 
 
 def test_benchmarks_of_models_that_are_gone_are_refused(root):
