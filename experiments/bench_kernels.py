@@ -13,7 +13,8 @@ best product and copy, measured first, allow. Implementations take turns, so
 that a machine that drifts drifts for all of them; medians.
 
 With --tune, the candidate blocks of every product are timed as well, and the
-best kept in a file for `--config.model.blocks`.
+best kept in a file for `--config.model.blocks`. Those of `bucket` are for its
+products alone, as they are timed here: in a model it cuts whole blocks.
 """
 
 from absl import flags

@@ -64,7 +64,11 @@ def main(argv: list[str]) -> None:
   formats.check_runtimes(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
   source = finished.tight(
-    sources.load(made.run.config['source'], cli.CACHE.value)
+    sources.load(
+      made.run.config['source'],
+      cli.CACHE.value,
+      flag=f'source in {_WORKDIR.value}/config.json',
+    )
   )
   if _PREFILL.value + _DECODE.value > model.cfg.context:
     raise errors.InputError(

@@ -70,11 +70,12 @@ def main(argv: list[str]) -> None:
 
   record = {'harness': harness.VERSION, 'rows': []}
   models = {}
-  source = _MODEL.value
+  source, flag = _MODEL.value, '--model'
   if _WORKDIR.value is not None:
     model, made = finished.read(_WORKDIR.value, _EVENT.value)
     models[made.step] = model
     source = made.run.config['source']
+    flag = f'source in {_WORKDIR.value}/config.json'
     # Figures of another version may be of other prompts.
     if made.run.benchmarks.get('harness') == harness.VERSION:
       record = dict(made.run.benchmarks)
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
   }
   if not known.issuperset(names):
     models = {
-      None: finished.tight(sources.load(source, cli.CACHE.value)),
+      None: finished.tight(sources.load(source, cli.CACHE.value, flag=flag)),
       **models,
     }
   console = rich.console.Console(stderr=True)

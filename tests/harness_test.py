@@ -381,6 +381,7 @@ def test_command(cache, tmp_path):
     (['--tasks=sat'], "task 'sat' is not known"),
     ([], 'set one of --workdir and --model'),
     (['--model=a', '--event=1'], '--event 1 is that of a run'),
+    (['--model=a', '--tasks=piqa'], "source 'a' is not known; set --model to"),
   ],
 )
 def test_refused(arguments, words):

@@ -49,7 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
   # How matrix products skip what is dead: 'auto' (what was measured best on
   # this platform), or one of xla, xla_loop, bucket, pallas_tpu, pallas_hopper.
   config.model.kernels = 'auto'
-  # Their block sizes: a file of experiments.bench_kernels; '': the defaults.
+  # Their block sizes, which `xla` and `bucket` have none of in a model: a file
+  # of experiments.bench_kernels; '': the defaults.
   config.model.blocks = ''
 
   # Devices along each axis of the mesh, of all processes together; -1: all that
