@@ -41,6 +41,23 @@ def price(plan: plan_lib.Plan, cfg: structure.ModelConfig) -> list[str]:
   ]
 
 
+def epochs(tokens: int, new_tokens: int) -> list[str]:
+  """Of a run that reads the same text more than four times.
+
+  Up to there it is worth nearly as much as new text (Muennighoff et al. 2023).
+
+  Args:
+    tokens: of the run.
+    new_tokens: of them until some text comes again.
+  """
+  if tokens <= 4 * new_tokens:
+    return []
+  return [
+    f'{tokens:,} tokens read {new_tokens:,} of text {tokens / new_tokens:.0f} '
+    'times over; consider more text: --config.data.text'
+  ]
+
+
 def damping(
   step: int, fits: Mapping[str, Mapping[str, float]], planned: float
 ) -> list[str]:

@@ -73,7 +73,11 @@ class _Windows:
 
 
 class TrainIterator(grain.DatasetIterator):
-  """Endless batches, with a state that names the stream it belongs to."""
+  """Endless batches, with a state that names the stream it belongs to.
+
+  Attributes:
+    new_tokens: targets, of all processes, until some text comes again.
+  """
 
   def __init__(
     self,
@@ -81,9 +85,11 @@ class TrainIterator(grain.DatasetIterator):
     stream: dict,
     timeout: float,
     recent: int,
+    new_tokens: int = 0,
   ):
     """Reads `parent`; `timeout` is in seconds, 0 waits for ever."""
     super().__init__(parent)
+    self.new_tokens = new_tokens
     self._stream, self._timeout = stream, timeout
     self._lost = False
     self._recent = collections.deque(maxlen=recent)
@@ -254,7 +260,7 @@ def train_iterator(
       )
   files = tokenizing.tokenize(data_dir, tokenizer, separator_id)
   groups = {d: [files[d]] for d in weights} or {'text': [*files.values()]}
-  streams = []
+  streams, new_tokens = [], []
   for name, paths in groups.items():
     windows = _Windows(paths, seq_len)
     if not len(windows):
@@ -262,6 +268,8 @@ def train_iterator(
         f'{name} has no training window of {seq_len} tokens; add text or lower '
         '--config.data.seq_len'
       )
+    share = weights[name] / sum(weights.values()) if weights else 1
+    new_tokens.append(int(len(windows) * seq_len / share))
     streams.append(
       grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     )
@@ -291,7 +299,9 @@ def train_iterator(
     'workers': workers,
     'recent': recent,
   }
-  return TrainIterator(iter(batches), stream, timeout if workers else 0, recent)
+  return TrainIterator(
+    iter(batches), stream, timeout if workers else 0, recent, min(new_tokens)
+  )
 
 
 def _check_weights(

@@ -11,6 +11,12 @@ def row(loss, ffn=1536.0, heads=3.0):
   return {'loss': loss, 'widths': {'heads': heads, 'ffn': ffn, 'stem': 576.0}}
 
 
+def test_text_that_is_read_often_is_told():
+  assert advice.epochs(400, 100) == []
+  (line,) = advice.epochs(1_000, 100)
+  assert line.startswith('1,000 tokens read 100 of text 10 times over')
+
+
 def test_a_repair_that_needed_more_damping_is_told():
   fits = {'attn_in': 0.0, 'heads': 1e-3, 'ffn_in': 0.1, 'ffn': math.inf}
   said = advice.damping(7, {k: {'damping': v} for k, v in fits.items()}, 1e-3)

@@ -76,6 +76,16 @@ def test_batches_are_windows_of_the_text(built, bpe):
   total = expected.total()
   rows = np.concatenate([batch, *take(iterator, -(-total // 4) - 1)])[:total]
   assert collections.Counter(map(tuple, rows.tolist())) == expected
+  assert iterator.new_tokens == total * SEQ
+
+
+def test_text_is_new_until_a_domain_is_through(built, bpe):
+  files = tokenizing.tokenize(built, bpe, SEPARATOR)
+  windows = {d: (len(np.load(x)) - 1) // SEQ for d, x in files.items()}
+  iterator = batches(built, bpe, weights={'low': 3.0, 'UP': 1.0})
+  assert iterator.new_tokens == min(
+    int(windows['low'] * SEQ / 0.75), windows['UP'] * SEQ * 4
+  )
 
 
 def test_a_separator_beyond_two_bytes(built, bpe):
