@@ -18,10 +18,16 @@ needs (tests/configs_test.py):
                         (XLA's own figure for a CPU)
     architecture        16 shrinks x (30 s to compile and check + 4 s to save)
                         + 190 saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
+    disk                12 bytes a parameter for each of 16 events, some 200 GB,
+                        and `checkpoint.keep` checkpoints of up to 20.54 GB
+    text                some 200 GB, all of it in the memory of each host at
+                        every start, 5 bytes a byte the first time: rather a
+                        fourth of it, which the run then reads four times over
 
-The last line is an estimate for one device at 400 TFLOP/s: 30 s is what
-SmolLM2-135M took on 2 cores (layers are scanned, so that depth does not count),
-and a save waits for a copy to the host at 5 GB/s. On 8 devices it is 1.1 %.
+The share of the shrinks is an estimate for one device at 400 TFLOP/s: 30 s is
+what SmolLM2-135M took on 2 cores (layers are scanned, so that depth does not
+count), and a save waits for a copy to the host at 5 GB/s. On 8 devices it is
+1.1 %.
 
 So 64 devices of 16 GB take an update in 8 micro-batches, one sequence a device
 each; 8 devices with --config.data.batch_size=8 --config.train.accumulate=64.
@@ -71,6 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.shrink.quantum.stem = 128
 
   config.eval.every_tokens = 1_048_576_000
-  config.eval.tokens_per_domain = 0
+  # All of a text as large as this would be half of the training once more.
+  config.eval.tokens_per_domain = 262_144
   config.checkpoint.every_steps = 250
   return config
