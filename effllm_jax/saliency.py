@@ -42,12 +42,13 @@ small batch shows of it is noise, which outweighs the other term by far.
 the direction in which all its members fall together, terms between weights and
 between tokens included. Of a mask on what the group computes that curvature is
 E[(dL/dm)^2], and dL/dm is the sum of g w over the weights that compute it: `wo`
-of a head, `w_down` of a feed-forward channel, and the embedding, `wo` and
-`w_down` of a stem channel. One square per micro-batch of n tokens: small ones
-say more, single tokens less (a channel goes for all tokens at once). SmolLM2
-cut at one stroke from 134.5M to 105M by the scores of 48 sequences, ragged, has
-held-out bits per byte of 1.472; of 1.492 with sums over all members of a group,
-1.517 with `obd`, 1.542 with the squares of single tokens.
+of a head, `w_down` of a feed-forward channel, and the embedding (as the input,
+where it is tied), `wo` and `w_down` of a stem channel. One square per micro-
+batch of n tokens: small ones say more, single tokens less (a channel goes for
+all tokens at once). SmolLM2 cut at one stroke from 134.5M to 105M by the scores
+of 48 sequences, ragged, has held-out bits per byte of 1.472; of 1.492 with sums
+over all members of a group, 1.517 with `obd`, 1.542 with the squares of single
+tokens.
 
 Which parameters are members of which group is read from `structure.axes`. The
 paper (arXiv 2502.06663) names the ingredients; these formulas and their
@@ -211,6 +212,12 @@ def fisher(params: structure.Params, grads: structure.Params, tokens: int):
   # also compute heads and channels. A norm scale has no other axis.
   writes = lambda letters: letters[-1] == 'D' and len(letters) > 1
   slopes = group_scores(lambda w, g: g * w, params, grads, members=writes)
+  if params.unembed is None:
+    # The gradient of a tied embedding is the sum of both its uses, and as the
+    # output matrix it only reads the stem. What it reads, the scale of the last
+    # norm has just multiplied: both have one slope.
+    read_D = params.final_norm * grads.final_norm
+    slopes = slopes.replace(stem=slopes.stem - read_D)
   return jax.tree.map(lambda x: 0.5 * tokens * jnp.square(x), slopes)
 
 

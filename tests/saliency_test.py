@@ -82,6 +82,8 @@ def test_fisher_is_the_squared_slope_of_a_mask(cfg):
     scaled = params.replace(
       embed=params.embed * factor.stem,
       layers=layers.replace(wo=wo, w_down=w_down),
+      # What only reads the stem has no factor, though the matrix is the same.
+      unembed=params.embed.T if cfg.tied else params.unembed,
     )
     return model.loss(scaled, masks, tokens, cfg)
 
