@@ -5,7 +5,7 @@ r"""Variant B of EfficientLLM: variant A with second-order weight repair.
 
 After each prune the surviving inputs of every matrix that lost some are refit,
 by least squares, to what the matrix computed before (effllm_jax/repair.py), on
-the newest 4,096 tokens. That is 1.328 bits per byte where A ends at 1.346, for
+the newest 4,096 tokens. That is 1.329 bits per byte where A ends at 1.346, for
 as many FLOPs again as the training takes: a repair follows every other step.
 """
 
