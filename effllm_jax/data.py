@@ -85,7 +85,7 @@ class TrainIterator(grain.DatasetIterator):
     stream: dict,
     timeout: float,
     recent: int,
-    new_tokens: int = 0,
+    new_tokens: int,
   ):
     """Reads `parent`; `timeout` is in seconds, 0 waits for ever."""
     super().__init__(parent)

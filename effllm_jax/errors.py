@@ -35,20 +35,19 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[None]:
+def writing(path: str | os.PathLike) -> Iterator[None]:
   """Tells a full or read-only disk in one line.
 
   Args:
     path: what is being written.
-    *kinds: exceptions by which a package says so, besides OSError.
 
   Raises:
-    InputError: instead of any of them.
+    InputError: instead of an OSError.
   """
   try:
     yield
-  except (OSError, *kinds) as e:
-    reason = getattr(e, 'strerror', None) or e
+  except OSError as e:
+    reason = e.strerror or e
     raise InputError(
       f'cannot write {path}: {reason}; free some space or set another '
       '--out or --workdir'

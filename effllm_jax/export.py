@@ -6,14 +6,11 @@ masked model: `agreement` says how near is near enough.
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import tempfile
-
-import safetensors
 
 from effllm_jax import agreement
 from effllm_jax import errors
@@ -109,14 +106,13 @@ def write(
       dir=out.parent, prefix=f'.{out.name}-'
     )
   agreements = {}
-  with scratch as tmp, errors.writing(out, safetensors.SafetensorError):
+  with scratch as tmp, errors.writing(out):
     folder = pathlib.Path(tmp) / out.name
     folder.mkdir()
     for name in names:
       say(f'{name}: {formats.FORMATS[name].about}')
       notes += formats.write(model, name, folder)
-      with _reading(name):
-        agreements[name] = formats.check(model, name, folder, want)
+      agreements[name] = formats.check(model, name, folder, want)
       if agreements[name] is None:
         notes.append(
           f'{formats.FORMATS[name].file}: every tensor was read back, but '
@@ -136,18 +132,6 @@ def write(
     notes=notes,
     files=files,
   )
-
-
-@contextlib.contextmanager
-def _reading(name):
-  """Says that a runtime failed to open a file, which is no fault of --out."""
-  try:
-    yield
-  except OSError as e:
-    raise errors.InputError(
-      f'{name} cannot be opened again: {e}; transformers keeps a copy of what '
-      'hf-trimmed needs, set HF_HOME to a folder that can be written'
-    ) from e
 
 
 def _notes(model, masks, pad) -> list[str]:

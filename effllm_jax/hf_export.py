@@ -1,13 +1,9 @@
 """A finished model -> a Hugging Face folder, opened again in PyTorch."""
 
-from collections.abc import Iterable
 import json
 import os
 import pathlib
 import shutil
-
-import numpy as np
-from safetensors import numpy as safetensors_numpy
 
 from effllm_jax import agreement
 from effllm_jax import errors
@@ -56,18 +52,10 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
   (folder / 'config.json').write_text(text, encoding='utf-8')
   sources.write_tokenizer(model, folder)
   path = folder / 'model.safetensors'
-  _save(path, tensors)
+  sources.write_tensors(path, tensors)
   # Others may read the rest of the folder, this the package keeps to its owner.
   shutil.copymode(folder / 'config.json', path)
   return config['architectures'][0]
-
-
-def _save(path: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]):
-  safetensors_numpy.save_file(
-    {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
-    path,
-    metadata={'format': 'pt'},
-  )
 
 
 def check(
@@ -80,6 +68,7 @@ def check(
 
   Raises:
     RuntimeError: PyTorch computes something else.
+    errors.InputError: transformers cannot open it.
   """
   transformers = import_transformers()
   import torch
@@ -88,17 +77,23 @@ def check(
   # Untrusted, it makes the tokenizer's loader ask the terminal, too.
   trusted = {'local_files_only': True, 'trust_remote_code': True}
   ours = model.tokenizer.encode(agreement.TEXT).ids
-  theirs = transformers.AutoTokenizer.from_pretrained(folder, **trusted)(
-    agreement.TEXT
-  )['input_ids']
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trusted)
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, **trusted
+    ).eval()
+  except OSError as e:
+    # Beside what it reads it keeps a copy of the modelling file.
+    raise errors.InputError(
+      f'transformers cannot open the export: {e}; set HF_HOME to a folder that '
+      'can be written'
+    ) from e
+  theirs = tokenizer(agreement.TEXT)['input_ids']
   if not ours or ours != theirs:
     raise RuntimeError(
       f'the exported tokenizer gives {theirs[:8]}... where the source gives '
       f'{ours[:8]}...; the export is not kept'
     )
-  torch_model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, **trusted
-  ).eval()
   # A plain greedy search that no end-of-text token stops early.
   torch_model.generation_config = transformers.GenerationConfig(
     do_sample=False,

@@ -5,6 +5,7 @@ installed), a GGUF file, a Hugging Face folder of safetensors, or a model that a
 run has pruned: `events/<index>` or `checkpoints/<step>` of its workdir.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import json
 import os
@@ -155,20 +156,31 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
     _write_json(folder / name, _set(content))
 
 
+def write_tensors(
+  path: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+  """Writes tensors by name, float32, as PyTorch's packages ask for them.
+
+  Raises:
+    OSError: where safetensors has an error of its own, too.
+  """
+  try:
+    safetensors_numpy.save_file(
+      {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
+      path,
+      metadata={'format': 'pt'},
+    )
+  except safetensors.SafetensorError as e:
+    raise OSError(str(e)) from e
+
+
 def write_model(source: Source, folder: pathlib.Path) -> None:
   """Writes a folder that `load` reads as a model; `source` has parameters.
 
   config.json, model.safetensors (float32) and the files of `write_tokenizer`.
-
-  Raises:
-    errors.InputError: the weights cannot be written.
   """
   tensors = weights.views(source.params, weights.HUGGING_FACE)
-  with errors.writing(folder, safetensors.SafetensorError):
-    safetensors_numpy.save_file(
-      {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
-      folder / 'model.safetensors',
-    )
+  write_tensors(folder / 'model.safetensors', tensors)
   write_tokenizer(source, folder)
   special = {
     'bos_token_id': source.bos_id,

@@ -184,7 +184,12 @@ class Runner:
     known = {arm.name: arm for arm in self.study.arms + self.study.sensitivity}
     known |= {arm.name: arm for arm in choice.arms}
     for budget, name, seed in self.rows:
-      if budget == 'tokens' and name in known:
+      # What others end as may be gone, for arms that are not asked for.
+      if (
+        budget == 'tokens'
+        and name in known
+        and (known[name].start != 'found' or name in names)
+      ):
         self._check_row(known[name], seed)
     for row in self.rows.values():
       asked = {x['task'] for x in row.tasks if x['limit'] == choice.limit}

@@ -151,7 +151,9 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   row = next(x for x in rows if x.key == ('tokens', 'ours_a', 0))
   comparison.write(tmp_path / 'results.jsonl', [row])
   monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
-  runner = same_budget.Runner(study_of(root), tmp_path, None, None, None)
+  shutil.copy(ours / 'config.json', run)
+  study = study_of(root)
+  runner = same_budget.Runner(study, tmp_path, None, study.config.source, None)
   runner._tidy()
   assert [x.path for x in checkpoints.moments(run)] == [event]
   (found,) = choose('scratch_found').arms
@@ -160,6 +162,12 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   runner.rows[row.key] = dataclasses.replace(row, live_params=1)
   with pytest.raises(errors.InputError, match='ended with 1; its last state'):
     runner._config(found, 0)
+  # Which is of no concern to others, though its row is in the table.
+  key = ('tokens', 'scratch_found', 0)
+  runner.rows[key] = dataclasses.replace(row, arm='scratch_found')
+  runner.check(choose('dense', seeds=(0,)))
+  with pytest.raises(errors.InputError, match='ended with 1; its last state'):
+    runner.check(choose('scratch_found', seeds=(0,)))
 
 
 def test_what_is_left_out_of_equal_flops_can_be_run_again(

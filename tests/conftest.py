@@ -205,6 +205,18 @@ def copied(tree):
   return jax.tree.map(lambda x: jax.device_put(np.array(x)), tree)
 
 
+def precisions(traced) -> set[str]:
+  """Those of all products and both operands, on a TPU and on a GPU."""
+  found = set()
+  for platform in ('tpu', 'cuda'):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    for line in text.splitlines():
+      if 'dot_general' in line:
+        named = re.search(r'precision = \[(\w+), (\w+)\]', line)
+        found.update(named.groups() if named else ['none'])
+  return found
+
+
 def check_close(a, b, rtol=1e-5, atol=1e-6):
   """Asserts that two trees are equal to tolerance, naming the leaf."""
   jax.tree_util.tree_map_with_path(

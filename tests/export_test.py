@@ -424,7 +424,7 @@ def test_a_runtime_that_cannot_keep_its_copy(
   monkeypatch.setattr(
     reference.dynamic_module_utils, 'HF_MODULES_CACHE', '/dev/null/modules'
   )
-  with pytest.raises(errors.InputError, match=r'cannot be .* HF_HOME'):
+  with pytest.raises(errors.InputError, match=r'cannot open .* HF_HOME'):
     run(tmp_path / 'out', tokenizer_folder, formats=('hf-trimmed',))
   assert not list(tmp_path.iterdir())
 
