@@ -269,11 +269,11 @@ def _ours(config, changes, workdir, cache) -> dict[str, Any]:
   from effllm_jax import runlog
   from effllm_jax import timing
   from effllm_jax import train
-  from experiments import cli
+  from experiments import compiled
 
   config = ml_collections.ConfigDict(config)
   config.update_from_flattened_dict(changes)
-  cli.keep_compiled(cache)
+  compiled.keep(cache)
   train.run(config, workdir, cache)
   log = runlog.read(workdir)
   phases = ('source', 'pruned', 'final')

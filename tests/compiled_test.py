@@ -14,7 +14,7 @@ from effllm_jax import runlog
 from effllm_jax import tables
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
-from experiments import cli
+from experiments import compiled
 from experiments.configs import smollm2_135m
 from tests import conftest
 from tests import runs
@@ -95,12 +95,12 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path):
 
 
 def test_what_was_used_longest_ago_is_deleted(tmp_path, monkeypatch):
-  monkeypatch.setattr(cli, '_MOST_BYTES', 250)
+  monkeypatch.setattr(compiled, '_MOST_BYTES', 250)
   for i in (3, 1, 2, 0):
     path = tmp_path / f'{i}-cache'
     path.write_bytes(b'y' * 100)
     os.utime(path, (1000 + i, 1000 + i))
-  cli.tidy(tmp_path)
+  compiled.tidy(tmp_path)
   left = sorted(p.name for p in tmp_path.glob('*-cache'))
   assert left == ['2-cache', '3-cache']
 
