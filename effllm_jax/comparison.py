@@ -120,7 +120,7 @@ def read(path: pathlib.Path) -> list[Row]:
   Raises:
     errors.InputError: a line that is no such row.
   """
-  rows = []
+  rows = {}
   for number, raw in enumerate(workdir.read(path), 1):
     with untrusted.parsing(
       f'{path} row {number} is not a result', 'restore or delete it'
@@ -130,15 +130,24 @@ def read(path: pathlib.Path) -> list[Row]:
         row.seed, row.bits_per_byte, row.live_params, row.tokens, row.seconds,
         row.flops_per_token, *row.domains.values(),
         *(row.flops[x] for x in accounting.PURPOSES),
-        *(x['value'] for x in row.tasks),
+        *(x[key] for x in row.tasks for key in ('value', 'limit')),
       )  # fmt: skip
       if not all(map(math.isfinite, numbers)):
         raise ValueError('a number that is not finite')
       # Both become parts of paths.
       if row.budget not in BUDGETS or not re.fullmatch(r'\w+', row.arm):
         raise ValueError(f'{row.budget}, {row.arm}')
-      rows.append(row)
-  return rows
+      for x in row.tasks:
+        if not (isinstance(x['task'], str) and isinstance(x['metric'], str)):
+          raise ValueError(f'task {x["task"]!r}, metric {x["metric"]!r}')
+      # Means are of one run of each seed, on the same domains.
+      if row.key in rows:
+        raise ValueError(f'a second one of {", ".join(map(str, row.key))}')
+      first = next(iter(rows.values()), row)
+      if row.domains.keys() != first.domains.keys():
+        raise ValueError(f'domains {[*row.domains]}, not {[*first.domains]}')
+      rows[row.key] = row
+  return [*rows.values()]
 
 
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
@@ -197,10 +206,15 @@ def make_tables(
     rows: of any budget.
     budget: one of `BUDGETS`, of which there are rows.
     reference: the arm that others are measured against, seed by seed.
+
+  Returns:
+    Tables of one row for each arm. Where it does not have all seeds of the
+    budget, which means and errors do not show, its own stand behind its name.
   """
   arms = by_arm(rows, budget)
-  seeds = len({x.seed for members in arms.values() for x in members})
-  title = f'{BUDGETS[budget]}, {seeds} seed{"s" if seeds > 1 else ""}'
+  seeds = {x.seed for members in arms.values() for x in members}
+  plural = lambda seeds: 'seeds' if len(seeds) > 1 else 'seed'
+  title = f'{BUDGETS[budget]}, {len(seeds)} {plural(seeds)}'
   bits = lambda row: row.bits_per_byte
 
   def mean(members, of):
@@ -210,11 +224,20 @@ def make_tables(
     found = difference(members, arms.get(reference, ()), bits)
     return found.text(4, '+') if found and arm != reference else ''
 
+  def label(arm, members):
+    own = sorted(x.seed for x in members)
+    if len(own) == len(seeds):
+      return arm
+    return f'{arm} ({plural(own)} {", ".join(map(str, own))})'
+
   def table(name, columns, cells):
     return tables.Table(
       f'{title}: {name}',
       ('', *columns),
-      tuple((arm, *cells(arm, members)) for arm, members in arms.items()),
+      tuple(
+        (label(arm, members), *cells(arm, members))
+        for arm, members in arms.items()
+      ),
     )
 
   domains = list(dict.fromkeys(d for row in rows for d in row.domains))

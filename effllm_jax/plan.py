@@ -121,6 +121,11 @@ def tokens_per_step(config: ml_collections.ConfigDict) -> int:
   return config.train.accumulate * config.data.batch_size * config.data.seq_len
 
 
+def num_steps(config: ml_collections.ConfigDict) -> int:
+  """Optimizer updates of a run, the last one whole."""
+  return math.ceil(config.train.tokens / tokens_per_step(config))
+
+
 def make(
   config: ml_collections.ConfigDict,
   source: structure.ModelConfig,
@@ -169,7 +174,7 @@ def make(
   )
   start = cost.of_config(source) if masks is None else cost.live(masks)
   per_step = tokens_per_step(config)
-  length = math.ceil(config.train.tokens / per_step)
+  length = num_steps(config)
   if rules.policy == 'none':
     schedule = schedules.constant(start, after=length * per_step)
   else:

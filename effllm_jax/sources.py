@@ -96,6 +96,28 @@ def load(
   )
 
 
+def load_whole(
+  source: str | os.PathLike, cache: str | os.PathLike, flag: str
+) -> Source:
+  """As `load`, of a model whose arrays have no dead group.
+
+  Raises:
+    errors.InputError: also where they have some.
+  """
+  found = load(source, cache, flag=flag)
+  dead = found.masks and {
+    t: int((~getattr(found.masks, t)).sum()) for t in structure.TYPES
+  }
+  if dead and any(dead.values()):
+    names = ', '.join(f'{n} {t}' for t, n in dead.items() if n)
+    raise errors.InputError(
+      f'source {str(source)!r} was pruned, and its arrays still hold dead '
+      f'groups ({names}), which would be measured as if they were alive; set '
+      f'{flag} to a model that was not, or whose layers are all of one width'
+    )
+  return found
+
+
 def _pruned(path: pathlib.Path, params: bool) -> Source:
   """A model of a run, with its masks and its lineage."""
   moment = checkpoints.read_moment(path)

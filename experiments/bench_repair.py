@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
   except ValueError as e:
     raise errors.InputError(f'--damping: {e}; give numbers') from e
   cache = cli.CACHE.value
-  source = sources.load(config.source, cache)
+  source = sources.load_whole(config.source, cache, '--config.source')
   cfg, alive = source.cfg, structure.all_alive(source.cfg)
   params = jax.tree.map(jnp.asarray, source.params)
   text = corpus.prepare(config.data.text, cache)

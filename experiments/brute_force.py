@@ -3,7 +3,7 @@
 A group is removed by its mask bit, alone, and the change of the held-out loss
 is measured; nothing is estimated. The scores come from `steps.train_step` at
 learning rate 0, as in a run: on training text, with Adam's moments warmed up,
-averaged over the batches with the decay of the shipped config.
+averaged over the batches with the decay of `efficientllm_a`.
 
 A uniform prune takes a block of groups at once, and chooses between types by
 the sum of their scores: `block_changes` measures such blocks too.
@@ -35,7 +35,7 @@ from effllm_jax import steps
 from effllm_jax import structure
 
 COMPUTE = model.Compute(remat='none')
-# As in experiments/configs/efficientllm_a.py.
+# As in experiments/configs/efficientllm_a.py; smollm2_135m has a decay of 0.95.
 DECAY, B1, B2, CLIP = 0.9, 0.9, 0.95, 1.0
 # Kinds that estimate a change of the loss: only they compare types.
 NATS = tuple(
@@ -103,7 +103,8 @@ def heldout_windows(
   """Held-out windows [n, seq_len + 1] of all domains, and their weights."""
   domains = heldout_lib.windows(
     text, tokenizer, separator_id, seq_len=sizes.seq_len,
-    tokens_per_domain=sizes.heldout_tokens // len(corpus.domains(text)),
+    # At least one: 0 would be all of them.
+    tokens_per_domain=max(sizes.heldout_tokens // len(corpus.domains(text)), 1),
   )  # fmt: skip
   held = domains.values()
   windows = np.concatenate([h.windows for h in held])

@@ -19,7 +19,8 @@ def load(path: str | os.PathLike) -> arms_lib.Study:
   """The study of a file.
 
   Raises:
-    errors.InputError: no such file, or it has no `get_study`, or that fails.
+    errors.InputError: no such file, or it has no `get_study`, or that fails, or
+      one of its configs is none that a run takes.
   """
   module, path = _module(path, '--study')
   with cli.reading(path, 'a study, see experiments/studies'):
@@ -29,6 +30,14 @@ def load(path: str | os.PathLike) -> arms_lib.Study:
       f'{path}: get_study() gives a {type(study).__name__}, not a Study; see '
       'experiments/studies'
     )
+  cli.check(study.config, path)
+  if study.pretrained:
+    cli.check(study.pretrained.config, path)
+  starts = dict.fromkeys(arms_lib.STARTS, '')
+  for arm in study.arms + study.sensitivity:
+    with cli.reading(path, f'a study, its arm {arm.name}'):
+      made = arms_lib.config(arm, study.config, 0, starts)
+    cli.check(made, path)
   return study
 
 
@@ -108,7 +117,7 @@ def seeds(words: Sequence[str]) -> tuple[int, ...]:
         f'seed {word!r} is not a number from 0 to 2147483647; set --seeds'
       )
   if not words:
-    raise errors.InputError('no seed is given; set --seeds=0,1,2')
+    raise errors.InputError('no seed is given; set --seeds=1,2,3')
   return tuple(dict.fromkeys(map(int, words)))
 
 

@@ -88,12 +88,19 @@ class Bench:
     for key, have, want in (
       ('budget.kind', config.budget.kind, 'params'),
       ('model.dtype', config.model.dtype, 'float32'),
+      ('init', config.init, 'source'),
+      ('distill.weight', config.distill.weight, 0.0),
     ):
       if have != want:
         raise errors.InputError(
           f'{key} {have!r} is not that of the other arms, {want!r}; set '
           f'--config.{key}={want}'
         )
+    if config.prune.policy == 'none':
+      raise errors.InputError(
+        "prune.policy 'none' says nothing of when the other arms prune; set "
+        '--config.prune.policy=uniform'
+      )
     self.source = sources.load(config.source, cache, params=False)
     if self.source.masks is not None:
       raise errors.InputError(
@@ -111,10 +118,21 @@ class Bench:
     """Runs the arms that have no row in `results.jsonl` yet; all their rows.
 
     Raises:
-      errors.InputError: another comparison is at work, or as `run`.
+      errors.InputError: an arm prunes more often than there are steps for it,
+        another comparison is at work, or as `run`.
     """
+    from effllm_jax import errors
     from effllm_jax import workdir as workdir_lib
 
+    begin, end = self._window()
+    for name in names:
+      recipe = OTHERS.get(name)
+      if recipe and end - begin < recipe.times - 1:
+        raise errors.InputError(
+          f'{name} prunes {recipe.times} times, and from prune.begin_tokens to '
+          f'prune.end_tokens are {end - begin} steps; set '
+          '--config.prune.end_tokens, or leave the arm out of --arms'
+        )
     refusal = (
       f'another comparison is at work in {self.workdir}; wait for its end or '
       'set another --workdir'

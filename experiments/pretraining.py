@@ -59,12 +59,24 @@ def make(
     errors.InputError: as `train.run`; the model there is of another recipe, or
       cannot be read any more.
   """
-  folder = pathlib.Path(workdir, recipe.name)
+  folder = pathlib.Path(workdir, recipe.name).absolute()
   text = corpus.prepare(recipe.config.data.text, cache)
   with errors.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
     workdir_lib.once(
       folder / 'shape', lambda new: _write_shape(recipe.cfg, text, new)
+    )
+  there = sources.load(str(folder / 'shape'), cache, params=False).cfg
+  if there != recipe.cfg:
+    changed = [
+      f'{f.name}={getattr(there, f.name)!r} there, '
+      f'{getattr(recipe.cfg, f.name)!r} now'
+      for f in dataclasses.fields(there)
+      if getattr(there, f.name) != getattr(recipe.cfg, f.name)
+    ]
+    raise errors.InputError(
+      f'{folder} has another architecture: {"; ".join(changed)}; use the same '
+      'values, another name, or another --workdir'
     )
   config = ml_collections.ConfigDict(recipe.config)
   config.source = str(folder / 'shape')

@@ -36,6 +36,7 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import sources
+from effllm_jax import structure
 from effllm_jax import tables
 from effllm_jax import train
 from effllm_jax import weights
@@ -88,12 +89,15 @@ def run(
       another comparison at work, results of another config, or as `train.run`.
     RuntimeError: a run of equal FLOPs spent others.
   """
-  workdir = pathlib.Path(workdir)
+  # Configs of runs name what is in it: however it is spelt, it is one.
+  workdir = pathlib.Path(workdir).absolute()
   # Before a folder is made, or a source, which takes minutes. Another one
   # that is at work can only add rows.
   _check_order(workdir / name, choice)
   if study.pretrained:
+    # Of `ours_a`, and so of the shape made by hand.
     plan_lib.make(study.config, study.pretrained.cfg)
+    _check_plans(study, choice, study.pretrained.cfg)
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
@@ -115,6 +119,12 @@ def run(
       ask = functools.partial(_ask, manager, choice)
     runner = Runner(study, workdir / name, cache, source, ask)
     runner.check(choice)
+    made_with = study.pretrained and study.pretrained.config.seed
+    if made_with in choice.seeds:
+      runner.say(
+        f'seed {made_with} is that of {study.pretrained.name} too: its runs '
+        'read the text that the source was trained on, in the same order'
+      )
     runner.run(choice)
     if note := comparison.left_out([*runner.rows.values()]):
       runner.say(note, soft_wrap=True)
@@ -144,6 +154,48 @@ def _check_order(folder: pathlib.Path, choice: Choice) -> None:
         )
 
 
+def _check_plans(
+  study: arms_lib.Study,
+  choice: Choice,
+  cfg: structure.ModelConfig,
+  masks: structure.Groups | None = None,
+) -> None:
+  """Refuses arms whose run would be refused, or would leave no row.
+
+  Args:
+    study: of the arms.
+    choice: arms and budgets; of arms that start from another shape, which is
+      not known yet, only the log is looked at.
+    cfg: architecture of the source.
+    masks: what is alive in it; None: everything.
+  """
+  for arm in choice.arms:
+    config = arms_lib.config(
+      arm, study.config, 0, dict.fromkeys(arms_lib.STARTS, '')
+    )
+    steps, every = plan_lib.num_steps(config), config.train.log_every
+    # `_row` takes the FLOPs of a token from the last two rows of the log.
+    before = (steps - 1) // every * every
+    if not before:
+      raise errors.InputError(
+        f'train.log_every {every} leaves one row of the {steps} steps of arm '
+        f'{arm.name}, and a comparison needs two; set it lower in the study'
+      )
+    if arm.start != 'source':
+      continue
+    try:
+      plan = plan_lib.make(config, cfg, masks)
+    except errors.InputError as e:
+      raise errors.InputError(f'arm {arm.name}: {e}') from e
+    if 'flops' in choice.budgets and plan.scores(before + 1):
+      raise errors.InputError(
+        f'arm {arm.name} still prunes after step {before} of {steps}, the last '
+        'but one in its log, from where on a step has to cost what it does in '
+        'a longer run; lower prune.end_tokens or train.log_every in the study, '
+        'or set --budgets=tokens'
+      )
+
+
 def _ask(manager, choice, model: weights.Source):
   """What a model answers to the public benchmarks."""
   from effllm_jax import harness
@@ -166,20 +218,15 @@ class Runner:
     self.path = folder / _RESULTS
     self.rows = {row.key: row for row in comparison.read(self.path)}
 
+  @functools.cached_property
+  def shape(self) -> weights.Source:
+    """The source without its weights."""
+    return sources.load(self.source, self.cache, params=False)
+
   def check(self, choice: Choice) -> None:
     """Refuses what belongs to other settings, or would have no row."""
     names = [arm.name for arm in choice.arms]
-    starts = dict.fromkeys(arms_lib.STARTS, self.source)
-    for arm in choice.arms:
-      config = arms_lib.config(arm, self.study.config, 0, starts)
-      steps = config.train.tokens // plan_lib.tokens_per_step(config)
-      # `_row` takes the FLOPs of a token from the last two rows of the log.
-      if config.train.log_every >= steps:
-        raise errors.InputError(
-          f'train.log_every {config.train.log_every} leaves one row of the '
-          f'{steps} steps of arm {arm.name}, and a comparison needs two; set '
-          'it lower in the study'
-        )
+    _check_plans(self.study, choice, self.shape.cfg, self.shape.masks)
     # Whatever is asked for, the table is of all of them.
     known = {arm.name: arm for arm in self.study.arms + self.study.sensitivity}
     known |= {arm.name: arm for arm in choice.arms}
@@ -205,8 +252,7 @@ class Runner:
     """Refuses a row at equal tokens of other settings than the study's."""
     key = ('tokens', arm.name, seed)
     config = self._config(arm, seed)
-    per_step = plan_lib.tokens_per_step(config)
-    tokens = config.train.tokens // per_step * per_step
+    tokens = plan_lib.num_steps(config) * plan_lib.tokens_per_step(config)
     if self.rows[key].tokens != tokens:
       raise errors.InputError(
         f'{self.path} has {arm.name} of seed {seed} after '
@@ -352,7 +398,7 @@ class Runner:
 
   def _write_uniform(self) -> pathlib.Path:
     """A model folder; of its random weights only the shape is used."""
-    source = sources.load(self.source, self.cache, params=False)
+    source = self.shape
     plan = plan_lib.make(self.study.config, source.cfg, source.masks)
     cfg = arms_lib.uniform_shape(source.cfg, plan)
     folder = self.folder / f'uniform-{cfg.num_params()}'

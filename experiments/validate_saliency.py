@@ -8,7 +8,7 @@ rate has decayed: like a source model it is finished. A group is removed by its
 mask bit, alone, and the change of the held-out loss is measured; nothing is
 estimated. The scores come from `steps.train_step` at learning rate 0, as in a
 run: on training text, with Adam's moments warmed up, averaged over the batches
-with the decay of the shipped config. Printed are Spearman's rank correlations.
+with the decay of `efficientllm_a`. Printed are Spearman's rank correlations.
 The last row says how far held-out text of this size determines the truth: the
 change on its even tokens against the change on its odd ones.
 
@@ -45,7 +45,7 @@ _BATCHES = flags.DEFINE_integer(
   'batches', None, 'Training batches to score on.', lower_bound=1
 )
 _TOKENS = flags.DEFINE_integer(
-  'tokens', None, 'Held-out tokens, over all domains.', lower_bound=2
+  'tokens', None, 'Held-out tokens, over all domains.', lower_bound=64
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of text, model and drawn groups.')
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     cfg = brute_force.SMALL
     name = f'a model of {cfg.num_params():,} parameters'
   else:
-    source = sources.load(_SOURCE.value, cache, flag='--source')
+    source = sources.load_whole(_SOURCE.value, cache, '--source')
     tokenizer, separator_id = source.tokenizer, source.separator_id
     cfg, name = source.cfg, source.name
   stream = brute_force.train_batches(text, tokenizer, separator_id, sizes, seed)

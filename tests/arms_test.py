@@ -10,6 +10,7 @@ from effllm_jax import plan as plan_lib
 from experiments import arms
 from experiments import choices
 from experiments import cli
+from experiments import same_budget
 from experiments.studies import small
 from experiments.studies import small_quick_shape
 from tests import configs_test
@@ -109,6 +110,38 @@ def test_arms_are_chosen_by_name_and_run_in_the_order_of_the_study():
   assert choices.arms(study, ['sensitivity']) == study.sensitivity
   assert choices.seeds(['2', '0', '2']) == (2, 0)
   assert choices.budgets(['flops', 'tokens']) == ('tokens', 'flops')
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ("'prune.evry': 4", r'its arm x: KeyError: .*evry'),
+    ("'prune.every': 'often'", r'its arm x: TypeError: .*often'),
+    ("'prune.every': 4, 'prune.floors.heads': -1", None),
+  ],
+)
+def test_a_mistake_in_an_arm_is_told_before_anything_is_made(
+  tmp_path, change, message
+):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'import dataclasses\n'
+    'from experiments import arms\n'
+    'from experiments.studies import small\n'
+    'def get_study():\n'
+    f"  arm = arms.Arm('x', {{{change}}})\n"
+    '  return dataclasses.replace(small.get_study(), sensitivity=(arm,))\n'
+  )
+  if message:
+    with pytest.raises(errors.InputError, match=message):
+      choices.load(path)
+  else:
+    # A value that no run takes is told of by its plan, which needs the source.
+    (arm,) = choices.load(path).sensitivity
+    choice = same_budget.Choice((arm,), (1,), ('tokens',))
+    with pytest.raises(errors.InputError, match=r'arm x: prune\.floors'):
+      same_budget.run(choices.load(path), 'm', tmp_path / 'w', tmp_path, choice)
+  assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from effllm_jax import checkpoints
 from effllm_jax import comparison
 from effllm_jax import errors
 from effllm_jax import finished
+from effllm_jax import plan as plan_lib
 from effllm_jax import small_run
 from effllm_jax import sources
 from effllm_jax import train
 from experiments import arms
+from experiments import pretraining
 from experiments import same_budget
 from experiments.studies import small
 from tests import comparison_test
@@ -218,7 +220,9 @@ def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
   monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
   for log_every in (23, 24):
     study = study_of(root, **{'train.log_every': log_every})
-    runner = same_budget.Runner(study, tmp_path, None, None, None)
+    runner = same_budget.Runner(
+      study, tmp_path, root / 'cache', study.config.source, None
+    )
     if log_every == 23:
       runner.check(choose('dense'))
     else:
@@ -226,6 +230,65 @@ def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
         errors.InputError, match='24 leaves one row of the 24'
       ):
         runner.check(choose('dense'))
+
+
+def test_a_cost_that_still_falls_at_the_end_is_refused(
+  root, tmp_path, monkeypatch
+):
+  """How much longer to train follows from what the last steps cost."""
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  # Rows after 20 and 24 steps of 64 tokens; the last prune after 20 or 21.
+  for end, refused in ((20 * 64, False), (20 * 64 + 1, True)):
+    study = study_of(
+      root,
+      **{
+        'prune.schedule': 'linear',
+        'prune.end_tokens': end,
+        'train.log_every': 5,
+      },
+    )
+    runner = same_budget.Runner(
+      study, tmp_path, root / 'cache', study.config.source, None
+    )
+    runner.check(choose('dense', 'ours_a', budgets=('tokens',)))
+    runner.check(choose('dense'))
+    if refused:
+      with pytest.raises(errors.InputError, match='ours_a still prunes after'):
+        runner.check(choose('ours_a'))
+    else:
+      runner.check(choose('ours_a'))
+
+
+def test_tokens_that_are_no_whole_step_are_rounded_up_as_in_a_run(
+  root, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  study = study_of(root, **{'train.tokens': 24 * 64 - 1})
+  # The last step of such a run is whole.
+  plan = plan_lib.make(study.config, small_run.CFG)
+  rows = [comparison_test.row('dense', 0, 2.0, tokens=plan.tokens(plan.steps))]
+  comparison.write(tmp_path / 'results.jsonl', rows)
+  runner = same_budget.Runner(
+    study, tmp_path, root / 'cache', study.config.source, None
+  )
+  runner.check(choose('dense', seeds=(0,)))
+
+
+def test_a_seed_that_made_the_source_is_told(root, monkeypatch, capsys):
+  study = study_of(root)
+  made = dataclasses.replace(
+    study,
+    pretrained=pretraining.Recipe('here', small_run.CFG, study.config),
+  )
+  monkeypatch.setattr(
+    same_budget.pretraining, 'make', lambda *_: study.config.source
+  )
+  monkeypatch.setattr(same_budget.Runner, 'run', lambda *_: None)
+  monkeypatch.setattr(same_budget, '_check_plans', lambda *_: None)
+  for seeds, told in (((1, 2), False), ((0, 1), True)):
+    choice = choose('dense', seeds=seeds)
+    same_budget.run(made, 'mini', root / 'told', root / 'cache', choice)
+    assert ('seed 0 is that of here too' in capsys.readouterr().err) == told
 
 
 def test_another_comparison_at_work_is_refused(root):

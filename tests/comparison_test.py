@@ -70,6 +70,11 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     {'arm': '../../home'},
     {'seed': 'x'},
     {'flops': {'train': 1}},
+    {'domains': {'w': 2.0}},
+    {'tasks': [{'value': 1.0, 'limit': 100, 'metric': 'acc'}]},
+    {'tasks': [{'value': 1.0, 'limit': 1, 'metric': 'acc', 'task': None}]},
+    # The row before, once more: no second seed.
+    {'seed': ROWS[0].seed, 'arm': ROWS[0].arm},
   ],
 )
 def test_what_is_no_result_is_refused(tmp_path, change):
@@ -90,7 +95,7 @@ def test_what_is_published_comes_from_the_rows_alone(tmp_path):
   assert [len(t.rows) for t in made] == [2, 2, 2, 1, 1, 1, 1]
   assert made[0].title.startswith('Equal training tokens, 3 seeds')
   assert made[0].rows[1] == (
-    'scratch', '1.6M', '2.6000 ± 0.1000', '+0.5000 ± 0.0000',
+    'scratch (seeds 0, 1)', '1.6M', '2.6000 ± 0.1000', '+0.5000 ± 0.0000',
     '10\N{NO-BREAK SPACE}TFLOP',
   )  # fmt: skip
   assert made[0].rows[0][3] == ''

@@ -286,6 +286,16 @@ def test_a_mistake_is_one_line(bench):
       peer_arms.check(names)
   with pytest.raises(errors.InputError, match=r'--config\.budget\.kind=params'):
     bench(**{'budget.kind': 'flops'})
+  for change, remedy in (
+    ({'init': 'random', 'optimizer.embedding': 1.0}, 'init=source'),
+    ({'distill.weight': 0.5}, r'distill\.weight=0\.0'),
+    ({'prune.policy': 'none'}, r'prune\.policy=uniform'),
+  ):
+    with pytest.raises(errors.InputError, match=rf'--config\.{remedy}'):
+      bench(**change)
+  narrow = bench(**{'prune.begin_tokens': 64, 'prune.end_tokens': 4 * 64})
+  with pytest.raises(errors.InputError, match=r'5 times, .* are 3 steps'):
+    narrow.results(['torch_pruning_iterative'])
   with pytest.raises(errors.InputError, match=r'--scoring_batches 99'):
     bench(scoring=99)
   with pytest.raises(errors.InputError, match=r'0 of 2 layers'):

@@ -1,5 +1,6 @@
 """A source model from nothing but text."""
 
+import dataclasses
 import json
 import math
 
@@ -27,7 +28,7 @@ def test_frequencies_of_tokens_against_closed_form():
   assert pretraining.unigram(seen, {'a': held}, 4) == pytest.approx(2.0)
 
 
-def test_a_source_is_made_once(tmp_path):
+def test_a_source_is_made_once(tmp_path, monkeypatch):
   where = tmp_path / 'work', tmp_path / 'cache'
   small_run.write_inputs(tmp_path)
   config = small_run.config('', tmp_path / 'text')
@@ -64,6 +65,13 @@ def test_a_source_is_made_once(tmp_path):
   with pytest.raises(errors.InputError, match=r'peak=0\.003 there, 0\.1 now'):
     pretraining.make(recipe, *where)
   config.optimizer.peak = 3e-3
+  other = dataclasses.replace(recipe, cfg=dataclasses.replace(cfg, F=cfg.F + 1))
+  message = rf'another architecture: F={cfg.F} there, {cfg.F + 1} now; use the'
+  with pytest.raises(errors.InputError, match=message):
+    pretraining.make(other, *where)
+  # However the folder is spelt, it is the same.
+  monkeypatch.chdir(tmp_path)
+  assert pretraining.make(recipe, 'work', 'cache') == path
   # The last checkpoint is damaged: it goes on from the one before.
   for file in path.glob('params/**/d/*'):
     file.write_bytes(b'')

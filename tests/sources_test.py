@@ -89,6 +89,30 @@ def test_what_is_dead_in_a_source_is_saved_with_it(tmp_path):
   assert sources.load_saved(folder).masks is None
 
 
+def test_dead_groups_are_not_measured_as_if_they_were_alive(
+  tmp_path, monkeypatch
+):
+  path = model_files.write_gguf(tmp_path / 'a.gguf')
+  whole = sources.load(path, model_files.CACHE)
+  alive = jax.tree.map(np.asarray, structure.all_alive(whole.cfg))
+  ffn = alive.ffn.copy()
+  ffn[0, :2] = False
+  for masks, refused in (
+    (None, False),
+    (alive, False),
+    (alive.replace(ffn=ffn), True),
+  ):
+    pruned = dataclasses.replace(whole, masks=masks)
+    monkeypatch.setattr(sources, 'load', lambda *_, p=pruned, **__: p)
+    if refused:
+      with pytest.raises(
+        errors.InputError, match=r'dead groups \(2 ffn\).*--x'
+      ):
+        sources.load_whole(path, model_files.CACHE, '--x')
+    else:
+      assert sources.load_whole(path, model_files.CACHE, '--x') is pruned
+
+
 def test_saved_tokenizer_opens_in_transformers(tmp_path):
   transformers = pytest.importorskip('transformers', reason='opens it')
   source = sources.load(
