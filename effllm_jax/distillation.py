@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from effllm_jax import model
+from effllm_jax import sharding
 from effllm_jax import structure
 
 Array = jax.Array
@@ -42,11 +43,16 @@ def targets(
   top_k: int,
 ) -> Targets:
   """The teacher's `top_k` most likely next tokens at every position."""
+
+  def likeliest(logits_BTV):
+    scaled_BTV = logits_BTV / temperature
+    top_BTk, index_BTk = jax.lax.top_k(scaled_BTV, top_k)
+    normaliser = jax.nn.logsumexp(scaled_BTV, axis=-1, keepdims=True)
+    return Targets(probs=jnp.exp(top_BTk - normaliser), index=index_BTk)
+
   logits_BTV, _ = model.forward(params, masks, tokens_BT, cfg, compute)
-  scaled_BTV = logits_BTV / temperature
-  top_BTk, index_BTk = jax.lax.top_k(scaled_BTV, top_k)
-  normaliser = jax.nn.logsumexp(scaled_BTV, axis=-1, keepdims=True)
-  return Targets(probs=jnp.exp(top_BTk - normaliser), index=index_BTk)
+  # XLA does not split its top_k: every device would have the logits of all.
+  return sharding.over_batch(likeliest, compute.mesh)(logits_BTV)
 
 
 def divergence(

@@ -71,18 +71,22 @@ def take(letters: str, leaf: Array, kept: structure.Groups) -> Array:
   """Gathers the survivors along every prunable axis of one array.
 
   An axis whose group is per layer (K, F) has its own indices in each slice of
-  the leading N axis.
+  the leading N axis. Slice after slice: of an array that is split over devices
+  XLA makes what it gathers from whole on each of them.
   """
+  if letters[0] != 'N':
+    return _take(letters, leaf, kept)
+  return jax.lax.map(
+    lambda x: _take(letters[1:], x[0], kept.replace(heads=x[1], ffn=x[2])),
+    (leaf, kept.heads, kept.ffn),
+  )
+
+
+def _take(letters, leaf, kept):
   for axis, letter in enumerate(letters):
-    if letter not in structure.PRUNABLE:
-      continue
-    index = getattr(kept, structure.PRUNABLE[letter])
-    if index.ndim == 1:
+    if letter in structure.PRUNABLE:
+      index = getattr(kept, structure.PRUNABLE[letter])
       leaf = jnp.take(leaf, index, axis=axis)
-    else:
-      leaf = jax.vmap(lambda x, i, axis=axis: jnp.take(x, i, axis=axis - 1))(
-        leaf, index
-      )
   return leaf
 
 

@@ -1,6 +1,7 @@
 """Eight simulated devices, in a process of their own, against one."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -154,14 +155,50 @@ def on_eight_devices(root):
     run(root, 'one-then-eight', (2, 2, 2))
   rewound(root, '8-1-1', 'eight-then-two')
   run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
-  return said, made
+  return said, made, exchanged_on_eight_devices()
+
+
+def exchanged(compiled) -> list[tuple[int, ...]]:
+  """Shapes of the float arrays that devices send each other in a program."""
+  kinds = 'all-gather|all-reduce|all-to-all|collective-permute'
+  found = re.findall(rf'= f32\[([\d,]*)\]\S* (?:{kinds})', compiled.as_text())
+  return [tuple(map(int, x.split(','))) for x in found if x]
+
+
+def exchanged_on_eight_devices():
+  """By mesh, what a shrink and a teacher exchange; in the other process."""
+  from effllm_jax import model
+  from effllm_jax import optimizers
+  from effllm_jax import state as state_lib
+
+  tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
+  said = {}
+  for name, (sizes, _) in MESHES.items():
+    mesh = sharding.make(*sizes)
+    state = state_lib.abstract_state(CFG, tx, mesh)
+    small = dataclasses.replace(CFG, F=CFG.F - 16)
+    shrink = steps.shrink_step.lower(
+      state, cfg=CFG, new_cfg=small, tx=tx, mesh=mesh
+    )
+    recipe = steps.Recipe(
+      compute=model.Compute(mesh=mesh), saliency='taylor1', decay=0.0, b1=0.9,
+      b2=0.95, clip=1.0, distill=0.5, temperature=1.0, top_k=4, seed=0,
+    )  # fmt: skip
+    windows = jax.ShapeDtypeStruct(
+      (1, 8, 17), np.int32, sharding=sharding.batches(mesh)
+    )
+    teach = steps.teach_step.lower(
+      state.params, state.prune.masks, windows, cfg=CFG, recipe=recipe
+    )
+    said[name] = [exchanged(x.compile()) for x in (shrink, teach)]
+  return said
 
 
 @pytest.fixture(scope='module', name='ran')
 def _ran(tmp_path_factory):
   """Folder of all runs, and what the other process says of its arrays.
 
-  Last the digests of the steps of runs, by name.
+  Then what devices exchange and, last, the digests of the steps of runs.
   """
   root = tmp_path_factory.mktemp('sharding')
   conftest.write_model_folder(root / 'model', CFG)
@@ -177,8 +214,8 @@ def _ran(tmp_path_factory):
     capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
-  said, made = json.loads(done.stdout.splitlines()[-1])
-  return root, said, done.stderr, made | {'one': alone}
+  said, made, sent = json.loads(done.stdout.splitlines()[-1])
+  return root, said, done.stderr, sent, made | {'one': alone}
 
 
 def same(a: pathlib.Path, b: pathlib.Path):
@@ -291,6 +328,27 @@ def test_no_step_gathers_what_it_need_not(ran):
   assert all(np.prod(x) <= CFG.V * CFG.D // 2 for x in sizes['2-2-2'])
 
 
+@pytest.mark.parametrize('mesh', MESHES)
+def test_a_shrink_exchanges_one_layer_at_a_time(ran, mesh):
+  """Not all layers at once, of every weight and both its moments."""
+  *_, sent, _ = ran
+  shapes, _ = sent[mesh]
+  assert bool(shapes) == (mesh != '8-1-1')
+  # Norms of all layers are a vector each.
+  assert [x for x in shapes if x[0] == CFG.N and len(x) > 2] == []
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_a_teacher_sends_no_logits_of_other_sequences(ran, mesh):
+  """Of its own a device needs what others have of the vocabulary."""
+  *_, sent, _ = ran
+  _, shapes = sent[mesh]
+  (data, fsdp, tensor), _ = MESHES[mesh]
+  logits = [tuple(x) for x in shapes if len(x) == 3 and x[-1] == CFG.V]
+  own = (8 // (data * fsdp), 16, CFG.V)
+  assert logits == ([own] if tensor > 1 else [])
+
+
 def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
   _, said, *_ = ran
   cuts = {
@@ -302,7 +360,7 @@ def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
 
 
 def test_says_what_a_mesh_does_not_divide(ran):
-  _, _, stderr, _ = ran
+  _, _, stderr, *_ = ran
   assert 'mesh: data 1 x fsdp 1 x tensor 8' in stderr
   assert 'whole on every device: heads ' in stderr
 
