@@ -283,8 +283,10 @@ def restore_latest(
   """The newest readable state of a run; moves `data` to its position.
 
   A damaged moment is set aside into `damaged/`, with a warning, and the one
-  before it is taken. Events of a future that the restored state has not seen
-  yet are deleted: the run will write them again.
+  before it is taken. One that is whole and cannot be read here, where there is
+  no room for it or its disk is slow to answer, stays. Events of a future that
+  the restored state has not seen yet are deleted: the run will write them
+  again.
 
   The arrays are read straight into their shards on `mesh`, whatever devices
   they were saved from; without one, onto one device.
@@ -293,8 +295,8 @@ def restore_latest(
     The state and the moment that it was saved at; None for a fresh workdir.
 
   Raises:
-    errors.InputError: the input pipeline is not the one that was saved, or
-      nothing in a used workdir can be read.
+    errors.InputError: the input pipeline is not the one that was saved, the
+      newest moment cannot be read here, or nothing in a used workdir can be.
   """
   # One process reads all files and moves folders; then all see the same ones.
   if jax.process_index() == 0:
@@ -306,9 +308,19 @@ def restore_latest(
       data.set_state(_read_json(moment.path, 'data'))
     except errors.InputError:
       raise
-    except Exception as e:  # Orbax raises many kinds, for one reason: damage.
-      _set_aside(moment.path, e)
+    except (KeyError, TypeError, ValueError) as e:
+      # Not what its own architecture says, and so to every process.
+      if jax.process_index() == 0:
+        _set_aside(moment.path, e)
+      sharding.wait('set aside')
       continue
+    except Exception as e:
+      raise errors.InputError(
+        f'{moment.path} is as it was saved, and cannot be read here '
+        f'({_brief(e)}); nothing of the run is lost: free memory of the '
+        'machine and its devices, or set --config.mesh to more of them, and '
+        'run the same command again'
+      ) from e
     if jax.process_index() == 0:
       for path in _committed(workdir, _EVENTS):
         if int(path.name) >= moment.num_events:

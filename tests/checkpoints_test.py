@@ -216,6 +216,25 @@ def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path, tx):
     checkpoints.restore_latest(tmp_path, tx, make_data())
 
 
+def test_what_does_not_fit_here_is_not_damaged(tmp_path, tx, monkeypatch):
+  """On a smaller device, or beside another job; all of it stays."""
+  write(tmp_path, tx, [1, 3])
+  before = sorted(tmp_path.rglob('*'))
+  read = checkpoints._read
+
+  def full(path, abstract):
+    if path.name == 'optimizer':
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+    return read(path, abstract)
+
+  monkeypatch.setattr(checkpoints, '_read', full)
+  with pytest.raises(errors.InputError, match='3 is as it was saved.*nothing'):
+    restore(tmp_path, tx)
+  assert sorted(tmp_path.rglob('*')) == before
+  monkeypatch.undo()
+  assert int(restore(tmp_path, tx)[0].step) == 3
+
+
 def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
   """On the CPU JAX copies what Orbax still reads, and donates the rest."""
   overwrite = jax.jit(
