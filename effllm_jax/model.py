@@ -153,13 +153,41 @@ def unembed(
     (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
   )
   matrix = sharding.constrain(matrix, letters, compute.mesh)
-  logits_BTV = jnp.einsum(
+  logits_BTV = _project(final_BTD, matrix, letters)
+  return sharding.constrain(logits_BTV, 'BTV', compute.mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x_BTD, matrix, letters):
+  return jnp.einsum(
     f'BTD,{letters}->BTV',
-    final_BTD,
-    matrix.astype(final_BTD.dtype),
+    x_BTD,
+    matrix.astype(x_BTD.dtype),
     preferred_element_type=jnp.float32,
   )
-  return sharding.constrain(logits_BTV, 'BTV', compute.mesh)
+
+
+def _project_forward(x_BTD, matrix, letters):
+  return _project(x_BTD, matrix, letters), (x_BTD, matrix)
+
+
+def _project_backward(letters, kept, dlogits_BTV):
+  """As of every other product: in the compute dtype, summed in float32.
+
+  By itself the cotangent, float32 as the logits are, makes both products
+  float32, which an accelerator takes twice as long for or more.
+  """
+  x_BTD, matrix = kept
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
+  dx_BTD = product(
+    f'BTV,{letters}->BTD', dlogits_BTV, matrix.astype(x_BTD.dtype)
+  )
+  dmatrix = product(f'BTD,BTV->{letters}', x_BTD, dlogits_BTV)
+  return dx_BTD.astype(x_BTD.dtype), dmatrix.astype(matrix.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 @jax.named_scope('embed')
@@ -283,7 +311,8 @@ def _rms_norm(x_BTD, scale_D, stem_D, eps):
   live = jnp.maximum(stem_D.sum(), 1).astype(jnp.float32)
   mean_square = jnp.square(x32_BTD).sum(-1, keepdims=True) / live
   normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square + eps)
-  return normed_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+  # Rounded last, so that the gradient of the scale is summed in float32.
+  return (normed_BTD * scale_D).astype(x_BTD.dtype)
 
 
 def _cos_sin(length, cfg):

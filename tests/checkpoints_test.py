@@ -228,7 +228,7 @@ def test_what_does_not_fit_here_is_not_damaged(tmp_path, tx, monkeypatch):
     return read(path, abstract)
 
   monkeypatch.setattr(checkpoints, '_read', full)
-  with pytest.raises(errors.InputError, match='3 is as it was saved.*nothing'):
+  with pytest.raises(errors.InputError, match=r'3 is as it was saved.*nothing'):
     restore(tmp_path, tx)
   assert sorted(tmp_path.rglob('*')) == before
   monkeypatch.undo()

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,3 +260,32 @@ def test_taps_are_the_inputs_of_the_matrix_products(cfg):
   )
   for stem_input in (taps.attn_in, taps.ffn_in, taps.final):
     assert (np.asarray(stem_input)[..., ~np.asarray(masks.stem)] == 0).all()
+
+
+def test_the_output_matrix_is_multiplied_in_the_compute_dtype():
+  """All of its three products; its gradient is summed in float32."""
+  cfg = conftest.make_config(V=509, D=24, N=1)
+  params = conftest.make_params(cfg)
+  masks = structure.all_alive(cfg)
+  tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, cfg.V)
+
+  def loss(params, dtype):
+    compute = model.Compute(dtype=dtype)
+    return model.token_losses(params, masks, tokens, cfg, compute).mean()
+
+  grad = jax.jit(jax.grad(loss), static_argnums=1)
+  products = [
+    line
+    for line in grad.lower(params, 'bfloat16').as_text().splitlines()
+    if 'dot_general' in line and f'{cfg.V}x' in line.replace('>', 'x')
+  ]
+  # Operands, then the result.
+  types = [re.findall(r'x(bf16|f32)>', x.split(' : ')[-1]) for x in products]
+  assert types == [['bf16', 'bf16', 'f32']] * 3
+  exact, found = grad(params, 'float32'), grad(params, 'bfloat16')
+  norm = jnp.linalg.norm
+  for name in ('embed', 'final_norm'):
+    want, got = getattr(exact, name), getattr(found, name)
+    assert got.dtype == jnp.float32
+    assert bool((got.astype(jnp.bfloat16).astype(jnp.float32) != got).any())
+    assert float(norm(got - want)) < 0.02 * float(norm(want)), name
