@@ -191,6 +191,19 @@ def exchanged_on_eight_devices():
       state.params, state.prune.masks, windows, cfg=CFG, recipe=recipe
     )
     said[name] = [exchanged(x.compile()) for x in (shrink, teach)]
+  mesh = sharding.make(1, 8, 1)
+  state = state_lib.abstract_state(CFG, tx, mesh)
+  masks = state.prune.masks
+  windows = jax.ShapeDtypeStruct((3, *windows.shape[1:]), np.int32)
+  repair = steps.repair_step.lower(
+    state.params, masks, masks, windows, cfg=CFG, damping=1.0, mesh=mesh
+  )
+  gram = rf'f32\[(?:1,)?{CFG.F},{CFG.F}\]\S*'
+  said['repair'] = [
+    [len(re.findall(f'= {gram} {kind}', computation)) for kind in kinds]
+    for computation in re.split(r'\n(?=\S)', repair.compile().as_text())
+    for kinds in [('all-reduce', '(?:dot|custom-call)')]
+  ]
   return said
 
 
@@ -347,6 +360,13 @@ def test_a_teacher_sends_no_logits_of_other_sequences(ran, mesh):
   logits = [tuple(x) for x in shapes if len(x) == 3 and x[-1] == CFG.V]
   own = (8 // (data * fsdp), 16, CFG.V)
   assert logits == ([own] if tensor > 1 else [])
+
+
+def test_a_repair_exchanges_the_sums_of_all_its_micro_batches(ran):
+  """Nothing is sent where the products of a single one are taken."""
+  *_, sent, _ = ran
+  sends, products = np.array(sent['repair']).T
+  assert products.any() and not (sends & products).any()
 
 
 def test_a_save_compiles_nothing_unless_arrays_are_large(ran):
