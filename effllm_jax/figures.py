@@ -137,14 +137,21 @@ def _price(run):
   )
   fig, (top, bottom) = plots.panels(run, 2, height=6.4)
   plots.pruning(top, run)
-  price = {t: run.train[f'price.{t}'] for t in structure.TYPES}
+  logged = {t: run.train[f'price.{t}'] for t in structure.TYPES}
+  # Of a type that cannot be pruned there is none; a type that has had nothing
+  # to try yet is said to cost 0.
+  price = {
+    t: np.where((y > 0) & (y < np.inf), y, np.nan) for t, y in logged.items()
+  }
   rows = np.stack([*price.values()])
-  scored = rows[:, np.isfinite(rows).all(0) & (rows > 0).all(0)]
+  scored = rows[:, np.isfinite(rows).any(0)]
   if scored.size:
-    cheapest = np.bincount(scored.argmin(0), minlength=len(price))
+    known = np.where(np.isfinite(scored), scored, np.inf)
+    cheapest = np.bincount(known.argmin(0), minlength=len(price))
     winner = structure.TYPES[cheapest.argmax()]
     share = cheapest.max() / scored.shape[1]
-    exponent = 3 * int(np.floor(np.log10(scored.max()) / 3))
+    low, high = np.nanmin(scored), np.nanmax(scored)
+    exponent = 3 * int(np.floor(np.log10(high) / 3))
     for t, y in price.items():
       y = y / 10.0**exponent
       # Many noisy points of three types hide one another: show their mean.
@@ -152,7 +159,7 @@ def _price(run):
         plots.line(top, run, y, color=COLORS[t], lw=0.6, alpha=0.25)
         y = np.where(np.isfinite(y), plots.smooth(y, plots.window(y)), np.nan)
       plots.line(top, run, y, color=COLORS[t], label=t)
-    if scored.max() > 8 * scored.min():
+    if high > 8 * low:
       top.set_yscale('log')
       top.yaxis.set_minor_formatter(ticker.NullFormatter())
     top.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'))

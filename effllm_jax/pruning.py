@@ -168,13 +168,19 @@ def prices(
 ) -> dict[str, float | None]:
   """Mean price of the live groups by type, nats per token and unit of budget.
 
-  None where a removal saves nothing, or a trial of it has `broken` the model.
+  None where nothing is left, a removal saves nothing, or a trial of it has
+  `broken` the model.
   """
   means = selection.mean_prices(
     prune.scores, prune.masks, plan.rules, plan.cost
   )
+  live = selection.live_widths(prune.masks)
   return {
-    t: None if t in broken else finite(float(getattr(means, t)))
+    t: (
+      None
+      if t in broken or not live[t].any()
+      else finite(float(getattr(means, t)))
+    )
     for t in structure.TYPES
   }
 

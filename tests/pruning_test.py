@@ -237,6 +237,16 @@ def test_floors_are_kept_and_nothing_to_try_is_no_change():
   assert all(x['groups'] == x['change'] == 0 for x in found.values())
 
 
+def test_of_what_is_gone_there_is_no_price():
+  masks = structure.all_alive(CFG)
+  masks = masks.replace(heads=jnp.zeros_like(masks.heads))
+  prune = state_lib.fresh_prune_state(CFG).replace(
+    masks=masks, scores=conftest.make_scores(CFG)
+  )
+  found = pruning.prices(prune, plan('ragged'))
+  assert found['heads'] is None and found['ffn'] > 0 and found['stem'] > 0
+
+
 def test_of_what_a_source_does_not_have_nothing_is_pruned():
   masks = structure.all_alive(CFG)
   masks = masks.replace(heads=jnp.zeros_like(masks.heads))

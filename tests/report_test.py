@@ -269,6 +269,15 @@ def edit(path, change):
   path.write_text(json.dumps(content))
 
 
+def edit_rows(folder, change):
+  """Changes the training rows of a run in place."""
+  path = folder / 'metrics.jsonl'
+  rows = [json.loads(x) for x in path.read_text().splitlines()]
+  for row in rows_of(rows, 'train'):
+    change(row)
+  path.write_text(''.join(json.dumps(x) + '\n' for x in rows))
+
+
 def test_table_has_the_numbers_of_the_run(done):
   folder, _, metrics = done
   table = report.table(folder)
@@ -351,6 +360,30 @@ def test_figures_are_pictures(which, request):
     for half in np.split(pixels[: height // 2 * 2], 2):
       for part in np.array_split(half, 2, axis=1):
         assert part.std() > 0.02
+
+
+@pytest.mark.parametrize('none', [None, 0.0])
+def test_prices_of_two_types_are_prices(tmp_path, none):
+  """One that saves nothing, has nothing left, or broke the model in a trial."""
+  write_run(tmp_path / 'a')
+
+  def change(row):
+    if row['price']:
+      row['price'] = {'heads': 2e-7, 'ffn': 3e-7, 'stem': none}
+      if row['step'] % 4 == 0:
+        row['price']['heads'] = none
+
+  edit_rows(tmp_path / 'a', change)
+  (price,) = figures.draw(runlog.read(tmp_path / 'a'), ['price'])
+  assert price.title.startswith(
+    'Lowest mean price: heads, at 76\N{NO-BREAK SPACE}% of the scored steps; '
+  )
+  edit_rows(
+    tmp_path / 'a',
+    lambda row: row.update(price=dict.fromkeys(structure.TYPES, none)),
+  )
+  (price,) = figures.draw(runlog.read(tmp_path / 'a'), ['price'])
+  assert price.title.startswith('Price of each type; ')
 
 
 def replay(folder):
