@@ -14,6 +14,8 @@ BUDGETS = {
   'flops': 'FLOPs per token',
   'ms': 'time',
 }
+# What a price is per, likewise.
+UNITS = {'params': 'parameter', 'bytes': 'byte', 'flops': 'FLOP', 'ms': 'ms'}
 
 
 def si(x: float, digits: int = 4) -> str:

@@ -130,10 +130,8 @@ def _cost(ax, run, kind):
 
 
 def _price(run):
-  unit, saved = (
-    ('parameter', 'the live parameters')
-    if run.budget[0] == 'params'
-    else ('unit of the budget', 'what of the budget')
+  saved = (
+    'the live parameters' if run.budget[0] == 'params' else 'what of the budget'
   )
   fig, (top, bottom) = plots.panels(run, 2, height=6.4)
   plots.pruning(top, run)
@@ -168,7 +166,7 @@ def _price(run):
       f'Lowest mean price: {winner}, at {100 * share:.0f}{amounts.PERCENT} of '
       'the scored steps',
     )
-    top.set_ylabel(f'price, $10^{{{exponent}}}$ nats per token\nper {unit}')
+    top.set_ylabel(f'price, $10^{{{exponent}}}$ {price_unit(run)}')
   else:
     plots.empty(top, 'nothing has been scored yet')
     plots.title(top, 'Price of each type', legend=False)
@@ -191,9 +189,17 @@ def _price(run):
     fig,
     'price',
     'Price and pruned share of each pruning type; the price is the score of a '
-    'group (the loss its removal is expected to cost) divided by '
-    f'{saved} its removal saves, here the mean over the live groups of a type.',
+    f'group {"(the loss its removal is expected to cost) " * run.in_nats}'
+    f'divided by {saved} its removal saves, here the mean over the live groups '
+    'of a type.',
   )
+
+
+def price_unit(run: runlog.Run) -> str:
+  """What prices of a run are in, on two lines."""
+  score = 'nats per token' if run.in_nats else 'score'
+  kind, _ = run.budget
+  return f'{score}\nper {amounts.UNITS.get(kind, "unit of the budget")}'
 
 
 def _loss(run):

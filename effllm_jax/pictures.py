@@ -66,10 +66,10 @@ def scores(values: structure.Groups, alive: structure.Groups) -> figures.Figure:
     style,
     said,
     'scores',
-    'Score of every live group (nats per token; dead ones are white), in the '
-    'order in which the arrays hold them: a shrink sorts the survivors, the '
-    'highest score first.',
-    bar='score, nats per token',
+    'Score of every live group (dead ones are white), in the order in which '
+    'the arrays hold them: a shrink sorts the survivors, the highest score '
+    'first.',
+    bar='score',
   )
 
 
@@ -136,7 +136,7 @@ def architecture(run: runlog.Run) -> figures.Figure:
       f'{t} {before[t]:,.4g} to {after[t]:,.4g}' for t in structure.TYPES
     )
     plots.title(top, became)
-    bottom.set_ylabel('mean price, nats per token\nper unit of the budget')
+    bottom.set_ylabel(f'mean price, {figures.price_unit(run)}')
     bottom.set_ylim(0, None)
     plots.title(bottom, 'Saliency of each type, per unit that it saves', False)
     return figures.render(

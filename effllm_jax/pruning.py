@@ -166,7 +166,7 @@ def prices(
   plan: plan_lib.Plan,
   broken: Container[str] = (),
 ) -> dict[str, float | None]:
-  """Mean price of the live groups by type, nats per token and unit of budget.
+  """Mean price of the live groups by type, per parameter, byte, FLOP or ms.
 
   None where nothing is left, a removal saves nothing, or a trial of it has
   `broken` the model.
@@ -179,7 +179,7 @@ def prices(
     t: (
       None
       if t in broken or not live[t].any()
-      else finite(float(getattr(means, t)))
+      else finite(plan.cost.per_unit * float(getattr(means, t)))
     )
     for t in structure.TYPES
   }

@@ -6,10 +6,10 @@ A line of `metrics.jsonl` is one object whose `kind` says what it holds:
             live_params, array_params; live_cost and target_cost (None before
             the schedule begins) in the unit of `budget.kind`; flops, spent
             since the start of the run, by purpose (`accounting.PURPOSES`);
-            and per type: widths (mean over the layers), price (nats/token per
-            parameter, or per unit of the budget; as trials have measured
-            it where there are, `prune.calibrate`; None while nothing
-            is scored), pruned (share of the source model's groups)
+            and per type: widths (mean over the layers), price (score per
+            parameter, or what else is the unit of `budget.kind`; as trials
+            have measured it where there are, `prune.calibrate`; None while
+            nothing is scored), pruned (share of the source model's groups)
             compile_seconds and data_seconds are not in `seconds`
     eval    step, tokens, phase, live_params, bits_per_byte, domains, seconds
     shrink  event, step, tokens, widths_before, widths_after, params_before and
@@ -34,6 +34,7 @@ import numpy as np
 
 from effllm_jax import accounting
 from effllm_jax import errors
+from effllm_jax import saliency
 from effllm_jax import structure
 from effllm_jax import untrusted
 from effllm_jax import workdir
@@ -161,6 +162,15 @@ class Run:
     try:
       return self.config['prune']['policy'] == 'none'
     except (KeyError, TypeError):
+      return False
+
+  @property
+  def in_nats(self) -> bool:
+    """Whether prices are of nats per token, as far as the config says."""
+    try:
+      prune = self.config['prune']
+      return bool(prune.get('calibrate')) or prune['saliency'] in saliency.NATS
+    except (AttributeError, KeyError, TypeError):
       return False
 
   @property

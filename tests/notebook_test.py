@@ -140,7 +140,10 @@ def test_bitmaps_show_the_masks_of_the_source(masked, monkeypatch):
 
 
 def test_scores_leave_out_the_dead(masked, drawn):
-  notebook.scores(masked)
+  shown = notebook.scores(masked)
+  # Of which saliency a model has its scores it does not say.
+  assert 'nats' not in shown.caption
+  assert drawn[0].axes[-1].get_xlabel() == 'score'
   for (t, _), ax in zip(figures.COLORS.items(), drawn[0].axes[:3], strict=True):
     image = np.ma.filled(ax.images[0].get_array(), np.nan).T
     alive = np.atleast_2d(getattr(masked.prune.masks, t))
@@ -256,6 +259,7 @@ def test_runs_are_drawn_side_by_side(tmp_path, drawn):
     share = b.train[f'widths.{t}'] / b.source_widths()[t]
     np.testing.assert_allclose(width.get_ydata()[1:], 100 * share)
     np.testing.assert_array_equal(price.get_ydata(), b.train[f'price.{t}'])
+  assert prices.get_ylabel() == 'mean price, score\nper parameter'
 
 
 def test_the_config_of_the_small_run_has_the_keys_of_the_shipped_one(tmp_path):

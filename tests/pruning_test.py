@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import budgets
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
@@ -235,6 +236,30 @@ def test_floors_are_kept_and_nothing_to_try_is_no_change():
   )
   _, found, _ = calibrate(scores, masks=masks)
   assert all(x['groups'] == x['change'] == 0 for x in found.values())
+
+
+def test_a_price_is_per_unit_that_is_reported():
+  """Per byte, not per sixteenth of one, in which bytes are counted."""
+  alive = structure.all_alive(CFG)
+  prune = state_lib.fresh_prune_state(CFG).replace(
+    scores=conftest.make_scores(CFG)
+  )
+  made = plan('ragged')
+  cost = budgets.stored_bytes(CFG, 'f16')
+  by_bytes = pruning.prices(prune, dataclasses.replace(made, cost=cost))
+  # Three weights of 2 bytes a stem channel.
+  want = float(prune.scores.ffn.mean()) / (3 * 2 * CFG.D)
+  assert by_bytes['ffn'] == pytest.approx(want, rel=1e-5)
+  for t in structure.TYPES:
+    gone = np.array(getattr(alive, t))
+    gone.flat[0] = False
+    saved = cost.reported(
+      cost.live(alive) - cost.live(alive.replace(**{t: gone}))
+    )
+    if t == 'stem' and not made.rules.price_embedding:
+      saved -= cost.reported(cost.form.unpriced_stem)
+    want = float(getattr(prune.scores, t).mean()) / saved
+    assert by_bytes[t] == pytest.approx(want, rel=1e-5)
 
 
 def test_of_what_is_gone_there_is_no_price():

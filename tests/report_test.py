@@ -386,6 +386,44 @@ def test_prices_of_two_types_are_prices(tmp_path, none):
   assert price.title.startswith('Price of each type; ')
 
 
+UNITS_OF_PRICES = {
+  'params': 'parameter', 'bytes': 'byte', 'flops': 'FLOP', 'ms': 'ms'
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', UNITS_OF_PRICES)
+@pytest.mark.parametrize(
+  ('prune', 'score'),
+  [
+    ({'saliency': 'taylor1'}, 'nats per token'),
+    ({'saliency': 'fisher', 'calibrate': False}, 'nats per token'),
+    ({'saliency': 'magnitude', 'calibrate': False}, 'score'),
+    ({'saliency': 'activation', 'calibrate': True}, 'nats per token'),
+    ({'saliency': 'random'}, 'score'),
+    # A run from before it was written, and what a stranger wrote.
+    ({}, 'score'),
+    ({'saliency': ['taylor1']}, 'score'),
+  ],
+)
+def test_a_price_is_not_in_a_unit_that_its_score_does_not_have(
+  done, kind, prune, score
+):
+  run = runlog.read(done[0])
+  run.config['prune'].update(prune)
+  run.config['budget']['kind'] = kind
+  want = f'{score}\nper {UNITS_OF_PRICES[kind]}'
+  assert figures.price_unit(run) == want
+  assert run.in_nats == (score == 'nats per token')
+
+
+@pytest.mark.parametrize('saliency', ['taylor1', 'random'])
+def test_only_scores_in_nats_are_the_loss_of_a_removal(done, saliency):
+  run = runlog.read(done[0])
+  run.config['prune']['saliency'] = saliency
+  (price,) = figures.draw(run, ['price'])
+  assert ('expected to cost' in price.caption) == (saliency == 'taylor1')
+
+
 def replay(folder):
   """Masks after every prune, by tokens, as the trace tells it."""
   alive = {
