@@ -423,7 +423,7 @@ def render(fig: figure.Figure, name: str, caption: str) -> Figure:
     pil_kwargs={'compress_level': 4},
   )
   title = '; '.join(
-    ax.get_title(loc='left').replace('\n', ' ')
+    ax.get_title(loc='left').replace('\n', ' ').replace(r'\$', '$')
     for ax in fig.axes
     if ax.get_title(loc='left')
   )

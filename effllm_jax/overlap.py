@@ -283,9 +283,7 @@ def table(record: Mapping[str, Any], part: str) -> tables.Table:
     record: of `compare`.
     part: 'alive' or 'removed'.
   """
-  names = [pathlib.Path(x['workdir']).name for x in record['runs']]
-  if len(set(names)) < len(names):
-    names = [x['workdir'] for x in record['runs']]
+  names = runlog.names([x['workdir'] for x in record['runs']])
   number = lambda x, digits: _NONE if x is None else f'{x:.{digits}f}'
   rows = []
   for pair in record['pairs']:

@@ -98,9 +98,9 @@ def sizes(runs: Sequence[runlog.Run]) -> figures.Figure:
   """
   with matplotlib.rc_context(plots.STYLE):
     fig, ax = _panel('training tokens', 'live parameters')
-    for run, color in _each(runs):
+    for run, name, color in _each(runs):
       start, live = run.source_params(), run.train['live_params']
-      plots.line(ax, run, live, start, color=color, label=run.name)
+      plots.line(ax, run, live, start, color=color, label=_label(name))
     first = [run.source_params() for run in runs]
     last = [run.train['live_params'][-1] for run in runs]
     ax.set_ylim(0, None)
@@ -152,14 +152,18 @@ def quality(runs: Sequence[runlog.Run]) -> figures.Figure:
   """Held-out bits per byte against live parameters, a line per run."""
   with matplotlib.rc_context(plots.STYLE):
     fig, ax = _panel('live parameters', 'held-out bits per byte')
-    lines = []
-    for run, color in _each(runs):
+    ends = []
+    for run, name, color in _each(runs):
       x = [e['live_params'] for e in run.evals]
       y = [e['bits_per_byte'] for e in run.evals]
-      ax.plot(x, y, '.-', color=color, lw=1.2, label=run.name)
+      ax.plot(x, y, '.-', color=color, lw=1.2, label=_label(name))
       ax.plot(x[-1:], y[-1:], 'o', color=color, ms=8)
-      lines += [f'{run.name} {y[-1]:.3f}'] if y else []
-    plots.title(ax, f'Held-out bits per byte now: {", ".join(lines) or "none"}')
+      ends += [(y[-1], name)] if y else []
+    if len(ends) > 3:
+      said = ' to '.join(f'{y:.3f} ({x})' for y, x in (min(ends), max(ends)))
+    else:
+      said = ', '.join(f'{x} {y:.3f}' for y, x in ends) or 'none'
+    plots.title(ax, f'Held-out bits per byte now: {said}')
     return figures.render(
       fig,
       'quality',
@@ -185,5 +189,16 @@ def _panel(x, y):
 
 
 def _each(runs):
+  """Each run, a name that no other one has, and a colour."""
+  names = runlog.names([x.workdir for x in runs])
+  short = [
+    x if len(x) <= 48 else f'{x[:23]}\N{HORIZONTAL ELLIPSIS}{x[-24:]}'
+    for x in names
+  ]
   # With more runs than colours these come again.
-  return zip(runs, itertools.cycle(_RUNS), strict=False)
+  return zip(runs, short, itertools.cycle(_RUNS), strict=False)
+
+
+def _label(name):
+  # The legend leaves out what begins with an underscore.
+  return ' ' * name.startswith('_') + plots.plain(name)

@@ -228,23 +228,41 @@ def empty(ax: axes.Axes, text: str) -> None:
   ax.set_yticks([])
 
 
+def plain(text: str) -> str:
+  """Text that is drawn as it is: between two dollars would be a formula."""
+  return text.replace('$', r'\$')
+
+
 def title(
   ax: axes.Axes, text: str, legend: bool = True, space: int = 8
 ) -> None:
   """Sets the title, and under it the legend of what has been drawn so far.
 
-  Without a legend, `space` points are left under the title.
+  A legend of several rows makes the figure higher, not the panel lower. Without
+  one, `space` points are left under the title.
   """
-  handles = ax.get_legend_handles_labels()[0] if legend else []
+  handles, labels = ax.get_legend_handles_labels() if legend else ([], [])
   if handles:
+    columns = _columns(labels)
+    below = 13.5 * (-(-len(labels) // columns) - 1)
+    space = 24 + below
+    ax.figure.set_figheight(ax.figure.get_figheight() + below / 72)
     ax.legend(
       loc='lower left',
       bbox_to_anchor=(-0.01, 0.985),
-      ncols=len(handles),
+      ncols=columns,
       frameon=False,
       borderpad=0.2,
       handlelength=1.6,
       columnspacing=1.4,
       fontsize=9,
     )
-  ax.set_title(textwrap.fill(text, 62), pad=24 if handles else space)
+  ax.set_title(plain(textwrap.fill(text, 62)), pad=space)
+
+
+def _columns(labels: Sequence[str]) -> int:
+  """As many columns as fit side by side, in letters of a mean width."""
+  room, line = 74, 6
+  if sum(line + len(x) for x in labels) <= room:
+    return len(labels)
+  return max(1, room // (line + max(map(len, labels))))

@@ -24,6 +24,7 @@ the groups that went, by their place in the source model, heads and ffn as
 
 import array
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import math
 import os
@@ -103,7 +104,7 @@ class Run:
   """What one workdir says about its run, in the order of the steps.
 
   Attributes:
-    name: last part of the workdir's path.
+    workdir: its absolute path.
     config: the run's configuration, a nested dict.
     source: what is known of the source model; empty when not recorded.
     train: column name (`loss`, `widths.ffn`) -> float64 [rows]; nan = None.
@@ -122,7 +123,7 @@ class Run:
       source model is not recorded.
   """
 
-  name: str
+  workdir: pathlib.Path
   config: dict
   source: dict
   train: dict[str, np.ndarray]
@@ -134,6 +135,11 @@ class Run:
   text: dict = dataclasses.field(default_factory=dict)
   edge: dict = dataclasses.field(default_factory=dict)
   benchmarks: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def name(self) -> str:
+    """Last part of the workdir's path."""
+    return self.workdir.name
 
   @property
   def tokens(self) -> np.ndarray:
@@ -336,7 +342,7 @@ def read(folder: str | os.PathLike) -> Run:
     # A file from before it was recorded.
     edge['pad'] = edge['pad'] or 1
   return Run(
-    name=folder.resolve().name,
+    workdir=folder.resolve(),
     config=untrusted.read_json(folder / 'config.json', 'restore it'),
     source=about,
     train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
@@ -349,6 +355,15 @@ def read(folder: str | os.PathLike) -> Run:
     edge=edge,
     benchmarks=benchmarks(folder),
   )
+
+
+def names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
+  """The ends of the paths, as long as it takes to tell the runs apart."""
+  parts = [pathlib.Path(os.path.abspath(x)).parts for x in workdirs]
+  different, length = len(set(parts)), 1
+  while len({x[-length:] for x in parts}) < different:
+    length += 1
+  return [str(pathlib.Path(*x[-length:])) for x in parts]
 
 
 def benchmarks(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def made(step=7, **config):
     params=900,
     pruning={'step': step, 'events': []},
     run=runlog.Run(
-      name='run',
+      workdir=pathlib.Path('runs', 'run'),
       config=config,
       source={},
       train={k: np.array([v], float) for k, v in train.items()},

@@ -1,6 +1,7 @@
 """The functions of notebooks against brute force."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -260,6 +261,60 @@ def test_runs_are_drawn_side_by_side(tmp_path, drawn):
     np.testing.assert_allclose(width.get_ydata()[1:], 100 * share)
     np.testing.assert_array_equal(price.get_ydata(), b.train[f'price.{t}'])
   assert prices.get_ylabel() == 'mean price, score\nper parameter'
+
+
+def named(run, *workdirs):
+  """One run under several names."""
+  made = [pathlib.Path('/runs', x) for x in workdirs]
+  return [dataclasses.replace(run, workdir=x) for x in made]
+
+
+@pytest.fixture(name='log', scope='module')
+def _log(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('log') / 'a'
+  report_test.write_run(folder)
+  return runlog.read(folder)
+
+
+def test_names_are_the_ends_of_paths_that_differ(log):
+  names = lambda *x: runlog.names([x.workdir for x in named(log, *x)])
+  assert names('a', 'b/a', 'b/c') == ['runs/a', 'b/a', 'b/c']
+  assert names('t/x/0', 't/y/0', 't/y/1') == ['x/0', 'y/0', 'y/1']
+  # One run twice has one name.
+  assert names('a', 'b', 'a') == ['a', 'b', 'a']
+  assert runlog.names(['runs/a/', './runs/a', 'runs/b']) == ['a', 'a', 'b']
+  assert runlog.names(['/a', '/b/a']) == ['/a', 'b/a']
+
+
+@pytest.mark.parametrize('number', [2, 4, 6, 24])
+@pytest.mark.parametrize('letters', [1, 12, 90])
+@pytest.mark.parametrize('draw', [pictures.sizes, pictures.quality])
+def test_a_legend_of_many_runs_fits(log, drawn, draw, number, letters):
+  runs = named(log, *(f't/{i:x}{letters * "n"}/0-61440' for i in range(number)))
+  draw(runs[:1]), draw(runs)
+  panels = [fig.axes[0] for fig in drawn]
+  one, many = (ax.get_window_extent() for ax in panels)
+  legend = panels[1].get_legend().get_window_extent()
+  shown = drawn[1].bbox
+  # No letters fall out, and no panel is squeezed; a long title takes its own.
+  assert legend.x1 <= shown.x1 and legend.y1 <= shown.y1
+  assert many.width > 0.95 * one.width
+  assert many.height > 0.8 * one.height
+  texts = [x.get_text() for x in panels[1].get_legend().get_texts()]
+  assert len(set(texts)) == number
+
+
+@pytest.mark.parametrize('name', ['_draft', '$a$', '_$a$_', 'a_$', '$'])
+def test_a_name_is_drawn_as_it_is(log, drawn, name):
+  runs = named(log, name, 'b')
+  size, quality = pictures.sizes(runs), pictures.quality(runs)
+  for fig in drawn:
+    text, _ = fig.axes[0].get_legend().get_texts()
+    assert text.get_text().strip().replace(r'\$', '$') == name
+    # Or what stands between the dollars would be a formula.
+    assert text.get_text().count(r'\$') == name.count('$')
+  assert f'now: {name} ' in quality.title
+  assert size.png and quality.png
 
 
 def test_the_config_of_the_small_run_has_the_keys_of_the_shipped_one(tmp_path):

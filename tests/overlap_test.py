@@ -249,8 +249,8 @@ def test_the_command_compares_seeds(workdirs, tmp_path):
         len(left & right) / len(left | right)
       )
   shown = overlap.table(record, 'removed').rows
-  # Two of one name are told by their paths.
-  assert shown[0][0] == f'{a}, {b}: heads'
+  # Two of one name are told by their folders.
+  assert shown[0][0] == f'{a.parent.name}/a, {b.parent.name}/b: heads'
   assert 'Overlap of what was removed' in done.stdout
   # A pipe is no reason to fold a table.
   assert 'by chance  above chance' in done.stdout
