@@ -13,12 +13,19 @@ import rich.progress
 _LINE_INTERVAL = 15.0
 
 
+def plain(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
+  """A console that prints a path or a value as it is: [b] is no markup."""
+  return rich.console.Console(
+    stderr=stderr, quiet=quiet, markup=False, emoji=False
+  )
+
+
 class Progress:
   """A progress bar on a terminal, plain lines elsewhere; a context manager."""
 
   def __init__(self, steps: int, done: int, quiet: bool = False):
     """Starts at step `done` of `steps`; `quiet` shows nothing."""
-    self._console = rich.console.Console(stderr=True, quiet=quiet)
+    self._console = plain(stderr=True, quiet=quiet)
     self._steps = steps
     self._seconds = 0.0
     self._next_line = 0.0

@@ -17,6 +17,7 @@ from absl import logging
 import ml_collections
 import rich.console
 
+from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import interrupts
 from experiments import compiled
@@ -35,9 +36,11 @@ CACHE = flags.DEFINE_string(
 
 def tables() -> rich.console.Console:
   """Standard output for tables: a file or a pipe has no width of its own."""
-  console = rich.console.Console()
-  # Wider than any table of ours; none is drawn wider than it has to be.
-  return console if console.is_terminal else rich.console.Console(width=200)
+  out = console.plain()
+  if not out.is_terminal:
+    # Wider than any table of ours; none is drawn wider than it has to be.
+    out.width = 200
+  return out
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -47,8 +47,7 @@ def main(argv: list[str]) -> None:
   import pathlib
   import platform
 
-  import rich.console
-
+  from effllm_jax import console as console_lib
   from effllm_jax import corpus
   from effllm_jax import edge
   from effllm_jax import errors
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> None:
     model.params, model.masks, model.cfg, _PAD.value
   )
   pruned = dataclasses.replace(model, params=params, masks=masks, cfg=cfg)
-  progress = rich.console.Console(stderr=True)
+  progress = console_lib.plain(stderr=True)
   rows = edge.measure(
     {'source': source, 'pruned': pruned},
     _FORMATS.value,

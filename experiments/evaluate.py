@@ -59,9 +59,9 @@ def main(argv: list[str]) -> None:
   import pathlib
   import time
 
-  import rich.console
   import rich.progress
 
+  from effllm_jax import console as console_lib
   from effllm_jax import finished
   from effllm_jax import harness
   from effllm_jax import runlog
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
       None: finished.tight(sources.load(source, cli.CACHE.value, flag=flag)),
       **models,
     }
-  console = rich.console.Console(stderr=True)
+  console = console_lib.plain(stderr=True)
   with harness.prepared(names, cli.CACHE.value) as manager:
     for step, model in models.items():
       tasks = [x for x in names if step is not None or x not in known]

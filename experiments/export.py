@@ -32,16 +32,15 @@ def main(argv: list[str]) -> None:
   """Exports, then prints where the folder is and what it holds."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import rich.console
-
   from effllm_jax import amounts
+  from effllm_jax import console as console_lib
   from effllm_jax import export
   from effllm_jax import finished
   from effllm_jax import formats
 
   formats.check_names(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
-  console = rich.console.Console(stderr=True)
+  console = console_lib.plain(stderr=True)
   report = export.write(
     model,
     _OUT.value,

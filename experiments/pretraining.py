@@ -7,10 +7,10 @@ import pathlib
 import jax
 import ml_collections
 import numpy as np
-import rich.console
 import tokenizers
 
 from effllm_jax import checkpoints
+from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
@@ -92,7 +92,7 @@ def make(
       'unigram_bits_per_byte': _unigram(config, text, cache),
     }
     workdir_lib.write_json(facts, found)
-    rich.console.Console(stderr=True).print(f'{recipe.name}: {found}')
+    console.plain(stderr=True).print(f'{recipe.name}: {found}')
   return checkpoints.moments(run)[0].path
 
 

@@ -24,11 +24,11 @@ import time
 import jax
 import ml_collections
 import numpy as np
-import rich.console
 
 from effllm_jax import accounting
 from effllm_jax import checkpoints
 from effllm_jax import comparison
+from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import finished
 from effllm_jax import model
@@ -211,7 +211,9 @@ class Runner:
     """Reads the rows that are there, and writes the shape made by hand."""
     self.study, self.folder, self.cache = study, folder, cache
     self.source, self.ask = source, ask
-    self.say = rich.console.Console(stderr=True, highlight=False).print
+    self.say = functools.partial(
+      console.plain(stderr=True).print, highlight=False
+    )
     with errors.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       self.uniform = self._write_uniform()
