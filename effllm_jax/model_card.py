@@ -124,6 +124,8 @@ def _facts(model, made) -> tables.Table:
   # All steps have the same number of tokens.
   tokens = round(made.step * run.tokens[-1] / run.train['step'][-1])
   masks = widths.of_layers(model.masks)
+  # As logged: of a finished run the events themselves may have been deleted.
+  shrinks = sum(x['step'] <= made.step for x in run.shrinks)
   span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
   settings = dict(tables.config(run).rows)
   return tables.Table(
@@ -145,7 +147,7 @@ def _facts(model, made) -> tables.Table:
       ('heads per layer', span(masks['heads'])),
       ('ffn channels per layer', span(masks['ffn'])),
       ('stem width', f'{model.cfg.D:,}'),
-      ('shrink events', f'{len(made.pruning["events"]):,}'),
+      ('shrink events', f'{shrinks:,}'),
     ),
   )  # fmt: skip
 

@@ -65,7 +65,7 @@ def _card(tmp_path):
     made = model_card.Made(
       step=step,
       params=1_234_567,
-      pruning={'events': [1, 2, 3]},
+      pruning={'events': []},
       run=runlog.read(folder),
     )
     found = agreement.Agreement(1e-5, 2e-4, 0.987, True)
@@ -104,6 +104,12 @@ def test_lineage_quality_and_files(card):
   ]
   assert cells['config.json'] == ['0.7\xa0kB', '', '', '']
   assert text == card(text=TEXT)
+
+
+def test_shrinks_are_counted_where_their_events_are_gone(card):
+  """Up to the model: the run of 60 steps shrank after 20, 32 and 42 of them."""
+  for step, count in ((60, '3'), (42, '3'), (41, '2'), (19, '0')):
+    assert rows(card(step=step))['shrink events'] == [count]
 
 
 def test_a_run_that_pruned_nothing_does_not_claim_it(card, tmp_path):
