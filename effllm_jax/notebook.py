@@ -142,7 +142,10 @@ def model(run: Run, event: int | None = None, step: int | None = None) -> Model:
     saved = checkpoints.moments(run.workdir)
     if not saved:
       raise errors.InputError(
-        f'{run.workdir} has no checkpoint yet; wait until it has saved one'
+        f'{run.workdir} is finished and has no checkpoint any more, only its '
+        'log; open another run'
+        if run.log.finished
+        else f'{run.workdir} has no checkpoint yet; wait until it has saved one'
       )
     path = saved[0].path
   if not path.is_dir():
@@ -173,14 +176,27 @@ def event_lineage(run: Run, event: int) -> structure.Groups:
   Composed of the indices that each shrink kept, from the record of the events
   alone; unlike in `lineage` dead slots have an index too.
 
+  Args:
+    run: opened.
+    event: index of a shrink.
+
   Raises:
-    errors.InputError: there is no such event.
+    errors.InputError: there is no such event, or not all of those before it.
   """
-  if not 0 <= event < len(run.events):
+  known = [x.index for x in run.events]
+  if event not in known:
+    names = ', '.join(map(str, known)) or 'none'
     raise errors.InputError(
-      f'{run.workdir} has no event {event}; it has {len(run.events)}'
+      f'{run.workdir} has no event {event}; it has {len(known)}: {names}'
     )
-  return events_lib.lineage(run.events[: event + 1])
+  lost = sorted(set(range(event)).difference(known))
+  if lost:
+    raise errors.InputError(
+      f'{run.workdir} has lost events {", ".join(map(str, lost))}, of which '
+      f'the lineage of event {event} is composed; take '
+      f'notebook.lineage(notebook.model(run, event={event}))'
+    )
+  return events_lib.lineage([x for x in run.events if x.index <= event])
 
 
 def tree(x: Any) -> None:

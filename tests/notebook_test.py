@@ -117,6 +117,24 @@ def test_the_lineage_of_events_composes_the_indices_that_they_kept():
   assert second.heads.tolist() == [[0], [1]]
   assert second.ffn.tolist() == [[4, 5], [1, 2]]
   assert second.stem.tolist() == [0, 1]
+  # An event is called by its index, wherever in the list it stands.
+  late = notebook.Run('late', None, None, made[1:])
+  with pytest.raises(errors.InputError, match='has no event 0; it has 1: 1'):
+    notebook.event_lineage(late, 0)
+  with pytest.raises(errors.InputError, match=r'lost events 0, .*event=1'):
+    notebook.event_lineage(late, 1)
+
+
+@pytest.mark.parametrize(
+  ('until', 'words'),
+  [(30, 'has no checkpoint yet; wait'), (60, 'is finished and has no check')],
+)
+def test_what_is_said_where_no_model_is(tmp_path, until, words):
+  report_test.write_run(tmp_path / 'a', until=until)
+  log = runlog.read(tmp_path / 'a')
+  run = notebook.Run(tmp_path / 'a', log, None, [])
+  with pytest.raises(errors.InputError, match=words):
+    notebook.model(run)
 
 
 def test_what_is_alive_is_told_in_the_coordinates_of_the_source(masked):
