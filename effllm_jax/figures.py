@@ -207,18 +207,24 @@ def _loss(run):
   loss = run.train['loss']
   plots.pruning(top, run)
   mean = plots.noisy(top, run, loss)
-  if len(loss) > 200:
-    # One spike must not flatten everything else.
-    low, high = np.nanpercentile(loss, [0.2, 99.8])
-    top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+  # A step that was skipped has none.
+  mean = mean[np.isfinite(mean)]
+  if mean.size:
+    if len(loss) > 200:
+      # One spike must not flatten everything else.
+      low, high = np.nanpercentile(loss, [0.2, 99.8])
+      top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    worst = float(mean.max())
+    rose = f'{worst:.2f} at most, ' if worst > max(mean[0], mean[-1]) else ''
+    end = 'at the end' if run.finished else 'now'
+    plots.title(
+      top,
+      f'Training loss {mean[0]:.2f} at the start, {rose}{mean[-1]:.2f} {end}',
+    )
+  else:
+    plots.empty(top, 'no step had a finite loss')
+    plots.title(top, 'Training loss', legend=False)
   top.set_ylabel('nats per token')
-  worst = float(np.nanmax(mean))
-  rose = f'{worst:.2f} at most, ' if worst > max(mean[0], mean[-1]) else ''
-  end = 'at the end' if run.finished else 'now'
-  plots.title(
-    top,
-    f'Training loss {mean[0]:.2f} at the start, {rose}{mean[-1]:.2f} {end}',
-  )
   plots.pruning(bottom, run)
   x = [e['tokens'] for e in run.evals]
   domains = dict.fromkeys(d for e in run.evals for d in e['domains'])

@@ -177,7 +177,10 @@ def grid(
   else:
     ax.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
-  ax.xaxis.set_major_locator(ticker.MaxNLocator(12, integer=True))
+  # By default there are two ticks at least: one layer would have fractions.
+  ax.xaxis.set_major_locator(
+    ticker.MaxNLocator(12, integer=True, min_n_ticks=1)
+  )
   return drawn
 
 

@@ -6,6 +6,8 @@ import shlex
 import shutil
 
 from absl import flags
+from matplotlib import colors
+from matplotlib import figure
 from matplotlib import image
 from ml_collections import config_flags
 import numpy as np
@@ -422,6 +424,31 @@ def test_only_scores_in_nats_are_the_loss_of_a_removal(done, saliency):
   run.config['prune']['saliency'] = saliency
   (price,) = figures.draw(run, ['price'])
   assert ('expected to cost' in price.caption) == (saliency == 'taylor1')
+
+
+def test_the_loss_is_told_of_the_steps_that_have_one(tmp_path):
+  write_run(tmp_path / 'a', steps=240)
+  loss = lambda: figures.draw(runlog.read(tmp_path / 'a'), ['loss'])[0].title
+
+  def change(row):
+    known = 30 < row['step'] < 200
+    row['loss'] = 2.0 + 1e-4 * (row['step'] % 2) if known else None
+
+  edit_rows(tmp_path / 'a', change)
+  assert loss().startswith(
+    'Training loss 2.00 at the start, 2.00 at the end; Held-out'
+  )
+  edit_rows(tmp_path / 'a', lambda row: row.update(loss=None))
+  assert loss().startswith('Training loss; Held-out')
+
+
+@pytest.mark.parametrize('layers', [1, 2, 3, 40])
+def test_no_layer_has_a_fraction(layers):
+  ax = figure.Figure().subplots()
+  plots.grid(ax, np.ones((layers, 7)), 'viridis', colors.Normalize(0, 1))
+  ticks = [x for x in ax.get_xticks() if -0.5 <= x <= layers - 0.5]
+  assert ticks and all(x == round(x) for x in ticks)
+  assert (layers > 1) == (len(ticks) > 1)
 
 
 def replay(folder):
