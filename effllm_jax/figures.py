@@ -89,7 +89,7 @@ def _size(run):
     f'({amounts.change(start, live[-1])}) in {amounts.si(run.tokens[-1])} '
     'tokens'
     if live[-1] < start
-    else f'Nothing pruned yet: {amounts.si(start)} live parameters',
+    else f'{_unpruned(run)}: {amounts.si(start)} live parameters',
   )
   for cost in others:
     _cost(cost, run, kind)
@@ -102,6 +102,10 @@ def _size(run):
     'to the target of the schedule or below, each shrink takes the arrays to '
     f'{arrays}.',
   )
+
+
+def _unpruned(run):
+  return 'Training only' if run.only_trains else 'Nothing pruned yet'
 
 
 def _target(ax, run):
@@ -125,7 +129,7 @@ def _cost(ax, run, kind):
     ax,
     f'{name}: {before} to {after} ({amounts.change(start, live[-1])})'
     if live[-1] != start
-    else f'{name}: {after}, nothing pruned yet',
+    else f'{name}: {after}, {_unpruned(run).lower()}',
   )
 
 
@@ -168,7 +172,12 @@ def _price(run):
     )
     top.set_ylabel(f'price, $10^{{{exponent}}}$ {price_unit(run)}')
   else:
-    plots.empty(top, 'nothing has been scored yet')
+    plots.empty(
+      top,
+      'training only: nothing is scored'
+      if run.only_trains
+      else 'nothing has been scored yet',
+    )
     plots.title(top, 'Price of each type', legend=False)
   plots.pruning(bottom, run)
   shares = {t: 100 * run.train[f'pruned.{t}'] for t in structure.TYPES}

@@ -189,9 +189,16 @@ def _page(run: runlog.Run, drawn: Sequence[figures.Figure]) -> str:
     title=text(title),
     facts=''.join(f'<dt>{text(k)}</dt><dd>{text(v)}</dd>\n' for k, v in facts),
     cards=cards,
+    against=text(compare.title),
     compare=compare.html(),
     types=text(_TYPES),
-    events=shrinks.html() if run.shrinks else '<p>None yet.</p>',
+    events=(
+      shrinks.html()
+      if run.shrinks
+      else '<p>None: training only.</p>'
+      if run.only_trains
+      else '<p>None yet.</p>'
+    ),
     spent=tables.spent(run).html(),
     time=tables.time(run).html(),
     lost=text(_TIME),
@@ -301,7 +308,7 @@ pre { padding: .8rem; overflow-x: auto; font-size: .85rem; }
 $facts</dl>
 <ul>
 $cards</ul>
-<h2>Source model against pruned model</h2>
+<h2>$against</h2>
 $compare
 <p>Here $types</p>
 <h2>Figures</h2>

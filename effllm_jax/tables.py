@@ -96,7 +96,11 @@ class Table:
 
 
 def compare(run: runlog.Run) -> Table:
-  """Source model against pruned model; "so far" while the run goes on."""
+  """Source model against pruned model; "so far" while the run goes on.
+
+  Of a run that only trains, against trained model.
+  """
+  became = 'trained model' if run.only_trains else 'pruned model'
   pruned = run.last_eval('pruned')
   trained = [x for x in run.evals if x['phase'] != 'source']
   evals = (run.last_eval('source'), pruned, trained[-1] if trained else None)
@@ -145,12 +149,12 @@ def compare(run: runlog.Run) -> Table:
     rows.append((f'{domain}, bits per byte', amounts.bits, *values))
   rows.append(('seconds per step', amounts.seconds, first, None, last))
   return Table(
-    title='Source model against pruned model',
+    title=f'Source model against {became}',
     columns=(
       '',
       'source model',
       'last prune',
-      'pruned model' if run.finished else 'so far',
+      became if run.finished else 'so far',
       'change',
     ),
     rows=tuple(

@@ -451,6 +451,32 @@ def test_no_layer_has_a_fraction(layers):
   assert (layers > 1) == (len(ticks) > 1)
 
 
+@pytest.mark.parametrize('kind', ['params', 'bytes'])
+def test_a_run_that_only_trains_waits_for_no_prune(tmp_path, kind):
+  folder = tmp_path / 'a'
+  write_run(folder, kind=kind)
+  edit(folder / 'config.json', lambda x: x['prune'].update(policy='none'))
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(x) for x in lines]
+  first = rows_of(rows, 'train')[0]
+  same = ('widths', 'pruned', 'live_params', 'array_params', 'live_cost')
+  for row in rows:
+    row.update((x, first[x]) for x in same if x in row)
+    row.update({x: None for x in ('price', 'target_cost') if x in row})
+  kept = [
+    x for x in rows if x['kind'] != 'shrink' and x.get('phase') != 'pruned'
+  ]
+  _cut(folder, ''.join(json.dumps(x) + '\n' for x in kept))
+  (folder / 'trace.jsonl').unlink()
+  out = report.build(folder)
+  said = [(out / x).read_text() for x in ('index.html', 'summary.md')]
+  for text in said:
+    assert 'Training only: 134.5M live parameters' in text
+    assert 'Source model against trained model' in text
+    assert not [x for x in (' yet', 'pruned model') if x in text]
+  assert report.table(folder).columns[3] == 'trained model'
+
+
 def replay(folder):
   """Masks after every prune, by tokens, as the trace tells it."""
   alive = {
