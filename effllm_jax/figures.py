@@ -33,9 +33,9 @@ class Figure:
   caption: str
   png: bytes = dataclasses.field(repr=False)
 
-  def _repr_png_(self) -> bytes:
-    """What a notebook shows."""
-    return self.png
+  def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+    """What a notebook shows, and the words for who does not see it."""
+    return self.png, {'alt': f'{self.title}. {self.caption}'}
 
 
 def draw(run: runlog.Run, names: Sequence[str] = NAMES) -> list[Figure]:

@@ -254,6 +254,14 @@ def test_the_small_model_is_scored_by_its_gradient():
   assert np.abs(model.prune.scores.ffn - other.prune.scores.ffn).max() > 0
 
 
+def test_a_figure_in_a_notebook_has_its_words(log):
+  (size,) = figures.draw(log, ['size'])
+  formatters = pytest.importorskip('IPython.core.formatters')
+  data, about = formatters.DisplayFormatter().format(size)
+  assert data['image/png'] == size.png
+  assert about['image/png']['alt'] == f'{size.title}. {size.caption}'
+
+
 def test_runs_are_drawn_side_by_side(tmp_path, drawn):
   for name, seed in (('a', 0), ('b', 1)):
     report_test.write_run(tmp_path / name, seed=seed, ragged=name == 'b')
