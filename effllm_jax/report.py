@@ -5,11 +5,13 @@ bytes: no dates, no versions.
 """
 
 import base64
+from collections.abc import Mapping
 from collections.abc import Sequence
 import html
 import os
 import pathlib
 import shlex
+import shutil
 import string
 import tempfile
 
@@ -18,24 +20,23 @@ from effllm_jax import errors
 from effllm_jax import figures
 from effllm_jax import runlog
 from effllm_jax import tables
+from effllm_jax import workdir as workdir_lib
 
 _SHIPPED = 'experiments/configs/smollm2_135m.py'
 
 
-def table(workdir: str | os.PathLike) -> tables.Table:
-  """Source model against pruned model, for the end of a run.
-
-  Raises:
-    errors.InputError: as `runlog.read`.
-  """
-  return tables.compare(runlog.read(workdir))
-
-
-def build(workdir: str | os.PathLike) -> pathlib.Path:
+def build(
+  workdir: str | os.PathLike, run: runlog.Run | None = None
+) -> pathlib.Path:
   """Writes `<workdir>/report`: index.html, summary.md and a PNG per figure.
 
-  A report that is already there is replaced at once, when the new one is
-  complete. Works while the run goes on.
+  A report that is already there is replaced when the new one is complete, and
+  stays where that fails; a process that is killed between the two renames that
+  it takes leaves none. Works while the run goes on, and beside another build.
+
+  Args:
+    workdir: of the run.
+    run: as it has been read; None: reads it.
 
   Returns:
     The folder.
@@ -44,27 +45,40 @@ def build(workdir: str | os.PathLike) -> pathlib.Path:
     errors.InputError: as `runlog.read`, or the report cannot be written.
   """
   workdir = pathlib.Path(workdir)
-  run = runlog.read(workdir)
+  run = run or runlog.read(workdir)
   drawn = figures.draw(run)
   files = {f'{x.name}.png': x.png for x in drawn}
   files['index.html'] = _page(run, drawn).encode()
   files['summary.md'] = _summary(run, drawn).encode()
   folder = workdir / 'report'
-  try:
-    with tempfile.TemporaryDirectory(dir=workdir, prefix='.report-') as scratch:
-      new, old = pathlib.Path(scratch, 'new'), pathlib.Path(scratch, 'old')
-      new.mkdir()
-      for name, content in files.items():
-        (new / name).write_bytes(content)
-      if folder.exists():
+  with workdir_lib.locked(workdir / 'report.lock'):
+    try:
+      _replace(folder, files)
+    except OSError as e:
+      raise errors.InputError(
+        f'cannot write {folder}: {e.strerror}; make room or make {workdir} '
+        'writable'
+      ) from e
+  return folder
+
+
+def _replace(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
+  prefix = f'.{folder.name}-'
+  # Of a process that was killed: whoever holds the lock is alone here.
+  for stale in folder.parent.glob(f'{prefix}*'):
+    shutil.rmtree(stale, ignore_errors=True)
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
+    new, old = pathlib.Path(scratch, 'new'), pathlib.Path(scratch, 'old')
+    new.mkdir()
+    for name, content in files.items():
+      (new / name).write_bytes(content)
+    try:
+      if os.path.lexists(folder):
         folder.rename(old)
       new.rename(folder)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {folder}: {e.strerror}; make room or make {workdir} '
-      'writable'
-    ) from e
-  return folder
+    finally:
+      if os.path.lexists(old) and not os.path.lexists(folder):
+        old.rename(folder)
 
 
 def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:

@@ -114,7 +114,8 @@ def locked(path: pathlib.Path, refusal: str = '') -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
   except OSError as e:
     raise errors.InputError(
-      f'cannot write {path}: {e.strerror}; choose another --workdir'
+      f'cannot write {path}: {e.strerror}; make {path.parent} writable or '
+      'choose another --workdir'
     ) from e
   try:
     try:

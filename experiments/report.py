@@ -17,10 +17,14 @@ def main(argv: list[str]) -> None:
   del argv
   # After the flags have been parsed: this import takes seconds.
   from effllm_jax import report
+  from effllm_jax import runlog
+  from effllm_jax import tables
 
-  folder = report.build(_WORKDIR.value)
+  # Once: a run in progress goes on, and page and terminal say the same.
+  run = runlog.read(_WORKDIR.value)
+  folder = report.build(_WORKDIR.value, run)
   console = cli.tables()
-  console.print(report.table(_WORKDIR.value).rich())
+  console.print(tables.compare(run).rich())
   console.print(f'{folder / "index.html"}', soft_wrap=True, highlight=False)
 
 

@@ -19,6 +19,7 @@ from effllm_jax import optimizers
 from effllm_jax import report
 from effllm_jax import runlog
 from effllm_jax import sources
+from effllm_jax import tables
 from effllm_jax import untrusted
 from effllm_jax import widths
 from effllm_jax import workdir
@@ -162,7 +163,7 @@ def _read_run(monkeypatch, place):
     report.build(folder)
     run = runlog.read(folder)
     made = model_card.Made(step=40, params=1, pruning={'events': []}, run=run)
-    return report.table(folder), model_card.text(model, made, {}, {})
+    return tables.compare(run), model_card.text(model, made, {}, {})
 
   return read
 

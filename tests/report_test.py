@@ -1,3 +1,5 @@
+from concurrent import futures
+import errno
 import hashlib
 import html.parser
 import json
@@ -282,7 +284,7 @@ def edit_rows(folder, change):
 
 def test_table_has_the_numbers_of_the_run(done):
   folder, _, metrics = done
-  table = report.table(folder)
+  table = tables.compare(runlog.read(folder))
   rows = {r[0]: r[1:] for r in table.rows}
   train, evals = rows_of(metrics, 'train'), rows_of(metrics, 'eval')
   pruned = next(e for e in evals if e['phase'] == 'pruned')
@@ -324,7 +326,7 @@ def test_a_shrink_names_the_widths_that_are_alive(ragged):
 
 def test_all_forms_of_a_table_say_the_same(done):
   folder, out, metrics = done
-  table = report.table(folder)
+  table = tables.compare(runlog.read(folder))
   page = Page(out / 'index.html')
   shown = terminal(table)
   summary = (out / 'summary.md').read_text().splitlines()
@@ -474,7 +476,7 @@ def test_a_run_that_only_trains_waits_for_no_prune(tmp_path, kind):
     assert 'Training only: 134.5M live parameters' in text
     assert 'Source model against trained model' in text
     assert not [x for x in (' yet', 'pruned model') if x in text]
-  assert report.table(folder).columns[3] == 'trained model'
+  assert tables.compare(runlog.read(folder)).columns[3] == 'trained model'
 
 
 def replay(folder):
@@ -566,7 +568,7 @@ def test_table_of_layers_only_where_they_differ(done, ragged):
     heads, ffn = alive['heads'][n].sum(), alive['ffn'][n].sum()
     assert [str(n), f'{heads}', f'{ffn:,}'] in page.rows
   assert ['layer', 'heads of 3', 'ffn channels of 1,536'] in page.rows
-  rows = {r[0] for r in report.table(ragged[0]).rows}
+  rows = {r[0] for r in tables.compare(runlog.read(ragged[0])).rows}
   assert {'heads per layer, mean', 'stem width'} <= rows
 
 
@@ -624,7 +626,7 @@ def test_what_was_dead_before_the_run_was_not_pruned_by_it(tmp_path):
     np.testing.assert_array_equal(now, want)
     assert run.source_widths()[t] == widths[t].mean()
   np.testing.assert_array_equal(run.layer_widths('ffn', [0])[0], widths['ffn'])
-  rows = {r[0]: r[1:] for r in report.table(folder).rows}
+  rows = {r[0]: r[1:] for r in tables.compare(runlog.read(folder)).rows}
   live = int(run.train['live_params'][-1])
   assert rows['live parameters'] == (
     f'{params:,}', *2 * [f'{live:,}'], amounts.change(params, live)
@@ -690,7 +692,7 @@ def test_budgets_other_than_parameters(tmp_path, kind):
   name, before, after, target = COSTS[kind]
   write_run(tmp_path / 'a', kind=kind, ragged=True)
   spaced = lambda text: text.replace('\N{NO-BREAK SPACE}', ' ')
-  rows = {r[0]: r[1:] for r in report.table(tmp_path / 'a').rows}
+  rows = {r[0]: r[1:] for r in tables.compare(runlog.read(tmp_path / 'a')).rows}
   change = '\N{MINUS SIGN}20.0 %'
   assert tuple(map(spaced, rows[name])) == (before, after, after, change)
   summary = spaced((report.build(tmp_path / 'a') / 'summary.md').read_text())
@@ -780,7 +782,7 @@ def test_names_cannot_break_the_page(tmp_path):
   assert not [x for x in body.split('\n') if x.startswith('# {b}')]
   assert '<script' not in body.replace('\\<', '')
   assert all(not x or x[:4] == '    ' for x in command.split('\n')[4:])
-  table = report.table(tmp_path / 'a')
+  table = tables.compare(runlog.read(tmp_path / 'a'))
   assert '[red]' in terminal(table, width=300)
 
 
@@ -799,7 +801,7 @@ def test_run_in_progress(tmp_path, until):
     (folder / 'source/source.json').unlink()
   out = report.build(folder)
   assert {x.name for x in out.glob('*.png')} == {f'{x}.png' for x in FIGURES}
-  table = report.table(folder)
+  table = tables.compare(runlog.read(folder))
   rows = {r[0]: r[1:] for r in table.rows}
   assert table.columns[3] == 'so far'
   assert rows['training tokens'][2] == f'{until * 512:,}'
@@ -865,6 +867,70 @@ def test_same_run_same_bytes_and_nothing_left_behind(tmp_path, ragged):
   report.build(tmp_path / 'a')
   assert digest() == first
   assert not list((tmp_path / 'a').glob('.report*'))
+
+
+@pytest.fixture(name='undrawn')
+def _undrawn(monkeypatch):
+  """Reports without figures, which are what takes time."""
+  monkeypatch.setattr(figures, 'draw', lambda *_: [])
+
+
+@pytest.mark.usefixtures('undrawn')
+def test_a_report_stays_where_its_successor_fails(tmp_path, monkeypatch):
+  folder = tmp_path / 'a'
+  write_run(folder, until=3)
+  out = report.build(folder)
+  before = (out / 'index.html').read_bytes()
+  rename = pathlib.Path.rename
+
+  def refuse(path, target):
+    if path.name == 'new':
+      raise OSError(errno.EIO, 'Input/output error')
+    return rename(path, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'rename', refuse)
+    with pytest.raises(
+      errors.InputError, match=r'cannot write .*report: Input'
+    ):
+      report.build(folder)
+  assert (out / 'index.html').read_bytes() == before
+  assert not list(folder.glob('.report*'))
+
+
+@pytest.mark.usefixtures('undrawn')
+def test_what_a_killed_build_left_is_taken_away(tmp_path):
+  folder = tmp_path / 'a'
+  write_run(folder, until=3)
+  (folder / '.report-killed' / 'new').mkdir(parents=True)
+  report.build(folder)
+  assert not list(folder.glob('.report*'))
+
+
+@pytest.mark.usefixtures('undrawn')
+def test_builds_at_the_same_time_take_turns(tmp_path):
+  folder = tmp_path / 'a'
+  write_run(folder, until=3)
+  run = runlog.read(folder)
+  with futures.ThreadPoolExecutor(4) as pool:
+    for made in [pool.submit(report.build, folder, run) for _ in range(40)]:
+      assert made.result() == folder / 'report'
+  assert {x.name for x in (folder / 'report').iterdir()} == {
+    'index.html', 'summary.md'
+  }  # fmt: skip
+
+
+@pytest.mark.usefixtures('undrawn')
+def test_the_page_and_the_terminal_are_of_one_moment(tmp_path):
+  """Of a run in progress the log has grown between two readings."""
+  write_run(tmp_path / 'a', until=5)
+  run = runlog.read(tmp_path / 'a')
+  row = json.loads((tmp_path / 'a/metrics.jsonl').read_text().splitlines()[-1])
+  row |= {'step': 6, 'tokens': 6 * 512}
+  with (tmp_path / 'a/metrics.jsonl').open('a') as file:
+    file.write(json.dumps(row) + '\n')
+  page = Page(report.build(tmp_path / 'a', run) / 'index.html')
+  assert list(tables.compare(run).rows[0]) in page.rows
 
 
 def _cut(folder, text):
