@@ -59,14 +59,23 @@ def small_model(text: str = 'To prune is to choose what to keep. ') -> Model:
 
   Its weights are random, its tokens are bytes, and its scores come from the
   gradient of its loss on `text`, as in a training step (`taylor1`).
+
+  Raises:
+    errors.InputError: the text has no second byte to predict.
   """
+  window = text.encode()
+  if len(window) < 2:
+    raise errors.InputError(
+      f'text {text!r} has fewer than two bytes, and the loss is of the next '
+      'one; take a longer text'
+    )
   cfg = structure.ModelConfig(
     V=256, D=16, N=2, K=4, G=2, H=4, F=12, context=128,
     rope_theta=1e4, norm_eps=1e-5, tied=True,
   )  # fmt: skip
   params = small_run.random_params(cfg, deviation=0.3)
   prune = state_lib.fresh_prune_state(cfg)
-  window_BT = np.frombuffer(text.encode(), np.uint8)[None].astype(np.int32)
+  window_BT = np.frombuffer(window, np.uint8)[None].astype(np.int32)
   scores = _taylor1(params, prune.masks, window_BT, cfg=cfg)
   return Model(
     name='two layers of random weights',

@@ -254,6 +254,12 @@ def test_the_small_model_is_scored_by_its_gradient():
   assert np.abs(model.prune.scores.ffn - other.prune.scores.ffn).max() > 0
 
 
+@pytest.mark.parametrize('text', ['', 'a'])
+def test_a_text_with_nothing_to_predict_is_refused(text):
+  with pytest.raises(errors.InputError, match=f"text '{text}' has fewer than"):
+    notebook.small_model(text)
+
+
 def test_a_figure_in_a_notebook_has_its_words(log):
   (size,) = figures.draw(log, ['size'])
   formatters = pytest.importorskip('IPython.core.formatters')
