@@ -74,7 +74,7 @@ KINDS = (
   'taylor1', 'taylor1_momentum', 'taylor1_group', 'taylor2', 'taylor2_micro',
   'obd', 'fisher', 'magnitude', 'activation', 'random',
 )  # fmt: skip
-# The kinds that are a change of the loss.
+# The kinds that estimate a change of the loss: only they compare types.
 NATS = tuple(x for x in KINDS if x not in ('magnitude', 'activation', 'random'))
 
 

@@ -37,10 +37,6 @@ from effllm_jax import structure
 COMPUTE = model.Compute(remat='none')
 # As in experiments/configs/efficientllm_a.py; smollm2_135m has a decay of 0.95.
 DECAY, B1, B2, CLIP = 0.9, 0.9, 0.95, 1.0
-# Kinds that estimate a change of the loss: only they compare types.
-NATS = tuple(
-  k for k in saliency.KINDS if k.startswith(('taylor', 'obd', 'fisher'))
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +293,7 @@ def block_changes(
   Returns:
     By type: `change`, measured; `error`, its standard error over the windows
     (nan: there is one); and `score`, the sum over the block, which is an
-    estimate for `NATS` only; nats per token.
+    estimate for `saliency.NATS` only; nats per token.
   """
   alive = structure.all_alive(cfg)
   share_BT = np.asarray(weight, np.float64) / weight.sum()
@@ -371,7 +367,7 @@ def measure(
       }
       for name, tree in trees.items()
     }
-    add(kind, of['average'], of['newest'], kind in NATS)
+    add(kind, of['average'], of['newest'], kind in saliency.NATS)
   return {
     'loss': loss,
     'groups': {t: getattr(groups, t).tolist() for t in structure.TYPES},
@@ -430,7 +426,7 @@ def block_table(
     box=rich.box.SIMPLE_HEAD,
   )  # fmt: skip
   for kind, numbers in result['blocks'].items():
-    says = numbers['score'] if kind in NATS else {}
+    says = numbers['score'] if kind in saliency.NATS else {}
     made.add_row(
       kind,
       *(
