@@ -18,6 +18,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -45,7 +46,7 @@ def make(data: int, fsdp: int, tensor: int) -> Mesh:
       are left.
 
   Raises:
-    errors.InputError: the sizes do not fit the devices.
+    errors.InputError: the sizes do not fit the devices, or how they are wired.
   """
   shape, devices = [data, fsdp, tensor], jax.devices()
   asked = f'data {data} x fsdp {fsdp} x tensor {tensor}'
@@ -67,12 +68,20 @@ def make(data: int, fsdp: int, tensor: int) -> Mesh:
       f'mesh {asked} leaves {len(devices) - used} of {len(devices)} devices '
       'out, and each process needs its own; set --config.mesh'
     )
-  return jax.make_mesh(
-    shape,
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices[:used],
-  )
+  try:
+    # Not jax.make_mesh, which splits a ring of a TPU over two axes on one kind
+    # alone, and refuses GPUs of several hosts.
+    placed = mesh_utils.create_device_mesh(
+      shape, devices[:used], allow_split_physical_axes=True
+    )
+  except (AssertionError, NotImplementedError, ValueError) as e:
+    reason = ' '.join(str(e).split())[:200] or type(e).__name__
+    raise errors.InputError(
+      f'mesh {asked} cannot be laid over these {used} devices ({reason}); set '
+      '--config.mesh'
+    ) from e
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return Mesh(placed, AXES, axis_types=types)
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -81,28 +90,31 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def reader(mesh: Mesh) -> tuple[int, int]:
-  """Which part of a batch this process reads, and how many parts are read.
+  """Which share of a batch this process reads, and how many shares there are.
 
-  Processes whose devices differ along `tensor` only read the same part.
+  A share is what the devices of a process hold: parts that need not be
+  neighbours, as a mesh follows the wires of its devices. Processes whose
+  devices differ along `tensor` only read the same share.
 
   Raises:
-    errors.InputError: what this process would read is not one piece.
+    errors.InputError: the processes' shares differ in size, or overlap.
   """
+  parts = {}
   ids = np.arange(batch_parts(mesh)).repeat(mesh.shape['tensor'])
-  mine = sorted(
-    {
-      int(i)
-      for i, device in zip(ids, mesh.devices.flat, strict=True)
-      if device.process_index == jax.process_index()
-    }
-  )
-  index, count = mine[0] // len(mine), batch_parts(mesh) // len(mine)
-  if mine != [index * len(mine) + i for i in range(len(mine))]:
+  for i, device in zip(ids, mesh.devices.flat, strict=True):
+    parts.setdefault(device.process_index, set()).add(int(i))
+  mine = sorted(parts[jax.process_index()])
+  shares = sorted({tuple(sorted(share)) for share in parts.values()})
+  # All parts are in some share: of one size they are disjoint if they make up
+  # the whole.
+  sizes = [len(share) for share in shares]
+  if len({*sizes}) > 1 or sum(sizes) > batch_parts(mesh):
     raise errors.InputError(
       f'mesh {dict(mesh.shape)} gives process {jax.process_index()} parts '
-      f'{mine} of a batch, which are not one piece; set --config.mesh'
+      f'{mine} of a batch, and others some of them, or more or less; set '
+      '--config.mesh'
     )
-  return index, count
+  return shares.index(tuple(mine)), len(shares)
 
 
 def spec(
@@ -256,7 +268,7 @@ def put_batch(rows: np.ndarray, accumulate: int, mesh: Mesh) -> Array:
   """This process's rows of a batch as its part of the global one.
 
   Args:
-    rows: [accumulate * b, T] of this process.
+    rows: [accumulate * b, T] of this process: its share, as `reader` says.
     accumulate: number of micro-batches A.
     mesh: of the run.
 
@@ -264,4 +276,6 @@ def put_batch(rows: np.ndarray, accumulate: int, mesh: Mesh) -> Array:
     [A, B, T], where B is b of every process together, split over the mesh.
   """
   rows = rows.reshape(accumulate, -1, rows.shape[-1])
+  # The first rows of a micro-batch into the first of its parts that this
+  # process holds, and so on; which of them are neighbours makes no difference.
   return jax.make_array_from_process_local_data(batches(mesh), rows)

@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -397,6 +398,133 @@ def test_says_what_a_mesh_does_not_divide(ran):
 def test_meshes_that_cannot_be(sizes, message):
   with pytest.raises(errors.InputError, match=message):
     sharding.make(*sizes)
+
+
+@dataclasses.dataclass(eq=False)
+class Chip:
+  """What jax tells of a device."""
+
+  device_kind: str
+  platform: str
+  id: int
+  process_index: int
+  slice_index: int
+  coords: tuple[int, ...]
+  core_on_chip: int = 0
+
+
+def chips(kind, side, platform='tpu'):
+  """A square torus of hosts of 2 x 2 chips, in the order of jax.devices().
+
+  Of GPUs every host is a slice to jax.
+  """
+  places = [(x, y) for y in range(side) for x in range(side)]
+  host = lambda x, y: (y // 2) * (side // 2) + x // 2
+  places.sort(key=lambda place: host(*place))
+  return [
+    Chip(
+      kind,
+      platform,
+      y * side + x if platform == 'tpu' else i,
+      host(x, y),
+      0 if platform == 'tpu' else host(x, y),
+      (x, y, 0),
+    )
+    for i, (x, y) in enumerate(places)
+  ]
+
+
+@pytest.mark.parametrize(
+  'sizes',
+  [(8, 8, 1), (64, 1, 1), (1, 64, 1), (2, 32, 1), (16, 4, 1), (4, 4, 4),
+   (8, 4, 2), (2, 2, 16)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+  ('kind', 'platform'),
+  [('TPU v5 lite', 'tpu'), ('TPU v6 lite', 'tpu'), ('H100', 'gpu')],
+)
+def test_any_mesh_over_a_pod_deals_all_parts_out(
+  monkeypatch, kind, platform, sizes
+):
+  """Neighbours on a torus are no neighbours in a batch; hosts are no slices."""
+  monkeypatch.setattr(jax, 'devices', lambda: chips(kind, 8, platform))
+  monkeypatch.setattr(jax, 'process_count', lambda: 16)
+  mesh = sharding.make(*sizes)
+  by_index, counts = {}, set()
+  for process in range(16):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    index, count = sharding.reader(mesh)
+    own = [
+      i
+      for i, row in enumerate(mesh.devices.reshape(-1, sizes[2]))
+      if any(chip.process_index == process for chip in row)
+    ]
+    # Who reads the same holds the same.
+    assert by_index.setdefault(index, own) == own
+    counts.add(count)
+  assert counts == {len(by_index)} and sorted(by_index) == [*range(*counts)]
+  dealt = sorted(i for own in by_index.values() for i in own)
+  assert dealt == [*range(sizes[0] * sizes[1])]
+
+
+def test_shares_that_overlap_are_refused(monkeypatch):
+  devices = np.array(chips('TPU v5 lite', 4)[:4]).reshape(2, 1, 2)
+  devices[1, 0, 1].process_index = 1
+  mesh = sharding.Mesh(devices, sharding.AXES)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  with pytest.raises(errors.InputError, match=r'parts \[1\] of a batch.*; set'):
+    sharding.reader(mesh)
+
+
+def test_devices_that_no_mesh_fits_are_refused(monkeypatch):
+  """Half of a square is none."""
+  monkeypatch.setattr(jax, 'devices', lambda: chips('TPU v6 lite', 4))
+  with pytest.raises(errors.InputError, match=r'cannot be laid over .*; set'):
+    sharding.make(3, 1, 1)
+
+
+# Two processes of two devices each; the mesh takes them in turns.
+ALTERNATING = """
+import json, sys
+import jax
+import numpy as np
+from effllm_jax import sharding
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+order = np.array(jax.devices())[[0, 2, 1, 3]].reshape(2, 2, 1)
+mesh = sharding.Mesh(order, sharding.AXES)
+index, count = sharding.reader(mesh)
+# As data.train_iterator deals them out: 2 micro-batches of 8 rows.
+rows = np.arange(16)[index::count, None]
+whole = sharding.put_batch(rows, 2, mesh)
+assert whole.shape == (2, 8, 1)
+print(json.dumps([
+  [shard.index[1].start, shard.data[..., 0].tolist()]
+  for shard in whole.addressable_shards
+]))
+"""
+
+
+def test_a_process_fills_the_parts_that_it_holds():
+  """Neighbours or not; a micro-batch has the rows that one process reads."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2'
+  running = [
+    subprocess.Popen(
+      [sys.executable, '-c', ALTERNATING, address, str(i)],
+      cwd=conftest.ROOT, env=os.environ | {'XLA_FLAGS': flags},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  said = [process.communicate(timeout=120) for process in running]
+  assert [x.returncode for x in running] == [0, 0], said
+  shards = [json.loads(out.splitlines()[-1]) for out, _ in said]
+  assert [[start for start, _ in own] for own in shards] == [[0, 4], [2, 6]]
+  micro_batches = np.concatenate([x for own in shards for _, x in own], 1)
+  assert np.sort(micro_batches).tolist() == np.arange(16).reshape(2, 8).tolist()
 
 
 def test_rules_by_letters():
