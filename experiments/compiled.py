@@ -72,8 +72,12 @@ def tidy(folder: pathlib.Path) -> None:
   since = stamp.stat().st_mtime if stamp.exists() else 0.0
   entries = []
   for path in folder.glob('*-cache'):
-    stat = path.stat()
-    if stat.st_mtime >= since and not _is_whole(path):
+    try:
+      stat = path.stat()
+      whole = stat.st_mtime < since or _is_whole(path)
+    except FileNotFoundError:
+      continue  # A process that started with this one has deleted it.
+    if not whole:
       path.unlink(missing_ok=True)
     else:
       used = max(stat.st_atime, stat.st_mtime)

@@ -105,6 +105,23 @@ def test_what_was_used_longest_ago_is_deleted(tmp_path, monkeypatch):
   assert left == ['2-cache', '3-cache']
 
 
+def test_programs_may_go_while_they_are_looked_at(tmp_path, monkeypatch):
+  """Eight processes of a host start together, and all of them tidy."""
+  paths = [tmp_path / f'{i}-cache' for i in range(3)]
+  for path in paths:
+    path.write_bytes(b'y')
+
+  def whole(path):
+    for neighbour in paths:
+      neighbour.unlink(missing_ok=True)
+    return is_whole(path)
+
+  is_whole = compiled._is_whole
+  monkeypatch.setattr(compiled, '_is_whole', whole)
+  compiled.tidy(tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == ['.tidy']
+
+
 @pytest.fixture(scope='module', name='counted')
 def _counted(tmp_path_factory):
   """A run of 24 steps and 2 shrinks: how often each program was compiled.
