@@ -14,13 +14,16 @@ class Profile:
 
   Every process writes the trace of its host and devices into
   `<folder>/plugins/profile/<time>`, where XProf, TensorBoard and Perfetto find
-  what they read.
+  what they read; one of several into `<folder>/process<index>` instead.
   """
 
   def __init__(
     self, folder: pathlib.Path, steps: range, say: Callable[[str], None]
   ):
     """Records `steps`, or those that there are; `say` is told the outcome."""
+    if jax.process_count() > 1:
+      # A file has the name of its host, and processes of one would share it.
+      folder = folder / f'process{jax.process_index()}'
     self._folder, self._steps, self._say = folder, steps, say
     self._recorded = []
     self._recording = False
