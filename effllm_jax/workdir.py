@@ -97,8 +97,8 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, refusal: str = '') -> Iterator[None]:
-  """Holds a lock, which a killed process lets go of.
+def locked(path: pathlib.Path, refusal: str = '') -> Iterator[int]:
+  """Holds a lock, which a killed process lets go of; gives its open file.
 
   A file system that has no locks costs the protection and nothing else.
 
@@ -124,9 +124,35 @@ def locked(path: pathlib.Path, refusal: str = '') -> Iterator[None]:
       raise errors.InputError(refusal) from e
     except OSError:
       pass
-    yield
+    yield file
   finally:
     os.close(file)
+
+
+@contextlib.contextmanager
+def in_turn(path: pathlib.Path) -> Iterator[None]:
+  """Lets one process through at a time, also of others on a file system.
+
+  Those that wait look afterwards for what the first has made. Where no lock can
+  be made or held, all go through at once.
+
+  Args:
+    path: of the lock, which is gone afterwards.
+  """
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(errors.InputError):
+      while not _lies_at(stack.enter_context(locked(path)), path):
+        # Who held it has removed it; the next one makes another.
+        stack.close()
+      stack.callback(path.unlink, missing_ok=True)
+    yield
+
+
+def _lies_at(file: int, path: pathlib.Path) -> bool:
+  try:
+    return os.path.samestat(os.fstat(file), os.stat(path))
+  except OSError:
+    return False
 
 
 def _flat(tree, prefix='') -> dict[str, Any]:

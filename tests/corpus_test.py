@@ -1,3 +1,5 @@
+import concurrent.futures
+import errno
 import json
 import logging
 import os
@@ -6,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 from tensorflow_datasets.core.utils import gcs_utils
@@ -16,6 +19,8 @@ from effllm_jax import errors
 from effllm_jax import fetch
 from effllm_jax import packages
 from effllm_jax import splitting
+from effllm_jax import tokenizing
+from effllm_jax import untrusted
 from tests import conftest
 
 CACHE = pathlib.Path('~/.cache/effllm_jax').expanduser()
@@ -203,6 +208,84 @@ def test_a_changed_folder_is_built_anew(tmp_path):
   assert second != first and first.is_dir()
   digests = {corpus.manifest(d)['digest'] for d in (first, second)}
   assert len(digests) == 2
+
+
+def test_a_folder_that_is_as_it_was_is_not_read(tmp_path, monkeypatch):
+  """Nor is one held in memory whose dataset is there."""
+  user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
+  first = corpus.prepare(str(user), tmp_path)
+  # What has just been written may be written again, and have the same time.
+  assert not [*first.glob('of-*')]
+  monkeypatch.setattr(corpus, '_SETTLED', 0)
+  with monkeypatch.context() as patch:
+    patch.setattr(untrusted, 'read', lambda path, _: pytest.fail(f'{path}'))
+    assert corpus.prepare(str(user), tmp_path) == first
+    patch.setattr(corpus, '_sha256', lambda path: pytest.fail(f'{path}'))
+    assert corpus.prepare(str(user), tmp_path) == first
+  # As large as before and as old, as far as a program can make it so.
+  path = user / 'b.txt'
+  times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+  path.write_text(prose(200))
+  os.utime(path, ns=times)
+  second = corpus.prepare(str(user), tmp_path)
+  assert second != first
+  # The same files in a folder of another name have other domains.
+  other = user.rename(tmp_path / 'TEXT')
+  assert corpus.domains(corpus.prepare(str(other), tmp_path)) == ['TEXT']
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+  user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
+  monkeypatch.setattr(corpus, '_sha256', lambda path: '0' * 64)
+  with pytest.raises(
+    errors.InputError, match=r'a.txt has changed.*; run again'
+  ):
+    corpus.prepare(str(user), tmp_path)
+
+
+def test_one_of_many_builds(tmp_path, monkeypatch):
+  """As the processes of a host do: the others wait, and find it."""
+  user = conftest.write_text_folder(tmp_path / 'text')
+  bpe = conftest.byte_bpe(conftest.real_text(), 300)
+  built = []
+
+  def counted(module, name):
+    whole = getattr(module, name)
+
+    def call(*args):
+      built.append(name)
+      time.sleep(0.1)
+      return whole(*args)
+
+    monkeypatch.setattr(module, name, call)
+
+  counted(splitting, 'split')
+  counted(tokenizing, '_build')
+
+  def start(_):
+    data = corpus.prepare(str(user), tmp_path)
+    return data, tokenizing.tokenize(data, bpe, 0)
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    first, *others = pool.map(start, range(4))
+  assert others == [first] * 3
+  assert built == ['split', '_build']
+  assert not [*tmp_path.rglob('.lock')]
+
+
+def test_a_cache_that_may_only_be_read(tmp_path, monkeypatch):
+  """It has the dataset; no lock and no mark can be written."""
+  user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
+  first = corpus.prepare(str(user), tmp_path)
+
+  def refuse(*_, **__):
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  # Modes do not stop root, who runs some tests.
+  monkeypatch.setattr(os, 'open', refuse)
+  monkeypatch.setattr(pathlib.Path, 'touch', refuse)
+  monkeypatch.setattr(corpus, '_SETTLED', 0)
+  assert corpus.prepare(str(user), tmp_path) == first
 
 
 def test_nothing_is_asked_of_a_bucket(monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
+import concurrent.futures
 import errno
 import fcntl
 import json
 import os
+import time
 
 import pytest
 
@@ -101,4 +103,33 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
     workdir.locked(tmp_path / 'lock'),
   ):
     pass
+  assert os.listdir(tmp_path) == ['lock']
+
+
+def test_a_turn_comes_to_one_at_a_time(tmp_path):
+  """Also where the one before has removed the file that others wait for."""
+  path, inside, most = tmp_path / 'lock', [], []
+
+  def take(i):
+    with workdir.in_turn(path):
+      inside.append(i)
+      most.append(len(inside))
+      time.sleep(0.001)
+      inside.remove(i)
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(take, range(80)))
+  assert most == [1] * 80 and not path.exists()
+
+
+def test_a_turn_without_a_lock_is_everyones(tmp_path):
+  (tmp_path / 'lock').mkdir()
+  with workdir.in_turn(tmp_path / 'lock'), workdir.in_turn(tmp_path / 'lock'):
+    pass
+  # An error is the user's, and not of the lock.
+  with (
+    pytest.raises(errors.InputError, match='mine'),
+    workdir.in_turn(tmp_path / 'turn'),
+  ):
+    raise errors.InputError('mine')
   assert os.listdir(tmp_path) == ['lock']
