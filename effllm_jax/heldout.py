@@ -1,5 +1,6 @@
 """Held-out text as windows that score each of its tokens once."""
 
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 import math
@@ -64,16 +65,20 @@ def windows(
         f'held-out {name} {value} is too small; set a positive number'
       )
   encoder = tokenizing.encoder(tokenizer)
-  documents = {domain: [] for domain in corpus.domains(data_dir)}
-  for record in corpus.source(data_dir, 'heldout'):
-    document = corpus.as_document(record)
-    documents[document.domain].append(document)
+  source = corpus.source(data_dir, 'heldout')
+  read = lambda i: corpus.as_document(source[i])
+  # Not the documents: of a large text, a twentieth would be in the memory of
+  # every process.
+  ranks = {domain: [] for domain in corpus.domains(data_dir)}
+  for i in range(len(source)):
+    document = read(i)
+    ranks[document.domain].append((_rank(document, seed), i))
   return {
     domain: _score_windows(
-      sorted(members, key=lambda d: _rank(d, seed)), encoder, separator_id,
+      domain, (read(i) for _, i in sorted(members)), encoder, separator_id,
       seq_len, tokens_per_domain or math.inf,
     )
-    for domain, members in documents.items()
+    for domain, members in ranks.items()
   }  # fmt: skip
 
 
@@ -83,8 +88,8 @@ def _rank(document: documents.Document, seed: int) -> bytes:
 
 
 def _score_windows(
-  documents: list[documents.Document], encoder: tokenizers.Tokenizer,
-  separator_id: int, seq_len: int, budget: float,
+  domain: str, documents: Iterator[documents.Document],
+  encoder: tokenizers.Tokenizer, separator_id: int, seq_len: int, budget: float,
 ) -> HeldOut:  # fmt: skip
   """Windows over the documents of one domain, up to a budget of tokens."""
   tokens, scored, num_bytes, count = [], [], 0, 0
@@ -102,8 +107,8 @@ def _score_windows(
       break
   if not count:
     raise errors.InputError(
-      f'no whole character of domain {documents[0].domain!r} fits into '
-      f'{budget} held-out tokens; raise the number'
+      f'no whole character of domain {domain!r} fits into {budget} held-out '
+      'tokens; raise the number'
     )
   n = -(-(len(tokens) - 1) // seq_len)
   padding = n * seq_len + 1 - len(tokens)

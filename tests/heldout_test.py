@@ -1,5 +1,7 @@
 """What is held out: which tokens are scored, and of how many bytes."""
 
+import tracemalloc
+
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -34,6 +36,31 @@ def make_heldout(tmp_path, texts, bpe, **changes):
     {'train': [document('d', 'x', 'train')], 'heldout': held}, {},
   )  # fmt: skip
   return heldout_lib.windows(tmp_path, bpe, SEPARATOR, **settings)['d']
+
+
+def test_no_more_is_in_memory_than_is_scored(monkeypatch, bpe):
+  """A large text has more of it than a process may hold."""
+
+  class Records:
+    def __len__(self):
+      return 5000
+
+    def __getitem__(self, i):
+      if i >= len(self):
+        raise IndexError(i)
+      text = f'{i} '.encode() * 1000
+      return {'domain': b'd', 'id': str(i).encode(), 'text': text}
+
+  monkeypatch.setattr(corpus, 'domains', lambda _: ['d'])
+  monkeypatch.setattr(corpus, 'source', lambda *_: Records())
+  tracemalloc.start()
+  try:
+    held = heldout_lib.windows('', bpe, 0, seq_len=8, tokens_per_domain=64)['d']
+    _, most = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert held.weight.sum() == 64 and held.documents == 1
+  assert most < 2e6, most
 
 
 def scored(held):

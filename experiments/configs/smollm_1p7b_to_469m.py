@@ -20,9 +20,10 @@ needs (tests/configs_test.py):
                         + 190 saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
     disk                12 bytes a parameter for each of 16 events, some 200 GB,
                         and `checkpoint.keep` checkpoints of up to 20.54 GB
-    text                some 200 GB, all of it in the memory of each host at
-                        every start, 5 bytes a byte the first time: rather a
-                        fourth of it, which the run then reads four times over
+    text                some 200 GB, 5 bytes a byte of it the first time, in
+                        the memory of one process of those that share a cache:
+                        rather a fourth of it, which the run then reads four
+                        times over
 
 The share of the shrinks is an estimate for one device at 400 TFLOP/s: 30 s is
 what SmolLM2-135M took on 2 cores (layers are scanned, so that depth does not
