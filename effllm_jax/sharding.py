@@ -78,7 +78,7 @@ def make(data: int, fsdp: int, tensor: int) -> Mesh:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__
     raise errors.InputError(
       f'mesh {asked} cannot be laid over these {used} devices ({reason}); set '
-      '--config.mesh'
+      '--config.mesh, or take TPUs of one slice'
     ) from e
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return Mesh(placed, AXES, axis_types=types)
