@@ -138,8 +138,22 @@ class Writer:
       raise write_error(e) from e
 
 
+class _Manager(ocp.CheckpointManager):
+  """Never asks jax whether the processes of a run are to stop.
+
+  Orbax asks with the number of what it saves, an event's index or, from its
+  thread, a step that is long past; jax takes the last number for the step that
+  the run is at, and stops it after the next one: never. The loop asks.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    """No: see above."""
+    del step
+    return False
+
+
 def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
-  return ocp.CheckpointManager(
+  return _Manager(
     folder,
     handler_registry=_handlers(),
     options=ocp.CheckpointManagerOptions(

@@ -6,6 +6,7 @@ import types
 
 import grain
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
   assert (cfg, step) == (CFG, 4)
   with pytest.raises(errors.InputError, match='there are: 0'):
     checkpoints.restore_params(tmp_path, event=3)
+
+
+def test_a_save_does_not_ask_whether_to_stop(tmp_path, tx, monkeypatch):
+  """jax would take an event's number for the step that the run is at."""
+  asked = []
+  monkeypatch.setattr(
+    multihost_utils, 'reached_preemption_sync_point', asked.append
+  )
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  event, state, data = make_event(CFG), make_state(tx, 4), make_data()
+  writer.save(state, CFG, data, 0, FLOPS)
+  writer.save_event(event, state, data, FLOPS)
+  writer.close()
+  assert len(checkpoints.moments(tmp_path)) == 2 and asked == []
 
 
 def test_events_of_a_lost_future_are_removed(tmp_path, tx):
