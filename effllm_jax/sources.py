@@ -164,6 +164,8 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
   config = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'model_max_length': source.cfg.context,
+    # transformers 4 adds token_type_ids otherwise, which no decoder takes.
+    'model_input_names': ['input_ids', 'attention_mask'],
     'clean_up_tokenization_spaces': False,
     'bos_token': token(source.bos_id),
     'eos_token': token(source.eos_id),

@@ -338,6 +338,8 @@ for folder in sys.argv[2:]:
     folder, trust_remote_code=True
   )
   print(tokenizer('A line.')['input_ids'])
+  inputs = tokenizer('A line.', return_tensors='pt')
+  model.generate(**inputs, max_new_tokens=2, pad_token_id=0)
 """
 
 

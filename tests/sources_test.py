@@ -124,6 +124,9 @@ def test_saved_tokenizer_opens_in_transformers(tmp_path):
     assert opened(text)['input_ids'] == source.tokenizer.encode(text).ids
   assert opened.eos_token_id == 1
   assert opened.chat_template == source.chat_template
+  # As written: the newest would give no more without it either.
+  config = json.loads((folder / 'tokenizer_config.json').read_text())
+  assert config['model_input_names'] == list(opened('a'))
 
 
 def test_unwritable_folder(tmp_path):
