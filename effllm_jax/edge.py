@@ -85,7 +85,8 @@ def measure(
           {
             'format': name,
             'model': label,
-            'bytes': path.stat().st_size,
+            # An ONNX file keeps large weights in one beside it.
+            'bytes': sum(p.stat().st_size for p in path.parent.iterdir()),
             'prefill': statistics.median(x.prefill for x in found),
             'decode': statistics.median(x.decode for x in found),
             'memory': max(

@@ -80,6 +80,29 @@ def test_measures_what_we_measure(source, text, tmp_path, name):
   assert not list(tmp_path.glob('.edge-*'))
 
 
+def test_weights_beside_the_graph_count(source, tmp_path, monkeypatch):
+  """As an ONNX file of more than 1.5 GB has them."""
+  onnx = pytest.importorskip('onnx')
+  pytest.importorskip('onnxscript')
+  write = formats.write
+
+  def write_apart(model, name, folder):
+    notes = write(model, name, folder)
+    path = folder / formats.FORMATS[name].file
+    onnx.save(
+      onnx.load(path), path, save_as_external_data=True,
+      location=f'{path.name}.data', size_threshold=1024,
+    )  # fmt: skip
+    return notes
+
+  monkeypatch.setattr(formats, 'write', write_apart)
+  (row,) = edge.measure(
+    {'source': source}, ['onnx'], {}, tmp_path,
+    threads=1, prefill=4, decode=1, rounds=1, say=lambda line: None,
+  )  # fmt: skip
+  assert row['bytes'] > 4 * source.cfg.num_params()
+
+
 def test_a_workdir_that_cannot_be_written(tmp_path):
   with pytest.raises(errors.InputError, match=r'cannot write .*missing: No '):
     edge.measure(
