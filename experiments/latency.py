@@ -225,8 +225,13 @@ def _file_times(
     files, times = {}, {shape: [] for shape in shapes}
     for shape in rich.progress.track(shapes, 'writing', transient=True):
       cfg, params = cut(shape)
+      # Masks and origin of a pruned source are for its own widths.
       model = dataclasses.replace(
-        source, cfg=cfg, params=jax.tree.map(np.asarray, params)
+        source,
+        cfg=cfg,
+        params=jax.tree.map(np.asarray, params),
+        masks=None,
+        origin=None,
       )
       place = pathlib.Path(tmp) / str(len(files))
       place.mkdir()

@@ -70,6 +70,25 @@ def test_the_time_of_a_token_in_llama_cpp(tmp_path):
   budgets.make(cfg, 'ms', format='', context=0, table=out)
 
 
+def test_a_pruned_source_in_llama_cpp(tmp_path):
+  """Its masks are for other widths than the shapes have."""
+  pytest.importorskip('xllamacpp', reason='the runtime')
+  from tests import export_test
+
+  gguf = model_files.write_gguf(tmp_path / 'toy.gguf')
+  saved = sources.save(
+    sources.load(gguf, tmp_path, params=False), tmp_path / 'saved'
+  )
+  export_test.write_checkpoint(
+    tmp_path / 'run', saved, lambda m: m.replace(ffn=m.ffn.at[0, 64:].set(0))
+  )
+  (source,) = (tmp_path / 'run' / 'checkpoints').iterdir()
+  out = tmp_path / 'latency.json'
+  done = run(source, out, '--repeats=1', '--format=gguf-f32')
+  assert done.returncode == 0, done.stderr
+  assert len(json.loads(out.read_text())['shapes']) == 9
+
+
 def test_the_shapes_are_on_multiples_where_there_is_room():
   shapes = latency._shapes(
     {'heads': 3, 'ffn': 1536, 'stem': 576}, {'heads': 1, 'ffn': 64, 'stem': 64}
