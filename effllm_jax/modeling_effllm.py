@@ -46,9 +46,13 @@ class EffllmConfig(PretrainedConfig):
       the numbers that the latter needs.
     max_position_embeddings: longest sequence it was trained on, in tokens.
     tie_word_embeddings: whether the output matrix is the embedding.
+    use_cache: whether a call that does not say so, outside training, returns a
+      cache.
   """
 
   model_type = 'effllm'
+  # No predictions; a list, to which transformers adds others.
+  keys_to_ignore_at_inference = ['past_key_values', 'cache']  # noqa: RUF012
 
   def __init__(
     self,
@@ -64,6 +68,7 @@ class EffllmConfig(PretrainedConfig):
     rope_parameters=None,
     max_position_embeddings=2048,
     tie_word_embeddings=True,
+    use_cache=True,
     **kwargs,
   ):
     self.vocab_size = vocab_size
@@ -81,6 +86,7 @@ class EffllmConfig(PretrainedConfig):
       'rope_theta': 10_000.0,
     }
     self.max_position_embeddings = max_position_embeddings
+    self.use_cache = use_cache
     super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -280,11 +286,14 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       past_key_values: see `cache`.
       inputs_embeds: see `input_ids`.
       labels: [B, T], -100 where the loss does not count.
-      use_cache: whether to start a cache when none is given.
+      use_cache: whether to start a cache when none is given; by default as the
+        configuration says, and never in training.
       logits_to_keep: only for so many tokens at the end; 0 is all.
       **kwargs: go to the loss, but for `cache_position` of transformers 4.
     """
     cache = past_key_values if cache is None else cache
+    if use_cache is None:
+      use_cache = self.config.use_cache and not self.training
     if use_cache and cache is None:
       cache = DynamicCache()
     if inputs_embeds is None:

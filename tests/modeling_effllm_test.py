@@ -170,6 +170,27 @@ def test_cache_grows_by_chunks(opened):
   np.testing.assert_allclose(last, want[:, -2:], atol=1e-5)
 
 
+def test_who_does_not_ask_gets_a_cache_outside_training(opened):
+  """A loop by hand goes on from it; it is no prediction."""
+  made = make('first-without-heads')
+  have = opened(made)
+  tokens = torch.tensor(np.asarray(conftest.make_tokens(made.cfg, length=8)))
+  want = generate(have, tokens.numpy())
+  new, cache = [tokens], None
+  with torch.no_grad():
+    for _ in range(16):
+      out = have(new[-1], past_key_values=cache)
+      cache = out.past_key_values
+      new.append(out.logits[:, -1:].argmax(-1))
+    assert torch.cat(new[1:], 1).tolist() == want
+    off = have(tokens, use_cache=False)
+    training = have.train()(tokens)
+  assert off.past_key_values is None and training.past_key_values is None
+  # As a trainer joins what is no prediction.
+  ignored = have.config.keys_to_ignore_at_inference + ['loss']  # noqa: RUF005
+  assert [k for k in out if k not in ignored] == ['logits']
+
+
 def test_padding_changes_nothing(opened):
   made = make('first-without-heads')
   have = opened(made)
