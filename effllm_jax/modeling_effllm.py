@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers import GenerationMixin
 from transformers import PretrainedConfig
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What the cache is called, in `forward` too, changed within transformers 5.
@@ -168,7 +169,7 @@ class EffllmMLP(nn.Module):
     return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class EffllmLayer(nn.Module):
+class EffllmLayer(GradientCheckpointingLayer):
   """One layer; a block that it does not have adds nothing."""
 
   def __init__(self, config, n, cache_index):
@@ -199,6 +200,8 @@ class EffllmModel(nn.Module):
   def __init__(self, config):
     super().__init__()
     self.config = config
+    # Set by `gradient_checkpointing_enable`, here and in the layers.
+    self.gradient_checkpointing = False
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     # The cache numbers only layers that write to it: it reads its length off
     # entry 0.
@@ -253,6 +256,7 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
   config_class = EffllmConfig
   base_model_prefix = 'model'
   _no_split_modules = ('EffllmLayer',)
+  supports_gradient_checkpointing = True
   _supports_sdpa = True
   _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}  # noqa: RUF012
 
@@ -287,13 +291,26 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       inputs_embeds: see `input_ids`.
       labels: [B, T], -100 where the loss does not count.
       use_cache: whether to start a cache when none is given; by default as the
-        configuration says, and never in training.
+        configuration says, and never in training. None is started where
+        gradients are checkpointed.
       logits_to_keep: only for so many tokens at the end; 0 is all.
       **kwargs: go to the loss, but for `cache_position` of transformers 4.
+
+    Raises:
+      ValueError: a cache is given where gradients are checkpointed.
     """
     cache = past_key_values if cache is None else cache
     if use_cache is None:
       use_cache = self.config.use_cache and not self.training
+    replayed = self.model.gradient_checkpointing and self.training
+    if replayed and torch.is_grad_enabled():
+      if cache is not None:
+        raise ValueError(
+          'checkpointed layers run a second time for the gradient and would '
+          'write to the cache again; give none, or call '
+          'gradient_checkpointing_disable()'
+        )
+      use_cache = False
     if use_cache and cache is None:
       cache = DynamicCache()
     if inputs_embeds is None:

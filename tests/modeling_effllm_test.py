@@ -229,6 +229,35 @@ def test_padding_changes_nothing(opened):
   np.testing.assert_allclose(out.loss, torch.cat(losses).mean(), rtol=1e-4)
 
 
+def test_checkpointed_gradients_are_the_same(opened):
+  made = make('first-without-heads')
+  have = opened(made).train()
+  tokens = torch.tensor(np.asarray(conftest.make_tokens(made.cfg, length=24)))
+
+  def gradients(**kwargs):
+    have.zero_grad()
+    have(tokens, labels=tokens.long(), **kwargs).loss.backward()
+    return {k: p.grad.numpy().copy() for k, p in have.named_parameters()}
+
+  want = gradients()
+  assert all((x != 0).any() for x in want.values())
+  for reentrant in (True, False):
+    have.gradient_checkpointing_enable({'use_reentrant': reentrant})
+    runs, layer = [], have.model.layers[1].mlp.gate_proj
+    hook = layer.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+    for kwargs in ({}, {'use_cache': True}):
+      found = gradients(**kwargs)
+      for name, gradient in want.items():
+        np.testing.assert_allclose(found[name], gradient, rtol=1e-5, atol=1e-6)
+    hook.remove()
+    assert len(runs) == 4  # Each forward pass twice.
+  with pytest.raises(ValueError, match='give none, or call grad'):
+    have(tokens, past_key_values=transformers.DynamicCache())
+  # Without a gradient nothing runs twice, and the cache may stay.
+  new = generate(have, tokens.numpy())
+  assert new == generate(have.eval(), tokens.numpy())
+
+
 def test_saved_again_it_opens_again(opened, tmp_path):
   have = opened(make('first-without-heads'))
   have.save_pretrained(tmp_path / 'again')
