@@ -285,7 +285,9 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
       attention_mask: [B, past + T], 0 where there is padding; or, as `generate`
         makes it for a static cache, [B, 1, T, rows of the cache], True = seen.
-      position_ids: [B, T]; counted from the start of the row when absent.
+      position_ids: [B, T]; counted from the start of the row when absent. With
+        neither mask nor cache given, a position that does not follow on the one
+        before it begins another sequence, which does not see the last one.
       cache: grows by T; `past_key_values` is its older name.
       past_key_values: see `cache`.
       inputs_embeds: see `input_ids`.
@@ -300,6 +302,8 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       ValueError: a cache is given where gradients are checkpointed.
     """
     cache = past_key_values if cache is None else cache
+    if cache is None and attention_mask is None and position_ids is not None:
+      attention_mask = packed(position_ids)
     if use_cache is None:
       use_cache = self.config.use_cache and not self.training
     replayed = self.model.gradient_checkpointing and self.training
@@ -334,6 +338,13 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
     """
     self.__dict__.pop('_cache', None)
     return super()._get_cache(*args, **kwargs)
+
+
+def packed(position_ids):
+  """Causal mask of the sequences in a row, [B, T] -> [B, 1, T, T]."""
+  begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+  sequence = begins.cumsum(1)[:, None]
+  return (sequence[..., None] == sequence[..., None, :]).tril()
 
 
 def frequencies(config, device):

@@ -229,6 +229,17 @@ def test_padding_changes_nothing(opened):
   np.testing.assert_allclose(out.loss, torch.cat(losses).mean(), rtol=1e-4)
 
 
+def test_packed_sequences_do_not_see_each_other(opened):
+  made = make('first-without-heads')
+  have = opened(made)
+  a, b = (np.asarray(conftest.make_tokens(made.cfg, 2, n)) for n in (9, 15))
+  alone = np.concatenate([logits(have, a), logits(have, b)], 1)
+  for batch in (1, 2):
+    rows = torch.tensor(np.tile(np.r_[:9, :15], (batch, 1)))
+    both = logits(have, np.concatenate([a, b], 1), position_ids=rows)
+    np.testing.assert_allclose(both, alone, atol=1e-4)
+
+
 def test_checkpointed_gradients_are_the_same(opened):
   made = make('first-without-heads')
   have = opened(made).train()
@@ -319,6 +330,11 @@ def test_stock_classes_with_the_same_weights(name):
   assert want.std() > 0.1
   np.testing.assert_allclose(logits(ours, tokens), want, atol=1e-4)
   assert generate(ours, tokens) == generate(stock, tokens)
+  # Two sequences in a row of one batch, one in that of the other.
+  rows = np.stack([np.r_[:80, 5:125], np.r_[:200]])
+  kwargs = {'position_ids': torch.tensor(rows), 'use_cache': False}
+  want = logits(stock, tokens, **kwargs)
+  np.testing.assert_allclose(logits(ours, tokens, **kwargs), want, atol=1e-4)
 
 
 def test_config_says_what_a_block_has():
