@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 # What the cache is called, in `forward` too, changed within transformers 5.
 _CACHE = (
@@ -212,7 +213,7 @@ class EffllmModel(nn.Module):
     )
     self.norm = EffllmRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-  def forward(self, x, attention_mask, position_ids, cache, rows):
+  def forward(self, x, attention_mask, position_ids, cache, rows, inside):
     """[B, T, hidden] -> [B, T, hidden].
 
     Args:
@@ -221,6 +222,7 @@ class EffllmModel(nn.Module):
       position_ids: see there.
       cache: see there.
       rows: of the cache for these tokens, [T]; None: after what is in it.
+      inside: list to which is added what goes into each layer; or None.
     """
     length = x.shape[1]
     padded = attention_mask is not None and attention_mask.ndim == 2
@@ -246,6 +248,8 @@ class EffllmModel(nn.Module):
     angles = position_ids[:, None, :, None] * frequencies(self.config, x.device)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     for layer in self.layers:
+      if inside is not None:
+        inside.append(x)
       x = layer(x, cos, sin, mask, cache, rows)
     return self.norm(x)
 
@@ -266,6 +270,7 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
     self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     self.post_init()
 
+  @can_return_tuple
   def forward(
     self,
     input_ids=None,
@@ -277,6 +282,7 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
     labels=None,
     use_cache=None,
     logits_to_keep=0,
+    output_hidden_states=None,
     **kwargs,
   ):
     """As transformers' other decoders: logits, cache, and loss with labels.
@@ -295,8 +301,13 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       use_cache: whether to start a cache when none is given; by default as the
         configuration says, and never in training. None is started where
         gradients are checkpointed.
-      logits_to_keep: only for so many tokens at the end; 0 is all.
-      **kwargs: go to the loss, but for `cache_position` of transformers 4.
+      logits_to_keep: only for so many tokens at the end, 0 is all; or only for
+        those at these indices, [kept].
+      output_hidden_states: whether to return the embeddings and what comes out
+        of each layer, after the last norm for the last one; by default as the
+        configuration says.
+      **kwargs: go to the loss, but for `return_dict`, False for a tuple, and
+        `cache_position` of transformers 4.
 
     Raises:
       ValueError: a cache is given where gradients are checkpointed.
@@ -321,14 +332,26 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       inputs_embeds = self.model.embed_tokens(input_ids)
     # From transformers 4, which counts a static cache's rows that are not 0.
     rows = kwargs.pop('cache_position', None)
-    x = self.model(inputs_embeds, attention_mask, position_ids, cache, rows)
-    logits = self.lm_head(x[:, -logits_to_keep:])
+    if output_hidden_states is None:
+      output_hidden_states = self.config.output_hidden_states
+    inside = [] if output_hidden_states else None
+    x = self.model(
+      inputs_embeds, attention_mask, position_ids, cache, rows, inside
+    )
+    if isinstance(logits_to_keep, int):
+      logits_to_keep = slice(-logits_to_keep, None)
+    logits = self.lm_head(x[:, logits_to_keep])
     loss = None
     if labels is not None:
       loss = self.loss_function(
         logits, labels, vocab_size=self.config.vocab_size, **kwargs
       )
-    return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+    return CausalLMOutputWithPast(
+      loss=loss,
+      logits=logits,
+      hidden_states=None if inside is None else (*inside, x),
+      **{_CACHE: cache},
+    )
 
   def _get_cache(self, *args, **kwargs):
     """A new static cache for each call, in transformers up to 5.0.

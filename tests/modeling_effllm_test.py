@@ -330,6 +330,22 @@ def test_stock_classes_with_the_same_weights(name):
   assert want.std() > 0.1
   np.testing.assert_allclose(logits(ours, tokens), want, atol=1e-4)
   assert generate(ours, tokens) == generate(stock, tokens)
+  with torch.no_grad():
+    outs = [
+      m(torch.tensor(tokens), labels=torch.tensor(tokens).long(), **kwargs)
+      for kwargs in (
+        {'output_hidden_states': True, 'return_dict': False},
+        {'use_cache': False, 'return_dict': False},
+      )
+      for m in (stock, ours)
+    ]
+    kept = ours(torch.tensor(tokens), logits_to_keep=torch.tensor([3, 7]))
+  assert [len(x) for x in outs] == [4, 4, 2, 2]
+  for a, b in zip(outs[0][-1], outs[1][-1], strict=True):
+    np.testing.assert_allclose(b, a, atol=1e-4)
+  np.testing.assert_allclose(outs[1][0], outs[0][0], rtol=1e-4)
+  np.testing.assert_allclose(kept.logits, want[:, [3, 7]], atol=1e-4)
+  assert kept.hidden_states is None
   # Two sequences in a row of one batch, one in that of the other.
   rows = np.stack([np.r_[:80, 5:125], np.r_[:200]])
   kwargs = {'position_ids': torch.tensor(rows), 'use_cache': False}
