@@ -193,6 +193,8 @@ class Layout:
       'general.name': model.name,
       'general.description': model.description,
       'general.license': model.licence,
+      'general.license.name': model.licence_name,
+      'general.license.link': model.licence_link,
       'general.size_label': gguf.size_label(size, 0, 0, 0),
       'general.file_type': int(self.file_type),
       'general.quantization_version': gguf.GGML_QUANT_VERSION,

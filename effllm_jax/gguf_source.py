@@ -94,10 +94,15 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   for t in tensors.values():
     sizes[t.tensor_type.name] += math.prod(t.shape)
   dtype = sizes.most_common(1)[0][0]
+  licence = meta.text('general.license')
+  licence_name, licence_link = (
+    meta.text(f'general.license.{key}') if licence == 'other' else None
+    for key in ('name', 'link')
+  )
   return weights.Source(
     name=path.name,
     description=f'{meta.text("general.name") or path.stem}, {dtype} GGUF',
-    licence=meta.text('general.license'),
+    licence=licence,
     sha256=fetch.sha256(path),
     dtype=dtype,
     cfg=cfg,
@@ -112,6 +117,8 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
       if params
       else None
     ),
+    licence_name=licence_name,
+    licence_link=licence_link,
   )
 
 

@@ -100,10 +100,15 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
   special_ids = [i for i in (bos_id, *eos_ids, pad_id) if i is not None]
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(folder))
   dtype = sizes.most_common(1)[0][0]
+  licence = _licence(folder)
+  licence_name, licence_link = (
+    _front_text(folder, key) if licence == 'other' else None
+    for key in ('license_name', 'license_link')
+  )
   return weights.Source(
     name=folder.resolve().name,
     description=f'{folder.resolve().name}, {dtype} safetensors',
-    licence=_licence(folder),
+    licence=licence,
     sha256=_sha256(files),
     dtype=dtype,
     cfg=cfg,
@@ -116,6 +121,8 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     params=arrays,
     tokenizer_eos_id=None if eos_id in eos_ids[:1] else eos_id,
     generation=generation_settings(stated, str(generation)),
+    licence_name=licence_name,
+    licence_link=licence_link,
   )
 
 
@@ -255,13 +262,32 @@ def _named_id(folder, key, tokenizer):
   return None if token is None else tokenizer.token_to_id(token)
 
 
-def _licence(folder):
-  """The licence, or several, in the front matter of README.md, or None."""
+def _front_matter(folder):
+  """Of README.md; empty where there is none."""
   readme = folder / 'README.md'
   text = readme.read_text('utf-8', 'replace') if readme.is_file() else ''
-  front = text.split('\n---', 1)[0] if text.startswith('---') else ''
+  return text.split('\n---', 1)[0] if text.startswith('---') else ''
+
+
+def _front_text(folder, key):
+  """The text of a key in the front matter, or None."""
+  # The Hub writes a long one folded: after `>-`, on a line of its own.
   match = re.search(
-    r'^license:(.*)((?:\n[ \t]*-[ \t].*)*)', front, re.MULTILINE
+    rf'^{key}:(?:[ \t]*[>|]-?[ \t]*\n[ \t])?(.*)',
+    _front_matter(folder),
+    re.MULTILINE,
+  )
+  # An address may have a #, before a comment there is a space.
+  value = match and re.split(r'(?:^|\s)#', match[1])[0].strip()
+  return value.strip('"\'') if value else None
+
+
+def _licence(folder):
+  """The licence, or several, in the front matter of README.md, or None."""
+  match = re.search(
+    r'^license:(.*)((?:\n[ \t]*-[ \t].*)*)',
+    _front_matter(folder),
+    re.MULTILINE,
   )
   if not match:
     return None

@@ -5,6 +5,7 @@ The front matter is Hugging Face's: licence, task, tags.
 
 from collections.abc import Mapping
 import dataclasses
+import json
 from typing import Any
 
 from effllm_jax import agreement
@@ -99,6 +100,13 @@ def text(
 def _front_matter(model) -> str:
   licence = model.licence or 'unknown'
   lines = [f'license: {licence}'] if _is_word(licence) else ['license: other']
+  lines += [
+    f'license_{key}: {_quoted(value)}'
+    for key, value in (
+      ('name', model.licence_name), ('link', model.licence_link),
+    )
+    if value
+  ]  # fmt: skip
   return '\n'.join(
     [
       '---',
@@ -118,6 +126,11 @@ def _is_word(text: str) -> bool:
   return all(c.isalnum() or c in '.-_' for c in text)
 
 
+def _quoted(text: str) -> str:
+  """As YAML reads it, on one line, whatever is in it."""
+  return json.dumps(''.join(filter(str.isprintable, text)), ensure_ascii=False)
+
+
 def _facts(model, made) -> tables.Table:
   run = made.run
   kind, target = run.budget
@@ -126,6 +139,7 @@ def _facts(model, made) -> tables.Table:
   masks = widths.of_layers(model.masks)
   # As logged: of a finished run the events themselves may have been deleted.
   shrinks = sum(x['step'] <= made.step for x in run.shrinks)
+  licence = model.licence, model.licence_name, model.licence_link
   span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
   settings = dict(tables.config(run).rows)
   return tables.Table(
@@ -134,7 +148,7 @@ def _facts(model, made) -> tables.Table:
     rows=(
       ('source', f'{model.name}: {model.description}'),
       ('its weights, sha256', model.sha256),
-      ('its licence', model.licence or 'not stated'),
+      ('its licence', ', '.join(filter(None, licence)) or 'not stated'),
       (
         'budget',
         'none: training only' if run.only_trains

@@ -42,7 +42,8 @@ _SAVED = {
   'name': str, 'description': str, 'licence': str | None, 'sha256': str,
   'dtype': str, 'separator_id': int, 'bos_id': int | None,
   'pad_id': int | None, 'chat_template': str | None,
-  'tokenizer_eos_id': int | None,
+  'tokenizer_eos_id': int | None, 'licence_name': str | None,
+  'licence_link': str | None,
 }  # fmt: skip
 
 
@@ -258,8 +259,9 @@ def load_saved(folder: str | os.PathLike) -> Source:
   with untrusted.parsing(f'{folder} does not hold a saved source', remedy):
     about['cfg'] = structure.ModelConfig.from_dict(about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
-    # Of an older run, which has neither.
-    about.setdefault('tokenizer_eos_id', None)
+    # Of an older run, which has none of these.
+    for name in ('tokenizer_eos_id', 'licence_name', 'licence_link'):
+      about.setdefault(name, None)
     about['generation'] = hf_source.generation_settings(
       about.get('generation', {}), str(folder / 'source.json')
     )

@@ -91,6 +91,9 @@ class Source:
       the first of `eos_ids`.
     generation: how the model's authors want it sampled, as in
       generation_config.json.
+    licence_name: what a licence 'other' is called, or None.
+    licence_link: where its text is, an address or a file beside the weights, or
+      None.
   """
 
   name: str
@@ -112,6 +115,8 @@ class Source:
   generation: Mapping[str, bool | int | float] = dataclasses.field(
     default_factory=dict
   )
+  licence_name: str | None = None
+  licence_link: str | None = None
 
   @property
   def eos_id(self) -> int | None:

@@ -94,6 +94,17 @@ def test_is_a_source_again(tmp_path, name, monkeypatch):
   assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize('licence', ['other', 'mit'])
+def test_what_another_licence_is_called(tmp_path, monkeypatch, licence):
+  monkeypatch.setattr(llama_cpp, 'available', lambda: None)
+  names = {'licence_name': 'llama3.2', 'licence_link': 'https://a.b/c'}
+  both(source(licence=licence, **names), tmp_path / 'a.gguf')
+  again = gguf_source.read(tmp_path / 'a.gguf', params=False)
+  assert again.licence == licence
+  for key, value in names.items():
+    assert getattr(again, key) == (value if licence == 'other' else None)
+
+
 def test_a_uniform_pruned_model_is_a_narrower_llama(tmp_path, monkeypatch):
   monkeypatch.setattr(llama_cpp, 'available', lambda: None)
   cfg = dataclasses.replace(CFG, N=3, K=3)

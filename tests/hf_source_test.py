@@ -155,6 +155,36 @@ def test_licence_in_the_front_matter(tmp_path, front, licence):
   assert hf_source._licence(tmp_path) == licence
 
 
+@pytest.mark.parametrize(
+  'front, name, link',
+  [
+    ('license: other', None, None),
+    (
+      'license: other\nlicense_name: llama3.2\nlicense_link: LICENSE',
+      'llama3.2',
+      'LICENSE',
+    ),
+    (
+      'license_link: >-\n  https://a.b/c#d\nlicense: other  # sic\n'
+      'license_name: "My own"  # or so\ntags:\n- x',
+      'My own',
+      'https://a.b/c#d',
+    ),
+    (
+      'license: other\nlicense_name:\nlicense_link: # none',
+      None,
+      None,
+    ),
+    ('license: mit\nlicense_name: x\nlicense_link: y', None, None),
+  ],
+)
+def test_what_another_licence_is_called(tmp_path, front, name, link):
+  folder = model_files.hugging_face(tmp_path / 'toy')
+  (folder / 'README.md').write_text(f'---\n{front}\n---\nlicense_name: no\n')
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert (source.licence_name, source.licence_link) == (name, link)
+
+
 def test_shards_and_bfloat16(tmp_path):
   folder = model_files.hugging_face(
     tmp_path / 'a', dtype=ml_dtypes.bfloat16, shards=3

@@ -59,7 +59,9 @@ def _card(tmp_path):
   model = sources.load(gguf, model_files.CACHE)
   masks = widths.whole(None, model.cfg)
 
-  def write(step=60, licence='apache-2.0', formats=('hf',), pad=1, **files):
+  def write(
+    step=60, licence='apache-2.0', formats=('hf',), pad=1, names=(), **files
+  ):
     for name, content in files.items():
       (folder / f'{name}.json').write_text(json.dumps(content))
     made = model_card.Made(
@@ -70,7 +72,7 @@ def _card(tmp_path):
     )
     found = agreement.Agreement(1e-5, 2e-4, 0.987, True)
     return model_card.text(
-      dataclasses.replace(model, masks=masks, licence=licence),
+      dataclasses.replace(model, masks=masks, licence=licence, **dict(names)),
       made,
       FILES,
       dict.fromkeys(formats, found),
@@ -180,6 +182,25 @@ def test_front_matter(card, tmp_path, licence, front):
   data = hub.ModelCard.load(tmp_path / 'README.md').data
   assert data.license == front and data.pipeline_tag == 'text-generation'
   assert 'pruning' in data.tags
+
+
+def test_another_licence_keeps_its_name(card, tmp_path):
+  names = {'licence_name': 'llama3.2', 'licence_link': 'https://a.b/c#d'}
+  text = card(licence='other', names=names)
+  assert rows(text)['its licence'] == ['other, llama3.2, https://a.b/c#d']
+  folder = model_files.hugging_face(tmp_path / 'toy')
+  (folder / 'README.md').write_text(text)
+  again = sources.load(folder, model_files.CACHE, params=False)
+  assert {k: getattr(again, k) for k in names} == names
+
+  hub = pytest.importorskip('huggingface_hub')
+  hostile = 'x" y\\\nlicense: mit\x85---\u2028: #'
+  card_file = tmp_path / 'README.md'
+  card_file.write_text(card(licence='other', names={'licence_name': hostile}))
+  data = hub.ModelCard.load(card_file).data
+  assert data.license == 'other' and 'pruning' in data.tags
+  assert data.license_name == 'x" y\\license: mit---: #'
+  assert data.license_link is None
 
 
 def test_how_to_use_it(card):

@@ -64,7 +64,16 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
     'tokenizer.json',
     'tokenizer_config.json',
   ]
-  (folder / 'source.json').write_text('{')
+  # Of a run from before they were written.
+  file = folder / 'source.json'
+  about = json.loads(file.read_text())
+  del about['licence_name'], about['licence_link']
+  file.write_text(json.dumps(about))
+  assert sources.load_saved(folder).licence_link is None
+  file.write_text(json.dumps(about | {'licence_link': 1}))
+  with pytest.raises(errors.InputError, match='licence_link = 1'):
+    sources.load_saved(folder)
+  file.write_text('{')
   with pytest.raises(errors.InputError, match=r'source\.json is not JSON'):
     sources.load_saved(folder)
 
