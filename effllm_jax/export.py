@@ -94,8 +94,11 @@ def write(
   if any(x.startswith('hf') for x in names):
     hf_export.import_transformers()
   notes = _notes(model, masks, pad)
-  # Of the model as it is: what is padded must answer like it.
+  # Of the model as it is: what is padded must answer like it, and its zeros are
+  # no parameters.
   want = agreement.answers(model)
+  live = selection.live_params(masks, model.cfg)
+  layer_widths = widths.of_layers(masks)
   if pad > 1:
     params, masks, cfg = widths.padded(model.params, masks, model.cfg, pad)
     model = dataclasses.replace(model, params=params, cfg=cfg)
@@ -118,12 +121,11 @@ def write(
           f'{formats.FORMATS[name].file}: every tensor was read back, but '
           'llama.cpp was not asked; pip install -r requirements-edge.txt'
         )
-    _write_pruning(folder, model, made, pad)
+    _write_pruning(folder, model, layer_widths, made, pad)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     card = model_card.text(model, made, files, agreements, pad)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     os.replace(folder, out)
-  live = selection.live_params(masks, model.cfg)
   return Report(
     path=out,
     params=live,
@@ -152,7 +154,7 @@ def _notes(model, masks, pad) -> list[str]:
   ]
 
 
-def _write_pruning(folder, model, made, pad):
+def _write_pruning(folder, model, layer_widths, made, pad):
   """Writes pruning.json: what the model is made from."""
   about = {
     key: getattr(model, key)
@@ -160,7 +162,7 @@ def _write_pruning(folder, model, made, pad):
   }
   record = {
     'source': about,
-    'layer_widths': widths.of_layers(model.masks),
+    'layer_widths': layer_widths,
     'pad': pad,
   } | made.pruning
   (folder / 'pruning.json').write_text(

@@ -403,7 +403,11 @@ def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
   assert (again.cfg.D, again.cfg.F) == (64, 128)
   added = again.cfg.num_params() - cfg.num_params()
   assert f'--pad=64 adds {added:,} zeros' in note
-  assert json.loads((out / 'pruning.json').read_text())['pad'] == 64
+  assert (even.params, even.padding) == (cfg.num_params(), added)
+  pruning = json.loads((out / 'pruning.json').read_text())
+  assert pruning['pad'] == 64
+  # As many as `origin` has slots for.
+  assert pruning['layer_widths']['ffn'] == [90] * cfg.N
   assert 'a padded phone' in (out / 'README.md').read_text()
 
 
