@@ -21,17 +21,22 @@ from effllm_jax import weights
 # Tokens of one call: their logits have a place in memory. Longer prompts are
 # read in pieces.
 CHUNK = 128
+# Most tokens that the cache holds.
+CONTEXT = 1024
 
 
-def write(
-  model: weights.Source, path: str | os.PathLike, context: int = 1024
-) -> None:
-  """Exports a model in float32.
+def limits(model: weights.Source) -> tuple[int, int]:
+  """Most tokens of a text, and of one call, that a program takes."""
+  context = min(CONTEXT, model.cfg.context)
+  return context, min(CHUNK, context)
+
+
+def write(model: weights.Source, path: str | os.PathLike) -> None:
+  """Exports a model in float32, for texts within its `limits`.
 
   Args:
     model: its stem is alive.
     path: file to write, usually .pte.
-    context: most tokens that the cache holds.
 
   Raises:
     errors.InputError: a package is missing, or the file cannot be written.
@@ -48,6 +53,7 @@ def write(
   T, past = 3, 5
   cache = _cache(module.decoder.config, past)
   dynamic = torch.export.Dim.DYNAMIC
+  context, chunk = limits(model)
   program = torch.export.export(
     module,
     (
@@ -56,7 +62,7 @@ def write(
       cache,
     ),
     dynamic_shapes=(
-      {1: dynamic(min=1, max=CHUNK)},
+      {1: dynamic(min=1, max=chunk)},
       {1: dynamic(min=1, max=context)},
       [{2: dynamic(min=0, max=context - 1)}] * len(cache),
     ),
@@ -100,8 +106,9 @@ def check(
 
   prompt = want.prompt
   cache, rows, greedy = _cache(config, 0), [], []
-  for i in range(0, len(prompt), CHUNK):
-    logits, cache = read(prompt[i : i + CHUNK], i, cache)
+  _, chunk = limits(model)
+  for i in range(0, len(prompt), chunk):
+    logits, cache = read(prompt[i : i + chunk], i, cache)
     rows.append(logits)
   for i in range(agreement.NEW_TOKENS):
     greedy.append(int(rows[-1][-1].argmax()))

@@ -102,6 +102,11 @@ def write(model: weights.Source, name: str, folder: pathlib.Path) -> list[str]:
     onnx_export.write(model, path)
   elif name == 'executorch':
     executorch_export.write(model, path)
+    context, chunk = executorch_export.limits(model)
+    return [
+      f'{path.name}: takes texts of at most {context:,} tokens, of which a '
+      f'call reads at most {chunk:,}; read a longer prompt in pieces'
+    ]
   else:
     return _notes(
       path.name, gguf_export.write(model, path, name.removeprefix('gguf-'))

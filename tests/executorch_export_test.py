@@ -8,6 +8,7 @@ import pytest
 from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import executorch_export
+from effllm_jax import formats
 from tests import model_files
 
 pytest.importorskip('torch', reason='the program is traced in PyTorch')
@@ -32,6 +33,18 @@ def test_agrees_with_the_model(tmp_path):
     executorch_export.check(
       made, path, agreement.answers(dataclasses.replace(made, params=other))
     )
+
+
+@pytest.mark.parametrize(
+  ('context', 'text'),
+  [(2048, '1,024 tokens, of which a call reads at most 128;'),
+   (64, '64 tokens, of which a call reads at most 64;')],
+)  # fmt: skip
+def test_its_limits_are_told(tmp_path, monkeypatch, context, text):
+  monkeypatch.setattr(executorch_export, 'write', lambda model, path: None)
+  made = make(dataclasses.replace(toys.UNTIED, context=context))
+  (note,) = formats.write(made, 'executorch', tmp_path)
+  assert note.startswith('model.pte: ') and text in note
 
 
 def test_without_the_package(tmp_path, monkeypatch):
