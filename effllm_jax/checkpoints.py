@@ -24,6 +24,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -322,13 +323,13 @@ def restore_latest(
       data.set_state(_read_json(moment.path, 'data'))
     except errors.InputError:
       raise
-    except (KeyError, TypeError, ValueError) as e:
-      # Not what its own architecture says, and so to every process.
-      if jax.process_index() == 0:
-        _set_aside(moment.path, e)
-      sharding.wait('set aside')
-      continue
     except Exception as e:
+      if _contradicts_itself(e):
+        # To every process.
+        if jax.process_index() == 0:
+          _set_aside(moment.path, e)
+        sharding.wait('set aside')
+        continue
       raise errors.InputError(
         f'{moment.path} is as it was saved, and cannot be read here '
         f'({_brief(e)}); nothing of the run is lost: free memory of the '
@@ -347,6 +348,16 @@ def restore_latest(
       'again with an empty --workdir'
     )
   return None
+
+
+def _contradicts_itself(error: Exception) -> bool:
+  """Whether arrays are not what the architecture beside them says.
+
+  What TensorStore could not read is a ValueError too, or wrapped in a plain
+  Exception; its text begins with the name of a status.
+  """
+  mismatch = isinstance(error, (KeyError, TypeError, ValueError))
+  return mismatch and not re.match('[A-Z_]+: ', str(error))
 
 
 def _set_damaged_aside(workdir) -> None:

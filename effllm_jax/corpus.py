@@ -104,8 +104,9 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
     cache: folder outside the repository; created when missing.
 
   Raises:
-    errors.InputError: no such text, nothing usable in it, a package that
-      cannot be had, or a cache that cannot be written.
+    errors.InputError: no such text, nothing usable in it, a file that cannot be
+      read or that changes meanwhile, a package that cannot be had, or a cache
+      that cannot be written.
   """
   root = pathlib.Path(cache).expanduser() / 'corpus'
   packages = {
@@ -127,7 +128,7 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
 
   final = _final(root, recipe, text, made_of)
   if not _is_built(final):
-    with _turn(root):
+    with _turn(root, text):
       _build(final, text, read)
   return final
 
@@ -138,7 +139,7 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
   known = _known(root, label, files)
   if known:
     return known
-  with _turn(root):
+  with _turn(root, label):
     known = _known(root, label, files)
     if known:
       return known
@@ -169,11 +170,11 @@ def _is_built(final: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _turn(root: pathlib.Path) -> Iterator[None]:
-  """Alone at work in the cache; what it refuses to be written is told."""
+def _turn(root: pathlib.Path, label: str) -> Iterator[None]:
+  """Alone at work on a text; what the cache refuses to be written is told."""
   try:
     root.mkdir(parents=True, exist_ok=True)
-    with workdir_lib.in_turn(root / '.lock'):
+    with workdir_lib.in_turn(root / f'.{_slug(label)}.lock'):
       yield
   except OSError as e:
     raise errors.InputError(

@@ -7,6 +7,7 @@ never opened: reading one runs whatever code it contains.
 import collections
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -277,9 +278,13 @@ def _front_text(folder, key):
     _front_matter(folder),
     re.MULTILINE,
   )
+  value = match[1].strip() if match else ''
+  if value.startswith('"'):
+    # YAML reads it as JSON does, and a # in it begins no comment.
+    with contextlib.suppress(ValueError):
+      return json.JSONDecoder().raw_decode(value)[0] or None
   # An address may have a #, before a comment there is a space.
-  value = match and re.split(r'(?:^|\s)#', match[1])[0].strip()
-  return value.strip('"\'') if value else None
+  return re.split(r'(?:^|\s)#', value)[0].strip().strip('"\'') or None
 
 
 def _licence(folder):

@@ -83,7 +83,7 @@ def text(
     how.format(plain(model.description))
     + ' Not instruction-tuned again, and not evaluated for safety: what its '
     'source may say, it may say.\n',
-    _facts(model, made).markdown(),
+    _facts(model, made, pad).markdown(),
     _quality(run, made).markdown(),
     _text(made).markdown(),
     _files(files, agreements).markdown(),
@@ -131,7 +131,7 @@ def _quoted(text: str) -> str:
   return json.dumps(''.join(filter(str.isprintable, text)), ensure_ascii=False)
 
 
-def _facts(model, made) -> tables.Table:
+def _facts(model, made, pad) -> tables.Table:
   run = made.run
   kind, target = run.budget
   # All steps have the same number of tokens.
@@ -141,6 +141,7 @@ def _facts(model, made) -> tables.Table:
   shrinks = sum(x['step'] <= made.step for x in run.shrinks)
   licence = model.licence, model.licence_name, model.licence_link
   span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
+  filled = f', filled up to multiples of {pad}' if pad > 1 else ''
   settings = dict(tables.config(run).rows)
   return tables.Table(
     title='Lineage',
@@ -159,8 +160,8 @@ def _facts(model, made) -> tables.Table:
       ('training', f'{made.step:,} steps, {tokens:,} tokens'),
       ('saliency', settings.get('prune.saliency', 'not recorded')),
       ('heads per layer', span(masks['heads'])),
-      ('ffn channels per layer', span(masks['ffn'])),
-      ('stem width', f'{model.cfg.D:,}'),
+      ('ffn channels per layer', f'{span(masks["ffn"])}{filled}'),
+      ('stem width', f'{model.cfg.D:,}{filled}'),
       ('shrink events', f'{shrinks:,}'),
     ),
   )  # fmt: skip

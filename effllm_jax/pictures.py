@@ -195,6 +195,8 @@ def _each(runs):
     x if len(x) <= 48 else f'{x[:23]}\N{HORIZONTAL ELLIPSIS}{x[-24:]}'
     for x in names
   ]
+  if len(set(short)) < len(set(names)):
+    short = names
   # With more runs than colours these come again.
   return zip(runs, short, itertools.cycle(_RUNS), strict=False)
 

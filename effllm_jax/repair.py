@@ -179,10 +179,14 @@ def repair_model(
   compute = model.Compute(remat='none', mesh=mesh)
   layer = model.block(masks, tokens_ABT.shape[2], cfg, compute, taps=True)
   count = len(tokens_ABT)
-  # Devices add up their own parts of all micro-batches before they exchange
-  # them: of the 1.7B shape, 0.3 GB a layer and type.
-  parts = 1 if mesh is None else sharding.batch_parts(mesh)
-  grams_of_parts = sharding.over_batch(lambda x: gram(x)[None], mesh)
+  if mesh is None or mesh.shape['tensor'] > 1:
+    # XLA splits a Gram matrix over `tensor`.
+    parts, grams_of_parts = 1, lambda x: _shared(gram(x), mesh)[None]
+  else:
+    # Devices add up their own parts of all micro-batches before they exchange
+    # them: of the 1.7B shape, 0.3 GB a layer and type.
+    parts = sharding.batch_parts(mesh)
+    grams_of_parts = sharding.over_batch(lambda x: gram(x)[None], mesh)
 
   def body(x_ABTD, scanned):
     w, heads_K, ffn_F, new_heads_K, new_ffn_F = scanned

@@ -7,6 +7,7 @@ bytes: no dates, no versions.
 import base64
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import html
 import os
 import pathlib
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import string
 import tempfile
+import time
 
 from effllm_jax import amounts
 from effllm_jax import errors
@@ -23,6 +25,8 @@ from effllm_jax import tables
 from effllm_jax import workdir as workdir_lib
 
 _SHIPPED = 'experiments/configs/smollm2_135m.py'
+# Seconds that no build takes.
+_STALE = 3600
 
 
 def build(
@@ -64,9 +68,12 @@ def build(
 
 def _replace(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
   prefix = f'.{folder.name}-'
-  # Of a process that was killed: whoever holds the lock is alone here.
+  # Of a process that was killed. A younger one may be at work, where there are
+  # no locks.
   for stale in folder.parent.glob(f'{prefix}*'):
-    shutil.rmtree(stale, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      if stale.stat().st_mtime < time.time() - _STALE:
+        shutil.rmtree(stale)
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
     new, old = pathlib.Path(scratch, 'new'), pathlib.Path(scratch, 'old')
     new.mkdir()

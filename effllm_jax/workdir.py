@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -13,6 +14,9 @@ from typing import Any
 
 from effllm_jax import errors
 from effllm_jax import untrusted
+
+# Of a config.
+_PATHS = ('source', 'distill.teacher', 'data.text')
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
@@ -69,13 +73,21 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())
     # A run may go on on other devices.
-    if old.get(key) != new.get(key) and not key.startswith('mesh.')
+    if not _same(key, old.get(key), new.get(key))
+    and not key.startswith('mesh.')
   ]
   if changed:
     raise errors.InputError(
       f'{workdir} belongs to another config: {"; ".join(changed)}; use the '
       'same values, or another --workdir'
     )
+
+
+def _same(key, old, new) -> bool:
+  """Whether two values mean the same: a path may be spelt in many ways."""
+  if key in _PATHS and all(isinstance(x, str) and '/' in x for x in (old, new)):
+    old, new = map(os.path.abspath, (old, new))
+  return old == new
 
 
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -97,7 +109,9 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, refusal: str = '') -> Iterator[int]:
+def locked(
+  path: pathlib.Path, refusal: str = '', waiting: str = ''
+) -> Iterator[int]:
   """Holds a lock, which a killed process lets go of; gives its open file.
 
   A file system that has no locks costs the protection and nothing else.
@@ -105,6 +119,7 @@ def locked(path: pathlib.Path, refusal: str = '') -> Iterator[int]:
   Args:
     path: of the lock, a file of no content that stays.
     refusal: what to say where it is held already; '': wait until it is not.
+    waiting: what to log before that; '': nothing.
 
   Raises:
     errors.InputError: it is held already, or it cannot be written.
@@ -118,12 +133,16 @@ def locked(path: pathlib.Path, refusal: str = '') -> Iterator[int]:
       'choose another --workdir'
     ) from e
   try:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-    except BlockingIOError as e:
-      raise errors.InputError(refusal) from e
-    except OSError:
-      pass
+    # A file system without locks raises another OSError.
+    with contextlib.suppress(OSError):
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as e:
+        if refusal:
+          raise errors.InputError(refusal) from e
+        if waiting:
+          logging.warning(waiting)
+        fcntl.flock(file, fcntl.LOCK_EX)
     yield file
   finally:
     os.close(file)
@@ -133,15 +152,17 @@ def locked(path: pathlib.Path, refusal: str = '') -> Iterator[int]:
 def in_turn(path: pathlib.Path) -> Iterator[None]:
   """Lets one process through at a time, also of others on a file system.
 
-  Those that wait look afterwards for what the first has made. Where no lock can
-  be made or held, all go through at once.
+  Those that wait say so, and look afterwards for what the first has made. Where
+  no lock can be made or held, all go through at once.
 
   Args:
     path: of the lock, which is gone afterwards.
   """
   with contextlib.ExitStack() as stack:
     with contextlib.suppress(errors.InputError):
-      while not _lies_at(stack.enter_context(locked(path)), path):
+      waiting = f'waiting for another process, which holds {path}'
+      held = lambda: stack.enter_context(locked(path, waiting=waiting))
+      while not _lies_at(held(), path):
         # Who held it has removed it; the next one makes another.
         stack.close()
       stack.callback(path.unlink, missing_ok=True)

@@ -231,7 +231,20 @@ def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path, tx):
     checkpoints.restore_latest(tmp_path, tx, make_data())
 
 
-def test_what_does_not_fit_here_is_not_damaged(tmp_path, tx, monkeypatch):
+@pytest.mark.parametrize(
+  'error',
+  [
+    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+    MemoryError(),
+    # TensorStore's.
+    ValueError('RESOURCE_EXHAUSTED: Error opening file: Too many open files'),
+    ValueError('UNKNOWN: Error reading from file: Input/output error'),
+  ],
+  ids=lambda x: type(x).__name__,
+)
+def test_what_does_not_fit_here_is_not_damaged(
+  tmp_path, tx, monkeypatch, error
+):
   """On a smaller device, or beside another job; all of it stays."""
   write(tmp_path, tx, [1, 3])
   before = sorted(tmp_path.rglob('*'))
@@ -239,7 +252,7 @@ def test_what_does_not_fit_here_is_not_damaged(tmp_path, tx, monkeypatch):
 
   def full(path, abstract):
     if path.name == 'optimizer':
-      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+      raise error
     return read(path, abstract)
 
   monkeypatch.setattr(checkpoints, '_read', full)

@@ -271,7 +271,7 @@ def test_one_of_many_builds(tmp_path, monkeypatch):
     first, *others = pool.map(start, range(4))
   assert others == [first] * 3
   assert built == ['split', '_build']
-  assert not [*tmp_path.rglob('.lock')]
+  assert not [*tmp_path.rglob('.*lock')]
 
 
 def test_a_cache_that_may_only_be_read(tmp_path, monkeypatch):

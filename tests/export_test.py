@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -408,7 +409,10 @@ def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
   assert pruning['pad'] == 64
   # As many as `origin` has slots for.
   assert pruning['layer_widths']['ffn'] == [90] * cfg.N
-  assert 'a padded phone' in (out / 'README.md').read_text()
+  card = (out / 'README.md').read_text()
+  assert 'a padded phone' in card
+  assert re.search(r'ffn channels .* 128, filled up to multiples of 64 ', card)
+  assert re.search(r'stem width .* 64, filled up to multiples of 64 ', card)
 
 
 @pytest.mark.parametrize(

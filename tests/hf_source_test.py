@@ -175,6 +175,12 @@ def test_licence_in_the_front_matter(tmp_path, front, licence):
       None,
       None,
     ),
+    # As our own cards quote it.
+    (
+      'license: other\nlicense_name: "a \\"b\\" #1"\nlicense_link: "x#y',
+      'a "b" #1',
+      'x#y',
+    ),
     ('license: mit\nlicense_name: x\nlicense_link: y', None, None),
   ],
 )

@@ -336,6 +336,14 @@ def test_a_legend_of_many_runs_fits(log, drawn, draw, number, letters):
   assert len(set(texts)) == number
 
 
+def test_long_names_stay_apart(log, drawn):
+  """Also where they differ in the middle alone, which is left out of others."""
+  runs = named(log, *(f'{"a" * 40}{i}{"b" * 40}' for i in range(2)))
+  pictures.sizes(runs)
+  texts = drawn[0].axes[0].get_legend().get_texts()
+  assert [x.get_text() for x in texts] == [x.name for x in runs]
+
+
 @pytest.mark.parametrize('name', ['_draft', '$a$', '_$a$_', 'a_$', '$'])
 def test_a_name_is_drawn_as_it_is(log, drawn, name):
   runs = named(log, name, 'b')

@@ -490,7 +490,9 @@ import jax
 import numpy as np
 from effllm_jax import sharding
 
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.distributed.initialize(
+  sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60
+)
 order = np.array(jax.devices())[[0, 2, 1, 3]].reshape(2, 2, 1)
 mesh = sharding.Mesh(order, sharding.AXES)
 index, count = sharding.reader(mesh)
@@ -519,7 +521,11 @@ def test_a_process_fills_the_parts_that_it_holds():
     )
     for i in range(2)
   ]  # fmt: skip
-  said = [process.communicate(timeout=120) for process in running]
+  try:
+    said = [process.communicate(timeout=240) for process in running]
+  finally:
+    for process in running:
+      process.kill()
   assert [x.returncode for x in running] == [0, 0], said
   shards = [json.loads(out.splitlines()[-1]) for out, _ in said]
   assert [[start for start, _ in own] for own in shards] == [[0, 4], [2, 6]]

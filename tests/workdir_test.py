@@ -25,6 +25,21 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   assert json.loads((folder / 'config.json').read_text()) == CONFIG
 
 
+def test_a_path_may_be_spelt_in_many_ways(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = lambda source: {'source': source, 'prune': {'saliency': 'a/b'}}
+  workdir.claim('w', config('runs/a/events/3'))
+  workdir.check('w', config(f'{tmp_path}/runs/./a/events/3'))
+  for other in (
+    config('runs/a/events/4'),
+    # No path: a name.
+    config('smollm2-135m'),
+    config('runs/a/events/3') | {'prune': {'saliency': 'a//b'}},
+  ):
+    with pytest.raises(errors.InputError, match='another config'):
+      workdir.check('w', other)
+
+
 def test_a_check_writes_nothing(tmp_path):
   workdir.check(tmp_path / 'new' / 'run', CONFIG)
   assert not os.listdir(tmp_path)
@@ -120,6 +135,25 @@ def test_a_turn_comes_to_one_at_a_time(tmp_path):
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(take, range(80)))
   assert most == [1] * 80 and not path.exists()
+
+
+def test_who_waits_for_a_turn_says_so(tmp_path, caplog):
+  path = tmp_path / 'lock'
+
+  def take():
+    with workdir.in_turn(path):
+      return 'through'
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with workdir.in_turn(path):
+      assert not caplog.messages
+      waits = pool.submit(take)
+      while not caplog.messages:
+        assert not waits.done()
+        time.sleep(0.001)
+    assert waits.result() == 'through'
+  (message,) = caplog.messages
+  assert message == f'waiting for another process, which holds {path}'
 
 
 def test_a_turn_without_a_lock_is_everyones(tmp_path):
