@@ -206,6 +206,24 @@ def test_pruning_ends_even_between_two_prunes():
   assert last[0] % 7
 
 
+def test_a_prune_follows_whatever_fell_since_the_one_before():
+  """Also where the last step before it is one of a rest."""
+  stages = {'prune.every': 3, 'prune.stages': 3, 'prune.rest': 0.5}
+  made = plan.make(small(**stages), SMOLLM2)
+  ends = made.schedule.start, made.schedule.target
+  size, rested = made.schedule.start, 0
+  for step in range(1, made.steps + 1):
+    due = made.schedule.at(made.tokens(step))
+    if made.prunes(step):
+      # Never for nothing.
+      assert due < size, step
+      size = due
+    if step % 3 == 0:
+      assert size == due, step
+      rested += not made.prunes(step) and size not in ends
+  assert size == made.schedule.target and rested
+
+
 def test_the_paper_scale_needs_what_its_docstring_says():
   """By abstract evaluation: no array of that size is ever made."""
   name = 'smollm_1p7b_to_469m'

@@ -272,6 +272,19 @@ def test_of_what_is_gone_there_is_no_price():
   assert found['heads'] is None and found['ffn'] > 0 and found['stem'] > 0
 
 
+def test_until_the_last_shrink_widths_are_multiples():
+  """Tiles may want them; then every width is real."""
+  made = dataclasses.replace(
+    plan('uniform'), quantum=structure.Groups(heads=1, ffn=16, stem=1),
+    shrink_threshold=0.0,
+  )  # fmt: skip
+  masks = structure.all_alive(CFG)
+  masks = masks.replace(ffn=masks.ffn.at[:, 9:].set(False))
+  prunes = [step for step in range(1, made.steps + 1) if made.prunes(step)]
+  *before, last = (pruning.shrunk(masks, CFG, made, step).F for step in prunes)
+  assert before and set(before) == {16} and last == 9
+
+
 def test_of_what_a_source_does_not_have_nothing_is_pruned():
   masks = structure.all_alive(CFG)
   masks = masks.replace(heads=jnp.zeros_like(masks.heads))

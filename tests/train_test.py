@@ -206,6 +206,21 @@ def test_says_so_where_a_prune_breaks_the_model(setting, monkeypatch):
   assert f'--config.prune.floors.{t}={old[t]:.0f} or' in line
 
 
+def test_trials_of_a_trace_fade_step_by_step(tmp_path):
+  """As scores do, however many steps lie between two prunes."""
+  plan, path = pruning_test.plan('uniform'), tmp_path / 'trace.jsonl'
+  assert plan.every == 2
+  trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
+  rows = [
+    {'step': step, 'trials': dict.fromkeys(structure.TYPES, trial)}
+    for step in (2, 4)
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  kept = 1 + plan.recipe.decay**2
+  for sums in loop._exchange(plan, path, 4)._sums.values():
+    assert sums == pytest.approx((0.5 * kept, 2.0 * kept))
+
+
 def test_a_trace_that_lost_its_trials_is_told(tmp_path):
   """A resume needs them; those of a future that was lost it does not."""
   plan, path = pruning_test.plan('uniform'), tmp_path / 'trace.jsonl'
