@@ -44,6 +44,29 @@ def test_quantum_rounds_up_and_never_grows():
   assert (small.F, small.D, small.K) == (12, 16, cfg.K)
 
 
+def test_where_every_layer_lost_a_block_a_dead_slot_stays():
+  """No array has an axis of nothing."""
+  cfg = conftest.make_config()
+  alive = structure.all_alive(cfg)
+  masks = alive.replace(
+    heads=jnp.zeros_like(alive.heads), ffn=jnp.zeros_like(alive.ffn)
+  )
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  assert (small.K, small.F, small.D) == (1, 1, cfg.D)
+
+
+def test_survivors_of_one_score_keep_their_order(cfg):
+  masks = conftest.make_masks(cfg)
+  equal = jax.tree.map(lambda m: jnp.ones(m.shape), masks)
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  kept = conftest.kept_indices(masks, equal, small)
+  for name in structure.TYPES:
+    rows = (np.atleast_2d(getattr(x, name)) for x in (masks, kept))
+    for alive, got in zip(*rows, strict=True):
+      want = np.flatnonzero(alive)
+      np.testing.assert_array_equal(got[: len(want)], want)
+
+
 def test_an_optimizer_step_commutes_with_shrinking(cfg):
   """Invariant 2: clip, AdamW with decay, moments that are not zero."""
   masks = conftest.make_masks(cfg)
