@@ -51,15 +51,18 @@ def test_a_step_is_three_forward_passes_and_adam(remat):
   }
 
 
-def test_kernels_stop_at_the_last_live_group():
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_kernels_stop_at_the_last_live_group(remat):
   """As of a model whose layers are as wide as that, in half of which it is."""
   reach = {'heads': np.array([1, 2]), 'ffn': np.array([8, 24])}
-  spent, dense = meter(), meter()
+  spent, dense = meter(remat), meter(remat)
   spent.step(CFG, scores=False, teacher=None, extents=reach)
   dense.step(CFG, scores=False, teacher=None)
   narrow = dataclasses.replace(CFG, K=1, F=8)
   less = (by_hand(CFG, 32)[0] - by_hand(narrow, 32)[0]) // CFG.N
-  assert dense.spent['train'] - spent.spent['train'] == 3 * less
+  attention = attention_by_hand(CFG, 32) - attention_by_hand(narrow, 32)
+  again = {'none': 0, 'dots': attention, 'full': less}[remat]
+  assert dense.spent['train'] - spent.spent['train'] == 3 * less + again
 
 
 def test_scores_and_teachers_are_counted_apart():

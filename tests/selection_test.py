@@ -198,6 +198,17 @@ def test_live_params_of_a_whole_model(cfg):
   )
 
 
+def test_an_extent_ends_at_the_last_live_slot():
+  """Whatever is dead in front of it; 0 where nothing is alive."""
+  masks = structure.Groups(
+    heads=np.array([[0, 1, 0], [0, 0, 0]], bool),
+    ffn=np.array([[1, 0, 0, 1], [0, 1, 0, 0]], bool),
+    stem=np.array([0, 1, 1, 0, 0], bool),
+  )
+  found = {t: x.tolist() for t, x in selection.extents(masks).items()}
+  assert found == {'heads': [2, 0], 'ffn': [4, 2], 'stem': 3}
+
+
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('kind', BUDGETS)
 @pytest.mark.parametrize('name', RULES)
@@ -296,6 +307,21 @@ def test_a_trial_takes_one_type_alone(name, kind):
     masks = selection.select(scores, masks, target, final, rules, cost)
 
 
+@pytest.mark.parametrize('name', ['multiples', 'ragged'])
+def test_a_trial_of_what_saves_nothing_is_one_move(name):
+  """However much a prune would save: no number of heads does."""
+  cfg = conftest.make_config(K=4, G=2, N=3, F=24, D=16)
+  free = LATENCY.form._replace(head=0, head_fixed=0)
+  cost = dataclasses.replace(LATENCY, form=free)
+  scores, masks = varied_scores(cfg, 0), structure.all_alive(cfg)
+  saved = cost.live(masks) // 2
+  tried = selection.trials(scores, masks, saved, RULES[name], cost)
+  want = trial(0, scores, masks, saved, RULES[name], cost)
+  np.testing.assert_array_equal(tried.heads[1], want.heads)
+  moved = cfg.N if RULES[name].policy == 'uniform' else 1
+  assert int(want.heads.sum()) == cfg.N * cfg.K - moved
+
+
 @pytest.mark.parametrize('name', RULES)
 def test_the_smallest_target_gives_the_floors(name):
   """And every target above it can be met; nothing is left to take."""
@@ -363,6 +389,25 @@ def test_ragged_goes_on_after_a_shrink():
     masks = selection.select(scores, masks, target, 0, rules, cost)
     jax.tree.map(np.testing.assert_array_equal, masks, want)
     assert cost.live(masks) <= target
+
+
+def test_ragged_goes_on_where_a_layer_is_below_its_floor():
+  """As from an event whose floor was lower: the others go down to theirs."""
+  cfg = conftest.make_config(K=3, G=1, N=2, F=16, D=16)
+  rules = dataclasses.replace(RAGGED, floors=(1, 8, 1), multiple_of=(1, 4, 1))
+  cost = budgets.params(cfg)
+  alive = structure.all_alive(cfg)
+  masks = alive.replace(ffn=alive.ffn.at[0, :12].set(False))
+  scores = conftest.make_scores(cfg, 1)
+  scores = scores.replace(stem=1e3 * scores.stem, heads=1e3 * scores.heads)
+  block = 4 * 3 * cfg.D
+  for blocks, want in ((0, [4, 16]), (1, [4, 12])):
+    target = cost.live(masks) - blocks * block
+    after = selection.select(scores, masks, target, 0, rules, cost)
+    wanted = greedy(scores, masks, target, 0, rules, cost)
+    jax.tree.map(np.testing.assert_array_equal, after, wanted)
+    assert cost.live(after) == target
+    assert selection.live_widths(after)['ffn'].tolist() == want
 
 
 @pytest.mark.parametrize('policy', rules_lib.POLICIES)
