@@ -158,6 +158,15 @@ def test_a_latency_of_the_right_form_is_found_again(tmp_path):
   assert cost.form.unpriced_stem == cost.form.stem
 
 
+def relative_errors(cost, cfg, path) -> np.ndarray:
+  """Of what a budget says of the shapes of a table."""
+  shapes = json.loads(path.read_text())['shapes']
+  of = lambda s: dataclasses.replace(cfg, K=s['heads'], F=s['ffn'], D=s['stem'])
+  return np.array(
+    [cost.reported(cost.of_config(of(s))) / s['ms'] - 1 for s in shapes]
+  )
+
+
 def test_a_latency_of_another_form_says_how_far_off_it_is(tmp_path):
   """Never a negative coefficient; the error is that of the worst shape."""
   cfg = conftest.make_config(K=4, N=3, F=64, D=32)
@@ -170,20 +179,27 @@ def test_a_latency_of_another_form_says_how_far_off_it_is(tmp_path):
   cost = budgets.milliseconds(cfg, path)
   assert cost.form.head == cost.form.head_fixed == 0
   assert cost.fit_error == pytest.approx(
-    max(
-      abs(
-        cost.reported(
-          cost.of_config(
-            dataclasses.replace(cfg, K=s['heads'], F=s['ffn'], D=s['stem'])
-          )
-        )
-        / s['ms']
-        - 1
-      )
-      for s in json.loads(path.read_text())['shapes']
-    ),
-    rel=1e-4,
+    abs(relative_errors(cost, cfg, path)).max(), rel=1e-4
   )
+
+
+def test_a_fit_has_the_least_relative_errors(tmp_path):
+  """No coefficient is better a little higher or lower."""
+  cfg = conftest.make_config(K=4, N=3, F=64, D=32)
+
+  def time(k, f, d):
+    # The largest matrices fall out of a cache.
+    return 1.0 + 1e-3 * f * d - 0.1 * k + 2.0 * (f == cfg.F and d == cfg.D)
+
+  path = write_table(tmp_path / 't.json', cfg, time)
+  cost = budgets.milliseconds(cfg, path)
+  least = np.square(relative_errors(cost, cfg, path)).sum()
+  for name, value in cost.form._asdict().items():
+    for factor in (0.99, 1.01):
+      form = cost.form._replace(**{name: round(factor * value)})
+      other = dataclasses.replace(cost, form=form)
+      squares = np.square(relative_errors(other, cfg, path)).sum()
+      assert squares >= least, (name, factor)
 
 
 @pytest.mark.parametrize(
