@@ -110,6 +110,41 @@ def test_what_is_published_comes_from_the_rows_alone(tmp_path):
   assert {p.suffix for p in tmp_path.iterdir()} == {'.jsonl', '.md', '.png'}
 
 
+def spent(train, score=0, repair=0, teacher=0):
+  return dict(train=train, score=score, repair=repair, teacher=teacher)
+
+
+def test_flops_stand_below_the_purpose_that_they_had():
+  rows = [row('ours_a', 0, 2.0, flops=spent(1e12, 2e12, 3e12, 4e12))]
+  table = comparison.make_tables(rows, 'tokens', 'ours_a')[2]
+  cells = dict(zip(table.columns, table.rows[0], strict=True))
+  for n, name in enumerate(('training', 'scoring', 'repair', 'teacher'), 1):
+    assert cells[name] == f'{n}\N{NO-BREAK SPACE}TFLOP'
+
+
+def test_a_panel_shows_what_its_axis_says():
+  rows = [
+    row('ours_a', 0, 2.0, flops=spent(4e12, score=2e12), live_params=100),
+    row('ours_a', 1, 2.2, flops=spent(8e12, score=2e12), live_params=200),
+    row('dense', 0, 1.5, 'flops'),
+  ]
+  shown = {}
+  for ax in comparison.costs(rows, 'tokens').axes:
+    (drawn,) = ax.containers
+    shown[ax.get_xlabel()] = drawn.lines[0].get_xydata().tolist()
+  assert shown == {
+    'live parameters': [[150, pytest.approx(2.1)]],
+    'FLOPs spent, pruning included': [[8e12, pytest.approx(2.1)]],
+  }
+
+
+def test_equal_flops_are_those_of_the_costliest_at_equal_tokens():
+  """Whole steps may make a run of equal FLOPs cost a little more."""
+  ends = [row('dense', 0, 1.5, 'flops', flops=spent(10.1e12))]
+  assert comparison.most_flops([*ROWS, *ends]) == 10**13
+  assert comparison.most_flops(ends) == 0
+
+
 def test_flops_that_are_no_longer_equal_are_left_out(tmp_path):
   """After a costlier arm: told, and with no row beside those of others."""
   ends = [row(x.arm, x.seed, 2.0, 'flops') for x in ROWS[:3]]

@@ -110,6 +110,18 @@ def test_a_singular_gram_matrix_is_damped_and_never_a_nan():
   assert output_change(x, w, got) <= output_change(x, w, w * keep[:, None])
 
 
+def test_damping_is_raised_tenfold_until_there_is_a_factor():
+  """Where that takes 0.005 of the mean square; eight times and no further."""
+  _, w, keep = make_layer(0)
+  squares = np.ones(len(w), np.float32)
+  squares[np.argmax(keep)] = -0.005
+  for asked, want in (
+    (0.1, 0.1), (1e-3, 1e-2), (1e-10, 1e-2), (1e-11, np.inf)
+  ):  # fmt: skip
+    _, used = REPAIR(w, jnp.diag(squares), keep, asked)
+    assert float(used.damping) == pytest.approx(want, rel=1e-5), asked
+
+
 def test_one_compile_for_every_mask():
   x, w, _ = make_layer(3)
   gram = repair.gram(jnp.asarray(x))
