@@ -403,10 +403,12 @@ def test_a_cache_below_a_home(monkeypatch, tmp_path):
   assert not (tmp_path / '~').exists()
 
 
-def test_debian_needs_apt(pypi, monkeypatch):
+def test_debian_needs_apt(pypi, monkeypatch, tmp_path):
+  """Also where the real cache has its text."""
+  (tmp_path / 'wheels').symlink_to(CACHE / 'wheels')
   monkeypatch.setenv('PATH', '')
   with pytest.raises(errors.InputError, match=r'needs apt-get.*text=pypi'):
-    corpus.prepare('debian', CACHE)
+    corpus.prepare('debian', tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def test_a_lock_that_a_lost_worker_held_hangs_nothing(monkeypatch):
 def test_a_lost_worker_ends_in_one_line(built, bpe, signum, words):
   """Stopped for good, or killed as when memory runs out."""
   iterator = batches(built, bpe, workers=2, timeout=60.0)
-  next(iterator)
+  # One of each worker: both have started.
+  take(iterator, 2)
   iterator._timeout = 3.0
   workers = [
     p for p in multiprocessing.active_children() if p.name.startswith('grain-')

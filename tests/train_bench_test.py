@@ -32,9 +32,13 @@ def _config(monkeypatch):
 def served(work, *arguments, requests=('step', 'step', 'end')):
   """All that the process of one variant says, in a thread of this one."""
   ours, theirs = multiprocessing.Pipe()
-  thread = threading.Thread(
-    target=train_bench.serve, args=(theirs, work, *arguments)
-  )
+
+  def serve():
+    # Nobody is asked in vain, whatever went wrong.
+    with theirs:
+      train_bench.serve(theirs, work, *arguments)
+
+  thread = threading.Thread(target=serve)
   thread.start()
   facts = train_bench.ask(ours)
   said = []
