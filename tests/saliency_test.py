@@ -226,7 +226,7 @@ def test_dead_groups_score_zero_and_live_ones_do_not(cfg):
 def test_a_taylor_score_predicts_the_change_of_the_loss():
   """Damping one group by (1 - e) changes the loss by at most e * score.
 
-  To first order the change is e * |sum g w|, and |sum| <= sum of ||.
+  To first order the change is -e * sum g w, and |sum| <= sum of ||.
   """
   cfg = conftest.make_config()
   params, tokens = conftest.make_params(cfg), conftest.make_tokens(cfg)
@@ -235,19 +235,30 @@ def test_a_taylor_score_predicts_the_change_of_the_loss():
   loss, grads = conftest.loss_and_grad(params, masks, tokens, cfg=cfg)
   scores = jax.jit(saliency.taylor1)(params, grads)
   step = 1e-2
-  for channel in range(0, cfg.F, 5):
+  product = jax.tree.map(np.multiply, grads.layers, params.layers)
+
+  def scaled(channel, by):
     scale = np.ones(cfg.F, np.float32)
-    scale[channel] = 1 - step
+    scale[channel] = by
     layers = params.layers.replace(
       w_gate=params.layers.w_gate * scale,
       w_up=params.layers.w_up * scale,
       w_down=params.layers.w_down * scale[:, None],
     )
-    damped, _ = conftest.loss_and_grad(
+    changed, _ = conftest.loss_and_grad(
       params.replace(layers=layers), masks, tokens, cfg=cfg
     )
+    return float(changed)
+
+  for channel in range(0, cfg.F, 5):
+    change = scaled(channel, 1 - step) - float(loss)
     bound = step * float(np.asarray(scores.ffn)[:, channel].sum())
-    assert abs(float(damped) - float(loss)) <= bound * 1.1 + 1e-5
+    assert abs(change) <= bound * 1.1 + 1e-5
+    signed = sum(
+      x[..., channel].sum()
+      for x in (product.w_gate, product.w_up, product.w_down.swapaxes(1, 2))
+    )
+    assert change == pytest.approx(-step * signed, rel=0.02, abs=1e-6)
 
 
 def test_average_equals_the_weighted_mean(cfg):

@@ -139,9 +139,17 @@ def test_survivors_of_every_layer_move_to_the_front(everything):
 
 def test_nothing_is_pruned_during_a_rest(everything):
   """Between the two stages, and again after the second."""
-  tokens = np.array([row['tokens'] for row in trace(everything)])
-  gaps = np.diff(tokens)
-  assert gaps.max() > gaps.min()
+  # A rest is 0.6 of a stage, and the second stage has none: of the 16 steps
+  # behind the second one 1.4 stages, of 4.6 steps and a rest of 6.9 each.
+  stage = 16 / 1.4
+  rest = 2 + 0.4 * stage, 2 + stage
+  # A step after which the size is below that after the step before it.
+  falls = [s for s in range(3, 19) if not rest[0] <= s - 1 < s <= rest[1]]
+  assert falls == [3, 4, 5, 6, 7, 14, 15, 16, 17, 18]
+  assert [row['step'] for row in trace(everything)] == falls
+  sizes = {row['step']: row['live_params'] for row in rows(everything, 'train')}
+  for step, size in sizes.items():
+    assert size == sizes[max((s for s in falls if s <= step), default=1)]
 
 
 def test_prices_are_in_what_trials_measured(everything):
