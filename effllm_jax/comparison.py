@@ -213,7 +213,7 @@ def make_tables(
   """
   arms = by_arm(rows, budget)
   seeds = {x.seed for members in arms.values() for x in members}
-  plural = lambda seeds: 'seeds' if len(seeds) > 1 else 'seed'
+  plural = lambda some: 'seeds' if len(some) > 1 else 'seed'
   title = f'{BUDGETS[budget]}, {len(seeds)} {plural(seeds)}'
   bits = lambda row: row.bits_per_byte
 

@@ -22,6 +22,7 @@ import time
 import numpy as np
 import tensorflow_datasets as tfds
 
+from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import packages as packages_lib
@@ -136,15 +137,16 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
 def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
   """The dataset of a user's folder."""
   label, files = _folder(text)
-  known = _known(root, label, files)
+  known = _known(root, label, _stamp(label, files))
   if known:
     return known
   with _turn(root, label):
-    known = _known(root, label, files)
+    stamp = _stamp(label, files)
+    known = _known(root, label, stamp)
     if known:
       return known
-    stamp = _stamp(label, files)
-    digests = {name: _sha256(path) for name, path in files.items()}
+    folder = pathlib.Path(text).expanduser()
+    digests = digests_lib.of(folder, files, _UNREADABLE)
     final = _final(root, RECIPE, label, [*digests.items()])
     read = lambda: ([*_user_documents(text, label, files, digests)], [])
     _build(final, label, read)
@@ -236,10 +238,9 @@ def _folder(text: str) -> tuple[str, dict[str, pathlib.Path]]:
 
 
 def _known(
-  root: pathlib.Path, label: str, files: dict[str, pathlib.Path]
+  root: pathlib.Path, label: str, stamp: str | None
 ) -> pathlib.Path | None:
-  """The dataset that was made of these files, if they still lie there."""
-  stamp = _stamp(label, files)
+  """The dataset that was made of files of this stamp, if there is one."""
   marks = root.glob(f'{_slug(label)}-*/of-{stamp}') if stamp else ()
   return next((mark.parent for mark in marks if _is_built(mark.parent)), None)
 
@@ -259,11 +260,6 @@ def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
   if newest > time.time() - _SETTLED:
     return None
   return packages_lib.sha256(json.dumps([RECIPE, label, rows]).encode())[:16]
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with untrusted.opened(path, _UNREADABLE) as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _user_documents(

@@ -31,15 +31,22 @@ def write(folder: pathlib.Path, but: Collection[str]) -> None:
   (folder / NAME).write_text(json.dumps(digests, indent=0), encoding='utf-8')
 
 
-def of(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+def of(
+  folder: pathlib.Path, names: Iterable[str], remedy: str = _REMEDY
+) -> dict[str, str]:
   """SHA-256 of some files of a folder, by their names.
+
+  Args:
+    folder: of the files.
+    names: paths within it.
+    remedy: what to do where one of them cannot be read.
 
   Raises:
     errors.InputError: one of them cannot be read.
   """
 
   def digest(name):
-    with untrusted.opened(folder / name, _REMEDY) as file:
+    with untrusted.opened(folder / name, remedy) as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
 
   names = list(names)

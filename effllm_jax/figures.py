@@ -148,8 +148,7 @@ def _price(run):
   rows = np.stack([*price.values()])
   scored = rows[:, np.isfinite(rows).any(0)]
   if scored.size:
-    known = np.where(np.isfinite(scored), scored, np.inf)
-    cheapest = np.bincount(known.argmin(0), minlength=len(price))
+    cheapest = np.bincount(np.nanargmin(scored, 0), minlength=len(price))
     winner = structure.TYPES[cheapest.argmax()]
     share = cheapest.max() / scored.shape[1]
     low, high = np.nanmin(scored), np.nanmax(scored)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,19 +69,11 @@ def read(
     ),
     prune.scores,
   )
+  run = runlog.read(workdir)
   pruning = {
     'step': step,
     'widths': model.cfg.widths(),
-    'events': [
-      {
-        'index': x.index,
-        'step': x.step,
-        'tokens': x.tokens,
-        'widths': x.after.widths(),
-      }
-      for x in checkpoints.read_events(workdir)
-      if x.step <= step
-    ],
+    'events': shrinks(run, step),
     # For every slot, the index of its group in the model that the first run of
     # the family started from; -1 is padding.
     'origin': {
@@ -94,5 +87,22 @@ def read(
     step=step,
     params=selection.live_params(model.masks, model.cfg),
     pruning=pruning,
-    run=runlog.read(workdir),
+    run=run,
   )
+
+
+def shrinks(run: runlog.Run, step: int) -> list[dict[str, Any]]:
+  """What pruning.json says of the shrinks of a run up to a step.
+
+  As logged: of a finished run the events themselves may have been deleted.
+  """
+  return [
+    {
+      'index': x['event'],
+      'step': x['step'],
+      'tokens': x['tokens'],
+      'widths': x['widths_after'],
+    }
+    for x in run.shrinks
+    if x['step'] <= step
+  ]

@@ -137,8 +137,6 @@ def _facts(model, made, pad) -> tables.Table:
   # All steps have the same number of tokens.
   tokens = round(made.step * run.tokens[-1] / run.train['step'][-1])
   masks = widths.of_layers(model.masks)
-  # As logged: of a finished run the events themselves may have been deleted.
-  shrinks = sum(x['step'] <= made.step for x in run.shrinks)
   licence = model.licence, model.licence_name, model.licence_link
   span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
   filled = f', filled up to multiples of {pad}' if pad > 1 else ''
@@ -162,7 +160,7 @@ def _facts(model, made, pad) -> tables.Table:
       ('heads per layer', span(masks['heads'])),
       ('ffn channels per layer', f'{span(masks["ffn"])}{filled}'),
       ('stem width', f'{model.cfg.D:,}{filled}'),
-      ('shrink events', f'{shrinks:,}'),
+      ('shrink events', f'{len(made.pruning["events"]):,}'),
     ),
   )  # fmt: skip
 

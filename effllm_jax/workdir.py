@@ -68,19 +68,26 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     return
   known = untrusted.read_json(path, 'restore it or choose another --workdir')
   # Through JSON, so that a tuple equals the list that it was written as.
-  old, new = _flat(known), _flat(json.loads(json.dumps(config)))
-  changed = [
-    f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
-    for key in sorted(old.keys() | new.keys())
-    # A run may go on on other devices.
-    if not _same(key, old.get(key), new.get(key))
-    and not key.startswith('mesh.')
-  ]
+  changed = changes(known, json.loads(json.dumps(config)))
   if changed:
     raise errors.InputError(
-      f'{workdir} belongs to another config: {"; ".join(changed)}; use the '
-      'same values, or another --workdir'
+      f'{workdir} belongs to another config: {changed}; use the same values, '
+      'or another --workdir'
     )
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+  """What differs between nested dicts, each key with both values; '': nothing.
+
+  Not the mesh of a config: a run may go on on other devices.
+  """
+  old, new = _flat(old), _flat(new)
+  return '; '.join(
+    f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
+    for key in sorted(old.keys() | new.keys())
+    if not _same(key, old.get(key), new.get(key))
+    and not key.startswith('mesh.')
+  )
 
 
 def _same(key, old, new) -> bool:
@@ -165,8 +172,14 @@ def in_turn(path: pathlib.Path) -> Iterator[None]:
       while not _lies_at(held(), path):
         # Who held it has removed it; the next one makes another.
         stack.close()
-      stack.callback(path.unlink, missing_ok=True)
+      stack.callback(_remove, path)
     yield
+
+
+def _remove(path: pathlib.Path) -> None:
+  # What was made is there, also on a disk that has become read-only meanwhile.
+  with contextlib.suppress(OSError):
+    path.unlink()
 
 
 def _lies_at(file: int, path: pathlib.Path) -> bool:

@@ -59,7 +59,7 @@ def make(
     errors.InputError: as `train.run`; the model there is of another recipe, or
       cannot be read any more.
   """
-  folder = pathlib.Path(workdir, recipe.name).absolute()
+  folder = pathlib.Path(workdir, recipe.name)
   text = corpus.prepare(recipe.config.data.text, cache)
   with errors.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,16 +67,13 @@ def make(
       folder / 'shape', lambda new: _write_shape(recipe.cfg, text, new)
     )
   there = sources.load(str(folder / 'shape'), cache, params=False).cfg
-  if there != recipe.cfg:
-    changed = [
-      f'{f.name}={getattr(there, f.name)!r} there, '
-      f'{getattr(recipe.cfg, f.name)!r} now'
-      for f in dataclasses.fields(there)
-      if getattr(there, f.name) != getattr(recipe.cfg, f.name)
-    ]
+  changed = workdir_lib.changes(
+    dataclasses.asdict(there), dataclasses.asdict(recipe.cfg)
+  )
+  if changed:
     raise errors.InputError(
-      f'{folder} has another architecture: {"; ".join(changed)}; use the same '
-      'values, another name, or another --workdir'
+      f'{folder} has another architecture: {changed}; use the same values, '
+      'another name, or another --workdir'
     )
   config = ml_collections.ConfigDict(recipe.config)
   config.source = str(folder / 'shape')

@@ -89,8 +89,7 @@ def run(
       another comparison at work, results of another config, or as `train.run`.
     RuntimeError: a run of equal FLOPs spent others.
   """
-  # Configs of runs name what is in it: however it is spelt, it is one.
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = pathlib.Path(workdir)
   # Before a folder is made, or a source, which takes minutes. Another one
   # that is at work can only add rows.
   _check_order(workdir / name, choice)

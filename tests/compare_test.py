@@ -264,14 +264,20 @@ def test_tokens_that_are_no_whole_step_are_rounded_up_as_in_a_run(
 ):
   monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
   study = study_of(root, **{'train.tokens': 24 * 64 - 1})
-  # The last step of such a run is whole.
   plan = plan_lib.make(study.config, small_run.CFG)
-  rows = [comparison_test.row('dense', 0, 2.0, tokens=plan.tokens(plan.steps))]
-  comparison.write(tmp_path / 'results.jsonl', rows)
-  runner = same_budget.Runner(
-    study, tmp_path, root / 'cache', study.config.source, None
-  )
-  runner.check(choose('dense', seeds=(0,)))
+  assert plan.tokens(plan.steps) == 24 * 64
+
+  def check(tokens):
+    rows = [comparison_test.row('dense', 0, 2.0, tokens=tokens)]
+    comparison.write(tmp_path / 'results.jsonl', rows)
+    runner = same_budget.Runner(
+      study, tmp_path, root / 'cache', study.config.source, None
+    )
+    runner.check(choose('dense', seeds=(0,)))
+
+  check(24 * 64)
+  with pytest.raises(errors.InputError, match='the study says 1,536'):
+    check(23 * 64)
 
 
 def test_a_seed_that_made_the_source_is_told(root, monkeypatch, capsys):

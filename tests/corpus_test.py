@@ -14,6 +14,7 @@ import pytest
 from tensorflow_datasets.core.utils import gcs_utils
 
 from effllm_jax import corpus
+from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import fetch
@@ -221,7 +222,7 @@ def test_a_folder_that_is_as_it_was_is_not_read(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(untrusted, 'read', lambda path, _: pytest.fail(f'{path}'))
     assert corpus.prepare(str(user), tmp_path) == first
-    patch.setattr(corpus, '_sha256', lambda path: pytest.fail(f'{path}'))
+    patch.setattr(digests_lib, 'of', lambda *_: pytest.fail('read'))
     assert corpus.prepare(str(user), tmp_path) == first
   # As large as before and as old, as far as a program can make it so.
   path = user / 'b.txt'
@@ -237,7 +238,9 @@ def test_a_folder_that_is_as_it_was_is_not_read(tmp_path, monkeypatch):
 
 def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
   user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
-  monkeypatch.setattr(corpus, '_sha256', lambda path: '0' * 64)
+  monkeypatch.setattr(
+    digests_lib, 'of', lambda _, names, *__: dict.fromkeys(names, '0' * 64)
+  )
   with pytest.raises(
     errors.InputError, match=r'a.txt has changed.*; run again'
   ):

@@ -7,6 +7,7 @@ import pytest
 
 from effllm_jax import agreement
 from effllm_jax import benchmark_items
+from effllm_jax import finished
 from effllm_jax import hf_source
 from effllm_jax import model_card
 from effllm_jax import runlog
@@ -64,11 +65,12 @@ def _card(tmp_path):
   ):
     for name, content in files.items():
       (folder / f'{name}.json').write_text(json.dumps(content))
+    run = runlog.read(folder)
     made = model_card.Made(
       step=step,
       params=1_234_567,
-      pruning={'events': []},
-      run=runlog.read(folder),
+      pruning={'events': finished.shrinks(run, step)},
+      run=run,
     )
     found = agreement.Agreement(1e-5, 2e-4, 0.987, True)
     return model_card.text(
