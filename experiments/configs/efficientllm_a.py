@@ -25,8 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.batch_size = 2
   config.train.accumulate = 1
   config.prune.policy = 'uniform'
-  config.prune.floors.heads = 1
-  config.prune.floors.ffn = 64
   config.prune.saliency = 'taylor1'
   config.prune.ema = 0.9
   config.prune.schedule = 'linear'
@@ -44,12 +42,7 @@ def sweep() -> Iterator[dict[str, Any]]:
   """How the shipped recipe was found, then the presets: HYPOTHESES.md."""
   # Every weight at one rate, and no higher than it can be then.
   plain = {'optimizer.embedding': 1.0, 'optimizer.peak': 1e-4}
-  ragged = {
-    'prune.policy': 'ragged',
-    'prune.floors.heads': 0,
-    'prune.floors.ffn': 0,
-    'prune.saliency': 'obd',
-  }
+  ragged = {'prune.policy': 'ragged', 'prune.saliency': 'obd'}
   yield plain
   yield plain | {'prune.saliency': 'taylor1_momentum'}
   yield plain | {'repair.enabled': True, 'repair.damping': 0.1}

@@ -3,8 +3,9 @@ r"""Widths that differ from layer to layer: the cheapest group anywhere goes.
     python -m experiments.main \
       --config=experiments/configs/ragged.py --workdir=runs/ragged
 
-A layer may lose all of its heads or all of its feed-forward channels. Only an
-export as a stock Hugging Face model fills narrower layers up with zeros.
+With --config.prune.floors.heads=0 and --config.prune.floors.ffn=0 a layer may
+lose all of its heads or all of its feed-forward channels. Only an export as a
+stock Hugging Face model fills narrower layers up with zeros.
 """
 
 import ml_collections
@@ -20,7 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
   """
   config = efficientllm_a.get_config()
   config.prune.policy = 'ragged'
-  config.prune.floors.heads = 0
-  config.prune.floors.ffn = 0
   config.prune.saliency = 'obd'
   return config
