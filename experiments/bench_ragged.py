@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
   from effllm_jax import errors
   from effllm_jax import selection
-  from experiments import step_bench
+  from experiments import bench_setup
   import kernels
 
   runs = kernels.runnable()
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         f'--implementations names {name!r}, which does not run on this '
         f'{jax.default_backend()}; those that do are {", ".join(runs)}'
       )
-  bench = step_bench.make(cli.config(_CONFIG))
+  bench = bench_setup.make(cli.config(_CONFIG))
   cfg, plan = bench.cfg, bench.plan
   # A step donates its state, the masks in it too.
   states = {cfg: bench.fresh(cfg)}

@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
   from effllm_jax import shrink
   from effllm_jax import steps
   from effllm_jax import structure
-  from experiments import step_bench
+  from experiments import bench_setup
 
-  bench = step_bench.make(cli.config(_CONFIG))
+  bench = bench_setup.make(cli.config(_CONFIG))
   cfg, plan = bench.cfg, bench.plan
 
   def select(state, target):

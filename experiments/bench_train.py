@@ -23,8 +23,8 @@ import statistics
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import bench_workers
 from experiments import cli
-from experiments import train_bench
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file in experiments/configs.', lock_config=True
@@ -50,36 +50,36 @@ def main(argv: list[str]) -> None:
 
   config = cli.config(_CONFIG).to_dict()
   jobs = {
-    'effllm_jax': (train_bench.ours, config, _MODEL.value, False),
-    'effllm_jax, scoring': (train_bench.ours, config, _MODEL.value, True),
+    'effllm_jax': (bench_workers.ours, config, _MODEL.value, False),
+    'effllm_jax, scoring': (bench_workers.ours, config, _MODEL.value, True),
   }
   if _RIVAL.value:
-    jobs['transformers, PyTorch'] = (train_bench.rival, config, _MODEL.value)
-  jobs[_PRODUCT] = (train_bench.product, config['model']['dtype'])
+    jobs['transformers, PyTorch'] = (bench_workers.rival, config, _MODEL.value)
+  jobs[_PRODUCT] = (bench_workers.product, config['model']['dtype'])
   context = multiprocessing.get_context('spawn')
   pipes, processes = {}, []
   for name, (work, *arguments) in jobs.items():
     pipes[name], theirs = context.Pipe()
     process = context.Process(
-      target=train_bench.serve, args=(theirs, work, *arguments), daemon=True
+      target=bench_workers.serve, args=(theirs, work, *arguments), daemon=True
     )
     process.start()
     processes.append(process)
     theirs.close()
-  about = {name: train_bench.ask(pipe) for name, pipe in pipes.items()}
+  about = {name: bench_workers.ask(pipe) for name, pipe in pipes.items()}
   seconds = {name: [] for name in pipes}
   order = random.Random(0)
   for _ in range(_REPEATS.value):
     for name in order.sample(list(pipes), len(pipes)):
       pipes[name].send('step')
-      seconds[name].append(train_bench.ask(pipes[name]))
+      seconds[name].append(bench_workers.ask(pipes[name]))
   if _PROFILE.value:
     pipes['effllm_jax'].send('profile')
-    spent = train_bench.ask(pipes['effllm_jax'])
+    spent = bench_workers.ask(pipes['effllm_jax'])
   memory = {}
   for name, pipe in pipes.items():
     pipe.send('end')
-    memory[name] = train_bench.ask(pipe)
+    memory[name] = bench_workers.ask(pipe)
   for process in processes:
     process.join()
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import step_bench
+from experiments import bench_setup
 from experiments.configs import smollm2_135m
 from tests import conftest
 
@@ -19,7 +19,7 @@ def test_a_step_can_be_called_again_and_again(kernels, score):
   }
   config.update_from_flattened_dict(changes | {'distill.weight': 0.5})
   cfg = conftest.make_config(V=259, D=32, F=48, K=2, G=2, H=8)
-  bench = step_bench.make(config, cfg)
+  bench = bench_setup.make(config, cfg)
   state = bench.fresh(cfg)
   before = jax.tree.map(np.array, state.params)
   step = bench.step(state, cfg, score=score, kernels=kernels)

@@ -93,10 +93,10 @@ def ours(config, model, score):
   import ml_collections
 
   from effllm_jax import accounting
-  from experiments import step_bench
+  from experiments import bench_setup
 
   config = ml_collections.ConfigDict(config)
-  bench = step_bench.make(config, step_bench.SHAPES[model])
+  bench = bench_setup.make(config, bench_setup.SHAPES[model])
   cfg, compute = bench.cfg, bench.plan.recipe.compute
   held = [bench.fresh(cfg)]
   compiled = bench.step(held[0], cfg, score)
@@ -148,7 +148,7 @@ def rival(config, model):
   from effllm_jax import hf_config
   from effllm_jax import hf_export
   from effllm_jax import timing
-  from experiments import step_bench
+  from experiments import bench_setup
 
   transformers = hf_export.import_transformers()
   import torch
@@ -158,7 +158,7 @@ def rival(config, model):
       f'--rival trains in float32, not {config["model"]["dtype"]}; set '
       '--rival=false'
     )
-  cfg = step_bench.SHAPES[model]
+  cfg = bench_setup.SHAPES[model]
   torch.manual_seed(0)
   net = transformers.AutoModelForCausalLM.from_config(
     transformers.AutoConfig.for_model(**hf_config.write(cfg)),
