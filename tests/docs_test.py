@@ -6,6 +6,7 @@ import re
 import tomllib
 
 import numpy as np
+import pytest
 import yaml
 
 from tests import conftest
@@ -80,3 +81,12 @@ def test_the_citation_is_of_this_version():
   assert (cited['title'], cited['version'], cited['license']) == (
     project['name'], project['version'], project['license'],
   )  # fmt: skip
+
+
+@pytest.mark.parametrize('package', ['effllm_jax', 'kernels'])
+def test_the_layout_names_every_module(package):
+  readme = (ROOT / 'README.md').read_text()
+  layout = readme.split('\n## Layout\n')[1].split('\n## ')[0]
+  part = layout.split(f'\n{package}/ ')[1].split('/   ')[0]
+  modules = {path.stem for path in (ROOT / package).glob('*.py')}
+  assert modules - {'__init__'} <= set(re.findall(r'\w+', part))
