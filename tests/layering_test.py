@@ -37,7 +37,7 @@ ONLY = {
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
   'matplotlib': {'plots', 'figures', 'pictures', 'comparison'},
   'treescope': {'notebook'},
-  'IPython': {'notebook'},
+  'IPython': set(),
   'torch': {
     'hf_export',
     'modeling_effllm',

@@ -3,10 +3,11 @@
 import pytest
 
 from effllm_jax import agreement
-from effllm_jax import errors
 from effllm_jax import gguf_source
 from effllm_jax import llama_cpp
 from tests import model_files
+
+refuses = model_files.refuses
 
 pytest.importorskip('xllamacpp', reason='the runtime')
 
@@ -35,25 +36,19 @@ def test_answers(path, capfd):
   assert capfd.readouterr() == ('', '')
 
 
-def refused(match, call, *arguments):
-  with pytest.raises(errors.InputError, match=match) as caught:
-    call(*arguments)
-  assert '\n' not in str(caught.value) and ';' in str(caught.value)
-
-
 def test_files_that_it_cannot_open(path, tmp_path):
   broken = tmp_path / 'broken.gguf'
   broken.write_bytes(path.read_bytes()[:200_000])
-  refused('cannot open.*broken.gguf', llama_cpp.tokenize, broken, 'a')
-  refused('cannot open.*no.gguf', llama_cpp.tokenize, tmp_path / 'no.gguf', 'a')
+  refuses('cannot open.*broken.gguf', llama_cpp.tokenize, broken, 'a')
+  refuses('cannot open.*no.gguf', llama_cpp.tokenize, tmp_path / 'no.gguf', 'a')
 
 
 def test_another_layout_of_parameters_is_noticed(path, monkeypatch):
   monkeypatch.setattr(llama_cpp, '_F16', 7)
-  refused('laid out otherwise', list, llama_cpp.logits(path, [[1, 2]]))
+  refuses('laid out otherwise', list, llama_cpp.logits(path, [[1, 2]]))
 
 
 def test_without_the_runtime(path, monkeypatch):
   monkeypatch.setattr(llama_cpp, 'xllamacpp', None)
   assert llama_cpp.available() is None
-  refused('requirements-edge', llama_cpp.tokenize, path, 'a')
+  refuses('requirements-edge', llama_cpp.tokenize, path, 'a')

@@ -228,6 +228,13 @@ def write_gguf(
   return path
 
 
+def refuses(match, call, *arguments):
+  """Asserts that a call raises one line that matches, with a remedy."""
+  with pytest.raises(errors.InputError, match=match) as caught:
+    call(*arguments)
+  assert '\n' not in str(caught.value) and ';' in str(caught.value)
+
+
 def refused(source, *parts):
   """The message with which `source` is refused: one line, all `parts` in it."""
   with pytest.raises(errors.InputError) as caught:

@@ -24,6 +24,7 @@ from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import runs
 
 # Ragged with repair and distillation, priced and measured in FLOPs, falling in
 # two cubic stages, on Adam's momentum, calibrated, by the kernels of a user.
@@ -56,13 +57,8 @@ BRIEF = {
 }  # fmt: skip
 
 
-class Setting:
-  """A small model, a text, and a run in this process."""
-
-  def __init__(self, root):
-    self.root = root
-    self.model = conftest.write_model_folder(root / 'model')
-    self.text = conftest.write_text_folder(root / 'text')
+class Setting(runs.Setting):
+  """That, and a run of it in this process."""
 
   def run(self, name, **changes):
     config = smollm2_135m.get_config()
@@ -90,14 +86,6 @@ def _reference(setting):
   return setting.run('reference', **ALL | {'model.kernels': 'xla'})
 
 
-def rows(workdir, kind):
-  return [
-    row
-    for row in workdir_lib.read(workdir / 'metrics.jsonl')
-    if row['kind'] == kind
-  ]
-
-
 def trace(workdir):
   return list(workdir_lib.read(workdir / 'trace.jsonl'))
 
@@ -120,7 +108,7 @@ def test_a_ragged_run_keeps_within_its_budget(everything):
 
 def test_shrinks_of_a_ragged_run_keep_the_loss(everything):
   """Masked = shrunk, on a real run; `train` would have stopped otherwise."""
-  shrinks = rows(everything, 'shrink')
+  shrinks = runs.rows(everything, 'shrink')
   assert shrinks
   for row in shrinks:
     assert row['loss_after'] == pytest.approx(row['loss_before'], rel=1e-4)
@@ -147,7 +135,9 @@ def test_nothing_is_pruned_during_a_rest(everything):
   falls = [s for s in range(3, 19) if not rest[0] <= s - 1 < s <= rest[1]]
   assert falls == [3, 4, 5, 6, 7, 14, 15, 16, 17, 18]
   assert [row['step'] for row in trace(everything)] == falls
-  sizes = {row['step']: row['live_params'] for row in rows(everything, 'train')}
+  sizes = {
+    row['step']: row['live_params'] for row in runs.rows(everything, 'train')
+  }
   for step, size in sizes.items():
     assert size == sizes[max((s for s in falls if s <= step), default=1)]
 
@@ -157,7 +147,7 @@ def test_prices_are_in_what_trials_measured(everything):
   found = {row['step']: row for row in trace(everything)}
   assert all(x['groups'] for x in found[min(found)]['trials'].values())
   exchange = pruning.Exchange(0.9)
-  for row in rows(everything, 'train'):
+  for row in runs.rows(everything, 'train'):
     step = row['step']
     if step < min(found) or step > max(found):
       assert row['price'] is None
@@ -185,7 +175,7 @@ def test_repair_never_raises_the_error_of_a_layer(everything):
 
 
 def test_the_divergence_from_the_teacher_is_logged(everything):
-  train_rows = rows(everything, 'train')
+  train_rows = runs.rows(everything, 'train')
   # Before the first update the student is its own teacher.
   assert train_rows[0]['divergence'] == pytest.approx(0, abs=1e-5)
   assert train_rows[-1]['divergence'] > 1e-3
@@ -202,7 +192,7 @@ def test_flops_are_those_of_the_arrays_of_each_step(reference):
   pruned = {row['step']: row for row in trace(reference)}
   last = max(pruned)
   cfg = teacher
-  for row in rows(reference, 'train'):
+  for row in runs.rows(reference, 'train'):
     step = row['step']
     meter.step(cfg, step <= last, teacher)
     if step in pruned:
@@ -226,7 +216,7 @@ def test_kernels_prune_the_same_groups(everything, reference):
   """Ragged, the whole method: the choice for this CPU against plain XLA."""
   check_same_run(everything, reference)
   spent, dense = (
-    [row['flops']['train'] for row in rows(run, 'train')]
+    [row['flops']['train'] for row in runs.rows(run, 'train')]
     for run in (everything, reference)
   )
   # Until the first prune all is alive; later what is dead is skipped.
@@ -238,7 +228,7 @@ def check_same_run(a, b):
   for left, right in zip(trace(a), trace(b), strict=True):
     for t in left['removed']:
       assert sorted(left['removed'][t]) == sorted(right['removed'][t])
-  losses = [[row['loss'] for row in rows(run, 'train')] for run in (a, b)]
+  losses = [[row['loss'] for row in runs.rows(run, 'train')] for run in (a, b)]
   np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
@@ -250,7 +240,7 @@ def _plain(setting):
 
 def test_kernels_prune_the_same_groups_uniformly(setting, plain):
   done = setting.run('buckets', **BRIEF | {'model.kernels': 'bucket'})
-  assert rows(done, 'shrink')
+  assert runs.rows(done, 'shrink')
   check_same_run(done, plain)
 
 
@@ -261,14 +251,17 @@ def test_a_teacher_that_waits_changes_nothing_before(setting, plain):
   )
   assert trace(late) == trace(plain)
   last = trace(late)[-1]['step']
-  both = (rows(run, 'train') for run in (late, plain))
+  both = (runs.rows(run, 'train') for run in (late, plain))
   for row, want in zip(*both, strict=True):
     taught = row['step'] > last
     assert taught == ('divergence' in row) == (row['flops']['teacher'] > 0)
     # The loss before the first update that the teacher had a part in.
     if row['step'] <= last + 1:
       assert row['loss'] == want['loss']
-  assert rows(late, 'train')[-1]['loss'] != rows(plain, 'train')[-1]['loss']
+  assert (
+    runs.rows(late, 'train')[-1]['loss']
+    != runs.rows(plain, 'train')[-1]['loss']
+  )
 
 
 def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
@@ -298,7 +291,7 @@ def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
   ):
     jax.tree.map(np.testing.assert_array_equal, a, b)
   assert trace(everything) == trace(stopped)
-  both = (rows(run, 'train') for run in (everything, stopped))
+  both = (runs.rows(run, 'train') for run in (everything, stopped))
   for row, again in zip(*both, strict=True):
     assert row['flops'] == again['flops']
     assert row['price'] == again['price']
@@ -323,7 +316,9 @@ def test_a_family_goes_on_from_an_event(setting, everything):
     },
   )
   # Its teacher is that event, dead groups and all: they agree before step 1.
-  assert rows(child, 'train')[0]['divergence'] == pytest.approx(0, abs=1e-5)
+  assert runs.rows(child, 'train')[0]['divergence'] == pytest.approx(
+    0, abs=1e-5
+  )
   params, prune, cfg, _ = checkpoints.restore_params(child)
   assert budgets.flops(cfg, 32).live(prune.masks) <= 50_000
   start = sources.load(parent, '')
@@ -380,10 +375,13 @@ def test_new_weights_in_a_ragged_shape(setting, everything):
   jax.tree.map(np.testing.assert_array_equal, prune.masks, masks)
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
   jax.tree.map(close, params, model.init(jax.random.key(3), cfg))
-  trained = rows(scratch, 'train')
+  trained = runs.rows(scratch, 'train')
   assert {row['target_cost'] for row in trained} == {None}
   assert trained[-1]['flops']['score'] == 0
-  assert [row['phase'] for row in rows(scratch, 'eval')] == ['source', 'final']
+  assert [row['phase'] for row in runs.rows(scratch, 'eval')] == [
+    'source',
+    'final',
+  ]
   assert not checkpoints.read_events(scratch)
   page = report.build(scratch) / 'index.html'
   assert 'none: training only' in page.read_text()
