@@ -23,6 +23,7 @@ import re
 import sys
 import tempfile
 
+from effllm_jax import errors
 from experiments import cli
 
 # (D, F, tokens): see effllm_jax.structure. The heads together are as wide as D.
@@ -58,6 +59,12 @@ _TARGET = """
   platform_name: "CUDA"
   dnn_version_info { major: 9 minor: 10 }
 """
+# The plugin compiles, nothing looks for a GPU; `parse` reads what is dumped.
+ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  'MOSAIC_GPU_DUMP_PTXAS': '1',
+  'MOSAIC_GPU_DUMP_RESOURCES': '1',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +91,12 @@ class Compiled:
 def main(argv: list[str]) -> None:
   """Compiles everything, prints a table."""
   del argv
-  from effllm_jax import errors
-
   if _version('jax-cuda13-plugin') is None:
     raise errors.InputError(
       'no CUDA plugin of jax here; run pip install jax==0.12.0.1 '
       'jax-cuda13-plugin==0.12.0.1 on Python 3.13'
     )
-  # Before jax is imported. The plugin compiles; nothing looks for a GPU.
-  os.environ['JAX_PLATFORMS'] = 'cpu'
-  os.environ['MOSAIC_GPU_DUMP_PTXAS'] = '1'
-  os.environ['MOSAIC_GPU_DUMP_RESOURCES'] = '1'
-
+  # After the wheels have been looked for: these imports take seconds.
   import jax
   import jax.numpy as jnp
   import rich.table
@@ -232,4 +233,6 @@ def _fail(line: str) -> None:
 
 
 if __name__ == '__main__':
+  # Before anything imports jax, which reads them as it starts.
+  os.environ |= ENVIRONMENT
   cli.run(main)

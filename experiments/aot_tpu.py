@@ -15,6 +15,7 @@ fails, with 2 where libtpu is missing. Three minutes on one core.
 import os
 import sys
 
+from effllm_jax import errors
 from experiments import cli
 
 CHIPS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2'}
@@ -48,8 +49,7 @@ ENVIRONMENT = {
 def main(argv: list[str]) -> None:
   """Compiles all, prints one table; exits with 1 if any failed."""
   del argv
-  os.environ |= ENVIRONMENT
-  # After the environment is set: jax and libtpu read it.
+  # After the flags have been parsed: these imports take seconds.
   import importlib.metadata
   import itertools
   import time
@@ -58,7 +58,6 @@ def main(argv: list[str]) -> None:
   from jax.experimental import topologies
   import rich.table
 
-  from effllm_jax import errors
   from kernels import forms
   from kernels import pallas_tpu
 
@@ -166,4 +165,6 @@ def _figures(compiled) -> list[str]:
 
 
 if __name__ == '__main__':
+  # Before anything imports jax: it and libtpu read them as they start.
+  os.environ |= ENVIRONMENT
   cli.run(main)

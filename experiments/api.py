@@ -8,6 +8,7 @@ installed. Any warning of pdoc is an error.
 
 from absl import flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.')
@@ -20,8 +21,6 @@ def main(argv: list[str]) -> None:
   import pathlib
   import pkgutil
   import warnings
-
-  from effllm_jax import errors
 
   try:
     import pdoc

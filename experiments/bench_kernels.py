@@ -19,6 +19,7 @@ products alone, as they are timed here: in a model it cuts whole blocks.
 
 from absl import flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _MODEL = flags.DEFINE_enum(
@@ -56,7 +57,6 @@ def main(argv: list[str]) -> None:
   import rich.progress
   import rich.table
 
-  from effllm_jax import errors
   from kernels import autotune
   from kernels import forms
 
@@ -157,7 +157,6 @@ def _cases(d: int, f: int, tokens: int) -> list[tuple]:
 def _names() -> list[str]:
   import jax
 
-  from effllm_jax import errors
   import kernels
 
   here = jax.default_backend()
@@ -174,8 +173,6 @@ def _names() -> list[str]:
 
 
 def _shares() -> list[float]:
-  from effllm_jax import errors
-
   try:
     shares = [float(x) for x in _LIVE.value]
   except ValueError:

@@ -17,6 +17,7 @@ drifts drifts for all of them; printed are medians and ratios to the dense one.
 from absl import flags
 from ml_collections import config_flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -45,7 +46,6 @@ def main(argv: list[str]) -> None:
   import jax.numpy as jnp
   import rich.table
 
-  from effllm_jax import errors
   from effllm_jax import selection
   from experiments import bench_setup
   import kernels

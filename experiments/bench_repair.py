@@ -15,6 +15,7 @@ from ml_collections import config_flags
 import rich.box
 import rich.table
 
+from effllm_jax import errors
 from experiments import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -46,7 +47,6 @@ def main(argv: list[str]) -> None:
   from effllm_jax import budgets
   from effllm_jax import corpus
   from effllm_jax import data
-  from effllm_jax import errors
   from effllm_jax import evaluate
   from effllm_jax import heldout as heldout_lib
   from effllm_jax import optimizers

@@ -13,6 +13,8 @@ import tempfile
 import time
 from typing import Any
 
+from effllm_jax import errors
+
 
 def ask(pipe: connection.Connection) -> Any:
   """What the process at the other end says next.
@@ -20,8 +22,6 @@ def ask(pipe: connection.Connection) -> Any:
   Raises:
     errors.InputError: it could not start, and says why.
   """
-  from effllm_jax import errors
-
   try:
     kind, value = pipe.recv()
   except EOFError as e:
@@ -39,8 +39,6 @@ def serve(pipe: connection.Connection, work: Callable, *arguments) -> None:
 
   Of two steps the second is timed: the caches are those of whoever ran before.
   """
-  from effllm_jax import errors
-
   try:
     facts, step, peak = work(*arguments)
   except errors.InputError as e:
@@ -144,7 +142,6 @@ def product(dtype):
 
 def rival(config, model):
   """The same for the stock Llama of transformers."""
-  from effllm_jax import errors
   from effllm_jax import hf_config
   from effllm_jax import hf_export
   from effllm_jax import timing

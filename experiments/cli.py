@@ -19,7 +19,6 @@ import rich.console
 
 from effllm_jax import console
 from effllm_jax import errors
-from effllm_jax import interrupts
 from experiments import compiled
 from experiments.configs import smollm2_135m
 
@@ -72,6 +71,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def guarded(argv):
     if argv[1:]:
       _fail(f'unexpected argument {argv[1]!r}; flags start with --')
+    # After the flags have been parsed: this imports jax, which takes a second.
+    from effllm_jax import interrupts
+
     # Orbax, TFDS and jax report their own progress at INFO.
     logging.set_verbosity(logging.WARNING)
     interrupts.unwind_on_sigterm()

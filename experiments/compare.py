@@ -46,7 +46,6 @@ def main(argv: list[str]) -> None:
   """Runs what is missing, then prints the tables."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-
   from effllm_jax import benchmark_items
   from experiments import choices
   from experiments import same_budget

@@ -12,6 +12,7 @@ afterwards.
 
 from absl import flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -50,7 +51,6 @@ def main(argv: list[str]) -> None:
   from effllm_jax import console as console_lib
   from effllm_jax import corpus
   from effllm_jax import edge
-  from effllm_jax import errors
   from effllm_jax import finished
   from effllm_jax import formats
   from effllm_jax import heldout as heldout_lib

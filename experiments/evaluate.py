@@ -15,6 +15,7 @@ with the same limit is not measured again.
 
 from absl import flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -43,7 +44,6 @@ def main(argv: list[str]) -> None:
   """Asks source and pruned model, prints the table, keeps it."""
   del argv
   from effllm_jax import benchmark_items
-  from effllm_jax import errors
 
   names = benchmark_items.names(_TASKS.value)
   if (_WORKDIR.value is None) == (_MODEL.value is None):

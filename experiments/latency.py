@@ -19,6 +19,7 @@ import itertools
 from absl import flags
 from ml_collections import config_flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -53,7 +54,6 @@ def main(argv: list[str]) -> None:
   import rich.table
 
   from effllm_jax import budgets
-  from effllm_jax import errors
   from effllm_jax import model
   from effllm_jax import sources
   from effllm_jax import structure
@@ -212,7 +212,6 @@ def _file_times(
   import numpy as np
   import rich.progress
 
-  from effllm_jax import errors
   from effllm_jax import formats
   from effllm_jax import timing
 
@@ -258,7 +257,6 @@ def _shapes(
   Whole and half of each type in all combinations, and between them three
   quarters of all; where there is room, on multiples, as a pruned model is.
   """
-  from effllm_jax import errors
 
   def part(name, quarters):
     if widths[name] < 2 or multiple_of[name] < 1:

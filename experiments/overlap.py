@@ -11,6 +11,7 @@ structure? The measures are defined in effllm_jax/overlap.py.
 
 from absl import flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _WORKDIRS = flags.DEFINE_list('workdirs', None, 'Folders of two runs or more.')
@@ -21,8 +22,6 @@ _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 def main(argv: list[str]) -> None:
   """Compares, prints two tables, and writes them where --out says."""
   del argv
-  from effllm_jax import errors
-
   if len(_WORKDIRS.value) < 2:
     raise errors.InputError(
       f'an overlap takes two runs or more, not {len(_WORKDIRS.value)}; set '
@@ -30,7 +29,6 @@ def main(argv: list[str]) -> None:
     )
   out = _OUT.value and cli.out_file(_OUT.value)
   # After the flags have been checked: these imports take seconds.
-
   from effllm_jax import overlap
   from effllm_jax import workdir
 

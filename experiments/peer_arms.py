@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from effllm_jax import errors
 from experiments import torch_peers
 
 # Changes of the config, as `experiments/configs/ragged.py` makes them.
@@ -42,7 +43,6 @@ OTHERS = {
 
 def check(names: list[str]) -> None:
   """Raises InputError where an arm is not known or cannot run here."""
-  from effllm_jax import errors
   from effllm_jax import hf_export
 
   known = [*OURS, *OTHERS]
@@ -79,7 +79,6 @@ class Bench:
     Raises:
       errors.InputError: what the others cannot do, or `train.run` refuses.
     """
-    from effllm_jax import errors
     from effllm_jax import plan as plan_lib
     from effllm_jax import sources
 
@@ -121,7 +120,6 @@ class Bench:
       errors.InputError: an arm prunes more often than there are steps for it,
         another comparison is at work, or as `run`.
     """
-    from effllm_jax import errors
     from effllm_jax import workdir as workdir_lib
 
     begin, end = self._window()
@@ -188,8 +186,6 @@ class Bench:
     Raises:
       errors.InputError: there are none, or the model has too few layers.
     """
-    from effllm_jax import errors
-
     cfg = self.source.cfg
     pruned = cfg.N - recipe.first - recipe.last
     step = self.config.prune.multiple_of.ffn if recipe.rounded else 1
@@ -310,8 +306,6 @@ def _ours(config, changes, workdir, cache) -> dict[str, Any]:
 
 def _alone(work: Callable, *arguments) -> Any:
   """Calls a function in a new process, so that its memory is its own."""
-  from effllm_jax import errors
-
   context = multiprocessing.get_context('spawn')
   with futures.ProcessPoolExecutor(1, context) as pool:
     try:

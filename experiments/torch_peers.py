@@ -26,8 +26,10 @@ import warnings
 
 import numpy as np
 
-# Modules of effllm_jax are imported where they are used: they take seconds,
-# and the flags come first.
+from effllm_jax import errors
+
+# Other modules of effllm_jax are imported where they are used: they take
+# seconds, and the flags come first.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +278,6 @@ def nats(net, heldout: Mapping[str, Any], batch_size: int) -> dict[str, float]:
 
 def require() -> None:
   """Raises InputError where Torch-Pruning is not installed."""
-  from effllm_jax import errors
-
   try:
     import torch_pruning  # noqa: F401
   except ImportError as e:

@@ -22,15 +22,8 @@ import dataclasses
 import time
 
 from absl import flags
-import jax
-import jax.numpy as jnp
 
-from effllm_jax import corpus
 from effllm_jax import errors
-from effllm_jax import sources
-from effllm_jax import structure
-from effllm_jax import workdir
-from experiments import brute_force
 from experiments import cli
 
 _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
@@ -53,6 +46,16 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of text, model and drawn groups.')
 def main(argv: list[str]) -> None:
   """Measures, prints one table, writes the JSON."""
   del argv
+  # After the flags have been parsed: these imports take seconds.
+  import jax
+  import jax.numpy as jnp
+
+  from effllm_jax import corpus
+  from effllm_jax import sources
+  from effllm_jax import structure
+  from effllm_jax import workdir
+  from experiments import brute_force
+
   out = cli.out_file(_OUT.value)
   started = time.perf_counter()
   console = cli.tables()

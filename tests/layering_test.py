@@ -1,6 +1,7 @@
 """Dependencies go one way; heavy packages stay behind one module."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -147,3 +148,46 @@ def test_the_model_needs_jax_and_flax_only():
     capture_output=True, text=True, check=True, cwd=ROOT,
   )  # fmt: skip
   assert done.stdout.strip() == '[]'
+
+
+COMMANDS = [
+  f'experiments.{p.stem}'
+  for p in sorted((ROOT / 'experiments').glob('*.py'))
+  if 'cli.run(main)' in p.read_text()
+]
+
+
+def test_flags_are_parsed_before_jax_is_imported():
+  # Two commands may have flags of one name.
+  code = f"""
+import importlib, sys
+from absl import flags
+for name in ['experiments.cli', *{COMMANDS}]:
+  for flag in [*flags.FLAGS]:
+    delattr(flags.FLAGS, flag)
+  importlib.import_module(name)
+  if 'jax' in sys.modules:
+    sys.exit(name + ' imports jax')
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('name', ['aot_hopper', 'aot_tpu'])
+def test_jax_finds_the_environment_that_a_compiler_needs(name):
+  code = f"""
+import os, runpy, sys
+from experiments import cli
+def run(main):
+  print('jax' in sys.modules, os.environ.get('JAX_PLATFORMS'))
+cli.run = run
+runpy.run_module('experiments.{name}', run_name='__main__')
+"""
+  others = {k: v for k, v in os.environ.items() if k != 'JAX_PLATFORMS'}
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True, text=True, check=True, cwd=ROOT, env=others,
+  )  # fmt: skip
+  assert done.stdout.split() == ['False', 'cpu']
