@@ -19,7 +19,6 @@ import shutil
 import tempfile
 import time
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from effllm_jax import digests as digests_lib
@@ -89,12 +88,12 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   """Builds the dataset of a text once and returns its folder.
 
   The folder is keyed by what went in, so a second call is instant and a
-  changed folder is built anew. It holds the ArrayRecord files, `index.npz`
-  (domain and bytes of each record) and `manifest.json` (where the text comes
-  from, what each split holds, what was dropped). One process of those that
-  share a cache builds it, with all documents of a set in its memory; the others
-  wait. A text is read again, to be compared, where its files are no longer
-  those that lay there: by name, size, times and inode.
+  changed folder is built anew. It holds the ArrayRecord files and
+  `manifest.json` (where the text comes from, what each split holds, what was
+  dropped). One process of those that share a cache builds it, with all
+  documents of a set in its memory; the others wait. A text is read again, to be
+  compared, where its files are no longer those that lay there: by name, size,
+  times and inode.
 
   Args:
     text: `'pypi'`; `'debian'`, which adds the packages of DEBIAN through
@@ -323,7 +322,7 @@ def _row(where: str, line: str, default: Document) -> Document:
 
 
 def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
-  """Writes the records, the index and the manifest of a dataset."""
+  """Writes the records and the manifest of a dataset."""
   tfds.disable_progress_bar()
   builder = Text(
     splits=splits,
@@ -335,23 +334,16 @@ def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
     local = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(download_config=local)
   shutil.rmtree(folder / 'downloads', ignore_errors=True)  # empty
-  names = sorted({d.domain for d in splits['train']})
-  counts = {name: {} for name in names}
-  index, content = {}, hashlib.sha256()
-  for name in splits:
+  counts = {x: {} for x in sorted({d.domain for d in splits['train']})}
+  content = hashlib.sha256()
+  for split in splits:
+    sizes = {domain: [] for domain in counts}
     # Read back: the order on disk is TFDS's own.
-    rows = [as_document(row) for row in source(folder, name)]
-    for row in rows:
-      content.update(json.dumps([name, *row]).encode())
-    index[f'{name}_domain'] = np.array([names.index(r.domain) for r in rows])
-    index[f'{name}_bytes'] = np.array([row.size for row in rows])
-    for i, domain in enumerate(names):
-      of_domain = index[f'{name}_domain'] == i
-      counts[domain][name] = {
-        'documents': int(of_domain.sum()),
-        'bytes': int(index[f'{name}_bytes'][of_domain].sum()),
-      }
-  np.savez(folder / 'index.npz', **index)
+    for row in map(as_document, source(folder, split)):
+      content.update(json.dumps([split, *row]).encode())
+      sizes[row.domain].append(row.size)
+    for domain, found in sizes.items():
+      counts[domain][split] = {'documents': len(found), 'bytes': sum(found)}
   facts = {'digest': content.hexdigest(), 'domains': counts, **notes}
   (folder / 'manifest.json').write_text(
     json.dumps(facts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
@@ -373,7 +365,7 @@ def manifest(data_dir: str | os.PathLike) -> dict:
 
 
 def domains(data_dir: str | os.PathLike) -> list[str]:
-  """Names of the domains, in the order of the index."""
+  """Names of the domains, sorted."""
   return list(manifest(data_dir)['domains'])
 
 
@@ -386,11 +378,3 @@ def source(data_dir: str | os.PathLike, split: str):
 def as_document(record: dict[str, bytes]) -> Document:
   """A record as TFDS gives it, which is in bytes."""
   return Document(**{name: record[name].decode() for name in Document._fields})
-
-
-def index(data_dir: str | os.PathLike, split: str) -> dict[str, np.ndarray]:
-  """`domain` (position in `domains`) and `bytes` int64 of each record."""
-  with np.load(
-    pathlib.Path(data_dir) / 'index.npz', allow_pickle=False
-  ) as arrays:
-    return {name: arrays[f'{split}_{name}'] for name in ('domain', 'bytes')}

@@ -63,11 +63,8 @@ def read(data_dir, split):
 def test_real_text_has_its_domains(pypi, splits):
   names = ['drama', 'scripture', 'speeches', 'wiki']
   assert corpus.domains(pypi) == names
-  for split, documents in splits.items():
+  for documents in splits.values():
     assert {d.domain for d in documents} == set(names)
-    at = corpus.index(pypi, split)
-    assert [names[i] for i in at['domain']] == [d.domain for d in documents]
-    assert at['bytes'].tolist() == [d.size for d in documents]
   total = sum(d.size for d in splits['train'])
   assert 20e6 < total < 26e6
 
