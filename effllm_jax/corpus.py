@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 import time
 
 import tensorflow_datasets as tfds
@@ -190,24 +189,23 @@ def _build(
   read: Callable[[], tuple[list[Document], list[dict]]],
 ) -> None:
   """Writes a dataset where there is none; `read` gives documents, packages."""
-  if _is_built(final):
-    return
-  # Made first: a cache that cannot be written shall not cost the reading.
-  with tempfile.TemporaryDirectory(dir=final.parent, prefix='.build-') as tmp:
+
+  # The folder is made first: a cache that cannot be written shall not cost the
+  # reading.
+  def write(folder):
     documents, packages = read()
     splits, notes = splitting.split(documents)
-    built = pathlib.Path(tmp) / 'dataset'
     try:
-      _write(built, splits, {'text': label, 'packages': packages, **notes})
+      _write(folder, splits, {'text': label, 'packages': packages, **notes})
     except RuntimeError as e:  # So ArrayRecord says that a disk is full.
       raise OSError(str(e).splitlines()[0]) from e
-    try:
-      built.rename(final)
-    except OSError:
-      # Another process was faster, where there are no locks; what it wrote is
-      # the same.
-      if not _is_built(final):
-        raise
+
+  workdir_lib.once(final, write)
+  if not _is_built(final):
+    raise errors.InputError(
+      f'{final} has lost its manifest.json; delete the folder, and it is built '
+      'again'
+    )
 
 
 def _folder(text: str) -> tuple[str, dict[str, pathlib.Path]]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 
 import numpy as np
 import tokenizers
@@ -87,22 +86,14 @@ def _build(
       pieces[document.domain].append(
         np.array([separator_id, *encoding.ids], dtype)
       )
+
+  def write(new):
+    for domain, arrays in pieces.items():
+      end = np.array([separator_id], dtype)
+      np.save(_token_file(new, domain, domains), np.concatenate([*arrays, end]))
+
   try:
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix='.tokens-') as tmp:
-      built = pathlib.Path(tmp) / 'tokens'
-      built.mkdir()
-      for domain, arrays in pieces.items():
-        end = np.array([separator_id], dtype)
-        np.save(
-          _token_file(built, domain, domains), np.concatenate([*arrays, end])
-        )
-      try:
-        built.rename(folder)
-      except OSError:
-        # Another process was faster, where there are no locks; what it wrote is
-        # the same.
-        if not folder.is_dir():
-          raise
+    workdir_lib.once(folder, write)
   except OSError as e:
     raise errors.InputError(
       f'cannot write tokens to {data_dir}: {e.strerror or e}; free some '

@@ -34,13 +34,24 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-  """Makes a folder that is there only when all of it is; else leaves it."""
-  if not target.exists():
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-      new = pathlib.Path(scratch, 'new')
-      new.mkdir()
-      write(new)
+  """Makes a folder that is there only when all of it is; else leaves it.
+
+  Args:
+    target: the folder; the one above it must exist.
+    write: fills the folder that it is given, which is empty.
+  """
+  if target.exists():
+    return
+  with tempfile.TemporaryDirectory(dir=target.parent, prefix='.new-') as tmp:
+    new = pathlib.Path(tmp, 'new')
+    new.mkdir()
+    write(new)
+    try:
       new.rename(target)
+    except OSError:
+      # Another process was faster; what it wrote is the same.
+      if not target.exists():
+        raise
 
 
 def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

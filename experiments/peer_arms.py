@@ -8,7 +8,6 @@ import functools
 import multiprocessing
 import os
 import pathlib
-import tempfile
 import threading
 import time
 from typing import Any
@@ -252,15 +251,14 @@ class Bench:
     """The source for transformers, written once."""
     from effllm_jax import hf_export
     from effllm_jax import sources
+    from effllm_jax import workdir as workdir_lib
+
+    def write(new):
+      model = sources.load(self.config.source, self.cache)
+      hf_export.write(model, new, trimmed=False)
 
     folder = self.workdir / 'source'
-    if not folder.exists():
-      with tempfile.TemporaryDirectory(dir=self.workdir) as scratch:
-        new = pathlib.Path(scratch, 'source')
-        new.mkdir()
-        model = sources.load(self.config.source, self.cache)
-        hf_export.write(model, new, trimmed=False)
-        new.rename(folder)
+    workdir_lib.once(folder, write)
     return folder
 
   def _row(self, found: Mapping[str, Any]) -> dict[str, Any]:

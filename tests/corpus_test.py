@@ -466,6 +466,14 @@ def test_a_cache_that_runs_full(tmp_path):
   assert not list((tmp_path / 'cache' / 'corpus').iterdir())
 
 
+def test_a_dataset_that_has_lost_its_manifest(tmp_path):
+  user = conftest.write_text_folder(tmp_path / 'text')
+  built = corpus.prepare(str(user), tmp_path / 'cache')
+  (built / 'manifest.json').unlink()
+  with pytest.raises(errors.InputError, match=r'has lost its .*; delete the'):
+    corpus.prepare(str(user), tmp_path / 'cache')
+
+
 def test_two_processes_build_at_once(tmp_path):
   user = conftest.write_text_folder(tmp_path / 'text')
   code = (

@@ -51,7 +51,6 @@ def _built(monkeypatch):
   """Text folders are read and split, but no dataset is written."""
 
   def write(folder, splits, notes):
-    folder.mkdir()
     (folder / 'manifest.json').write_text(json.dumps(notes))
     for found in splits.values():
       assert all(x.rank and x.size for x in found)

@@ -121,6 +121,37 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
   assert os.listdir(tmp_path) == ['lock']
 
 
+@pytest.mark.parametrize('faster', [False, True])
+def test_a_folder_is_made_once(tmp_path, faster):
+  """By whoever is first; the other leaves it, and nothing of its own."""
+  target = tmp_path / 'model'
+
+  def write(new):
+    (new / 'config.json').write_text('ours')
+    if faster:
+      target.mkdir()
+      (target / 'config.json').write_text('theirs')
+
+  workdir.once(target, write)
+  workdir.once(target, lambda _: pytest.fail('it is there'))
+  said = 'theirs' if faster else 'ours'
+  assert (target / 'config.json').read_text() == said
+  assert os.listdir(tmp_path) == ['model']
+
+
+def test_a_folder_that_cannot_be_made_is_not_there(tmp_path):
+  def write(new):
+    (new / 'config.json').write_text('half of it')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with pytest.raises(OSError, match='No space left'):
+    workdir.once(tmp_path / 'model', write)
+  # Nobody was faster.
+  with pytest.raises(FileNotFoundError):
+    workdir.once(tmp_path / 'model', os.rmdir)
+  assert os.listdir(tmp_path) == []
+
+
 def test_a_turn_comes_to_one_at_a_time(tmp_path):
   """Also where the one before has removed the file that others wait for."""
   path, inside, most = tmp_path / 'lock', [], []
