@@ -172,15 +172,11 @@ def _is_built(final: pathlib.Path) -> bool:
 @contextlib.contextmanager
 def _turn(root: pathlib.Path, label: str) -> Iterator[None]:
   """Alone at work on a text; what the cache refuses to be written is told."""
-  try:
+  remedy = 'free some space, or set --cache'
+  with errors.writing(f'the dataset to {root}', remedy):
     root.mkdir(parents=True, exist_ok=True)
     with workdir_lib.in_turn(root / f'.{_slug(label)}.lock'):
       yield
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write the dataset to {root}: {e.strerror or e}; free some '
-      'space, or set --cache'
-    ) from e
 
 
 def _build(

@@ -35,11 +35,15 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(
+  what: str | os.PathLike,
+  remedy: str = 'free some space or set another --out or --workdir',
+) -> Iterator[None]:
   """Tells a full or read-only disk in one line.
 
   Args:
-    path: what is being written.
+    what: is being written; a path, or words that end in one.
+    remedy: what the user can do.
 
   Raises:
     InputError: instead of an OSError.
@@ -48,7 +52,4 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     yield
   except OSError as e:
     reason = e.strerror or e
-    raise InputError(
-      f'cannot write {path}: {reason}; free some space or set another '
-      '--out or --workdir'
-    ) from e
+    raise InputError(f'cannot write {what}: {reason}; {remedy}') from e

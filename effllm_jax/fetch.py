@@ -35,13 +35,9 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
   found = sorted(folder.glob(f'{stem}*.whl'))
   if found:
     return found[0]
-  try:
+  with errors.writing(f'the cache {folder}', 'set --cache'):
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=folder)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write the cache {folder}: {e.strerror}; set --cache'
-    ) from e
   with scratch as tmp:
     done = subprocess.run(
       [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet',

@@ -173,7 +173,7 @@ def prepared(
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
   datasets.disable_progress_bars()
   with contextlib.ExitStack() as stack:
-    try:
+    with errors.writing(f'the cache {cache}', 'set --cache'):
       cache.mkdir(parents=True, exist_ok=True)
       scratch = tempfile.TemporaryDirectory(dir=cache, prefix='.items-')
       folder = pathlib.Path(stack.enter_context(scratch))
@@ -182,10 +182,6 @@ def prepared(
           config = json.dumps(_config(task, path))
           # JSON is YAML.
           path.with_suffix('.yaml').write_text(config, encoding='utf-8')
-    except OSError as e:
-      raise errors.InputError(
-        f'cannot write the cache {cache}: {e.strerror}; set --cache'
-      ) from e
     # The later folder wins: of MMLU's own only the groups are left.
     yield lm_eval_tasks.TaskManager(
       include_path=[_MMLU, folder], include_defaults=False

@@ -55,14 +55,12 @@ def build(
   files['index.html'] = _page(run, drawn).encode()
   files['summary.md'] = _summary(run, drawn).encode()
   folder = workdir / 'report'
-  with workdir_lib.locked(workdir / 'report.lock'):
-    try:
-      _replace(folder, files)
-    except OSError as e:
-      raise errors.InputError(
-        f'cannot write {folder}: {e.strerror}; make room or make {workdir} '
-        'writable'
-      ) from e
+  remedy = f'make room or make {workdir} writable'
+  with (
+    workdir_lib.locked(workdir / 'report.lock'),
+    errors.writing(folder, remedy),
+  ):
+    _replace(folder, files)
   return folder
 
 

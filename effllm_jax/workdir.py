@@ -116,14 +116,10 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
   """
   check(workdir, config)
   folder = pathlib.Path(workdir)
-  try:
+  with errors.writing(workdir, 'choose another --workdir'):
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / 'config.json').exists():
       write_json(folder / 'config.json', config)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {workdir}: {e.strerror}; choose another --workdir'
-    ) from e
 
 
 @contextlib.contextmanager
@@ -142,14 +138,10 @@ def locked(
   Raises:
     errors.InputError: it is held already, or it cannot be written.
   """
-  try:
+  remedy = f'make {path.parent} writable or choose another --workdir'
+  with errors.writing(path, remedy):
     # No link of that name leads out of the folder.
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {path}: {e.strerror}; make {path.parent} writable or '
-      'choose another --workdir'
-    ) from e
   try:
     # A file system without locks raises another OSError.
     with contextlib.suppress(OSError):

@@ -101,12 +101,8 @@ def main(argv: list[str]) -> None:
     **result,
     'seconds': time.perf_counter() - started,
   }
-  try:
+  with errors.writing(out, 'set --out'):
     workdir.write_json(out, result)
-  except OSError as e:
-    raise errors.InputError(
-      f'cannot write {out}: {e.strerror}; set --out'
-    ) from e
   console.print(
     f'{name}: held-out loss {result["loss"]:.3f} nats per token on '
     f'{result["heldout_tokens"]} tokens (unigram entropy {entropy:.3f}); '

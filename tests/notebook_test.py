@@ -367,6 +367,13 @@ def test_an_unknown_key_is_refused_before_anything_is_written(tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
+def test_a_folder_that_cannot_be_written_is_told_without_flags(tmp_path):
+  (tmp_path / 'file').write_text('x')
+  with pytest.raises(errors.InputError, match=r'cannot write .*file/new') as e:
+    notebook.small_run(tmp_path / 'file' / 'new')
+  assert 'choose another folder' in str(e.value) and '--' not in str(e.value)
+
+
 def test_a_run_that_does_not_exist_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setenv(notebook.VARIABLE, str(tmp_path / 'none'))
   for opened in (notebook.open_run, notebook.open_runs):
