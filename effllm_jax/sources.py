@@ -7,7 +7,6 @@ run has pruned: `events/<index>` or `checkpoints/<step>` of its workdir.
 
 from collections.abc import Iterable
 import dataclasses
-import json
 import os
 import pathlib
 import tempfile
@@ -29,6 +28,7 @@ from effllm_jax import selection
 from effllm_jax import structure
 from effllm_jax import untrusted
 from effllm_jax import weights
+from effllm_jax import workdir
 
 Source = weights.Source
 
@@ -173,12 +173,12 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
     'pad_token': token(source.pad_id),
     'chat_template': source.chat_template,
   }
-  _write(folder / 'tokenizer.json', source.tokenizer.to_str())
+  workdir.write_text(folder / 'tokenizer.json', source.tokenizer.to_str())
   for name, content in (
     ('tokenizer_config.json', config),
     ('generation_config.json', generation),
   ):
-    _write_json(folder / name, _set(content))
+    workdir.write_json(folder / name, _set(content))
 
 
 def write_tensors(
@@ -212,7 +212,9 @@ def write_model(source: Source, folder: pathlib.Path) -> None:
     'eos_token_id': list(source.eos_ids) or None,
     'pad_token_id': source.pad_id,
   }
-  _write_json(folder / 'config.json', hf_config.write(source.cfg) | special)
+  workdir.write_json(
+    folder / 'config.json', hf_config.write(source.cfg) | special
+  )
 
 
 def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
@@ -238,7 +240,7 @@ def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   with errors.writing(folder, 'choose another folder'):
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(source, folder)
-    _write_json(folder / 'source.json', about)
+    workdir.write_json(folder / 'source.json', about)
   return folder
 
 
@@ -299,17 +301,6 @@ def _default_gguf(cache):
       (pathlib.Path(tmp) / path.name).write_bytes(content)
       os.replace(pathlib.Path(tmp) / path.name, path)
   return path
-
-
-def _write(path, text):
-  """Replaces a file as a whole."""
-  with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-    (pathlib.Path(tmp) / path.name).write_text(text, encoding='utf-8')
-    os.replace(pathlib.Path(tmp) / path.name, path)
-
-
-def _write_json(path, content):
-  _write(path, json.dumps(content, indent=2) + '\n')
 
 
 def _set(content):
