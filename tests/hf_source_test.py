@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import gguf
 import jax
@@ -201,6 +202,11 @@ def test_shards_and_bfloat16(tmp_path):
     model_files.random_params(model_files.CFG),
   )
   assert source.dtype == 'BF16' and model_files.same(source.params, rounded)
+  said = subprocess.run(
+    'sha256sum *.safetensors | sha256sum',
+    shell=True, cwd=folder, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert source.sha256 == said.stdout.split()[0]
   (folder / 'model-00002-of-00003.safetensors').unlink()
   model_files.refused(folder, 'model-00002-of-00003.safetensors', 'missing')
 
