@@ -272,7 +272,8 @@ def bits(groups: structure.Groups) -> str:
 def _rules(policy) -> rules_lib.Rules:
   if policy not in rules_lib.POLICIES:
     raise errors.InputError(
-      f'policy {policy!r} is not one of {", ".join(rules_lib.POLICIES)}'
+      f'policy {policy!r} is not one of {", ".join(rules_lib.POLICIES)}; '
+      'choose one of them'
     )
   return rules_lib.Rules(policy, (1, 1, 1), (1, 1, 1), price_embedding=False)
 

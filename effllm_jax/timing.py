@@ -20,6 +20,9 @@ import numpy as np
 
 from effllm_jax import errors
 
+# How the process ends where the runtime itself says what to do.
+_REFUSED = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
@@ -66,6 +69,8 @@ def speed(
   )  # fmt: skip
   if done.returncode:
     last = (done.stderr.strip().splitlines() or ['no output'])[-1]
+    if done.returncode != _REFUSED:
+      last += '; export it again, or free some memory'
     raise errors.InputError(f'{path} cannot be timed: {last}')
   return Speed(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -117,4 +122,5 @@ if __name__ == '__main__':
       json.dumps(dataclasses.asdict(_measure(module, *json.loads(sys.argv[2]))))
     )
   except errors.InputError as e:
-    sys.exit(str(e))
+    print(e, file=sys.stderr)
+    sys.exit(_REFUSED)

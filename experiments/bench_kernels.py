@@ -73,7 +73,10 @@ def main(argv: list[str]) -> None:
           autotune.store(_TUNE.value, [row])
       autotune.use(_TUNE.value)
     except (OSError, ValueError) as e:
-      raise errors.InputError(f'--tune: {e}') from e
+      raise errors.InputError(
+        f'--tune: {e}; set --tune to a file that can be written, or leave it '
+        'out'
+      ) from e
   dense = jax.jit(forms.dense, static_argnums=(2, 3))
   peak, bandwidth = _peak(dense, dtype)
   table = rich.table.Table(
@@ -179,7 +182,8 @@ def _shares() -> list[float]:
     shares = []
   if not shares or not all(0 < x <= 1 for x in shares):
     raise errors.InputError(
-      f'--live={",".join(_LIVE.value)} are not shares above 0 and up to 1'
+      f'--live={",".join(_LIVE.value)} are not shares above 0 and up to 1; set '
+      'some, as in --live=1,0.5'
     )
   return shares
 

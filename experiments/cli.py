@@ -66,7 +66,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       before, traceback, _ = str(e).partition('Traceback (most recent')
       _fail(f'{before} {_last_line(e)}' if traceback else _with_remedy(str(e)))
     except Exception as e:  # The config is a program of the user's.
-      _fail(f'--config cannot be read: {_last_line(e)}')
+      _fail(
+        f'--config cannot be read: {_last_line(e)}; correct the file, or set '
+        '--config to another'
+      )
 
   def guarded(argv):
     if argv[1:]:
@@ -136,7 +139,8 @@ def reading(file: str | os.PathLike, what: str = 'a config') -> Iterator[None]:
     yield
   except Exception as e:
     raise errors.InputError(
-      f'{file} cannot be read as {what}: {type(e).__name__}: {_last_line(e)}'
+      f'{file} cannot be read as {what}: {type(e).__name__}: {_last_line(e)}; '
+      'correct the file'
     ) from e
 
 

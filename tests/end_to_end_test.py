@@ -121,7 +121,10 @@ def test_another_worker_count_is_refused(setting, finished):
       '--config.budget.targt=5',
       ("no key 'budget.targt'", "did you mean 'target'?"),
     ),
-    ('--config=no/such.py', ('--config cannot be read', 'no/such.py')),
+    (
+      '--config=no/such.py',
+      ('--config cannot be read', 'no/such.py', 'set --config to another'),
+    ),
     ('surplus', ("unexpected argument 'surplus'",)),
     (
       '--config.data.weights.text=1',

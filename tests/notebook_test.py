@@ -222,7 +222,7 @@ def test_a_uniform_prune_keeps_one_width():
   [
     (10**9, 'ragged', 'target 1,000,000,000 is not between'),
     (1, 'ragged', 'out of reach'),
-    (3000, 'rough', "policy 'rough' is not one of uniform, ragged"),
+    (3000, 'rough', "policy 'rough' is not one of uniform, ragged; choose"),
     (3000, 'uniform', 'layers of different widths'),
   ],
 )

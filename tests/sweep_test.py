@@ -111,7 +111,7 @@ def sweep():
     ('a.py', f"{SWEPT}  yield {{'optimizer.peak': 'high'}}", 'TypeError'),
     ('a.py', f"{SWEPT}  yield {{'optimizer.peek': 1.0}}", 'peek'),
     ('a.py', f'{SWEPT}  yield 7', 'cannot be read as a sweep'),
-    ('a.py', f'{SWEPT}  1 / 0', 'ZeroDivisionError'),
+    ('a.py', f'{SWEPT}  1 / 0', 'ZeroDivisionError.*; correct the file'),
     (
       'a.py', f'{SWEPT}def get_config(): return None',
       'cannot be read as a sweep',

@@ -57,6 +57,14 @@ def test_in_a_process_of_its_own(tmp_path):
   broken = tmp_path / 'broken.gguf'
   broken.write_bytes(path.read_bytes()[:200_000])
   with pytest.raises(
-    errors.InputError, match=r'cannot be timed: llama\.cpp cannot'
+    errors.InputError,
+    match=r'cannot be timed: llama\.cpp cannot [^;]*; export it again$',
   ):
     timing.speed(runtime, broken, 1, 4, 1, 1)
+
+
+def test_a_runtime_that_breaks_down_is_told_with_a_remedy(tmp_path):
+  with pytest.raises(
+    errors.InputError, match=r"no attribute 'opened'; export it again, or free"
+  ):
+    timing.speed('json', tmp_path, 1, 4, 1, 1)
