@@ -22,13 +22,11 @@ class HeldOut:
   windows int32 [n, seq_len + 1]: inputs `[:, :-1]`, targets `[:, 1:]`.
   weight float32 [n, seq_len]: 1 where a target is scored, 0 for separators
   and padding. num_bytes: UTF-8 bytes of the text that is scored, exactly.
-  documents: how many it is of; the last one may be cut.
   """
 
   windows: np.ndarray
   weight: np.ndarray
   num_bytes: int
-  documents: int
 
 
 def windows(
@@ -38,7 +36,6 @@ def windows(
   *,
   seq_len: int,
   tokens_per_domain: int,
-  seed: int = 0,
 ) -> dict[str, HeldOut]:
   """Held-out windows by domain, for bits per byte.
 
@@ -54,7 +51,6 @@ def windows(
     tokens_per_domain: at most this many targets are scored; the last document
       is cut there, or up to a few tokens before it where a token ends inside
       a character. 0 takes all.
-    seed: changes the order, and so the choice, of the documents.
 
   Raises:
     errors.InputError: a number that makes no sense.
@@ -72,7 +68,7 @@ def windows(
   ranks = {domain: [] for domain in corpus.domains(data_dir)}
   for i in range(len(source)):
     document = read(i)
-    ranks[document.domain].append((_rank(document, seed), i))
+    ranks[document.domain].append((_rank(document), i))
   return {
     domain: _score_windows(
       domain, (read(i) for _, i in sorted(members)), encoder, separator_id,
@@ -82,8 +78,10 @@ def windows(
   }  # fmt: skip
 
 
-def _rank(document: documents.Document, seed: int) -> bytes:
-  name = f'{seed}/{document.domain}/{document.id}'
+def _rank(document: documents.Document) -> bytes:
+  # The 0 was a seed. Without it other text would be chosen, and runs could not
+  # be compared with older ones.
+  name = f'0/{document.domain}/{document.id}'
   return hashlib.blake2b(name.encode()).digest()
 
 
@@ -92,7 +90,7 @@ def _score_windows(
   encoder: tokenizers.Tokenizer, separator_id: int, seq_len: int, budget: float,
 ) -> HeldOut:  # fmt: skip
   """Windows over the documents of one domain, up to a budget of tokens."""
-  tokens, scored, num_bytes, count = [], [], 0, 0
+  tokens, scored, num_bytes = [], [], 0
   for document in documents:
     encoding = encoder.encode(document.text)
     ids, length = _prefix(encoding, document.text, budget)
@@ -101,11 +99,10 @@ def _score_windows(
     tokens += [separator_id, *ids]
     scored += [0, *[1] * len(ids)]
     num_bytes += length
-    count += 1
     budget -= len(ids)
     if budget <= 0 or len(ids) < len(encoding.ids):
       break
-  if not count:
+  if not tokens:
     raise errors.InputError(
       f'no whole character of domain {domain!r} fits into {budget} held-out '
       'tokens; raise the number'
@@ -119,7 +116,6 @@ def _score_windows(
     windows=tokens[starts + np.arange(seq_len + 1)],
     weight=weight.reshape(n, seq_len),
     num_bytes=num_bytes,
-    documents=count,
   )
 
 

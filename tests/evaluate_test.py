@@ -17,7 +17,7 @@ CFG = conftest.make_config()
 def make_held(n, num_bytes, seed=0) -> heldout_lib.HeldOut:
   windows = np.asarray(conftest.make_tokens(CFG, n, 9, seed))
   weight = np.random.default_rng(seed).integers(0, 2, (n, 8))
-  return heldout_lib.HeldOut(windows, weight.astype(np.float32), num_bytes, 1)
+  return heldout_lib.HeldOut(windows, weight.astype(np.float32), num_bytes)
 
 
 def test_is_the_weighted_loss_per_byte_in_bits():
@@ -51,7 +51,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary():
   zero = conftest.make_params(CFG)
   zero = zero.replace(embed=0 * zero.embed)
   windows, weight = np.zeros((2, 9), np.int32), np.ones((2, 8), np.float32)
-  held = {'a': heldout_lib.HeldOut(windows, weight, num_bytes=16, documents=1)}
+  held = {'a': heldout_lib.HeldOut(windows, weight, num_bytes=16)}
   got = evaluate.bits_per_byte(
     zero, structure.all_alive(CFG), held, CFG, model.Compute(), 2
   )

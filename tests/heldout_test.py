@@ -1,5 +1,6 @@
 """What is held out: which tokens are scored, and of how many bytes."""
 
+import hashlib
 import tracemalloc
 
 import hypothesis
@@ -59,7 +60,7 @@ def test_no_more_is_in_memory_than_is_scored(monkeypatch, bpe):
     _, most = tracemalloc.get_traced_memory()
   finally:
     tracemalloc.stop()
-  assert held.weight.sum() == 64 and held.documents == 1
+  assert held.weight.sum() == 64
   assert most < 2e6, most
 
 
@@ -74,7 +75,6 @@ def test_heldout_scores_every_token_once(tmp_path, bpe):
   assert held.windows.dtype == np.int32 and held.weight.dtype == np.float32
   assert held.windows.shape == (len(held.weight), 9)
   assert held.num_bytes == sum(len(t.encode()) for t in texts)
-  assert held.documents == 3
   ids = {t: bpe.encode(t).ids for t in texts}
   flat = np.append(held.windows[:, :-1].ravel(), held.windows[-1, -1]).tolist()
   np.testing.assert_array_equal(held.windows[:-1, -1], held.windows[1:, 0])
@@ -88,11 +88,9 @@ def test_heldout_scores_every_token_once(tmp_path, bpe):
     stream = stream[1 + len(documents.pop(text)) :]
   assert set(stream) <= {SEPARATOR}  # padding
   assert scored(held) == [i for t in order for i in ids[t]]
-  other = [
-    scored(make_heldout(tmp_path / str(s), texts, bpe, seed=s))
-    for s in range(1, 6)
-  ]
-  assert any(o != scored(held) for o in other)
+  # In another order other text would be scored than in older runs.
+  rank = lambda i: hashlib.blake2b(f'0/d/{i}'.encode()).digest()
+  assert order == [texts[i] for i in sorted(range(3), key=rank)]
 
 
 def test_heldout_stops_at_the_budget(tmp_path, bpe):

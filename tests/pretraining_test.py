@@ -22,7 +22,6 @@ def test_frequencies_of_tokens_against_closed_form():
     windows=np.array([[3, 0, 1, 2, 3]], np.int32),
     weight=np.array([[1, 1, 1, 0]], np.float32),
     num_bytes=3,
-    documents=1,
   )
   seen = np.array([0, 0, 0, 1])
   assert pretraining.unigram(seen, {'a': held}, 4) == pytest.approx(2.0)
