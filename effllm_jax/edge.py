@@ -76,7 +76,7 @@ def measure(
         say(f'{name}: round {i + 1} of {rounds}')
         for label, path in files.items():
           speeds[label].append(
-            timing.speed(runtime.__name__, path, threads, prefill, decode, 1)
+            timing.speed(runtime.__name__, path, threads, prefill, decode)
           )
       for label, path in files.items():
         say(f'{name}: bits per byte of {label}')

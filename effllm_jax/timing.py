@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ _REFUSED = 2
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-  """Medians over rounds, on one file and number of threads.
+  """What one round took, on one file and number of threads.
 
   Attributes:
     prefill: tokens per second that are read at once.
@@ -44,11 +43,13 @@ def speed(
   runtime: str,
   path: str | os.PathLike,
   threads: int,
-  prefill: int = 512,
-  decode: int = 64,
-  rounds: int = 5,
+  prefill: int,
+  decode: int,
 ) -> Speed:
-  """Measures a file, batch of 1.
+  """Measures a file, batch of 1: one round, after one that is not counted.
+
+  A caller that compares files lets them take turns, and takes the medians of
+  its rounds.
 
   Args:
     runtime: full name of the module.
@@ -56,12 +57,11 @@ def speed(
     threads: of the processor, for both.
     prefill: tokens that a round reads at once into an empty cache.
     decode: tokens that it then reads one by one.
-    rounds: after one that is not counted.
 
   Raises:
     errors.InputError: no runtime, or one that cannot open the file.
   """
-  job = [os.path.abspath(path), threads, prefill, decode, rounds]
+  job = [os.path.abspath(path), threads, prefill, decode]
   done = subprocess.run(
     [sys.executable, '-m', 'effllm_jax.timing', runtime, json.dumps(job)],
     cwd=pathlib.Path(__file__).parents[1],
@@ -75,7 +75,7 @@ def speed(
   return Speed(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure(runtime, path, threads, prefill, decode, rounds) -> Speed:
+def _measure(runtime, path, threads, prefill, decode) -> Speed:
   """What `speed` returns, in this process."""
   before = memory('VmRSS')
   with runtime.opened(path, threads, prefill + decode) as decoder:
@@ -83,20 +83,19 @@ def _measure(runtime, path, threads, prefill, decode, rounds) -> Speed:
       0, decoder.vocab, prefill + decode
     )
     tokens = tokens.tolist()
-    times = []
-    for _ in range(1 + rounds):
+    # The first round fills the caches of the machine.
+    for _ in range(2):
       decoder.clear()
       start = time.perf_counter()
       decoder.read(tokens[:prefill])
       middle = time.perf_counter()
       for token in tokens[prefill:]:
         decoder.read([token])
-      times.append((middle - start, time.perf_counter() - middle))
-    first, second = map(statistics.median, zip(*times[1:], strict=True))
+      end = time.perf_counter()
     peak = memory('VmHWM')
   return Speed(
-    prefill=prefill / first,
-    decode=decode / second,
+    prefill=prefill / (middle - start),
+    decode=decode / (end - middle),
     peak_bytes=None if peak is None else peak - before,
   )
 

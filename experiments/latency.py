@@ -239,7 +239,7 @@ def _file_times(
     for _ in range(_REPEATS.value):
       for shape, path in files.items():
         speed = timing.speed(
-          runtime, path, _THREADS.value, _TOKENS.value, 16, 1
+          runtime, path, _THREADS.value, prefill=_TOKENS.value, decode=16
         )
         times[shape].append(
           1e3 / speed.decode

@@ -29,7 +29,7 @@ class _Clock:
     self.calls.append(len(tokens))
 
 
-def test_rounds_after_the_first_are_counted(monkeypatch):
+def test_the_round_after_the_first_is_counted(monkeypatch):
   clock = _Clock()
 
   @contextlib.contextmanager
@@ -40,9 +40,9 @@ def test_rounds_after_the_first_are_counted(monkeypatch):
 
   monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock.now)
   runtime = types.SimpleNamespace(opened=opened)
-  found = timing._measure(runtime, 'file', 3, 8, 2, 2)
+  found = timing._measure(runtime, 'file', 3, 8, 2)
   assert found.prefill == 8 / (2 + 4) and found.decode == 2 / (2 * 2.5)
-  assert clock.calls == 3 * ['clear', 8, 1, 1]
+  assert clock.calls == 2 * ['clear', 8, 1, 1]
   assert found.peak_bytes is None or found.peak_bytes >= 0
 
 
@@ -50,7 +50,7 @@ def test_in_a_process_of_its_own(tmp_path):
   pytest.importorskip('xllamacpp', reason='the runtime')
   path = model_files.write_gguf(tmp_path / 'toy.gguf')
   runtime = 'effllm_jax.llama_cpp'
-  found = timing.speed(runtime, path, threads=1, prefill=32, decode=8, rounds=2)
+  found = timing.speed(runtime, path, threads=1, prefill=32, decode=8)
   assert found.prefill > 0 and found.decode > 0
   # The weights at least; not the interpreter.
   assert found.peak_bytes is None or 3e5 < found.peak_bytes < 3e8
@@ -60,11 +60,11 @@ def test_in_a_process_of_its_own(tmp_path):
     errors.InputError,
     match=r'cannot be timed: llama\.cpp cannot [^;]*; export it again$',
   ):
-    timing.speed(runtime, broken, 1, 4, 1, 1)
+    timing.speed(runtime, broken, 1, 4, 1)
 
 
 def test_a_runtime_that_breaks_down_is_told_with_a_remedy(tmp_path):
   with pytest.raises(
     errors.InputError, match=r"no attribute 'opened'; export it again, or free"
   ):
-    timing.speed('json', tmp_path, 1, 4, 1, 1)
+    timing.speed('json', tmp_path, 1, 4, 1)
