@@ -37,8 +37,6 @@ class Written:
   """What `write` put into a file.
 
   Attributes:
-    architecture: in llama.cpp's words.
-    bits_per_weight: of all tensors.
     fell_back: tensors whose rows do not divide into blocks and that are F16
       instead -> bytes that each takes.
     padding: zeros that fill up narrower layers, where llama.cpp has no
@@ -46,8 +44,6 @@ class Written:
     homeless_ends: tokens that end a generation, and at which llama.cpp goes on.
   """
 
-  architecture: str
-  bits_per_weight: float
   fell_back: dict[str, int]
   padding: int
   homeless_ends: tuple[str, ...]
@@ -82,15 +78,10 @@ def write(
       _fill(scratch, layout)
       os.replace(scratch, path)
   kinds = {name: layout.kind(name, x) for name, x in layout.shapes.items()}
-  sizes = {name: _bytes(layout.shapes[name], kinds[name]) for name in kinds}
   half = gguf.GGMLQuantizationType.F16
   return Written(
-    architecture=layout.architecture,
-    bits_per_weight=8
-    * sum(sizes.values())
-    / sum(map(math.prod, layout.shapes.values())),
     fell_back={
-      name: sizes[name]
+      name: _bytes(layout.shapes[name], kind)
       for name, kind in kinds.items()
       if kind == half != layout.matrices
     },

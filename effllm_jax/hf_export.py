@@ -14,7 +14,7 @@ from effllm_jax import weights
 from effllm_jax import widths
 
 
-def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
+def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> None:
   """Writes all that `AutoModelForCausalLM` and `AutoTokenizer` open.
 
   config.json, model.safetensors (float32), the tokenizer with its chat
@@ -26,9 +26,6 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
     trimmed: every layer as narrow as it is, with a modelling file beside it
       that must be trusted; otherwise a stock class, for whose one width zeros
       fill up narrower layers.
-
-  Returns:
-    The name of the class.
   """
   transformers = import_transformers()
   masks = widths.whole(model.masks, model.cfg)
@@ -55,7 +52,6 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> str:
   sources.write_tensors(path, tensors)
   # Others may read the rest of the folder, this the package keeps to its owner.
   shutil.copymode(folder / 'config.json', path)
-  return config['architectures'][0]
 
 
 def check(

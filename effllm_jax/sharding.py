@@ -177,14 +177,12 @@ def batches(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
-def params(
-  like: structure.Params,
-  mesh: Mesh,
-  rules: Mapping[str, Any] = AT_REST,
-) -> structure.Params:
-  """The sharding of every parameter of a tree of arrays or shapes."""
+def params(like: structure.Params, mesh: Mesh) -> structure.Params:
+  """The sharding at rest of every parameter of a tree of arrays or shapes."""
   return structure.map_axes(
-    lambda letters, x: NamedSharding(mesh, spec(letters, x.shape, mesh, rules)),
+    lambda letters, x: NamedSharding(
+      mesh, spec(letters, x.shape, mesh, AT_REST)
+    ),
     like,
   )
 
