@@ -1,10 +1,10 @@
-"""Scores -> masks: costs, prices, and the greedy choice.
+"""Scores -> masks: prices, and the greedy choice.
 
-A group's *cost* is what its removal saves of the budget (`budgets.Cost`:
-parameters, bytes, FLOPs or milliseconds), its *price* is score / cost. `select`
-makes the cheapest move, one after another, until the live groups are within the
-target; costs follow every move (a feed-forward channel costs 3 D_live
-parameters, so it gets cheaper as the stem shrinks).
+A group's *cost* is what its removal saves of the budget, in parameters, bytes,
+FLOPs or milliseconds (`budgets.Form.savings`), its *price* is score / cost.
+`select` makes the cheapest move, one after another, until the live groups are
+within the target; costs follow every move (a feed-forward channel costs
+3 D_live parameters, so it gets cheaper as the stem shrinks).
 
 Policy `uniform`: one move takes the lowest head of every layer, or the lowest
 feed-forward channel of every layer, or the lowest stem channel, and its price
@@ -70,20 +70,6 @@ def extents(masks: structure.Groups) -> dict[str, np.ndarray]:
 def live_params(masks: structure.Groups, cfg: structure.ModelConfig) -> int:
   """Exact number of parameters that belong to live groups (on the host)."""
   return budgets.params(cfg).live(masks)
-
-
-def costs(masks: structure.Groups, cost: budgets.Cost) -> structure.Groups:
-  """Budget units saved by removing each single group; 0 for dead ones.
-
-  On the host: numpy int64, shapes of `masks`, exact.
-  """
-  alive = jax.tree.map(np.asarray, masks)
-  saved = cost.form.savings(
-    alive.heads.sum(), alive.ffn.sum(), alive.stem.sum()
-  )
-  return jax.tree.map(
-    lambda m, s: m * np.int64(s), alive, structure.Groups(*saved)
-  )
 
 
 def prices(
