@@ -61,14 +61,7 @@ class Loop:
     )
     self.source_widths = {t: float(np.mean(w)) for t, w in widths.items()}
     self.batches, self.heldout = batches, heldout
-    rate = optimizers.learning_rate(
-      config.optimizer.schedule,
-      config.optimizer.peak,
-      config.optimizer.end,
-      config.optimizer.warmup_tokens // plan.tokens_per_step,
-      config.optimizer.decay_tokens // plan.tokens_per_step,
-      plan.steps,
-    )
+    rate = plan_lib.learning_rate(config)
     self.tx = optimizers.optimizer(
       rate,
       config.optimizer.b1,

@@ -6,10 +6,12 @@ import math
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import model
+from effllm_jax import optimizers
 from effllm_jax import rules as rules_lib
 from effllm_jax import saliency
 from effllm_jax import schedules
@@ -124,6 +126,19 @@ def tokens_per_step(config: ml_collections.ConfigDict) -> int:
 def num_steps(config: ml_collections.ConfigDict) -> int:
   """Optimizer updates of a run, the last one whole."""
   return math.ceil(config.train.tokens / tokens_per_step(config))
+
+
+def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
+  """Learning rate by number of finished updates."""
+  per_step = tokens_per_step(config)
+  return optimizers.learning_rate(
+    config.optimizer.schedule,
+    config.optimizer.peak,
+    config.optimizer.end,
+    config.optimizer.warmup_tokens // per_step,
+    config.optimizer.decay_tokens // per_step,
+    num_steps(config),
+  )
 
 
 def make(

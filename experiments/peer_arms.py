@@ -209,6 +209,7 @@ class Bench:
   def task(self) -> torch_peers.Task:
     """Text, rates and weights, the same as `train.run` takes."""
     from effllm_jax import corpus
+    from effllm_jax import plan as plan_lib
     from effllm_jax import train
 
     config, plan, source = self.config, self.plan, self.source
@@ -216,7 +217,7 @@ class Bench:
     batches = train.train_batches(config, text, source)
     windows = np.stack([next(batches) for _ in range(plan.steps)])
     batches.close()
-    rate = self.rate()
+    rate = plan_lib.learning_rate(config)
     heldout = train.heldout_text(config, text, source)
     begin, end = self._window()
     return torch_peers.Task(
@@ -231,20 +232,6 @@ class Bench:
       scoring=self.scoring,
       begin=begin,
       end=end,
-    )
-
-  def rate(self):
-    """Learning rate by step, as `train.run` has it."""
-    from effllm_jax import optimizers
-
-    settings = self.config.optimizer
-    return optimizers.learning_rate(
-      settings.schedule,
-      settings.peak,
-      settings.end,
-      settings.warmup_tokens // self.plan.tokens_per_step,
-      settings.decay_tokens // self.plan.tokens_per_step,
-      self.plan.steps,
     )
 
   def folder(self) -> pathlib.Path:

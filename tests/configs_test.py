@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
 from effllm_jax import errors
@@ -57,6 +58,16 @@ def test_is_a_valid_plan(name):
   assert made.schedule.at(made.tokens(prunes[-1])) == made.schedule.target
   assert not any(made.scores(s) for s in range(prunes[-1] + 1, made.steps))
   assert made.unpriced(SMOLLM_1P7B.D if '1p7b' in name else SMOLLM2.D) < 0.5
+
+
+def test_learning_rates_go_by_tokens():
+  """120 updates of 512 tokens: 5 of warm-up, 40 of decay."""
+  rate = plan.learning_rate(small())
+  np.testing.assert_allclose(
+    [rate(s) for s in (0, 4, 79, 119)], [3e-5, 1.5e-4, 1.5e-4, 3e-5], rtol=1e-6
+  )
+  longer = plan.learning_rate(small(**{'train.tokens': 61_441}))
+  assert rate(119) < longer(119)
 
 
 @pytest.mark.parametrize('name', NAMES)

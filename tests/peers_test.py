@@ -14,6 +14,7 @@ from effllm_jax import evaluate
 from effllm_jax import hf_export
 from effllm_jax import model
 from effllm_jax import optimizers
+from effllm_jax import plan as plan_lib
 from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import state as state_lib
@@ -65,7 +66,7 @@ def test_pytorch_trains_and_reads_as_we_do(bench):
   task, plan = bench.task, bench.plan
   source = sources.load(bench.config.source, bench.cache)
   tx = optimizers.optimizer(
-    bench.rate(),
+    plan_lib.learning_rate(bench.config),
     **{
       k: bench.config.optimizer[k]
       for k in ('b1', 'b2', 'weight_decay', 'clip', 'embedding')
