@@ -80,7 +80,7 @@ def init(key: Array, cfg: structure.ModelConfig) -> structure.Params:
   keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
 
   def leaf(letters, key):
-    shape = tuple(getattr(cfg, x) for x in letters)
+    shape = cfg.shape(letters)
     if structure.is_matrix(letters):
       return 0.02 * jax.random.normal(key, shape)
     # A bias ends as a head does, and has its axis.

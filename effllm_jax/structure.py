@@ -125,6 +125,10 @@ class ModelConfig:
     """Widths of the arrays by pruning type."""
     return {'heads': self.K, 'ffn': self.F, 'stem': self.D}
 
+  def shape(self, letters: str) -> tuple[int, ...]:
+    """Sizes of the axes that letters name: (V, D) of 'VD'."""
+    return tuple(getattr(self, x) for x in letters)
+
   def num_params(self) -> int:
     """Number of parameters in arrays of this size."""
     per_layer = self.K * self.head_rows() + 3 * self.F
@@ -306,27 +310,20 @@ def map_axes(fn: Callable[..., Any], tree: Params, *rest: Params) -> Params:
 def shapes(cfg: ModelConfig) -> Params:
   """The shape of every parameter, as `jax.ShapeDtypeStruct`, float32."""
   return jax.tree.map(
-    lambda letters: jax.ShapeDtypeStruct(
-      tuple(getattr(cfg, x) for x in letters), jax.numpy.float32
-    ),
+    lambda letters: jax.ShapeDtypeStruct(cfg.shape(letters), jax.numpy.float32),
     axes(cfg),
   )
 
 
 def group_shapes(cfg: ModelConfig) -> Groups:
   """The shape of every leaf of a `Groups` tree."""
-  return jax.tree.map(
-    lambda letters: tuple(getattr(cfg, x) for x in letters), GROUP_AXES
-  )
+  return jax.tree.map(cfg.shape, GROUP_AXES)
 
 
 def all_alive(cfg: ModelConfig) -> Groups:
   """Masks of a model of which nothing has been pruned."""
   return jax.tree.map(
-    lambda letters: jax.numpy.ones(
-      tuple(getattr(cfg, x) for x in letters), bool
-    ),
-    GROUP_AXES,
+    lambda letters: jax.numpy.ones(cfg.shape(letters), bool), GROUP_AXES
   )
 
 
@@ -372,7 +369,7 @@ def check_shapes(params: Params, cfg: ModelConfig) -> None:
   """Raises ValueError, with the key path, where a shape contradicts `cfg`."""
 
   def check(path, letters, leaf):
-    want = tuple(getattr(cfg, x) for x in letters)
+    want = cfg.shape(letters)
     if tuple(leaf.shape) != want:
       raise ValueError(
         f'params{jax.tree_util.keystr(path)} has shape {tuple(leaf.shape)}, '

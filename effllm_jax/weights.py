@@ -131,7 +131,7 @@ def file_shapes(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
   """Yields the name and the file's shape of every tensor of a model."""
   for letters, name in _table(structure.axes(cfg), names):
-    shape = _file_shape(letters, *(getattr(cfg, x) for x in letters))
+    shape = _file_shape(letters, *cfg.shape(letters))
     layers = range(cfg.N) if letters[0] == 'N' else [0]
     yield from ((name.format(n=n), shape) for n in layers)
 
