@@ -32,7 +32,6 @@ BUDGETS = {'tokens': 'Equal training tokens', 'flops': 'Equal FLOPs'}
 TOLERANCE = 0.02
 _COLOURS = {'tokens': '#0072B2', 'flops': '#D55E00'}
 _MARKERS = 'osD^v<>PXph*'
-_SPENT = ('training', 'scoring', 'repair', 'teacher')
 _PLUS_MINUS = '\N{PLUS-MINUS SIGN}'
 
 
@@ -261,13 +260,13 @@ def make_tables(
     ),
     table(
       'what it took, FLOPs by purpose',
-      ('tokens', 'seconds', *_SPENT),
+      ('tokens', 'seconds', *tables.SPENT.values()),
       lambda _, members: (
         amounts.si(mean(members, lambda x: x.tokens)),
         f'{mean(members, lambda x: x.seconds):,.0f}',
         *(
           amounts.flops(mean(members, lambda x, p=p: x.flops[p]), 3)
-          for p in accounting.PURPOSES
+          for p in tables.SPENT
         ),
       ),
     ),

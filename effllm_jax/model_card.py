@@ -138,7 +138,7 @@ def _facts(model, made, pad) -> tables.Table:
   tokens = round(made.step * run.tokens[-1] / run.train['step'][-1])
   masks = widths.of_layers(model.masks)
   licence = model.licence, model.licence_name, model.licence_link
-  span = lambda v: ' to '.join(f'{x:,}' for x in sorted({min(v), max(v)}))
+  span = lambda v: amounts.span([min(v), max(v)])
   filled = f', filled up to multiples of {pad}' if pad > 1 else ''
   settings = dict(tables.config(run).rows)
   return tables.Table(

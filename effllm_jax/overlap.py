@@ -38,6 +38,7 @@ import jax
 import numpy as np
 from scipy import stats
 
+from effllm_jax import amounts
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
@@ -50,7 +51,6 @@ from effllm_jax import tables
 # What is less likely than this is left out of a distribution: no sum of float64
 # would show it, and without it a model of 1.7B takes no time.
 _NEGLIGIBLE = 1e-25
-_NONE = '\N{EN DASH}'
 
 # By pruning type: a set for each layer; the stem has one.
 Sets = Mapping[str, Sequence[frozenset[int]]]
@@ -284,7 +284,7 @@ def table(record: Mapping[str, Any], part: str) -> tables.Table:
     part: 'alive' or 'removed'.
   """
   names = runlog.names([x['workdir'] for x in record['runs']])
-  number = lambda x, digits: _NONE if x is None else f'{x:.{digits}f}'
+  number = lambda x, digits: amounts.NONE if x is None else f'{x:.{digits}f}'
   rows = []
   for pair in record['pairs']:
     found = pair[part]

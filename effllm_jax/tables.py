@@ -25,7 +25,8 @@ LABELS = {
   'ffn': 'ffn channels per layer',
   'stem': 'stem width',
 }
-_SPENT = {
+# What operations went into, by purpose (`accounting.PURPOSES`).
+SPENT = {
   'train': 'training',
   'score': 'scoring',
   'repair': 'repair',
@@ -237,7 +238,7 @@ def spent(run: runlog.Run) -> Table:
     columns=('', 'tokens', 'FLOPs', 'share of FLOPs'),
     rows=(
       *(
-        (_SPENT[x], count(tokens.get(x)), amounts.flops(y), share(y))
+        (SPENT[x], count(tokens.get(x)), amounts.flops(y), share(y))
         for x, y in last.items()
       ),
       ('total', count(run.tokens[-1]), amounts.flops(total), share(total)),
