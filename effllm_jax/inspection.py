@@ -286,12 +286,8 @@ def _logits(params, masks, tokens_BT, *, cfg):
 @functools.partial(jax.jit, static_argnames='cfg')
 def _shrunk(params, prune, *, cfg):
   kept = shrink_lib.kept_indices(prune.masks, prune.scores, cfg)
-  groups = lambda x: shrink_lib.take_groups(x, kept)
-  return shrink_lib.take_params(params, kept), prune.replace(
-    masks=groups(prune.masks),
-    scores=groups(prune.scores),
-    origin=groups(prune.origin),
-  )
+  params = shrink_lib.take_params(params, kept)
+  return params, shrink_lib.take_prune(prune, kept)
 
 
 @functools.partial(jax.jit, static_argnames='cfg')

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from effllm_jax import state as state_lib
 from effllm_jax import structure
 
 Array = jax.Array
@@ -103,6 +104,17 @@ def take_groups(
   """Survivors of a mask-shaped tree (masks, scores, origins)."""
   return jax.tree.map(
     lambda s, x: take(s, x, kept), structure.GROUP_AXES, groups
+  )
+
+
+def take_prune(
+  prune: state_lib.PruneState, kept: structure.Groups
+) -> state_lib.PruneState:
+  """Survivors of what pruning knows: masks, scores, origins."""
+  return prune.replace(
+    masks=take_groups(prune.masks, kept),
+    scores=take_groups(prune.scores, kept),
+    origin=take_groups(prune.origin, kept),
   )
 
 

@@ -376,11 +376,7 @@ def shrink_step(
   small = state.replace(
     params=shrink.take_params(state.params, kept),
     opt_state=shrink.take_opt_state(tx, state.opt_state, cfg, kept),
-    prune=prune.replace(
-      masks=shrink.take_groups(prune.masks, kept),
-      scores=shrink.take_groups(prune.scores, kept),
-      origin=shrink.take_groups(prune.origin, kept),
-    ),
+    prune=shrink.take_prune(prune, kept),
   )
   if mesh is not None:
     everywhere = sharding.everywhere(mesh)
