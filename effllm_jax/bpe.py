@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers from the vocabulary that a GGUF file carries."""
+"""Byte-level BPE tokenizers: of the vocabulary of a GGUF file, or of bytes."""
 
 from collections.abc import Sequence
 import json
@@ -122,6 +122,16 @@ def tokenizer(
       special_tokens=[(bos, bos_id)],
     )
   return result
+
+
+def of_bytes(separator: str) -> tuple[tokenizers.Tokenizer, int]:
+  """A tokenizer of 257 tokens, the bytes and a separator; the latter's id."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {x: i for i, x in enumerate([*alphabet, separator])}
+  result = tokenizers.Tokenizer(models.BPE(vocab, []))
+  result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  result.decoder = decoders.ByteLevel()
+  return result, vocab[separator]
 
 
 def rule(source: tokenizers.Tokenizer, file: str) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import tokenizers
 
+from effllm_jax import bpe
 from effllm_jax import errors
 from effllm_jax import sources
 from effllm_jax import structure
@@ -28,7 +28,6 @@ CFG = structure.ModelConfig(
   V=257, D=32, N=2, K=4, G=2, H=8, F=64, context=128,
   rope_theta=1e4, norm_eps=1e-5, tied=True,
 )  # fmt: skip
-_SEPARATOR = '<|endoftext|>'
 _DOCUMENTS = (
   'argparse', 'bisect', 'calendar', 'collections', 'csv', 'datetime',
   'difflib', 'enum', 'fractions', 'heapq', 'json', 'pathlib', 'random',
@@ -148,19 +147,13 @@ def random_params(
 
 
 def _write_model(folder: pathlib.Path) -> None:
-  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  vocab = {x: i for i, x in enumerate([*alphabet, _SEPARATOR])}
+  tokenizer, separator_id = bpe.of_bytes('<|endoftext|>')
   source = weights.Source(
     name='small', description='two layers of random weights', licence=None,
-    sha256='', dtype='float32', cfg=CFG, separator_id=vocab[_SEPARATOR],
-    bos_id=None, eos_ids=(vocab[_SEPARATOR],), pad_id=None, chat_template=None,
-    tokenizer=tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])),
-    params=random_params(CFG, 0.02),
+    sha256='', dtype='float32', cfg=CFG, separator_id=separator_id,
+    bos_id=None, eos_ids=(separator_id,), pad_id=None, chat_template=None,
+    tokenizer=tokenizer, params=random_params(CFG, 0.02),
   )  # fmt: skip
-  source.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  source.tokenizer.decoder = tokenizers.decoders.ByteLevel()
   sources.write_model(source, folder)
 
 

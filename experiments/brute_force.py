@@ -60,19 +60,6 @@ SMALL = structure.ModelConfig(
 SMALL_STEPS = 700
 
 
-def byte_tokenizer() -> tuple[tokenizers.Tokenizer, int]:
-  """A tokenizer whose tokens are bytes, and its separator."""
-  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  separator = '<|endoftext|>'
-  vocab = {x: i for i, x in enumerate([*alphabet, separator])}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  return tokenizer, vocab[separator]
-
-
 def train_batches(
   text: pathlib.Path,
   tokenizer: tokenizers.Tokenizer,

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
   import jax
   import jax.numpy as jnp
 
+  from effllm_jax import bpe
   from effllm_jax import corpus
   from effllm_jax import sources
   from effllm_jax import structure
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
   )
   text = corpus.prepare(_TEXT.value, cache)
   if small:
-    tokenizer, separator_id = brute_force.byte_tokenizer()
+    tokenizer, separator_id = bpe.of_bytes('<|endoftext|>')
     cfg = brute_force.SMALL
     name = f'a model of {cfg.num_params():,} parameters'
   else:

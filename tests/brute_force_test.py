@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import bpe
 from effllm_jax import corpus
 from effllm_jax import model
 from effllm_jax import shrink
@@ -61,7 +62,7 @@ def _trained(tmp_path_factory):
   text = corpus.prepare(
     str(conftest.write_text_folder(root / 'text')), root / 'cache'
   )
-  tokenizer = brute_force.byte_tokenizer()
+  tokenizer = bpe.of_bytes('<|endoftext|>')
   stream = brute_force.train_batches(text, *tokenizer, SIZES, seed=0)
   # The same batches. In halves a step takes 43 MB at once, which malloc gets
   # from the system each time: a quarter of its CPU time faulted in fresh pages.
