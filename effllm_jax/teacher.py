@@ -35,20 +35,25 @@ class Teacher:
     whole = sharding.everywhere(self._mesh)
     self._masks = sharding.put(masks, jax.tree.map(lambda _: whole, masks))
     self._recipe = dataclasses.replace(recipe, compute=compute)
-    self._compiled = None
+    self._compiled = self._answer = None
 
   def compile(self, windows_ABT: Array) -> distillation.Targets:
-    """Compiles for batches of this shape; returns the shapes of an answer."""
-    lowered = steps.teach_step.lower(
-      self._params, self._masks, windows_ABT, cfg=self.cfg, recipe=self._recipe
-    )
+    """Compiles for batches of this shape; returns the shapes of an answer.
+
+    Once: all batches of a run have one shape, whatever becomes of the student.
+    """
     if self._compiled is None:
+      lowered = steps.teach_step.lower(
+        self._params, self._masks, windows_ABT, cfg=self.cfg,
+        recipe=self._recipe,
+      )  # fmt: skip
       self._compiled = lowered.compile()
-    spread = sharding.batches(self._mesh)
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
-      lowered.out_info,
-    )
+      spread = sharding.batches(self._mesh)
+      self._answer = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
+        lowered.out_info,
+      )
+    return self._answer
 
   def __call__(self, windows_ABT: Array) -> distillation.Targets:
     """The answer to a batch, leaves [A, B, T - 1, top_k]; see `compile`."""

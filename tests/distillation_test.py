@@ -9,7 +9,9 @@ import scipy.special
 from effllm_jax import distillation
 from effllm_jax import errors
 from effllm_jax import model
+from effllm_jax import sharding
 from effllm_jax import sources
+from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from tests import conftest
@@ -123,6 +125,26 @@ def test_targets_are_the_largest_probabilities_of_the_teacher():
   # A model is its own best teacher.
   divergence = DIVERGENCE(logits, targets, 2.0)
   np.testing.assert_allclose(divergence, 0, atol=1e-5)
+
+
+def test_a_teacher_is_traced_once(tmp_path, monkeypatch):
+  """However often the student is compiled anew."""
+  source = sources.load(conftest.write_model_folder(tmp_path / 'model'), '')
+  mesh = sharding.make(1, 1, 1)
+  recipe = steps.Recipe(
+    compute=model.Compute(mesh=mesh), saliency='taylor1', decay=0.9, b1=0.9,
+    b2=0.95, clip=1.0, distill=0.5, temperature=1.0, top_k=4, seed=0,
+  )  # fmt: skip
+  teacher = teacher_lib.Teacher(source, recipe)
+  rows = np.asarray(conftest.make_tokens(source.cfg))
+  windows_ABT = sharding.put_batch(rows, 1, mesh)
+  shapes = teacher.compile(windows_ABT)
+  answer = teacher(windows_ABT)
+  # Another step cannot be lowered.
+  monkeypatch.setattr(teacher_lib.steps, 'teach_step', None)
+  assert teacher.compile(windows_ABT) is shapes
+  for want, have in zip(*map(jax.tree.leaves, (shapes, answer)), strict=True):
+    assert (have.shape, have.dtype) == (want.shape, want.dtype)
 
 
 @pytest.mark.parametrize('tied', [True, False])
