@@ -27,8 +27,8 @@ from effllm_jax import untrusted
 KINDS = ('params', 'bytes', 'flops', 'ms')
 # Format -> sixteenths of a byte per weight: of a matrix, and of the output
 # matrix (which is the embedding where they are tied). q8_0 and q4_0 are the
-# block formats of GGUF: 32 weights share a float16 scale. Why a file of q4_0
-# has its output matrix in q8_0 says `gguf_export`.
+# block formats of GGUF: 32 weights share a float16 scale. For why a file of
+# q4_0 has its output matrix in q8_0 see `_OUTPUT` in `gguf_layout`.
 FORMATS = {
   'f32': (64, 64),
   'bf16': (32, 32),

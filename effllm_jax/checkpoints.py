@@ -12,8 +12,8 @@ is written twice at a shrink. Reading goes in two steps, architecture first:
 nobody has to know a shape. Orbax commits a folder by a rename, so a killed
 process leaves no half of one.
 
-The last file that is written before that rename is that of `digests`, which
-whoever reads a file compares first.
+`digests.json` is written last, just before that rename. A file is checked
+against it before it is read.
 """
 
 from collections.abc import Callable

@@ -93,8 +93,8 @@ class TrainIterator(grain.DatasetIterator):
     self._stream, self._timeout = stream, timeout
     self._lost = False
     self._recent = collections.deque(maxlen=recent)
-    # Of Grain, before each of those but the first: a state from which they can
-    # be read again.
+    # Grain's state before each of them but the oldest, to read them again after
+    # a resume.
     self._before = collections.deque(maxlen=recent - 1)
 
   def __next__(self) -> np.ndarray:
@@ -112,7 +112,8 @@ class TrainIterator(grain.DatasetIterator):
   def recent(self) -> np.ndarray:
     """The newest batches joined, int32 [recent * rows, seq_len + 1].
 
-    As long as there are fewer, those come again. Restored with the state.
+    While fewer have been read, they are repeated to fill the shape. Restored
+    with the state.
     """
     rows = np.concatenate(self._recent)
     count = self._recent.maxlen * len(self._recent[-1])

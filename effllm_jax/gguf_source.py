@@ -57,7 +57,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     params: also dequantise the weights.
 
   Raises:
-    errors.InputError: not a complete GGUF file, or something that the Llama
+    errors.InputError: not a complete GGUF file, or something that the
       block here cannot represent.
   """
   fields, tensors = contents(path)

@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json, safetensors, tokenizer.json.
 
-Python pickles (`pytorch_model.bin`) are
-never opened: reading one runs whatever code it contains.
+Python pickles (`pytorch_model.bin`) are never opened: reading one runs whatever
+code it contains.
 """
 
 import collections
@@ -36,7 +36,7 @@ _GENERATION = {
 
 
 def read(folder: pathlib.Path, params: bool) -> weights.Source:
-  """Reads a Llama from a folder as `save_pretrained` writes it.
+  """Reads a model from a folder as `save_pretrained` writes it.
 
   Args:
     folder: with config.json, tokenizer.json, and either model.safetensors or

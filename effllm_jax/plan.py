@@ -66,9 +66,10 @@ class Plan:
   def unpriced(self, stem: int) -> float:
     """Share of the target that is embedding, at so many stem channels.
 
-    0 where the embedding counts in their price, or nothing is pruned. Near 1 a
-    pruned model has little else left if the stem stays whole, and whole it
-    stays: the less the layers have, the more its channels seem to cost.
+    0 where the embedding counts in their price, or nothing is pruned. Near 1
+    the embedding of so wide a stem is nearly the whole target. And so wide it
+    stays: as the layers get narrower, a stem channel saves less of what is
+    priced, so its price rises.
     """
     if self.rules.policy == 'none' or self.rules.price_embedding:
       return 0.0

@@ -15,7 +15,8 @@ class Rules:
   """What selection goes by; per type as (heads, ffn, stem).
 
   Attributes:
-    policy: 'uniform' or 'ragged', see the module's text.
+    policy: 'uniform' or 'ragged' (see `selection`), or 'none' where a run only
+      trains.
     floors: least number of groups that stay alive in every layer (heads, ffn)
       or in the model (stem); at least 1, under 'ragged' 0 for heads and ffn.
     multiple_of: the final widths are multiples of these.

@@ -93,9 +93,9 @@ def group_scores(
     *rest: parameter-shaped trees: the gradient of the mean loss in nats per
       token, before clipping; the curvature.
     members: which parameters count, by their axis letters without N.
-    masks: without them dead weights count, as they must not (a shrink would
-      change the scores) unless the term is 0 whenever the gradient is, as is
-      that of a dead weight.
+    masks: what is alive, which alone is summed. May be None where the term is
+      0 for a gradient of 0, as every dead weight has. Otherwise dead weights
+      would count until a shrink, which would then change the scores.
 
   Returns:
     heads [N, K], ffn [N, F], stem [D]; exactly 0 of a dead group.

@@ -255,7 +255,8 @@ _AXES = Params(
 )
 
 
-# Pruning type -> leaves of a layer that it has no use for without live groups.
+# Pruning type -> the leaves that a layer no longer needs once it has no live
+# group of this type.
 BLOCKS = {
   'heads': (
     'attn_norm', 'wq', 'wk', 'wv', 'wo', 'bq', 'bk', 'bv', 'q_norm', 'k_norm',
@@ -277,7 +278,10 @@ def axes(cfg: ModelConfig) -> Params:
 
 
 def is_matrix(letters: str) -> bool:
-  """Whether a parameter is a matrix or the embedding; not a norm, a bias."""
+  """Whether a parameter is a matrix, not a norm scale or a bias.
+
+  The embedding is one.
+  """
   return 'D' in letters and len(letters.removeprefix('N')) > 1
 
 

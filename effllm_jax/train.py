@@ -90,7 +90,9 @@ def run(
 
 @contextlib.contextmanager
 def _claimed(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
-  """Has a workdir for this run alone; what one process is refused, all are.
+  """Holds the workdir for this run alone.
+
+  If the first process is refused, all processes stop.
 
   Raises:
     errors.InputError: as `workdir.claim`, or another run is at work there.

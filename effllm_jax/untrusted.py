@@ -77,7 +77,7 @@ def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
 def read_shaped(
   path: str | os.PathLike, shape: dict[str, Any], remedy: str
 ) -> dict[str, Any]:
-  """The object in a JSON file, of which the keys of `shape` are as it says.
+  """The object in a JSON file, checked where `shape` says what is expected.
 
   Args:
     path: the file.
@@ -103,8 +103,9 @@ def shaped(shape: Any, value: Any, name: str = 'row') -> Any:
   """The part of a JSON value that `shape` describes.
 
   Args:
-    shape: `float` is any number; {str: x} has keys of any name, other dicts
-      those that they have, [x] any length; (x, None) may be none.
+    shape: `float` accepts any number. `{str: x}` is an object with any keys,
+      all values of shape x; any other dict is an object with at least those
+      keys. `[x]` is a list of any length. `(x, None)` also accepts null.
     value: of `parse_json`.
     name: of the value, in errors.
 
