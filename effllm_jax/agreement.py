@@ -110,7 +110,9 @@ def answers(model: weights.Source) -> Reference:
   )
 
 
-def greedy(read: Callable[[list[int]], np.ndarray], prompt: list[int]):
+def greedy(
+  read: Callable[[list[int]], np.ndarray], prompt: list[int]
+) -> list[int]:
   """The `NEW_TOKENS` most likely tokens after a prompt, one by one.
 
   Args:

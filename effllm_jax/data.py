@@ -152,7 +152,7 @@ class TrainIterator(grain.DatasetIterator):
       'read': len(self._before),
     }
 
-  def set_state(self, state: dict):
+  def set_state(self, state: dict) -> None:
     """Goes on after the batch at which `state` was taken.
 
     Raises:
@@ -171,7 +171,7 @@ class TrainIterator(grain.DatasetIterator):
     for _ in range(min(state['read'], self._before.maxlen)):
       next(self)
 
-  def close(self):
+  def close(self) -> None:
     """Ends the worker processes, whatever one that was lost has left."""
     close = super().close
     if not self._lost:

@@ -65,7 +65,13 @@ class Tensor:
 class Layout:
   """What goes into the file of a model, and in which types."""
 
-  def __init__(self, model, format):
+  def __init__(self, model: weights.Source, format: str):
+    """Takes a model whose stem is alive, and a key of `TYPES`.
+
+    Raises:
+      errors.InputError: another format, or a block that llama.cpp has not.
+      ValueError: dead groups in the stem.
+    """
     if format not in TYPES:
       raise errors.InputError(
         f'format {format} is not known; choose one of {", ".join(TYPES)}'
@@ -143,7 +149,9 @@ class Layout:
       layers=layer.layers.replace(**dict.fromkeys(structure.BLOCKS['heads']))
     )
 
-  def kind(self, name, shape) -> gguf.GGMLQuantizationType:
+  def kind(
+    self, name: str, shape: tuple[int, ...]
+  ) -> gguf.GGMLQuantizationType:
     """The type of a tensor: F32 of a vector, F16 where rows have no blocks."""
     if len(shape) == 1:
       return _TYPE.F32
@@ -320,11 +328,11 @@ def _adds_bos(model):
   return full != bare
 
 
-def encode(rows, kind):
+def encode(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
   """Rows in the bytes of a type."""
   return gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), kind)
 
 
-def rounded(rows, kind):
+def rounded(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
   """Rows as a reader gets them back, float32."""
   return gguf.quants.dequantize(encode(rows, kind), kind)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 from effllm_jax import agreement
 from effllm_jax import errors
@@ -109,7 +110,7 @@ def check(
   return found
 
 
-def import_transformers():
+def import_transformers() -> types.ModuleType:
   """transformers with torch behind it; neither may go online.
 
   Raises:

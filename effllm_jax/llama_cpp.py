@@ -5,6 +5,7 @@ interface: its own Python interface is that of a server, which gives the
 log-probabilities of one position per request and no times of its own.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
@@ -77,7 +78,9 @@ def _logits_of(lib, model, tokens):
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike, tokens: int):
+def reading(
+  path: str | os.PathLike, tokens: int
+) -> Iterator[Callable[[list[int]], np.ndarray]]:
   """A function that goes on with tokens and returns the last logits, [V].
 
   Args:
@@ -94,7 +97,9 @@ def reading(path: str | os.PathLike, tokens: int):
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike, threads: int, tokens: int):
+def opened(
+  path: str | os.PathLike, threads: int, tokens: int
+) -> Iterator['_Decoder']:
   """A runtime of `timing` for so many tokens."""
   with (
     _opened(path) as (lib, model),

@@ -6,11 +6,13 @@ its inputs and outputs are those that Optimum and transformers.js use. A layer
 without attention has no cache; the others are counted from 0.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
 import logging
 import os
+from typing import Any
 import warnings
 
 import numpy as np
@@ -113,7 +115,9 @@ def logits(
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike, threads: int, tokens: int):
+def opened(
+  path: str | os.PathLike, threads: int, tokens: int
+) -> Iterator['_Decoder']:
   """A runtime of `timing`; its cache grows, `tokens` is no limit."""
   yield _Decoder(path, threads)
 
@@ -126,7 +130,7 @@ def require() -> None:
     import torch  # noqa: F401
 
 
-def traceable(model: weights.Source):
+def traceable(model: weights.Source) -> Callable[..., tuple[Any, ...]]:
   """The model in PyTorch as a function of plain tensors.
 
   Returns:

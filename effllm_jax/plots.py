@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import itertools
 import textwrap
+from typing import Any
 
 import matplotlib
 from matplotlib import axes
@@ -91,7 +92,11 @@ def panels(
 
 
 def line(
-  ax: axes.Axes, run: runlog.Run, y: np.ndarray, start=None, **style
+  ax: axes.Axes,
+  run: runlog.Run,
+  y: np.ndarray,
+  start: float | None = None,
+  **style: Any,
 ) -> None:
   """Draws a column of `run.train`; of a size, `start` is that of the source."""
   if not np.isfinite(y).any():

@@ -66,6 +66,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from effllm_jax import model
 from effllm_jax import structure
 
 Array = jax.Array
@@ -158,13 +159,15 @@ def taylor1(
   params: structure.Params,
   grads: structure.Params,
   masks: structure.Groups | None = None,
-):
+) -> structure.Groups:
   """Sum of |g w|; g is a gradient or, with masks, its momentum."""
   term = lambda w, g: jnp.abs(g * w)
   return group_scores(term, params, grads, masks=masks)
 
 
-def taylor1_group(params: structure.Params, grads: structure.Params):
+def taylor1_group(
+  params: structure.Params, grads: structure.Params
+) -> structure.Groups:
   """|Sum of g w|: the first-order change of the loss."""
   sums = group_scores(lambda w, g: g * w, params, grads)
   return jax.tree.map(jnp.abs, sums)
@@ -176,7 +179,7 @@ def taylor2(
   squares: structure.Params,
   scale: Array | float = 1.0,
   masks: structure.Groups | None = None,
-):
+) -> structure.Groups:
   """Sum of |-g w + 1/2 h w^2|, h = scale * squares the Fisher of a token.
 
   The scale is a scalar of its own so that no scaled copy of the squares is
@@ -196,13 +199,15 @@ def obd(
   squares: structure.Params,
   scale: Array | float = 1.0,
   masks: structure.Groups | None = None,
-):
+) -> structure.Groups:
   """Sum of 1/2 h w^2, h = scale * squares the Fisher diagonal of a token."""
   term = lambda w, v: 0.5 * scale * v * w * w
   return group_scores(term, params, squares, masks=masks)
 
 
-def fisher(params: structure.Params, grads: structure.Params, tokens: int):
+def fisher(
+  params: structure.Params, grads: structure.Params, tokens: int
+) -> structure.Groups:
   """1/2 tokens (sum of g w)^2 over the weights that compute a group's output.
 
   Args:
@@ -223,13 +228,15 @@ def fisher(params: structure.Params, grads: structure.Params, tokens: int):
   return jax.tree.map(lambda x: 0.5 * tokens * jnp.square(x), slopes)
 
 
-def magnitude(params: structure.Params, masks: structure.Groups | None = None):
+def magnitude(
+  params: structure.Params, masks: structure.Groups | None = None
+) -> structure.Groups:
   """Sum of |w|."""
   return group_scores(jnp.abs, params, masks=masks)
 
 
 def activation(
-  taps, shapes: structure.Params, masks: structure.Groups
+  taps: model.Taps, shapes: structure.Params, masks: structure.Groups
 ) -> structure.Groups:
   """Mean magnitude of what a group computes, times its number of live members.
 
@@ -238,7 +245,7 @@ def activation(
   the mean over tokens and readers of |normed stream|.
 
   Args:
-    taps: `model.Taps` of a batch.
+    taps: of a batch.
     shapes: arrays or shapes of the parameters.
     masks: what is alive of them.
   """

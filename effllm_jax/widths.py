@@ -153,7 +153,9 @@ def odd(
   }
 
 
-def whole(masks: structure.Groups | None, cfg: structure.ModelConfig):
+def whole(
+  masks: structure.Groups | None, cfg: structure.ModelConfig
+) -> structure.Groups:
   """Masks as numpy; all alive where there are none."""
   return jax.tree.map(
     np.asarray, structure.all_alive(cfg) if masks is None else masks

@@ -1,5 +1,6 @@
 """What the benchmarks of a training step share: a model, a batch, the step."""
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -52,7 +53,10 @@ class Bench:
     cfg: structure.ModelConfig,
     score: bool = False,
     kernels: str | None = None,
-  ):
+  ) -> Callable[
+    [state_lib.TrainState],
+    tuple[state_lib.TrainState, dict[str, jax.Array]],
+  ]:
     """The compiled step, state -> (state, numbers); donates what it gets.
 
     Args:

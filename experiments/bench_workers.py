@@ -15,6 +15,9 @@ from typing import Any
 
 from effllm_jax import errors
 
+# What a variant returns, as the text above says.
+Prepared = tuple[dict[str, Any], Callable[[], None], Callable[[], int | None]]
+
 
 def ask(pipe: connection.Connection) -> Any:
   """What the process at the other end says next.
@@ -85,7 +88,7 @@ def profile(step: Callable[[], None]) -> dict[str, float]:
   return dict(spent)
 
 
-def ours(config, model, score):
+def ours(config: dict[str, Any], model: str, score: bool) -> Prepared:
   """Facts, the step of this project, and how to ask for its peak memory."""
   import jax
   import ml_collections
@@ -128,7 +131,7 @@ def ours(config, model, score):
   return facts, step, peak
 
 
-def product(dtype):
+def product(dtype: str) -> Prepared:
   """One product of square matrices, by XLA."""
   import jax
   import jax.numpy as jnp
@@ -140,7 +143,7 @@ def product(dtype):
   return {'flops': 2 * n**3}, step, lambda: 0
 
 
-def rival(config, model):
+def rival(config: dict[str, Any], model: str) -> Prepared:
   """The same for the stock Llama of transformers."""
   from effllm_jax import hf_config
   from effllm_jax import hf_export

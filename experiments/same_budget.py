@@ -11,6 +11,7 @@ A finished run loses its checkpoints and events, but for the last of either kind
 of `ours_a` at equal tokens, whose shape other arms start from.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -20,6 +21,7 @@ import os
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import jax
 import ml_collections
@@ -206,8 +208,23 @@ def _ask(manager, choice, model: weights.Source):
 class Runner:
   """The runs of one study, and their rows."""
 
-  def __init__(self, study, folder, cache, source, ask):
-    """Reads the rows that are there, and writes the shape made by hand."""
+  def __init__(
+    self,
+    study: arms_lib.Study,
+    folder: pathlib.Path,
+    cache: str | os.PathLike,
+    source: str | os.PathLike,
+    ask: Callable[[weights.Source], list[dict[str, Any]]] | None,
+  ):
+    """Reads the rows that are there, and writes the shape made by hand.
+
+    Args:
+      study: which arms there are.
+      folder: of the study, in the workdir.
+      cache: of downloaded models and texts.
+      source: what most arms start from.
+      ask: gives a model's rows of public benchmarks; None: none are asked for.
+    """
     self.study, self.folder, self.cache = study, folder, cache
     self.source, self.ask = source, ask
     self.say = functools.partial(
