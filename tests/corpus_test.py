@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
 from tensorflow_datasets.core.utils import gcs_utils
 
@@ -355,6 +356,40 @@ def test_split_removes_what_is_shared():
   splits, notes = splitting.split([*docs, first._replace(id='twin')])
   assert notes['dropped']['duplicate_documents'] == 1
   assert sum(map(len, splits.values())) == 20
+
+
+@pytest.mark.parametrize('first', [0x0E01, 0x3041, 0x4E00, 0xAC00, 0x20000])
+def test_text_without_spaces_is_compared_too(first):
+  """Korean has spaces, and is not split within a word."""
+  gap = ' ' if first == 0xAC00 else ''
+
+  def letters(start, count=400):
+    rng = np.random.default_rng(start)
+    return gap.join(chr(first + i) for i in rng.integers(0, 40, count))
+
+  docs = [documents_lib.Document('d', str(i), letters(i)) for i in range(20)]
+  top = min(docs, key=lambda d: d.rank)
+  said = f'{letters(100, 39)}\n\n{letters(200, 12)}'
+  docs = [d._replace(text=f'{d.text}\n\n{said}') for d in docs]
+  splits, notes = splitting.split(docs)
+  # 12 words are short, 39 are not: they make less than a tenth of a document.
+  assert splits['heldout'] == [next(d for d in docs if d.id == top.id)]
+  assert notes['dropped']['train_paragraphs_seen_in_heldout'] == 19
+  for document in splits['train']:
+    assert letters(100, 39) not in document.text
+    assert letters(200, 12) in document.text
+
+  more = documents_lib.Document('d', 'more', f'{letters(300)}{gap}{top.text}')
+  splits, notes = splitting.split([*docs, more])
+  assert notes['unfit_to_hold_out'] == [f'd/{top.id}']
+
+
+def test_words_are_those_between_spaces():
+  """Also where a text is split in several parts."""
+  text = f'{prose(0, 30_000)}\u3000X\x1fy  Ärger\n'
+  assert [*splitting._words(text)] == text.lower().split()
+  mixed = ['ein', '日', '本', '語', 'wort']
+  assert [*splitting._words('ein 日本語Wort')] == mixed
 
 
 def test_a_footer_costs_no_training_text():
