@@ -1,5 +1,6 @@
 """Training text and held-out text that have nothing in common."""
 
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
 import itertools
@@ -15,6 +16,7 @@ Document = documents_lib.Document
 HELD_OUT = 0.05  # of each domain's bytes
 WINDOW = 13  # words, lower case
 MAX_SHARED = 0.1  # of a held-out document's windows
+_END = '#end'  # of the id of what was cut off
 
 # Letters of scripts that put no spaces between words: those of Thai, Lao,
 # Tibetan, Burmese, Khmer, Japanese and Chinese.
@@ -76,8 +78,9 @@ def split(
   MAX_SHARED of its windows with the training documents may not: it is trained
   on, and the next one takes its place. Paragraphs of WINDOW or more words that
   stand in a held-out document are then taken out of the training documents;
-  shorter ones ("Exit.") are the language's own. A domain of one document is cut
-  at a paragraph, within one where that alone comes near HELD_OUT.
+  shorter ones ("Exit.") are the language's own. Where a domain is one document,
+  or one is too large to be held out and the others are next to nothing, such a
+  one is cut at a paragraph, within one where that alone comes near HELD_OUT.
 
   Returns:
     The splits, and notes for the manifest.
@@ -95,20 +98,18 @@ def split(
   domains = {}
   for document in sorted(unique.values(), key=lambda d: (d.domain, d.rank)):
     domains.setdefault(document.domain, []).append(document)
-  tails = set()
-  for domain, members in domains.items():
-    if len(members) == 1:
-      notes['cut_documents'].append(f'{domain}/{members[0].id}')
-      members[:] = _cut(members[0])
-      tails.add(members[1])
-  hashes = {d: windows(d.text) for ds in domains.values() for d in ds}
+  hashes = {}
+  ends = {}  # of each domain of which a document was to be cut
   unfit = {}  # a set in the order of finding out
   while True:
     held = {}
     for members in domains.values():
-      left = [d for d in members if d not in unfit]
-      held |= dict.fromkeys([d for d in left if d in tails] or _pick(left))
-    train = [d for d in hashes if d not in held]
+      held |= dict.fromkeys(_hold_out(members, unfit, ends))
+    every = [d for members in domains.values() for d in members]
+    for document in every:
+      if document not in hashes:
+        hashes[document] = windows(document.text)
+    train = [d for d in every if d not in held]
     _check(domains, train, held)
     # Sorted once and searched: numpy's isin took 100 s here, this takes 1 s.
     seen = np.sort(np.concatenate([hashes[d] for d in train]))
@@ -131,6 +132,9 @@ def split(
       kept.append(document)
   _check(domains, kept, held)
   notes['dropped']['train_paragraphs_seen_in_heldout'] = removed
+  notes['cut_documents'] = [
+    f'{d.domain}/{d.id.removesuffix(_END)}' for d in ends.values() if d
+  ]
   notes['unfit_to_hold_out'] = [f'{d.domain}/{d.id}' for d in unfit]
   return {'train': kept, 'heldout': list(held)}, notes
 
@@ -148,10 +152,48 @@ def _is_long(paragraph: str) -> bool:
   return len([*itertools.islice(_words(paragraph), WINDOW)]) == WINDOW
 
 
-def _cut(document: Document) -> list[Document]:
-  """The beginning and the end of a domain's only document."""
+def _hold_out(
+  members: list[Document],
+  unfit: Collection[Document],
+  ends: dict[str, Document | None],
+) -> list[Document]:
+  """What to hold out of a domain, of which one document may be cut for it.
+
+  Args:
+    members: all of its documents, in the order of their ranks. The one that is
+      cut is replaced.
+    unfit: documents that may not be held out.
+    ends: of the documents that were cut, by domain; None where none could be.
+  """
+  domain = members[0].domain
+  left = [d for d in members if d not in unfit]
+  end = ends.get(domain)
+  if end and end not in unfit:
+    return [end]
+  picked, large = _pick(left)
+  # Of one that alone is left, the others are unfit: so would its end be.
+  if not large or domain in ends or len(left) == 1 < len(members):
+    return picked
+  goal = HELD_OUT * _size(left)
+  ends[domain] = None
+  for document in reversed(large):
+    if parts := _cut(document, goal):
+      at = members.index(document)
+      members[at : at + 1] = parts
+      ends[domain] = parts[1]
+      return [parts[1]]
+  if not picked and len(left) == len(members):
+    kind = 'a single' if len(left) == 1 else 'little but a single'
+    raise errors.InputError(
+      f'domain {domain!r} is {kind} paragraph ({large[0].id}), so nothing of '
+      'it can be held out; add text to it, or ends of lines'
+    )
+  return picked
+
+
+def _cut(document: Document, goal: float) -> list[Document]:
+  """The beginning and the end, of about `goal` bytes, or nothing."""
   parts, joint = paragraphs(document.text)
-  goal = HELD_OUT * document.size
   tail = _take(parts, joint, goal)
   size = len(joint.join(tail).encode())
   if tail and not goal <= size <= 2 * goal:
@@ -168,13 +210,10 @@ def _cut(document: Document) -> list[Document]:
       tail.insert(0, large)
   head, tail = joint.join(parts).strip(), joint.join(tail).strip()
   if min(len(head.encode()), len(tail.encode())) < goal / 10:
-    raise errors.InputError(
-      f'domain {document.domain!r} is a single paragraph ({document.id}), so '
-      'nothing of it can be held out; add text to it, or ends of lines'
-    )
+    return []
   return [
     document._replace(text=head),
-    Document(document.domain, f'{document.id}#end', tail),
+    Document(document.domain, f'{document.id}{_END}', tail),
   ]
 
 
@@ -187,19 +226,31 @@ def _take(parts: list[str], joint: str, goal: float) -> list[str]:
   return taken[::-1]
 
 
+def _size(members: Sequence[Document]) -> int:
+  return sum(d.size for d in members)
+
+
 def _pick(
   members: Sequence[Document],
-) -> list[Document]:
-  """Documents to hold out, of one domain in the order of their ranks."""
-  goal = HELD_OUT * sum(d.size for d in members)
-  picked, size = [], 0
+) -> tuple[list[Document], list[Document]]:
+  """What to hold out, of one domain in the order of ranks.
+
+  Returns:
+    Whole documents; and those of which one should rather be cut, if any.
+  """
+  goal = HELD_OUT * _size(members)
+  picked, large, size = [], [], 0
   for document in members:
     if size < goal and size + document.size <= 2 * goal:
       picked.append(document)
       size += document.size
-  if not picked and len(members) > 1:
-    picked = [min(members, key=lambda d: (d.size, d.rank))]
-  return picked
+    else:
+      large.append(document)
+  if size >= goal / 2:
+    return picked, []
+  # All that fits is next to nothing.
+  whole = [min(large, key=lambda d: (d.size, d.rank))] if large[1:] else []
+  return whole, large if picked or len(members) == 1 else []
 
 
 def _check(

@@ -325,6 +325,51 @@ def test_a_single_large_paragraph_is_cut_at_a_line(short):
     splitting.split([documents_lib.Document('d', 'book', whole)])
 
 
+def test_next_to_nothing_is_not_what_is_held_out():
+  """Where the only documents that are small enough are far too small."""
+
+  def document(name, start, paragraphs):
+    text = '\n\n'.join(prose(start + 100 * i) for i in range(paragraphs))
+    return documents_lib.Document('d', name, text)
+
+  about = documents_lib.Document(
+    'd', 'about', 'What is in this folder, and why.'
+  )
+  books = [document(str(i), 10_000 * i, 40) for i in range(8)]
+  last = max(books, key=lambda d: d.rank)
+  splits, notes = splitting.split([*books, about])
+  assert notes['cut_documents'] == [f'd/{last.id}']
+  (held,) = splits['heldout']
+  assert held.id == f'{last.id}#end' and last.text.endswith(held.text)
+  total = sum(d.size for d in [*books, about])
+  assert 0.05 * total < held.size < 0.06 * total
+  assert about in splits['train'] and len(splits['train']) == 9
+
+  # One that cannot be cut is passed over.
+  whole = last._replace(text=' '.join(last.text.split()))
+  others = [d for d in books if d != last]
+  splits, notes = splitting.split([*others, whole, about])
+  second = max(others, key=lambda d: d.rank)
+  assert notes['cut_documents'] == [f'd/{second.id}']
+
+  # Where none can, one is held out as it is.
+  flat = [d._replace(text=' '.join(d.text.split())) for d in books]
+  splits, notes = splitting.split([*flat, about])
+  assert len(splits['heldout']) == 1 and notes['cut_documents'] == []
+  assert splits['heldout'][0] in flat
+  with pytest.raises(errors.InputError, match=r"'d' is little but a single"):
+    splitting.split([flat[0], about])
+
+  # An end that is in the others is not held out, and no other one is cut.
+  end = '\n\n'.join(last.text.split('\n\n')[-30:])
+  copy = others[0]._replace(text=f'{others[0].text}\n\n{end}')
+  splits, notes = splitting.split([*others[1:], copy, last, about])
+  assert notes['unfit_to_hold_out'][0] == f'd/{last.id}#end'
+  assert notes['cut_documents'] == [f'd/{last.id}']
+  assert len(splits['heldout']) == 1
+  assert splits['heldout'][0].size > 0.05 * total
+
+
 def test_split_removes_what_is_shared():
   def document(i, text):
     return documents_lib.Document('d', str(i), text)
