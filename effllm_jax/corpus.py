@@ -6,6 +6,7 @@ common is removed. The files are ArrayRecord, written without TensorFlow, and
 nothing that was downloaded is ever imported or run.
 """
 
+import codecs
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
@@ -273,12 +274,14 @@ def _user_documents(
     parts = pathlib.PurePath(name).parts
     domain = parts[0] if len(parts) > 1 else label
     try:
-      content = data.decode('utf-8-sig').replace('\r\n', '\n')
+      content = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
       line = data.count(b'\n', 0, e.start) + 1
+      marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+      coding = 'utf-16' if data.startswith(marks) else 'latin1'
       raise errors.InputError(
         f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '
-        'file with: iconv -f latin1 -t utf-8'
+        f'file with: iconv -f {coding} -t utf-8'
       ) from e
     if path.suffix == '.txt':
       rows = [Document(domain, name, content)]
@@ -289,9 +292,10 @@ def _user_documents(
         if line.strip()
       ]
     for row in rows:
-      if row.text.strip():
+      body = row.text.replace('\r\n', '\n').strip()
+      if body:
         found = True
-        yield row._replace(text=row.text.strip())
+        yield row._replace(text=body)
   if not found:
     raise errors.InputError(
       f'{text} holds no text; put .txt files (one document each) or .jsonl '

@@ -168,7 +168,7 @@ def test_domains_of_a_users_folder(tmp_path):
     {'text': prose(2000), 'domain': 'law'},
     {'text': '   '},
     {'text': prose(3000), 'domain': 'law'},
-    {'text': prose(4000)},
+    {'text': f'{prose(4000)}\r\n\r\nEnd.'},
   ]
   lines = '\n'.join(map(json.dumps, rows)) + '\n\n'
   user = folder(
@@ -190,6 +190,7 @@ def test_domains_of_a_users_folder(tmp_path):
   }  # fmt: skip
   assert found['a.txt'].text == f'{prose(0)}\n\nEnd é.'
   assert found['more.jsonl:4'].domain == 'law'
+  assert found['more.jsonl:5'].text == f'{prose(4000)}\n\nEnd.'
   for counts in corpus.manifest(data)['domains'].values():
     assert counts['train']['documents'] and counts['heldout']['documents']
 
@@ -494,6 +495,9 @@ def test_debian_needs_apt(pypi, monkeypatch, tmp_path):
     ({'a_md': prose(0)}, 'holds no text; put .txt'),
     ({'a_txt': '  \n', 'b_jsonl': '\n'}, 'holds no text; put .txt'),
     ({'a_txt': b'good\nb\xe9d\n'}, r'a.txt:2: byte 0xe9 is not UTF-8'),
+    ({'a_txt': b'\xff\xfea\0'}, r'a.txt:1: byte 0xff .*iconv -f utf-16 -t'),
+    ({'a_txt': b'\xfe\xff\0a'}, r'a.txt:1: byte 0xfe .*iconv -f utf-16 -t'),
+    ({'a_txt': b'\xe9d'}, r'a.txt:1: byte 0xe9 .*iconv -f latin1 -t'),
     ({'a_jsonl': b'{"text": "x"}\n{"text": "\xff"}'}, 'a.jsonl:2: byte 0xff'),
     ({'a_jsonl': '{"text": "x"}\n{"text": '}, 'a.jsonl:2 is not JSON'),
     ({'a_jsonl': '{"txt": "x"}'}, 'a.jsonl:1: no string under the key "text"'),
