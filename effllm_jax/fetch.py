@@ -13,6 +13,14 @@ import zlib
 
 from effllm_jax import errors
 
+# Of which platform a wheel is that has code of one. As that is never run, this
+# need not be the platform, or the Python, of this machine, for which there may
+# be none: it is one of which there is.
+_READ = (
+  '--implementation=cp', '--python-version=3.12',
+  '--platform=manylinux_2_28_x86_64',
+)  # fmt: skip
+
 
 def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
   """Downloads one wheel into the cache and returns its path.
@@ -42,8 +50,8 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
   with scratch as tmp:
     done = subprocess.run(
       [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet',
-       '--disable-pip-version-check', '--only-binary=:all:', '--dest', tmp,
-       requirement],
+       '--disable-pip-version-check', '--only-binary=:all:', *_READ,
+       '--dest', tmp, requirement],
       capture_output=True, text=True, check=False,
     )  # fmt: skip
     got = sorted(pathlib.Path(tmp).glob('*.whl'))

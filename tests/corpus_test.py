@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -478,6 +479,23 @@ def test_a_cache_below_a_home(monkeypatch, tmp_path):
   assert got == tmp_path / 'home' / 'cache' / 'wheels' / have.name
   assert got.read_bytes() == have.read_bytes()
   assert not (tmp_path / '~').exists()
+
+
+@pytest.mark.parametrize(
+  'tag',
+  ['cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64', 'py3-none-any'],
+)
+def test_a_wheel_of_another_python(monkeypatch, tmp_path, tag):
+  """It is only read: there may be none for the one that runs here."""
+  name = f'thing-1.0-{tag}.whl'
+  (tmp_path / 'have').mkdir()
+  with zipfile.ZipFile(tmp_path / 'have' / name, 'w') as file:
+    about = 'Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n'
+    file.writestr('thing-1.0.dist-info/METADATA', about)
+    file.writestr('thing-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\n')
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'have'))
+  assert fetch.wheel('thing==1.0', tmp_path).name == name
 
 
 def test_debian_needs_apt(pypi, monkeypatch, tmp_path):
