@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import re
@@ -100,7 +101,8 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
       apt-get, without installing them; or a folder, whose `.txt` files are
       documents and whose `.jsonl` files hold one a line (`text`, and
       optionally `domain`). A document's domain is otherwise the name of the
-      subfolder it is in, or of the folder.
+      subfolder it is in, or of the folder. Links to files are followed; links
+      to folders are not, and names that begin with a dot are not read.
     cache: folder outside the repository; created when missing.
 
   Raises:
@@ -124,7 +126,7 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   def read():
     found = [packages_lib.read(package, cache) for package in packages]
     documents = [document for documents, _ in found for document in documents]
-    return documents, [entry for _, entry in found]
+    return documents, {'packages': [entry for _, entry in found]}
 
   final = _final(root, recipe, text, made_of)
   if not _is_built(final):
@@ -135,7 +137,7 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
 
 def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
   """The dataset of a user's folder."""
-  label, files = _folder(text)
+  label, files, others = _folder(text)
   known = _known(root, label, _stamp(label, files))
   if known:
     return known
@@ -147,7 +149,17 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
     folder = pathlib.Path(text).expanduser()
     digests = digests_lib.of(folder, files, _UNREADABLE)
     final = _final(root, RECIPE, label, [*digests.items()])
-    read = lambda: ([*_user_documents(text, label, files, digests)], [])
+
+    def read():
+      if others:
+        logging.warning(
+          '%s: %d files and linked folders are passed over, the first is %r; '
+          'what is read are .txt and .jsonl files, and links to such',
+          text, len(others), others[0],
+        )  # fmt: skip
+      documents = [*_user_documents(text, label, files, digests)]
+      return documents, {'packages': [], 'files': digests}
+
     _build(final, label, read)
     if stamp:
       # A cache that cannot be written is read all the same.
@@ -183,17 +195,23 @@ def _turn(root: pathlib.Path, label: str) -> Iterator[None]:
 def _build(
   final: pathlib.Path,
   label: str,
-  read: Callable[[], tuple[list[Document], list[dict]]],
+  read: Callable[[], tuple[list[Document], dict]],
 ) -> None:
-  """Writes a dataset where there is none; `read` gives documents, packages."""
+  """Writes a dataset where there is none.
+
+  Args:
+    final: its folder.
+    label: the name of the text.
+    read: gives its documents, and where they come from for the manifest.
+  """
 
   # The folder is made first: a cache that cannot be written shall not cost the
   # reading.
   def write(folder):
-    documents, packages = read()
+    documents, origin = read()
     splits, notes = splitting.split(documents)
     try:
-      _write(folder, splits, {'text': label, 'packages': packages, **notes})
+      _write(folder, splits, {'text': label, **origin, **notes})
     except RuntimeError as e:  # So ArrayRecord says that a disk is full.
       raise OSError(str(e).splitlines()[0]) from e
 
@@ -205,8 +223,13 @@ def _build(
     )
 
 
-def _folder(text: str) -> tuple[str, dict[str, pathlib.Path]]:
-  """The name of a user's folder, and its files by path within it."""
+def _folder(text: str) -> tuple[str, dict[str, pathlib.Path], list[str]]:
+  """A user's folder.
+
+  Returns:
+    Its name, the files to read by path within it, and the paths of other files
+    and of linked folders.
+  """
   try:
     folder = pathlib.Path(text).expanduser()
   except RuntimeError:  # '~nobody'
@@ -216,11 +239,12 @@ def _folder(text: str) -> tuple[str, dict[str, pathlib.Path]]:
       f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt "
       'or .jsonl files; set --config.data.text'
     )
-  files = {}
+  files, others = {}, []
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder)
-    hidden = any(part.startswith('.') for part in name.parts)
-    if path.suffix in ('.txt', '.jsonl') and path.is_file() and not hidden:
+    if any(part.startswith('.') for part in name.parts):
+      continue
+    if _suffix(path) in ('.txt', '.jsonl') and path.is_file():
       try:
         name.as_posix().encode()
       except UnicodeEncodeError as e:
@@ -228,7 +252,13 @@ def _folder(text: str) -> tuple[str, dict[str, pathlib.Path]]:
           f'the name of {path} is not UTF-8; rename it'
         ) from e
       files[name.as_posix()] = path
-  return folder.resolve().name, files
+    elif path.is_symlink() or not path.is_dir():
+      others.append(name.as_posix())
+  return folder.resolve().name, files, others
+
+
+def _suffix(path: pathlib.Path) -> str:
+  return path.suffix.lower()
 
 
 def _known(
@@ -283,7 +313,7 @@ def _user_documents(
         f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '
         f'file with: iconv -f {coding} -t utf-8'
       ) from e
-    if path.suffix == '.txt':
+    if _suffix(path) == '.txt':
       rows = [Document(domain, name, content)]
     else:
       rows = [

@@ -196,6 +196,34 @@ def test_domains_of_a_users_folder(tmp_path):
     assert counts['train']['documents'] and counts['heldout']['documents']
 
 
+def test_what_of_a_folder_is_read_is_told(tmp_path, caplog):
+  user = folder(
+    tmp_path / 'text',
+    a_TXT=prose(0),
+    b_JSONL=json.dumps({'text': prose(100)}),
+    c_md='not read',
+    sub__d_html='not read',
+    sub__e_txt=prose(200),
+    sub__f_txt=prose(300),
+  )
+  linked = folder(tmp_path / 'linked', g_txt=prose(400), h_txt=prose(500))
+  (user / 'more').symlink_to(linked)
+  (user / 'g.txt').symlink_to(linked / 'g.txt')
+  (user / '.git').mkdir()
+  (user / '.git' / 'config').write_text('hidden')
+  with caplog.at_level(logging.WARNING):
+    data = corpus.prepare(str(user), tmp_path)
+    assert corpus.prepare(str(user), tmp_path) == data
+  (message,) = [r.getMessage() for r in caplog.records if r.name == 'root']
+  assert '3 files and linked folders' in message and "is 'c.md'" in message
+  names = ['a.TXT', 'b.JSONL', 'g.txt', 'sub/e.txt', 'sub/f.txt']
+  assert corpus.manifest(data)['files'] == {
+    name: packages.sha256((user / name).read_bytes()) for name in names
+  }
+  documents = read(data, 'train') + read(data, 'heldout')
+  assert {d.id.partition(':')[0] for d in documents} == set(names)
+
+
 def test_a_changed_folder_is_built_anew(tmp_path):
   user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
   first = corpus.prepare(str(user), tmp_path)
