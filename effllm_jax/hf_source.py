@@ -105,9 +105,10 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     _front_text(folder, key) if licence == 'other' else None
     for key in ('license_name', 'license_link')
   )
+  name = _name(folder.resolve())
   return weights.Source(
-    name=folder.resolve().name,
-    description=f'{folder.resolve().name}, {dtype} safetensors',
+    name=name,
+    description=f'{name}, {dtype} safetensors',
     licence=licence,
     sha256=_sha256(files),
     dtype=dtype,
@@ -124,6 +125,17 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     licence_name=licence_name,
     licence_link=licence_link,
   )
+
+
+def _name(folder):
+  """What a model is called, also one in the cache of the Hub.
+
+  There a folder is models--<owner>--<name>/snapshots/<hash>.
+  """
+  cached = folder.parent.parent.name
+  if folder.parent.name == 'snapshots' and cached.startswith('models--'):
+    return cached.removeprefix('models--').split('--', 1)[-1]
+  return folder.name
 
 
 def generation_settings(

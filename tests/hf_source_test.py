@@ -139,6 +139,21 @@ def test_hugging_face_folder_is_read_exactly(tmp_path, cfg):
 
 
 @pytest.mark.parametrize(
+  'path, name',
+  [
+    ('models--owner--My-model/snapshots/0a1b', 'My-model'),
+    ('models--gpt2/snapshots/0a1b', 'gpt2'),
+    ('runs/snapshots/0a1b', '0a1b'),
+  ],
+)
+def test_a_folder_of_the_hub_cache_is_called_by_its_model(tmp_path, path, name):
+  (tmp_path / path).parent.mkdir(parents=True)
+  folder = model_files.hugging_face(tmp_path / path)
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert (source.name, source.description) == (name, f'{name}, F32 safetensors')
+
+
+@pytest.mark.parametrize(
   'front, licence',
   [
     ('license: mit', 'mit'),
