@@ -106,7 +106,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     sha256=fetch.sha256(path),
     dtype=dtype,
     cfg=cfg,
-    separator_id=weights.separator(tokenizer, eos_ids, str(path)),
+    separator_id=weights.separator(tokenizer, eos_ids, None, str(path)),
     bos_id=bos,
     eos_ids=eos_ids,
     pad_id=pad,

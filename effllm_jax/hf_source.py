@@ -113,7 +113,7 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     sha256=_sha256(files),
     dtype=dtype,
     cfg=cfg,
-    separator_id=weights.separator(tokenizer, eos_ids, str(folder)),
+    separator_id=weights.separator(tokenizer, eos_ids, eos_id, str(folder)),
     bos_id=bos_id,
     eos_ids=eos_ids,
     pad_id=pad_id,

@@ -154,7 +154,11 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
   """
 
   def token(i):
-    return None if i is None else source.tokenizer.id_to_token(i)
+    # transformers makes a special token of each. A letter that a config takes
+    # for one would change how texts are split, and be left out of answers.
+    if i is None or not weights.is_added(source.tokenizer, i):
+      return None
+    return source.tokenizer.id_to_token(i)
 
   generation = {
     'bos_token_id': source.bos_id,

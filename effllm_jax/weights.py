@@ -220,16 +220,42 @@ def check_tokenizer(
 
 
 def separator(
-  tokenizer: tokenizers.Tokenizer, eos_ids: tuple[int, ...], file: str
+  tokenizer: tokenizers.Tokenizer,
+  eos_ids: tuple[int, ...],
+  own: int | None,
+  file: str,
 ) -> int:
-  """The token between two documents: `<|endoftext|>`, else the first eos."""
+  """The token between two documents: `<|endoftext|>`, else an eos.
+
+  Of the ids that a config states the first that no text contains: they may be
+  the defaults of a class, 1 and 2, which in a vocabulary of the user's own are
+  letters.
+
+  Args:
+    tokenizer: of the model.
+    eos_ids: as a config states them.
+    own: what the tokenizer's own config calls its eos token, or None.
+    file: named in errors.
+
+  Raises:
+    errors.InputError: there is none of them.
+  """
   token = tokenizer.token_to_id('<|endoftext|>')
-  if token is None and not eos_ids:
+  if token is not None:
+    return token
+  stated = [i for i in eos_ids if is_added(tokenizer, i)]
+  found = [*stated, *([] if own is None else [own]), *eos_ids]
+  if not found:
     raise errors.InputError(
       f'{file}: neither <|endoftext|> in the vocabulary nor an eos token id to '
       'separate documents with; state eos_token_id'
     )
-  return eos_ids[0] if token is None else token
+  return found[0]
+
+
+def is_added(tokenizer: tokenizers.Tokenizer, i: int) -> bool:
+  """Whether a token is found in a text as a whole, before it is split."""
+  return i in tokenizer.get_added_tokens_decoder()
 
 
 def _table(axes, names):

@@ -349,6 +349,73 @@ def test_padding_that_a_config_states_comes_first(tmp_path):
   assert (source.eos_id, source.pad_id) == (321, 320)
 
 
+def letters_for_ends(folder, name=None, **config):
+  """A vocabulary of its own, with the ids of a class's defaults in its config.
+
+  Ids 0 to 2, padding and both ends, are letters; `name` is a token that is
+  added after them, if any.
+  """
+  model_files.hugging_face(
+    folder, V_328, bos_token_id=1, eos_token_id=2, pad_token_id=0
+  )
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  level = tokenizers.pre_tokenizers.ByteLevel
+  tokenizer.pre_tokenizer = level(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.train_from_iterator(
+    [model_files.DARWIN],
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=320,
+      special_tokens=[],
+      initial_alphabet=level.alphabet(),
+      show_progress=False,
+    ),
+  )
+  if name:
+    tokenizer.add_special_tokens([name])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  assert [tokenizer.id_to_token(i) for i in range(3)] == ['!', '"', '#']
+  return folder
+
+
+@pytest.mark.parametrize(
+  'name, stated, separator',
+  [
+    ('<|stop|>', {'eos_token': '<|stop|>'}, 320),
+    # Nothing else is there to separate documents with.
+    ('<|stop|>', {}, 2),
+    (None, {}, 2),
+  ],
+)
+def test_letters_that_a_config_takes_for_ends_stay_letters(
+  tmp_path, name, stated, separator
+):
+  folder = letters_for_ends(tmp_path / 'a', name, **stated)
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert source.separator_id == separator
+  out = sources.save(source, tmp_path / 'saved')
+  config = json.loads((out / 'tokenizer_config.json').read_text())
+  tokens = {k: v for k, v in config.items() if k.endswith('os_token')}
+  assert tokens == stated and 'pad_token' not in config
+  transformers = pytest.importorskip('transformers', reason='opens it')
+  opened = transformers.AutoTokenizer.from_pretrained(out)
+  text = 'He said: "Go on!" #1, "!#" and "".'
+  ids = source.tokenizer.encode(text).ids
+  assert opened(text)['input_ids'] == ids
+  assert opened.decode(ids, skip_special_tokens=True) == text
+
+
+def test_an_end_that_a_config_states_separates_before_the_tokenizers_own(
+  tmp_path,
+):
+  folder = letters_for_ends(tmp_path / 'a', '<|stop|>')
+  stated = {'eos_token_id': [2, 320]}
+  (folder / 'generation_config.json').write_text(json.dumps(stated))
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert (source.separator_id, source.eos_ids) == (320, (2, 320))
+
+
 # What is refused.
 
 
