@@ -134,7 +134,7 @@ def of_bytes(separator: str) -> tuple[tokenizers.Tokenizer, int]:
   return result, vocab[separator]
 
 
-def rule(source: tokenizers.Tokenizer, file: str) -> str:
+def rule(source: tokenizers.Tokenizer, file: str, remedy: str) -> str:
   """The name under which llama.cpp splits text as a tokenizer does.
 
   Unicode normalisation to NFC is passed over: llama.cpp does none, for no rule.
@@ -142,6 +142,7 @@ def rule(source: tokenizers.Tokenizer, file: str) -> str:
   Args:
     source: a byte-level BPE tokenizer.
     file: named in errors.
+    remedy: what to do where there is none.
 
   Raises:
     errors.InputError: another kind of tokenizer, or an unknown rule.
@@ -160,7 +161,7 @@ def rule(source: tokenizers.Tokenizer, file: str) -> str:
         return pre
   raise errors.InputError(
     f'{file}: its tokenizer splits text by none of the rules known here, those '
-    f'that llama.cpp calls {", ".join(_RULES)}; use a model with one of them'
+    f'that llama.cpp calls {", ".join(_RULES)}; {remedy}'
   )
 
 

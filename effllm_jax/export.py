@@ -91,6 +91,7 @@ def write(
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise errors.InputError(f'{out} exists and is not empty; set another --out')
   # Before the minute that the rest takes.
+  formats.check_model(model, names)
   if any(x.startswith('hf') for x in names):
     hf_export.import_transformers()
   notes = _notes(model, masks, pad)

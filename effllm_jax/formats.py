@@ -9,6 +9,7 @@ from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import executorch_export
 from effllm_jax import gguf_export
+from effllm_jax import gguf_layout
 from effllm_jax import hf_export
 from effllm_jax import llama_cpp
 from effllm_jax import onnx_export
@@ -83,6 +84,12 @@ def check_runtimes(names: Sequence[str]) -> None:
       )
   for name in names:
     FORMATS[name].runtime.require()
+
+
+def check_model(model: weights.Source, names: Sequence[str]) -> None:
+  """Raises InputError where a format is known not to hold a model."""
+  if any(name.startswith('gguf') for name in names):
+    gguf_layout.check(model)
 
 
 def write(model: weights.Source, name: str, folder: pathlib.Path) -> list[str]:

@@ -38,6 +38,8 @@ _BLOCKS = (_TYPE.Q8_0, _TYPE.Q4_0)
 # SmolLM2-135M, against its own weights: KL 0.29 and 92 MB; with Q4_0 0.39 and
 # 78 MB, with Q5_0 0.31 and 81 MB. `budgets.FORMATS` counts it so.
 _OUTPUT = _TYPE.Q8_0
+# A run that has trained is exported without.
+_REMEDY = 'leave gguf out of --formats (make quickstart: FORMATS=hf)'
 # Tokens at which llama.cpp ends a generation whatever a file says: ends of a
 # turn, of a message that calls a tool, and others.
 _TURN_ENDS = (
@@ -223,6 +225,16 @@ class Layout:
     return {k: v for k, v in fields.items() if v not in (None, '', [])}
 
 
+def check(model: weights.Source) -> None:
+  """Checks what of a model no GGUF file has words for; takes no time.
+
+  Raises:
+    errors.InputError: its block, or its tokenizer.
+  """
+  _uniform(model.cfg)
+  _tokenizer(model)
+
+
 def _uniform(cfg):
   """llama.cpp's architecture of a block with the same widths in every layer.
 
@@ -234,7 +246,7 @@ def _uniform(cfg):
   if cfg.qkv_bias or cfg.rope_scaling:
     raise errors.InputError(
       'llama.cpp has no architecture with norms of q and k next to biases or '
-      'Llama 3 rope scaling; export to another format'
+      f'Llama 3 rope scaling; {_REMEDY}'
     )
   return 'qwen3'
 
@@ -279,7 +291,7 @@ def ends(model: weights.Source) -> Ends:
 
 def _tokenizer(model):
   """Vocabulary, merges, rule and special tokens as GGUF has them."""
-  rule = bpe.rule(model.tokenizer, model.name)
+  rule = bpe.rule(model.tokenizer, model.name, _REMEDY)
   parts = json.loads(model.tokenizer.to_str())
   # Rows of the embedding that no token has get a name that no text contains.
   tokens = [f'[PAD{i}]' for i in range(model.cfg.V)]
@@ -294,7 +306,7 @@ def _tokenizer(model):
   if not merges:
     raise errors.InputError(
       f'{model.name}: its tokenizer has no merges, without which llama.cpp '
-      'opens no file; export to another format'
+      f'opens no file; {_REMEDY}'
     )
   found = ends(model)
   key = 'tokenizer.ggml'
@@ -323,7 +335,8 @@ def _adds_bos(model):
   if full not in (bare, [model.bos_id, *bare]):
     raise errors.InputError(
       f'{model.name}: its tokenizer makes {full} of {bare}, llama.cpp can only '
-      f'put bos ({model.bos_id}) before it; change its post-processor'
+      f'put bos ({model.bos_id}) before it; change its '
+      f'post-processor, or {_REMEDY}'
     )
   return full != bare
 

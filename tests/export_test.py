@@ -20,6 +20,7 @@ from effllm_jax import agreement
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import export
+from effllm_jax import formats
 from effllm_jax import hf_config
 from effllm_jax import llama_cpp
 from effllm_jax import model
@@ -426,6 +427,24 @@ def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
 def test_formats_that_make_no_sense(tmp_path, tokenizer_folder, formats, match):
   with pytest.raises(errors.InputError, match=match):
     run(tmp_path / 'out', tokenizer_folder, formats=formats)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('block', [False, True])
+def test_what_gguf_cannot_hold_is_told_before_anything_is_written(
+  tmp_path, tokenizer_folder, monkeypatch, block
+):
+  """By a tokenizer as TinyLlama's, or by its block."""
+  cfg = dataclasses.replace(CFG, qk_norm=block, qkv_bias=block)
+  made_of = finished_model(tokenizer_folder, cfg)
+  if not block:
+    pieces = model_files.bpe()
+    pieces.normalizer = tokenizers.normalizers.Prepend('\u2581')
+    pieces.pre_tokenizer = None
+    made_of = dataclasses.replace(made_of, tokenizer=pieces)
+  monkeypatch.setattr(formats, 'write', lambda *_: pytest.fail('written'))
+  with pytest.raises(errors.InputError, match=r'; leave gguf .* FORMATS=hf'):
+    export.write(made_of, tmp_path / 'out', ('hf', 'gguf-q8_0'), made())
   assert not list(tmp_path.iterdir())
 
 

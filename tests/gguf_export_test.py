@@ -374,7 +374,7 @@ def test_rule_of_words_is_that_of_llama_cpp(tmp_path, rule):
   if rule in RULES:  # As somebody else writes it.
     parts['pre_tokenizer'] = RULES[rule]
     built = tokenizers.Tokenizer.from_str(json.dumps(parts))
-  assert bpe.rule(built, 'x') == rule
+  assert bpe.rule(built, 'x', 'y') == rule
   gguf_export.write(source(tokenizer=built), tmp_path / 'a.gguf', 'f32')
   assert (
     llama_cpp.tokenize(tmp_path / 'a.gguf', NASTY) == built.encode(NASTY).ids
