@@ -24,8 +24,12 @@ from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
+from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
 import kernels
+
+# What a workdir says of a teacher that is not the source.
+_TEACHER = 'teacher.json'
 
 
 def run(
@@ -50,7 +54,15 @@ def run(
   workdir = pathlib.Path(workdir)
   # Everything that can be refused is checked before anything is written.
   workdir_lib.check(workdir, config.to_dict())
+  begun = bool(checkpoints.moments(workdir))
   source = sources.load(config.source, cache, params=False)
+  if begun:
+    known = _record(source)
+    if config.init == 'random' and (
+      config.distill.teacher or not config.distill.weight
+    ):
+      del known['sha256']  # Its weights are never read.
+    _check_same(workdir / 'source' / 'source.json', known, 'source')
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
   if profiled and profiled[-1] > plan.steps:
@@ -62,10 +74,14 @@ def run(
   text = corpus.prepare(config.data.text, cache)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, text, source)
-  teacher = None
+  teacher = other = None
   if plan.recipe.distill:
     named, flag = config.distill.teacher, '--config.distill.teacher'
     teacher = sources.load(named or config.source, cache, flag=flag)
+    if named:
+      other = _record(teacher)
+      if begun:
+        _check_same(workdir / _TEACHER, other, 'distill.teacher')
     teacher = teacher_lib.fitted(teacher, source, config.data.seq_len)
     teacher = teacher_lib.Teacher(teacher, plan.recipe)
   if config.init == 'random':
@@ -78,14 +94,56 @@ def run(
     initial = lambda: sources.load(config.source, cache).params
   with _claimed(workdir, config.to_dict()):
     try:
-      if jax.process_index() == 0 and not checkpoints.moments(workdir):
+      if jax.process_index() == 0 and not begun:
         sources.save(source, workdir / 'source')
         workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
+        if other:
+          workdir_lib.write_json(workdir / _TEACHER, other)
       loop.Loop(
         config, workdir, plan, source, initial, teacher, batches, heldout
       ).train(profiled)
     except OSError as e:
       raise checkpoints.write_error(e) from e
+
+
+def _record(model: sources.Source) -> dict[str, Any]:
+  """What tells a model from another one; source.json has it, too."""
+  return {
+    'name': model.name,
+    'description': model.description,
+    'sha256': model.sha256,
+    'cfg': dataclasses.asdict(model.cfg),
+  }
+
+
+def _check_same(path: pathlib.Path, now: dict[str, Any], key: str) -> None:
+  """Checks that a run goes on with the model that it was started with.
+
+  Args:
+    path: where its `_record` is; without one, as in a workdir that an older
+      commit wrote, nothing is compared.
+    now: of the model as it is now; without sha256 its weights do not count.
+    key: of the config that names the model.
+
+  Raises:
+    errors.InputError: it has other weights or another shape.
+  """
+  if not path.exists():
+    return
+  remedy = 'restore it or choose another --workdir'
+  known = untrusted.read_json(path, remedy)
+  with untrusted.parsing(f'{path} does not describe a model', remedy):
+    then = structure.ModelConfig.from_dict(known['cfg'])
+    sha256 = untrusted.shaped((str, None), known.get('sha256'), 'sha256')
+  then, here = dataclasses.asdict(then), dict(now['cfg'])
+  if sha256 and now.get('sha256'):
+    then['sha256'], here['sha256'] = sha256[:12], now['sha256'][:12]
+  changed = workdir_lib.changes(then, here)
+  if changed:
+    raise errors.InputError(
+      f'{key} {now["name"]} is not the model that the run was started with: '
+      f'{changed}; put the old one back, or choose another --workdir'
+    )
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.numpy
 
 from effllm_jax import checkpoints
 from effllm_jax import console
@@ -123,6 +125,106 @@ def test_one_run_at_a_time_in_a_workdir(setting, monkeypatch):
     with pytest.raises(ZeroDivisionError):
       run('busy')
   assert len(refused) == 2
+
+
+@pytest.fixture(name='swapped')
+def _swapped(setting, tmp_path, monkeypatch):
+  """A run up to its first checkpoint, and the models that it is made from."""
+  _, root = setting
+  models = {
+    name: shutil.copytree(root / 'model', tmp_path / name)
+    for name in ('source', 'teacher')
+  }
+
+  class Begun:
+    """A run that has got as far."""
+
+    def __init__(self, config, workdir, *_):
+      self.workdir = workdir
+
+    def train(self, _):
+      begun.append(self.workdir)
+
+  def run(**changes):
+    config = smollm2_135m.get_config()
+    config.update_from_flattened_dict(
+      conftest.small_run(models['source'], root / 'text', **changes)
+    )
+    train.run(config, tmp_path / 'run', root / 'cache')
+
+  def moments(workdir):
+    return begun
+
+  begun = []
+  monkeypatch.setattr(loop, 'Loop', Begun)
+  monkeypatch.setattr(checkpoints, 'moments', moments)
+  return run, models, tmp_path / 'run'
+
+
+def other_weights(folder):
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  tensors['model.norm.weight'] += 1
+  safetensors.numpy.save_file(tensors, path)
+
+
+def other_shape(folder):
+  path = folder / 'config.json'
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(config | {'rope_theta': 123.0}))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'swap', 'edit', 'match'),
+  [
+    ({}, 'source', other_weights, r"^source source .*: sha256='\w+' there"),
+    ({}, 'source', other_shape, r'rope_theta=\S+ there, 123\.0 now; put the'),
+    # Of which only the shape is taken.
+    ({'init': 'random'}, 'source', other_weights, None),
+    ({'init': 'random'}, 'source', other_shape, r'rope_theta=\S+ there'),
+    (
+      {'init': 'random', 'distill.weight': 0.5},
+      'source',
+      other_weights,
+      r"sha256='\w+' there",
+    ),
+    (
+      {'distill.weight': 0.5, 'distill.teacher': 'teacher'},
+      'teacher',
+      other_weights,
+      r"^distill\.teacher teacher .*: sha256='\w+' there",
+    ),
+  ],
+)
+def test_a_run_goes_on_with_the_models_that_it_was_started_with(
+  swapped, changes, swap, edit, match
+):
+  run, models, workdir = swapped
+  if 'distill.teacher' in changes:
+    changes = changes | {'distill.teacher': str(models['teacher'])}
+  run(**changes)
+  run(**changes)
+  kept = shutil.copytree(models[swap], workdir.parent / 'kept')
+  edit(models[swap])
+  if match:
+    with pytest.raises(errors.InputError, match=match) as caught:
+      run(**changes)
+    assert '\n' not in str(caught.value)
+    assert 'or choose another --workdir' in str(caught.value)
+    shutil.rmtree(models[swap])
+    kept.rename(models[swap])
+  run(**changes)
+
+
+@pytest.mark.parametrize('lost', ['teacher.json', 'source/source.json'])
+def test_a_workdir_without_a_record_goes_on(swapped, lost):
+  """As one of an older commit, which recorded no teacher."""
+  run, models, workdir = swapped
+  changes = {'distill.weight': 0.5, 'distill.teacher': str(models['teacher'])}
+  run(**changes)
+  (workdir / lost).unlink()
+  other_weights(models[lost.split('.')[0].split('/')[0]])
+  run(**changes)
 
 
 def test_all_processes_are_refused_with_the_first(tmp_path, monkeypatch):
