@@ -362,6 +362,13 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
     self.__dict__.pop('_cache', None)
     return super()._get_cache(*args, **kwargs)
 
+  def _get_static_cache_init_shape(self):
+    """No one shape: each layer of a cache takes that of what it is given.
+
+    transformers 5 would ask a config for one, to prefill by chunks.
+    """
+    return None
+
 
 def packed(position_ids):
   """Causal mask of the sequences in a row, [B, T] -> [B, 1, T, T]."""

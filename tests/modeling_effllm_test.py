@@ -170,6 +170,25 @@ def test_cache_grows_by_chunks(opened):
   np.testing.assert_allclose(last, want[:, -2:], atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['gqa-tied', 'first-without-heads'])
+@pytest.mark.parametrize('cache', ['dynamic', 'static'])
+def test_a_prompt_that_is_read_by_chunks_goes_on_the_same(opened, name, cache):
+  made = make(name)
+  have = opened(made)
+  tokens = np.asarray(conftest.make_tokens(made.cfg, length=24))
+  mask = torch.ones(tokens.shape, dtype=int)
+  mask[0, :6] = 0
+  want = generate(have, tokens, attention_mask=mask)
+  for chunk in (5, 24):
+    assert want == generate(
+      have,
+      tokens,
+      attention_mask=mask,
+      cache_implementation=cache,
+      prefill_chunk_size=chunk,
+    )
+
+
 def test_who_does_not_ask_gets_a_cache_outside_training(opened):
   """A loop by hand goes on from it; it is no prediction."""
   made = make('first-without-heads')
