@@ -100,7 +100,7 @@ def _score_windows(
     scored += [0, *[1] * len(ids)]
     num_bytes += length
     budget -= len(ids)
-    if budget <= 0 or len(ids) < len(encoding.ids):
+    if budget <= 0 or len(ids) < len(encoding):
       break
   if not tokens:
     raise errors.InputError(
@@ -127,10 +127,12 @@ def _prefix(
   Returns:
     The tokens, and the bytes of the text that they stand for.
   """
-  if len(encoding.ids) <= budget:
+  if len(encoding) <= budget:
     return encoding.ids, len(text.encode())
   end = int(budget)
+  # One at a time: `offsets` makes a list of those of all tokens.
+  span = encoding.token_to_chars
   # The tokens of one character that was split all carry its offsets.
-  while end and encoding.offsets[end][0] < encoding.offsets[end - 1][1]:
+  while end and span(end)[0] < span(end - 1)[1]:
     end -= 1
-  return encoding.ids[:end], len(text[: encoding.offsets[end][0]].encode())
+  return encoding.ids[:end], len(text[: span(end)[0]].encode())

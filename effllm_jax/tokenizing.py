@@ -1,5 +1,6 @@
 """A model's tokenizer on plain text, and the files of the tokens of a text."""
 
+from collections.abc import Iterator
 import hashlib
 import json
 import os
@@ -12,8 +13,10 @@ from effllm_jax import corpus
 from effllm_jax import errors
 from effllm_jax import workdir as workdir_lib
 
-# Documents that are tokenised at a time, on all cores.
+# Documents that are tokenised at a time, on all cores, and bytes of them unless
+# one alone has more: while it is, a byte takes a hundred bytes of memory.
 _CHUNK = 256
+_CHUNK_BYTES = 2**22
 
 
 def encoder(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -74,11 +77,7 @@ def _build(
   dtype = np.uint16 if largest < 2**16 else np.uint32
   source = corpus.source(data_dir, 'train')
   pieces = {domain: [] for domain in domains}
-  for start in range(0, len(source), _CHUNK):
-    documents = [
-      corpus.as_document(source[i])
-      for i in range(start, min(start + _CHUNK, len(source)))
-    ]
+  for documents in _chunks(source):
     texts = [document.text for document in documents]
     for document, encoding in zip(
       documents, plain.encode_batch_fast(texts), strict=True
@@ -95,6 +94,20 @@ def _build(
   remedy = 'free some space, or set --cache'
   with errors.writing(f'tokens to {data_dir}', remedy):
     workdir_lib.once(folder, write)
+
+
+def _chunks(source) -> Iterator[list[corpus.Document]]:
+  """All documents of a split, some at a time."""
+  chunk, size = [], 0
+  for i in range(len(source)):
+    document = corpus.as_document(source[i])
+    if (chunk and size + document.size > _CHUNK_BYTES) or len(chunk) == _CHUNK:
+      yield chunk
+      chunk, size = [], 0
+    chunk.append(document)
+    size += document.size
+  if chunk:
+    yield chunk
 
 
 def _token_file(folder, domain, domains) -> pathlib.Path:

@@ -1,9 +1,11 @@
 """Batches: what is in them, in which order, and how a stream goes on."""
 
 import collections
+import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -86,6 +88,32 @@ def test_text_is_new_until_a_domain_is_through(built, bpe):
   assert iterator.new_tokens == min(
     int(windows['low'] * SEQ / 0.75), windows['UP'] * SEQ * 4
   )
+
+
+@pytest.mark.parametrize(('count', 'size'), [(3, 10**6), (256, 5000), (256, 1)])
+def test_documents_are_tokenised_some_at_a_time(
+  built, bpe, tmp_path, monkeypatch, count, size
+):
+  """So many of them, or of their bytes, and at least one."""
+  want = tokenizing.tokenize(built, bpe, SEPARATOR)
+  monkeypatch.setattr(tokenizing, '_CHUNK', count)
+  monkeypatch.setattr(tokenizing, '_CHUNK_BYTES', size)
+  source = corpus.source(built, 'train')
+  chunks = [*tokenizing._chunks(source)]
+  documents = [corpus.as_document(source[i]) for i in range(len(source))]
+  assert [d for chunk in chunks for d in chunk] == documents
+  assert len(chunks) > 1
+  for chunk, later in itertools.pairwise(chunks):
+    total = sum(d.size for d in chunk)
+    assert len(chunk) <= count and (total <= size or len(chunk) == 1)
+    # No less than fits.
+    assert len(chunk) == count or total + later[0].size > size
+  # The same tokens, whichever are tokenised together.
+  copy = shutil.copytree(
+    built, tmp_path / 'data', ignore=shutil.ignore_patterns('tokens-*')
+  )
+  for domain, path in tokenizing.tokenize(copy, bpe, SEPARATOR).items():
+    np.testing.assert_array_equal(np.load(path), np.load(want[domain]))
 
 
 def test_a_separator_beyond_two_bytes(built, bpe):
