@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 import pathlib
 import time
+from typing import Any
 
 import jax
 import ml_collections
@@ -95,7 +96,11 @@ class Loop:
       moment.flops if restored else None,
     )
     self.exchange = _exchange(plan, workdir / 'trace.jsonl', resume)
-    self.compiled = {}
+    # Of `train`, while it is at work.
+    self.progress = self.requests = None
+    # Of the present architecture: `train_step`, by whether it scores, and
+    # `repair_step`; see `_compile`.
+    self.compiled, self.repair = {}, None
     # Since the last row: not every step has one.
     self.compile_seconds = self.busy_seconds = 0.0
     self.unlogged = 0
@@ -132,6 +137,7 @@ class Loop:
             self._one_step(step)
 
   def _one_step(self, step: int) -> None:
+    """Everything that is due at a step, in this order."""
     plan = self.plan
     start = time.perf_counter()
     windows = next(self.batches)
@@ -159,44 +165,17 @@ class Loop:
     if (
       log or plan.prunes(step) or plan.evaluates(step) or plan.checkpoints(step)
     ):
-      # Until here the time is that of asking for steps; what follows shall not
-      # be charged with them.
+      # Steps run in the background; so far only asking for them was timed. What
+      # follows must not be charged with them.
       jax.block_until_ready(self.state.params)
     self.busy_seconds += time.perf_counter() - start
     self.unlogged += 1
-    row = (
-      {
-        'kind': 'train',
-        'step': step,
-        'tokens': plan.tokens(step),
-        **{
-          name: pruning.finite(float(number))
-          for name, number in numbers.items()
-        },
-        'skipped': int(self.state.skipped),
-        # Of the last update.
-        'learning_rate': float(
-          self.rate(np.int32(step - 1 - int(self.state.skipped)))
-        ),
-        # Of a step, the mean since the last row. Includes the prune; not the
-        # compilation, the input or the shrink.
-        'seconds': self.busy_seconds / self.unlogged,
-        'compile_seconds': self.compile_seconds,
-        'data_seconds': waited,
-        **pruning.sizes(
-          self.state.prune, self.cfg, plan, step, self.source_widths
-        ),
-        'price': self._price(step),
-        'flops': dict(self.meter.spent),
-      }
-      if log
-      else None
-    )
+    # With the sizes from before the shrink.
+    row = self._row(step, numbers, waited) if log else None
     event = self._shrink(step, windows_ABT)
     if row:
       if int(self.state.in_a_row):
         self.progress.say(f'step {step} is skipped: {_told(numbers)}')
-      row['tokens_per_second'] = plan.tokens_per_step / row['seconds']
       self.compile_seconds = self.busy_seconds = 0.0
       self.unlogged = 0
       self.metrics.write(row)
@@ -206,10 +185,45 @@ class Loop:
       self._evaluate(step, self._phase(step))
     stop = self._why_stop(step, log, numbers)
     # Last of all, so that a resume from here has lost nothing of this step.
+    if event or plan.checkpoints(step) or stop:
+      self._save(step, event)
+    if stop:
+      raise stop
+
+  def _row(self, step: int, numbers, waited: float) -> dict[str, Any]:
+    """The row of a step in the log; `waited`: seconds for its batch."""
+    seconds = self.busy_seconds / self.unlogged
+    return {
+      'kind': 'train',
+      'step': step,
+      'tokens': self.plan.tokens(step),
+      **{
+        name: pruning.finite(float(number)) for name, number in numbers.items()
+      },
+      'skipped': int(self.state.skipped),
+      # Of the last update.
+      'learning_rate': float(
+        self.rate(np.int32(step - 1 - int(self.state.skipped)))
+      ),
+      # Of a step, the mean since the last row. Includes the prune; not the
+      # compilation, the input or the shrink.
+      'seconds': seconds,
+      'compile_seconds': self.compile_seconds,
+      'data_seconds': waited,
+      **pruning.sizes(
+        self.state.prune, self.cfg, self.plan, step, self.source_widths
+      ),
+      'price': self._price(step),
+      'flops': dict(self.meter.spent),
+      'tokens_per_second': self.plan.tokens_per_step / seconds,
+    }
+
+  def _save(self, step: int, event: events.ShrinkEvent | None) -> None:
+    """Saves the state as that of an event, or else as a rolling checkpoint."""
     start = time.perf_counter()
     if event:
       self.writer.save_event(event, self.state, self.batches, self.meter.spent)
-    elif plan.checkpoints(step) or stop:
+    else:
       self.writer.save(
         self.state,
         self.cfg,
@@ -217,18 +231,15 @@ class Loop:
         self.num_events,
         self.meter.spent,
       )
-    if event or plan.checkpoints(step) or stop:
-      self.metrics.write(
-        {
-          'kind': 'save',
-          'step': step,
-          'tokens': plan.tokens(step),
-          # What the run waited; the rest is written while it goes on.
-          'seconds': time.perf_counter() - start,
-        }
-      )
-    if stop:
-      raise stop
+    self.metrics.write(
+      {
+        'kind': 'save',
+        'step': step,
+        'tokens': self.plan.tokens(step),
+        # What the run waited; the rest is written while it goes on.
+        'seconds': time.perf_counter() - start,
+      }
+    )
 
   def _why_stop(self, step: int, look: bool, numbers) -> Exception | None:
     """What ends the run after this step, before its time; None: nothing.
@@ -238,7 +249,7 @@ class Loop:
     """
     limit = self.config.train.max_skipped
     if look and int(self.state.in_a_row) >= limit:
-      # The batches behind this one get as many tries.
+      # After a resume the next batches get as many tries again.
       again = jax.device_put(np.int32(0), sharding.everywhere(self.mesh))
       self.state = self.state.replace(in_a_row=again)
       return errors.InputError(
@@ -363,7 +374,10 @@ class Loop:
     )
 
   def _sound(self, windows_ABT) -> jax.Array:
-    """The batch; held-out windows for one that was skipped: it has no loss."""
+    """The batch, or held-out windows in place of one that was skipped.
+
+    The loss of a skipped one need not be finite.
+    """
     if not int(self.state.in_a_row):
       return windows_ABT
     held = next(iter(self.heldout.values()))
