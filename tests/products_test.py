@@ -121,6 +121,26 @@ def test_accumulates_in_float32(name, form, axes):
   np.testing.assert_allclose(c, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('form', forms.FORMS)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_only_the_result_is_rounded(name, form):
+  """To the bit in bfloat16, though k is four chunks: float32 holds the sums."""
+  run, _ = product(name, form, jnp.bfloat16)
+  rng = np.random.default_rng(0)
+  a, b = (
+    # Integers that bfloat16 holds; it does not hold the sum of two products.
+    jnp.asarray(rng.integers(-128, 129, [SIZES[x] for x in axes]), jnp.bfloat16)
+    for axes in forms.AXES[form]
+  )
+  c = run(a, b, {'k': jnp.int32(SIZES['k'])})
+  assert c.dtype == jnp.bfloat16
+  left, right = forms.AXES[form]
+  want = np.einsum(
+    f'{left},{right}->mn', np.asarray(a, np.float64), np.asarray(b, np.float64)
+  )
+  np.testing.assert_array_equal(c, want.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize(('form', 'axes'), CASES)
 @pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
 def test_the_same_bits_as_arrays_cut_to_a_block(name, form, axes):
