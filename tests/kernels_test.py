@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+import sys
+import types
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import dispatch
+from kernels import xla
 from tests import conftest
 
 # Kernels that a CPU runs; the last one where jax has its simulator.
@@ -21,8 +25,22 @@ B, T = 2, 6
 
 @pytest.fixture(params=ON_CPU, name='name')
 def _name(request, monkeypatch):
+  if request.param == 'poison':
+    monkeypatch.setitem(sys.modules, 'kernels.poison', POISON)
+    names = (*kernels.IMPLEMENTATIONS, 'poison')
+    monkeypatch.setattr(dispatch, 'IMPLEMENTATIONS', names)
   interpret(monkeypatch, request.param, True)
   return request.param
+
+
+def with_poison(a, b, form, extents, dtype, blocks=None):
+  """The product of the contract's worst case: NaN beyond the extents."""
+  c = xla.product(a, b, form, extents, dtype, blocks)
+  m, n = (jnp.arange(size) for size in c.shape)
+  return jnp.where((m < extents.m)[:, None] & (n < extents.n), c, jnp.nan)
+
+
+POISON = types.SimpleNamespace(product=with_poison, FILLS=False)
 
 
 def interpret(monkeypatch, name, how):
@@ -152,6 +170,7 @@ def reference(op):
     return [(keeps, run(OPS[op][1], keeps)) for keeps in masks(op)]
 
 
+@pytest.mark.parametrize('name', [*ON_CPU, 'poison'], indirect=True)
 @pytest.mark.parametrize('op', OPS)
 def test_value_and_gradient_against_float64(op, name):
   """Also: dead outputs and gradients exactly zero, one trace for all masks."""

@@ -124,6 +124,16 @@ def test_within_any_extent_the_value_is_right(form, axis, extent):
 
 
 @conftest.simulated
+@pytest.mark.parametrize('axis', 'mn')
+def test_fills_promises_no_zeros_that_nobody_writes(axis):
+  zeros = [jnp.zeros(x.shape, x.dtype) for x in struct('tn', full('tn'))]
+  extents = full('tn') | {axis: BLOCKS['tn'].tile()[axis]}
+  c = simulator('tn')[0](*zeros, traced(extents))
+  filled = not np.any(c)
+  assert filled == pallas_hopper.FILLS
+
+
+@conftest.simulated
 @pytest.mark.parametrize('form', forms.FORMS)
 def test_two_axes_may_be_masked_at_once(form):
   tile = BLOCKS[form].tile()

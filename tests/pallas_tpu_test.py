@@ -127,6 +127,15 @@ def test_right_on_memory_that_starts_as_nan(form, dtype):
     check(form, size, {**size, i: e}, dtype, product)
 
 
+@pytest.mark.parametrize('axis', 'mn')
+def test_fills_promises_no_zeros_that_nobody_writes(axis):
+  """A block beyond the extents keeps the NaN that its memory starts with."""
+  zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes('tn', WHOLE, 'float32')]
+  c = compiled('tn', 'float32')(*zeros, {**WHOLE, axis: B})
+  filled = not np.any(c)
+  assert filled == pallas_tpu.FILLS
+
+
 @EACH_FORM
 def test_whole_axes_and_extents_that_are_ints(form):
   """Blocks longer than an axis are the axis, whatever its size."""

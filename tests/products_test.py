@@ -121,6 +121,23 @@ def test_accumulates_in_float32(name, form, axes):
   np.testing.assert_allclose(c, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('axis', 'mn')
+@pytest.mark.parametrize('name', BLOCKS)
+def test_fills_promises_zeros_beyond_the_extents(name, axis):
+  """Also in the rest of a block, where one of the operands is zero."""
+  module = importlib.import_module(f'kernels.{name}')
+  run, _ = product(name, 'tn')
+  for extent in (0, STEP + 1):
+    a, b = (
+      beyond(x, letters, SIZES | {axis: extent}, 0)
+      for x, letters in zip(operands('tn'), forms.AXES['tn'], strict=True)
+    )
+    c = run(a, b, {axis: jnp.int32(extent)})
+    dead = np.take(c, range(extent, SIZES[axis]), 'mn'.index(axis))
+    filled = not np.any(dead)
+    assert filled == module.FILLS
+
+
 @pytest.mark.parametrize('form', forms.FORMS)
 @pytest.mark.parametrize('name', BLOCKS)
 def test_only_the_result_is_rounded(name, form):
