@@ -211,6 +211,55 @@ def test_nan_beyond_the_extent_does_no_harm(op, name):
     np.testing.assert_array_equal(grad, want)
 
 
+@pytest.mark.parametrize(
+  'name', [x for x in ON_CPU if x != 'bucket'], indirect=True
+)
+def test_nan_in_the_bias_of_a_dead_head_does_no_harm(name):
+  """Also of one before the last that lives, up to which a bucket reads."""
+  op = 'attention with biases and norms'
+  arrays = [np.asarray(x, np.float32) for x in OPS[op][1]]
+  keep = np.array([False, True, False])
+  poisoned = [np.array(x) for x in arrays]
+  for bias in poisoned[5:8]:
+    bias[~keep] = np.nan
+  run = graded(op, name)
+  (_, want), wants = run(arrays, (keep,))
+  (_, y), grads = run(poisoned, (keep,))
+  np.testing.assert_array_equal(y, want)
+  for grad, expected in zip(grads, wants, strict=True):
+    np.testing.assert_array_equal(grad, expected)
+
+
+def test_attention_has_a_branch_for_each_number_of_live_heads(
+  name, monkeypatch
+):
+  """The cost follows the extent, forward and back; only xla runs all heads."""
+  seen, each_way = [], []
+  attend = jax.nn.dot_product_attention
+
+  def recorded(q, k, v, **kwargs):
+    seen.append(k.shape[-2])
+    return attend(q, k, v, **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', recorded)
+
+  def traced(arrays, keep):
+    run = lambda *arrays: attention(*arrays, keep, implementation=name)
+    _, pull = jax.vjp(run, *arrays)
+    each_way.append(set(seen))
+    seen.clear()
+    grads = pull(arrays[0])
+    each_way.append(set(seen))
+    return grads
+
+  jax.eval_shape(
+    traced, [jnp.asarray(x, jnp.float32) for x in LLAMA], jnp.ones(K, bool)
+  )
+  # The reference keeps what its gradient needs; the rest compute it again.
+  widths = set(range(1, K + 1))
+  assert each_way == ([{K}, set()] if name == 'xla' else [widths, widths])
+
+
 def test_a_mask_of_groups_is_one_of_their_channels(name):
   x, w = (jnp.asarray(a, jnp.float32) for a in OPS['matmul'][1])
   groups_in, groups_out = np.array([1, 0, 1, 1], bool), np.arange(8) < 5
