@@ -124,6 +124,37 @@ def test_within_any_extent_the_value_is_right(form, axis, extent):
 
 
 @conftest.simulated
+def test_a_tile_of_more_chunks_than_staging_buffers():
+  """The default of the 1.7B model, to the bit: sums of integers are exact.
+
+  Each warpgroup stores two rows and two columns of chunks from two buffers.
+  """
+  form, sizes = 'nn', dict(m=512, n=256, k=320)
+  blocks = pallas_hopper.Blocks(256, 128, 64, stages=4)
+  assert blocks in [
+    pallas_hopper.default_blocks(form, **layer, dtype=jnp.bfloat16)
+    for layer in linear_layers(form, '1.7b')
+  ]
+  rng = np.random.default_rng(0)
+  left, right = forms.AXES[form]
+  a, b = (
+    rng.integers(-4, 5, [sizes[x] for x in axes]).astype(np.float64)
+    for axes in (left, right)
+  )
+  c = pallas_hopper.product(
+    jnp.asarray(a, jnp.bfloat16),
+    jnp.asarray(b, jnp.bfloat16),
+    form,
+    forms.Extents(**sizes),
+    jnp.bfloat16,
+    blocks,
+    interpret=plgpu.InterpretGPUParams(detect_races=True),
+  )
+  want = np.einsum(f'{left},{right}->mn', a, b)
+  np.testing.assert_array_equal(c, want.astype(jnp.bfloat16))
+
+
+@conftest.simulated
 @pytest.mark.parametrize('axis', 'mn')
 def test_fills_promises_no_zeros_that_nobody_writes(axis):
   zeros = [jnp.zeros(x.shape, x.dtype) for x in struct('tn', full('tn'))]
