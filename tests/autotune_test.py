@@ -37,6 +37,7 @@ def test_the_fastest_is_stored_and_used(tmp_path, monkeypatch):
   assert autotune.use(path) == 1
   assert autotune.choice('xla_loop', 'nn', *sizes, 'float32') == best
   assert autotune.choice('xla_loop', 'nn', *sizes, 'bfloat16') is None
+  assert autotune.choice('xla_loop', 'nt', *sizes, 'float32') is None
   # And the ops ask for it.
   seen = []
   product = xla_loop.product
@@ -50,6 +51,18 @@ def test_the_fastest_is_stored_and_used(tmp_path, monkeypatch):
     implementation='xla_loop',
   )  # fmt: skip
   assert seen == [best]
+
+
+def test_what_is_timed_is_three_quarters_of_the_masked_axis():
+  widths = []
+
+  def timer(call):
+    # A loop leaves zeros beyond the extent; every candidate's chunks end at it.
+    widths.append(np.asarray(call()).any(axis=0).sum())
+    return 1.0
+
+  autotune.tune('xla_loop', 'nn', 32, 256, 64, 'float32', 'n', timer=timer)
+  assert set(widths) == {192}
 
 
 def test_the_clock_is_a_clock():
