@@ -6,6 +6,7 @@ import functools
 import importlib
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from kernels import autotune
@@ -18,6 +19,9 @@ Array = jax.Array
 IMPLEMENTATIONS = ('xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
 # Those that one platform alone can run.
 PLATFORMS = {'pallas_tpu': 'tpu', 'pallas_hopper': 'gpu'}
+# The `checkpoint_name` of a product by a loop or a kernel: no policy of
+# `jax.checkpoint` takes these for products, as it does a dot of XLA.
+PRODUCT = 'masked_product'
 # Chosen only where it was measured: BENCHMARKS.md, "Kernels". Elsewhere the
 # reference, until somebody has.
 _BY_PLATFORM = {'cpu': 'bucket'}
@@ -97,7 +101,9 @@ def _module(name):
 def _product(name, a, b, form, extents, dtype):
   size = forms.sizes(a, b, form)
   blocks = autotune.choice(name, form, *size, a.dtype)
-  return _module(name).product(a, b, form, extents, dtype, blocks)
+  c = _module(name).product(a, b, form, extents, dtype, blocks)
+  # Where the product is XLA's own, a policy knows it without a name.
+  return c if name == 'xla' else checkpoint_name(c, PRODUCT)
 
 
 def mask(x: Array, keep: Array | None) -> Array:

@@ -1,6 +1,8 @@
+import functools
 import re
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from effllm_jax import model
 from effllm_jax import shrink
 from effllm_jax import structure
+import kernels
 from tests import conftest
 
 
@@ -204,6 +207,36 @@ def test_remat_changes_nothing(cfg):
   )
   for found in recomputed:
     conftest.check_close(kept, found, 1e-4, 1e-6)
+
+
+def products(jaxpr):
+  """How often a jaxpr multiplies by a weight: dots, loops and kernels."""
+  count = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in ('while', 'pallas_call', 'mpmd_map'):
+      count += 1
+      continue
+    if eqn.primitive.name == 'dot_general':
+      # Those of attention are batched.
+      count += not any(eqn.params['dimension_numbers'][1])
+    count += sum(map(products, jax.extend.core.jaxprs_in_params(eqn.params)))
+  return count
+
+
+@pytest.mark.parametrize('name', kernels.IMPLEMENTATIONS)
+def test_remat_of_dots_repeats_no_product_with_weights(name):
+  cfg = conftest.make_config(D=64, H=32, F=128)
+  windows = jax.ShapeDtypeStruct((4, 65), jnp.int32)
+
+  def count(remat):
+    compute = model.Compute(dtype='bfloat16', remat=remat, kernels=name)
+    loss = functools.partial(model.loss, cfg=cfg, compute=compute)
+    traced = jax.make_jaxpr(jax.grad(loss))(
+      structure.shapes(cfg), structure.all_alive(cfg), windows
+    )
+    return products(traced.jaxpr)
+
+  assert count('dots') == count('none') < count('full')
 
 
 @pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
