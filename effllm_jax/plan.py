@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import ml_collections
 import numpy as np
 import optax
@@ -307,11 +306,9 @@ def _kernels(config, mesh) -> str:
   known = ('auto', *kernels.IMPLEMENTATIONS)
   _require(config, 'model.kernels', known.__contains__,
            f'one of {", ".join(known)}')  # fmt: skip
-  here, needs = jax.default_backend(), kernels.PLATFORMS.get(name)
-  if needs not in (None, here):
+  if why := kernels.refusal(name):
     raise errors.InputError(
-      f'model.kernels {name!r} needs a {needs}, this machine has a {here}; set '
-      '--config.model.kernels=auto'
+      f'model.kernels {name!r} {why}; set --config.model.kernels=auto or bucket'
     )
   if name == 'pallas_hopper':
     _require(config, 'model.dtype', 'bfloat16'.__eq__,

@@ -18,8 +18,8 @@ master weights get a float32 gradient from bfloat16 activations.
 from kernels import autotune
 from kernels.attention import masked_attention
 from kernels.dispatch import IMPLEMENTATIONS
-from kernels.dispatch import PLATFORMS
 from kernels.dispatch import PRODUCT
+from kernels.dispatch import refusal
 from kernels.dispatch import resolve
 from kernels.dispatch import runnable
 from kernels.matmul import masked_matmul
@@ -27,12 +27,12 @@ from kernels.swiglu import masked_swiglu
 
 __all__ = [
   'IMPLEMENTATIONS',
-  'PLATFORMS',
   'PRODUCT',
   'autotune',
   'masked_attention',
   'masked_matmul',
   'masked_swiglu',
+  'refusal',
   'resolve',
   'runnable',
 ]

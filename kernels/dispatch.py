@@ -44,9 +44,16 @@ def resolve(implementation: str | None) -> str:
 
 
 def runnable() -> list[str]:
-  """The implementations that this platform can run."""
-  here = jax.default_backend()
-  return [x for x in IMPLEMENTATIONS if PLATFORMS.get(x, here) == here]
+  """The implementations that this machine can run."""
+  return [x for x in IMPLEMENTATIONS if not refusal(x)]
+
+
+def refusal(name: str) -> str | None:
+  """Why this machine cannot run an implementation; None: it can."""
+  here, needs = jax.default_backend(), PLATFORMS.get(name)
+  if needs not in (None, here):
+    return f'needs a {needs}, this machine has a {here}'
+  return _module(name).refusal() if name == 'pallas_hopper' else None
 
 
 def forward(

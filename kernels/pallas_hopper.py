@@ -25,6 +25,8 @@ from kernels import forms
 FILLS = False
 
 _REMEDY = "use implementation='bucket'"
+# Of Hopper: no later GPU has wgmma, no earlier one TMA.
+_CAPABILITY = '9.0'
 # Of an H100 or H200 SXM, for a compile without a device.
 _SMS = 132
 _SHARED_BYTES = 227 * 1024
@@ -79,6 +81,21 @@ class Blocks:
   def tile(self) -> dict[str, int]:
     """The tile along each axis."""
     return {'m': self.tile_m, 'n': self.tile_n, 'k': self.tile_k}
+
+
+def refusal() -> str | None:
+  """Why the machine at hand cannot run this kernel; None: it can.
+
+  A machine without a GPU is not asked: it may lower for another one.
+  """
+  device = jax.devices()[0]
+  has = getattr(device, 'compute_capability', None)
+  if device.platform in ('cpu', 'tpu') or has == _CAPABILITY:
+    return None
+  return (
+    f'needs a Hopper GPU (compute capability {_CAPABILITY}), this machine has '
+    f'a {device.device_kind} ({has or device.platform})'
+  )
 
 
 def candidates(
@@ -152,9 +169,12 @@ def product(
     c[m, n] in `dtype`.
 
   Raises:
-    ValueError: shapes that do not belong together, another dtype, an axis that
-      is not a multiple of 64, or blocks that do not divide or fit.
+    ValueError: a GPU of another kind, shapes that do not belong together,
+      another dtype, an axis that is not a multiple of 64, or blocks that do not
+      divide or fit.
   """
+  if interpret is None and (why := refusal()):
+    raise ValueError(f'pallas_hopper {why}; {_REMEDY}')
   m, n, k = forms.sizes(a, b, form)
   dtype = jnp.dtype(dtype)
   if a.dtype != b.dtype or a.dtype not in (jnp.bfloat16, jnp.float16):

@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,16 @@ def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(errors.InputError, match=message):
     plan.make(small(**{'model.kernels': 'pallas_hopper'} | change), SMOLLM2)
+
+
+def test_a_gpu_that_cannot_run_the_hopper_kernel(monkeypatch):
+  device = types.SimpleNamespace(
+    device_kind='NVIDIA A100', platform='gpu', compute_capability='8.0'
+  )
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda *_: [device])
+  with pytest.raises(errors.InputError, match=r'a NVIDIA A100 .* or bucket'):
+    plan.make(small(**{'model.kernels': 'pallas_hopper'}), SMOLLM2)
 
 
 def test_blocks_that_a_source_has_opened_are_refused_under_ragged():

@@ -421,3 +421,38 @@ def test_a_kernel_of_another_machine_fails_loudly(name):
     jax.block_until_ready(
       kernels.masked_matmul(x, jnp.zeros((64, 64)), implementation=name)
     )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'platform', 'capability'),
+  [
+    ('NVIDIA A100-SXM4-80GB', 'gpu', '8.0'),
+    ('NVIDIA B200', 'gpu', '10.0'),
+    ('AMD Instinct MI300X', 'gpu', 'gfx942'),
+    ('AMD Instinct MI300X', 'rocm', None),
+    ('NVIDIA H100 80GB HBM3', 'gpu', '9.0'),
+  ],
+)
+def test_the_hopper_kernel_is_for_hopper(
+  monkeypatch, kind, platform, capability
+):
+  device = types.SimpleNamespace(device_kind=kind, platform=platform)
+  if capability:
+    device.compute_capability = capability
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  monkeypatch.setattr(jax, 'devices', lambda *_: [device])
+  x = jnp.zeros((64, 64), jnp.bfloat16)
+  run = functools.partial(
+    jax.eval_shape,
+    functools.partial(kernels.masked_matmul, implementation='pallas_hopper'),
+  )
+  others = ['xla', 'xla_loop', 'bucket']
+  if capability == '9.0':
+    assert kernels.runnable() == [*others, 'pallas_hopper']
+    assert run(x, x).shape == (64, 64)
+    return
+  assert kernels.runnable() == others
+  assert kernels.refusal('pallas_hopper')
+  with pytest.raises(ValueError, match=f"a {kind} .*; use .*'bucket'") as error:
+    run(x, x)
+  assert '\n' not in str(error.value)
