@@ -123,6 +123,14 @@ def tokens_per_step(config: ml_collections.ConfigDict) -> int:
   return config.train.accumulate * config.data.batch_size * config.data.seq_len
 
 
+def device_tokens(
+  config: ml_collections.ConfigDict, mesh: sharding.Mesh | None
+) -> int:
+  """Tokens of a micro-batch on one device: what a product reads at a time."""
+  parts = 1 if mesh is None else sharding.batch_parts(mesh)
+  return config.data.batch_size * config.data.seq_len // parts
+
+
 def num_steps(config: ml_collections.ConfigDict) -> int:
   """Optimizer updates of a run, the last one whole."""
   return math.ceil(config.train.tokens / tokens_per_step(config))
@@ -226,7 +234,7 @@ def make(
       compute=model.Compute(
         dtype=config.model.dtype,
         remat=config.model.remat,
-        kernels=_kernels(config, mesh),
+        kernels=_kernels(config, source, mesh),
         mesh=mesh,
       ),
       saliency=config.prune.saliency,
@@ -289,7 +297,7 @@ def _check_blocks(rules, widths):
       )
 
 
-def _kernels(config, mesh) -> str:
+def _kernels(config, source, mesh) -> str:
   """The implementation to use; 'auto' is the choice for this platform."""
   name = config.model.kernels
   # Survivors stand at the front of an axis: cut into parts, the first ones
@@ -319,7 +327,34 @@ def _kernels(config, mesh) -> str:
       for step in (f'shrink.quantum.{key}', f'prune.multiple_of.{key}'):
         _require(config, step, multiple,
                  'a multiple of 64, which pallas_hopper takes')  # fmt: skip
+    _check_hopper(config, source, mesh)
   return name
+
+
+def _check_hopper(config, source, mesh):
+  """Each axis of each product is a multiple of 64, also after a shrink."""
+  rest = 'pallas_hopper takes multiples of 64; set --config.'
+  tokens = device_tokens(config, mesh)
+  if tokens % 64:
+    raise errors.InputError(
+      f'data.batch_size x data.seq_len are {tokens} tokens of a micro-batch on '
+      f'one device; {rest}data.seq_len, or --config.model.kernels=bucket'
+    )
+  heads = config.shrink.quantum.heads
+  if heads * source.H % 64:
+    raise errors.InputError(
+      f'shrink.quantum.heads {heads} of {source.H} channels leave '
+      f'{heads * source.H}; {rest}shrink.quantum.heads='
+      f'{64 // math.gcd(source.H, 64)}'
+    )
+  widths = {
+    'stem': source.D, 'ffn': source.F, 'key/value head': source.K * source.H
+  }  # fmt: skip
+  for what, width in widths.items():
+    if width % 64:
+      raise errors.InputError(
+        f'the source has {width} {what} channels; {rest}model.kernels=bucket'
+      )
 
 
 def _check_ranges(config):

@@ -1,5 +1,6 @@
 """Every shipped config: loads, is locked, every key is read, none is unread."""
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -35,6 +36,14 @@ SMOLLM2 = conftest.make_config(
 SMOLLM_1P7B = conftest.make_config(
   V=49152, D=2048, N=24, K=32, G=1, H=64, F=8192, context=2048
 )
+
+
+# A change of `small` that the Hopper kernel takes.
+HOPPER = {
+  'model.kernels': 'pallas_hopper', 'model.dtype': 'bfloat16',
+  **{f'{k}.{t}': 64 for k in ('shrink.quantum', 'prune.multiple_of')
+     for t in ('ffn', 'stem')},
+}  # fmt: skip
 
 
 def load(name) -> ml_collections.ConfigDict:
@@ -146,12 +155,56 @@ def test_values_that_cannot_work_are_refused(change, message):
       },
       'prune.multiple_of.stem 16 is not a multiple of 64',
     ),
+    (HOPPER | {'data.seq_len': 200}, 'are 200 tokens .*set .*data.seq_len'),
   ],
 )
 def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(errors.InputError, match=message):
     plan.make(small(**{'model.kernels': 'pallas_hopper'} | change), SMOLLM2)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    ({'H': 32, 'K': 6}, 'heads 1 of 32 channels leave 32; .*heads=2'),
+    ({'F': 1540}, 'the source has 1540 ffn channels'),
+    ({'H': 64, 'D': 600}, 'the source has 600 stem channels'),
+    ({}, None),
+  ],
+)
+def test_a_source_that_the_hopper_kernel_cannot_take(
+  monkeypatch, sizes, message
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  config = small(**HOPPER | {'prune.policy': 'uniform'})
+  source = dataclasses.replace(SMOLLM2, **sizes)
+  if message is None:
+    compute = plan.make(config, source).recipe.compute
+    assert compute.kernels == 'pallas_hopper'
+    return
+  with pytest.raises(errors.InputError, match=message):
+    plan.make(config, source)
+
+
+def test_the_hopper_kernel_takes_the_tokens_of_one_device(monkeypatch):
+  """Of 64 tokens two devices have 32 each."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  changes = HOPPER | {'data.batch_size': 2, 'data.seq_len': 32}
+  config = small(**changes)
+  plan.make(config, SMOLLM2)
+  mesh = jax.sharding.AbstractMesh((2, 1, 1), ('data', 'fsdp', 'tensor'))
+  with pytest.raises(errors.InputError, match='are 32 tokens'):
+    plan.make(config, SMOLLM2, mesh=mesh)
+
+
+def test_heads_that_the_hopper_kernel_cannot_take(monkeypatch):
+  """As many as the quantum after a shrink, and not before it."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  config = small(**HOPPER | {'shrink.quantum.heads': 2})
+  source = dataclasses.replace(SMOLLM2, H=32, K=5)
+  with pytest.raises(errors.InputError, match='has 160 key/value head chan'):
+    plan.make(config, source)
 
 
 def test_a_gpu_that_cannot_run_the_hopper_kernel(monkeypatch):
