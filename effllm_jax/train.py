@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from effllm_jax import checkpoints
+from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import errors
@@ -70,7 +71,11 @@ def run(
       f'the run has no step {profiled[-1]} to profile, it ends with '
       f'{plan.steps}; set --profile to steps before that'
     )
-  _use_blocks(config.model.blocks)
+  _use_blocks(
+    config.model.blocks,
+    plan.recipe.compute.kernels,
+    plan_lib.device_tokens(config, mesh),
+  )
   text = corpus.prepare(config.data.text, cache)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, text, source)
@@ -228,7 +233,8 @@ def _random(cfg: structure.ModelConfig, seed: int) -> structure.Params:
   return jax.tree.map(np.asarray, model.init(jax.random.key(seed), cfg))
 
 
-def _use_blocks(path: str) -> None:
+def _use_blocks(path: str, name: str, tokens: int) -> None:
+  """Has a file's blocks used; says where this run will find none in it."""
   try:
     kernels.autotune.use(path or None)
   except (OSError, ValueError) as e:
@@ -236,3 +242,19 @@ def _use_blocks(path: str) -> None:
       f'model.blocks {path!r} cannot be used: {e}; set --config.model.blocks '
       'to a file of experiments.bench_kernels'
     ) from e
+  if not path:
+    return
+  if name in ('xla', 'bucket'):
+    why = f'model.kernels {name} has no blocks in a model'
+  elif tokens not in kernels.autotune.tokens(name):
+    why = (
+      f'it has no row for {name}, {tokens:,} tokens of a micro-batch on one '
+      f'device, and {jax.devices()[0].device_kind}; make them with '
+      f'experiments.bench_kernels --tokens={tokens} --tune={path}'
+    )
+  else:
+    return
+  said = console.plain(stderr=True, quiet=jax.process_index() > 0)
+  said.print(
+    f'model.blocks {path} is not used: {why}', highlight=False, soft_wrap=True
+  )

@@ -1,9 +1,9 @@
 r"""Masked products against XLA's own on arrays cut to the same width.
 
     python -m experiments.bench_kernels
-    python -m experiments.bench_kernels --model=1.7b --tokens=8192 \
+    python -m experiments.bench_kernels --model=1.7b --tokens=2048 \
       --dtype=bfloat16
-    python -m experiments.bench_kernels --tune=blocks.json
+    python -m experiments.bench_kernels --tokens=256 --tune=blocks.json
 
 For every product of a feed-forward layer and of its gradients, at several live
 widths: the time of XLA's product on arrays that are physically that narrow, and
@@ -13,8 +13,10 @@ best product and copy, measured first, allow. Implementations take turns, so
 that a machine that drifts drifts for all of them; medians.
 
 With --tune, the candidate blocks of every product are timed as well, and the
-best kept in a file for `--config.model.blocks`. Those of `bucket` are for its
-products alone, as they are timed here: in a model it cuts whole blocks.
+best kept in a file for `--config.model.blocks`. They are used for products of
+exactly these sizes: --tokens is data.batch_size x data.seq_len over the devices
+of mesh.data x mesh.fsdp. Those of `bucket` are for its products alone, as they
+are timed here: in a model it cuts whole blocks.
 """
 
 from absl import flags
@@ -25,7 +27,9 @@ from experiments import cli
 _MODEL = flags.DEFINE_enum(
   'model', '135m', ['135m', '1.7b'], 'Whose layer: SmolLM2-135M or -1.7B.'
 )
-_TOKENS = flags.DEFINE_integer('tokens', 512, 'Tokens a step.', lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+  'tokens', 512, 'Tokens of a micro-batch on one device.', lower_bound=1
+)
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of the operands.'
 )

@@ -139,6 +139,15 @@ def choice(
   return _choices.get(_key(implementation, form, m, n, k, dtype))
 
 
+def tokens(implementation: str) -> set[int]:
+  """For which numbers of tokens a product `use` has read blocks."""
+  return {
+    k if form == 'tn' else m
+    for _, name, form, m, _, k, _ in _choices
+    if name == implementation
+  }
+
+
 def _key(implementation, form, m, n, k, dtype) -> tuple:
   device = jax.devices()[0].device_kind
   return device, implementation, form, m, n, k, jnp.dtype(dtype).name

@@ -21,6 +21,7 @@ from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
+from kernels import autotune
 from tests import conftest
 from tests import pruning_test
 
@@ -352,3 +353,25 @@ def test_a_trace_that_lost_its_trials_is_told(tmp_path):
     loop._exchange(plan, path, 4)
   off = dataclasses.replace(plan, calibrate=False)
   assert loop._exchange(off, path, 4)._sums['ffn'] == (0.0, 0.0)
+
+
+def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
+  """Another number of tokens, another device, and kernels without blocks."""
+  path = tmp_path / 'blocks.json'
+  row = autotune.tune('xla_loop', 'tn', 64, 64, 32, 'float32', 'm')
+  autotune.store(path, [row])
+
+  def said(*run):
+    train._use_blocks(str(path), *run)
+    return capsys.readouterr().err
+
+  try:
+    assert said('xla_loop', 32) == ''
+    assert 'no row for xla_loop, 64 tokens' in said('xla_loop', 64)
+    assert 'bucket has no blocks in a model' in said('bucket', 32)
+    path.unlink()
+    autotune.store(path, [row | {'device': 'NVIDIA H100'}])
+    here = jax.devices()[0].device_kind
+    assert f'on one device, and {here}' in said('xla_loop', 32)
+  finally:
+    autotune.use(None)

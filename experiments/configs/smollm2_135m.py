@@ -50,7 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
   # this platform), or one of xla, xla_loop, bucket, pallas_tpu, pallas_hopper.
   config.model.kernels = 'auto'
   # Their block sizes, which `xla` and `bucket` have none of in a model: a file
-  # of experiments.bench_kernels; '': the defaults.
+  # of experiments.bench_kernels for as many tokens as a micro-batch has on one
+  # device; '': the defaults.
   config.model.blocks = ''
 
   # Devices along each axis of the mesh, of all processes together; -1: all that
