@@ -37,7 +37,8 @@ def masked_attention(
   extent, one branch for each number of heads.
 
   Args:
-    x: [B, T, D], floating point; the arithmetic is done in its dtype.
+    x: [B, T, D], floating point; the arithmetic is done in its dtype, up to
+      float32.
     wq: [D, K, G, H], any floating dtype; finite.
     wk, wv: [D, K, H], likewise.
     wo: [K, G, H, D], likewise.
@@ -62,6 +63,7 @@ def masked_attention(
     ValueError: as `masked_matmul`.
   """
   name = dispatch.resolve(implementation)
+  dispatch.check_keep('keep', keep, wk.shape[1])
   if keep.shape != wk.shape[1:2]:
     raise ValueError(
       f'keep has shape {list(keep.shape)} for {wk.shape[1]} key/value heads'
@@ -91,8 +93,8 @@ def _attention_block(
   )
   attend = _attend if name == 'xla' else _attend_live
   heads = attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm)
-  flat = heads.reshape(*x.shape[:2], -1)
-  return product(flat, wo.reshape(-1, wo.shape[-1]), keep), heads
+  w = wo.reshape(-1, wo.shape[-1])
+  return product(heads.reshape(*x.shape[:2], len(w)), w, keep), heads
 
 
 # Which axis of each weight has the heads: wq wk wv wo bq bk bv q_norm k_norm.

@@ -106,7 +106,10 @@ def _module(name):
 
 
 def _product(name, a, b, form, extents, dtype):
-  size = forms.sizes(a, b, form)
+  size = m, n, _ = forms.sizes(a, b, form)
+  if not all(size):
+    # No loop and no grid can cut an axis of nothing.
+    return jnp.zeros((m, n), dtype)
   blocks = autotune.choice(name, form, *size, a.dtype)
   c = _module(name).product(a, b, form, extents, dtype, blocks)
   # Where the product is XLA's own, a policy knows it without a name.

@@ -20,7 +20,8 @@ def masked_matmul(
   """x @ w over the live channels.
 
   Args:
-    x: [..., I], floating point; the arithmetic is done in its dtype.
+    x: [..., I], floating point; the arithmetic is done in its dtype, up to
+      float32.
     w: [I, O], any floating dtype; finite.
     keep_in: bool [I] or a divisor of I; None: all alive.
     keep_out: bool [O] or a divisor of O; None: all alive.

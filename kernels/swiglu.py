@@ -27,8 +27,8 @@ def masked_swiglu(
   need be as wide as the arrays.
 
   Args:
-    x: [..., D], floating point; the products are computed in its dtype, the
-      activation in float32.
+    x: [..., D], floating point; the products are computed in its dtype, up to
+      float32, the activation in float32.
     w_gate, w_up: [D, F], any floating dtype; finite.
     w_down: [F, D], likewise.
     keep: bool [F] or a divisor of F.
@@ -42,6 +42,15 @@ def masked_swiglu(
   Raises:
     ValueError: as `masked_matmul`.
   """
+  if not (
+    x.shape[-1:] == w_gate.shape[:1]
+    and w_gate.shape == w_up.shape == w_down.shape[::-1]
+  ):
+    shapes = ', '.join(f'{list(y.shape)}' for y in (x, w_gate, w_up, w_down))
+    raise ValueError(
+      f'x, w_gate, w_up, w_down are {shapes}; they take [..., D], [D, F], '
+      '[D, F], [F, D]'
+    )
   dispatch.check_keep('keep', keep, w_gate.shape[1])
   y, h = _swiglu(
     dispatch.resolve(implementation),
@@ -53,7 +62,7 @@ def masked_swiglu(
     keep,
   )
   y = y.reshape(x.shape)
-  return (y, h.reshape(*x.shape[:-1], -1)) if hidden else y
+  return (y, h.reshape(*x.shape[:-1], w_up.shape[1])) if hidden else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

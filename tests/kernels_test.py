@@ -456,3 +456,35 @@ def test_the_hopper_kernel_is_for_hopper(
   with pytest.raises(ValueError, match=f"a {kind} .*; use .*'bucket'") as error:
     run(x, x)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('op', OPS)
+def test_no_tokens_at_all(op, name):
+  """Nothing comes of them, and a gradient of zero for every weight."""
+  x, *weights = (jnp.asarray(a, jnp.float32) for a in OPS[op][1])
+  x = x[:, :0] if op == 'matmul' else x[:0]
+  keeps = [np.arange(size) < 2 for _, size in OPS[op][2]]
+  hidden = {} if op == 'matmul' else {'hidden': True}
+
+  def loss(arrays):
+    y = OPS[op][0](*arrays, *keeps, implementation=name, **hidden)
+    y, h = y if hidden else (y, 0.0)
+    return y.sum() + jnp.sum(h), y
+
+  grads, y = jax.grad(loss, has_aux=True)([x, *weights])
+  assert y.shape == (*x.shape[:2], F if op == 'matmul' else D)
+  for grad in grads:
+    assert not np.any(grad)
+
+
+@pytest.mark.parametrize('name', ['xla', 'xla_loop', 'bucket'])
+def test_bad_arguments_of_whole_blocks(name):
+  x, w_gate, w_up, w_down = OPS['swiglu'][1]
+  keep = np.ones(F, bool)
+  for wrong in (w_down[:, 1:], w_down[1:], w_down.T):
+    with pytest.raises(ValueError, match=r'w_down are .* they take'):
+      swiglu(x, w_gate, w_up, wrong, keep, name)
+  with pytest.raises(ValueError, match='they take'):
+    swiglu(x[..., 1:], w_gate, w_up, w_down, keep, name)
+  with pytest.raises(ValueError, match=r'keep is int32\[3\]; it takes bool'):
+    attention(*LLAMA, np.ones(K, np.int32), implementation=name)
