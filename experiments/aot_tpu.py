@@ -5,11 +5,11 @@
     .venv-tpu/bin/python -m experiments.aot_tpu
 
 Every form of product, layer and dtype, with the default blocks and traced
-extents, for a TPU v5e and a v6e, by the compiler in the wheel libtpu. It
+extents, for a TPU v5e, v5p and v6e, by the compiler in the wheel libtpu. It
 refuses what lowering lets pass: a layout that Mosaic lacks, more VMEM than
 there is. Nothing is run. Printed is what the compiler reports; float32 also in
 the precision 'highest', which takes the most VMEM. Ends with 1 where a compile
-fails, with 2 where libtpu is missing. Three minutes on one core.
+fails, with 2 where libtpu is missing. Five minutes on one core.
 """
 
 import os
@@ -18,7 +18,7 @@ import sys
 from effllm_jax import errors
 from experiments import cli
 
-CHIPS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2'}
+CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 # dtype, precision
 ARITHMETIC = (
   ('bfloat16', 'default'),

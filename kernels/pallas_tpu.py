@@ -128,8 +128,7 @@ def product(
     ),
     out_shape=jax.ShapeDtypeStruct((size['m'], size['n']), dtype),
     compiler_params=pltpu.CompilerParams(
-      # Of m and n too: a traced size cannot be divided among cores.
-      dimension_semantics=('arbitrary',) * 3,
+      dimension_semantics=_semantics(grid),
       vmem_limit_bytes=_VMEM_BYTES,
     ),
     interpret=interpret,
@@ -228,6 +227,17 @@ def _steps(extent: int | jax.Array, block: int) -> int | jax.Array:
   """Blocks that an extent reaches into; at least one, for k must give zeros."""
   steps = pl.cdiv(extent, block)
   return max(steps, 1) if isinstance(steps, int) else jnp.maximum(steps, 1)
+
+
+def _semantics(grid: tuple[int | jax.Array, ...]) -> tuple[str, ...]:
+  """Which axes of the grid two cores (v4, v5p) may share.
+
+  Blocks of c, but no traced number of them, which cannot be divided. The sum
+  over k is carried from step to step. Parallel axes come first.
+  """
+  m, n, _ = (isinstance(x, int) for x in grid)
+  shared = m + (m and n)
+  return ('parallel',) * shared + ('arbitrary',) * (3 - shared)
 
 
 def _even(size: int, aim: int) -> int:

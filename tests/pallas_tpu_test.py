@@ -137,6 +137,34 @@ def test_fills_promises_no_zeros_that_nobody_writes(axis):
 
 
 @EACH_FORM
+@pytest.mark.parametrize(
+  ('masked', 'shared'), [('m', 0), ('n', 1), ('k', 2), ('', 2)]
+)
+def test_cores_share_what_is_not_masked(form, masked, shared, monkeypatch):
+  """In any order of the shared blocks, on memory that starts as NaN."""
+  said, params = [], pltpu.CompilerParams
+  monkeypatch.setattr(
+    pltpu, 'CompilerParams', lambda **kw: said.append(kw) or params(**kw)
+  )
+  size = {'m': 2 * B, 'n': 3 * B, 'k': 2 * B}
+  extent = size | ({masked: B + 1} if masked else {})
+  a, b = operands(form, size, extent, 'float32')
+
+  @jax.jit
+  def product(a, b, traced):
+    extents = forms.Extents(**size | ({masked: traced} if masked else {}))
+    how = pltpu.InterpretParams(random_seed=3)
+    return pallas_tpu.product(a, b, form, extents, 'float32', BLOCKS, how)
+
+  c = product(a, b, extent.get(masked, 0))
+  np.testing.assert_array_equal(
+    cut(c, 'mn', extent), expected(a, b, form, extent, c.dtype)
+  )
+  semantics = said[0]['dimension_semantics']
+  assert semantics == ('parallel',) * shared + ('arbitrary',) * (3 - shared)
+
+
+@EACH_FORM
 def test_whole_axes_and_extents_that_are_ints(form):
   """Blocks longer than an axis are the axis, whatever its size."""
   size = {'m': 9, 'n': 200, 'k': 77}
