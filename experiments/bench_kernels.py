@@ -10,7 +10,8 @@ widths: the time of XLA's product on arrays that are physically that narrow, and
 what share of that speed each implementation reaches on the whole arrays. `xla`
 is the padded product. The roofline is the least time that this device's own
 best product and copy, measured first, allow. Implementations take turns, so
-that a machine that drifts drifts for all of them; medians.
+that a machine that drifts drifts for all of them; medians. Before it is timed,
+each is compared with XLA's product of the cut arrays.
 
 With --tune, the candidate blocks of every product are timed as well, and the
 best kept in a file for `--config.model.blocks`. They are used for products of
@@ -44,6 +45,9 @@ _TUNE = flags.DEFINE_string(
   'tune', '', 'JSON file for the best blocks; empty: the default blocks.'
 )
 
+# Most by which a product may differ from XLA's, as a share of its largest
+# entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
+_TOLERANCE = {'float32': 2e-3, 'bfloat16': 1e-2}
 # Stem and feed-forward width.
 SHAPES = {'135m': (576, 1536), '1.7b': (2048, 8192)}
 
@@ -106,6 +110,15 @@ def main(argv: list[str]) -> None:
           for x, letters in ((a, left), (b, right))
         ]
         extent = jnp.int32(width)
+        want = dense(*cut, form, out)
+        zeroed = _zeroed(a, left, width) if masked == 'k' else a
+        for name, run in runs.items():
+          _compare(
+            f'{name} of {form} {size}, {masked} up to {width},',
+            run(zeroed, b, extent),
+            want,
+            dtype,
+          )
         calls = {'cut': functools.partial(dense, *cut, form, out)}
         for name, run in runs.items():
           calls[name] = functools.partial(run, a, b, extent)
@@ -210,6 +223,35 @@ def _masked(name, form, size, masked, out):
     return module.product(a, b, form, extents, out, blocks)
 
   return run
+
+
+def _zeroed(a, letters, width):
+  """`a` with zeros from `width` of k on, as the caller of a product owes."""
+  import jax.numpy as jnp
+
+  k = letters.index('k')
+  live = jnp.arange(a.shape[k]) < width
+  return jnp.where(jnp.expand_dims(live, 1 - k), a, 0)
+
+
+def _compare(what, got, want, dtype) -> None:
+  """Refuses a product that differs from XLA's within the extents."""
+  import jax.numpy as jnp
+
+  from effllm_jax import errors
+
+  got, want = (
+    x[: want.shape[0], : want.shape[1]].astype(jnp.float32) for x in (got, want)
+  )
+  limit = _TOLERANCE[jnp.dtype(dtype).name]
+  # Not by the largest, which on a CPU passes NaN over.
+  right = jnp.abs(got - want) <= limit * jnp.abs(want).max()
+  if not right.all():
+    raise errors.InputError(
+      f"{what} differs from XLA's in {right.size - int(right.sum()):,} of "
+      f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
+      'wrong kernel; leave it out with --implementations'
+    )
 
 
 def _time(call) -> float:
