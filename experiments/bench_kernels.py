@@ -11,7 +11,8 @@ what share of that speed each implementation reaches on the whole arrays. `xla`
 is the padded product. The roofline is the least time that this device's own
 best product and copy, measured first, allow. Implementations take turns, so
 that a machine that drifts drifts for all of them; medians. Before it is timed,
-each is compared with XLA's product of the cut arrays.
+each is compared with XLA's product of the cut arrays; on an accelerator calls
+are timed many at a time, so that no start and no wait counts.
 
 With --tune, the candidate blocks of every product are timed as well, and the
 best kept in a file for `--config.model.blocks`. They are used for products of
@@ -48,6 +49,8 @@ _TUNE = flags.DEFINE_string(
 # Most by which a product may differ from XLA's, as a share of its largest
 # entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
 _TOLERANCE = {'float32': 2e-3, 'bfloat16': 1e-2}
+# Seconds of calls to wait for at once on an accelerator.
+_IN_FLIGHT = 0.02
 # Stem and feed-forward width.
 SHAPES = {'135m': (576, 1536), '1.7b': (2048, 8192)}
 
@@ -255,13 +258,24 @@ def _compare(what, got, want, dtype) -> None:
 
 
 def _time(call) -> float:
+  """Seconds of a call; on an accelerator without its start and its wait."""
   import time
 
   import jax
 
-  start = time.perf_counter()
-  jax.block_until_ready(call())
-  return time.perf_counter() - start
+  def run(calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = call()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+  if jax.default_backend() == 'cpu':
+    return run(1)
+  calls = 1
+  while (seconds := run(calls)) < _IN_FLIGHT:
+    calls *= 2
+  return seconds / calls
 
 
 def _peak(dense, dtype) -> tuple[float, float]:

@@ -1,11 +1,32 @@
-"""What the benchmark of the kernels compares."""
+"""What the benchmark of the kernels measures and compares."""
 
+import time
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effllm_jax import errors
 from experiments import bench_kernels
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+def test_calls_are_timed_many_at_a_time(monkeypatch, platform):
+  """On an accelerator one wait for some 20 ms of them; not on a CPU."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  queued, waits = [], []
+
+  def wait(_):
+    waits.append(len(queued))
+    # A millisecond a call, and ten to be told of the end.
+    time.sleep(0.001 * len(queued) + 0.01)
+    queued.clear()
+
+  monkeypatch.setattr(jax, 'block_until_ready', wait)
+  seconds = bench_kernels._time(lambda: queued.append(None))
+  assert waits == ([1] if platform == 'cpu' else [1, 2, 4, 8, 16])
+  assert seconds >= (0.011 if platform == 'cpu' else 0.026 / 16)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
