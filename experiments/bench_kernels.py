@@ -46,11 +46,6 @@ _TUNE = flags.DEFINE_string(
   'tune', '', 'JSON file for the best blocks; empty: the default blocks.'
 )
 
-# Most by which a product may differ from XLA's, as a share of its largest
-# entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
-_TOLERANCE = {'float32': 2e-3, 'bfloat16': 1e-2}
-# Seconds of calls to wait for at once on an accelerator.
-_IN_FLIGHT = 0.02
 # Stem and feed-forward width.
 SHAPES = {'135m': (576, 1536), '1.7b': (2048, 8192)}
 
@@ -68,6 +63,7 @@ def main(argv: list[str]) -> None:
   import rich.progress
   import rich.table
 
+  from experiments import bench_products as products
   from kernels import autotune
   from kernels import forms
 
@@ -114,9 +110,9 @@ def main(argv: list[str]) -> None:
         ]
         extent = jnp.int32(width)
         want = dense(*cut, form, out)
-        zeroed = _zeroed(a, left, width) if masked == 'k' else a
+        zeroed = products.zeroed(a, left, width) if masked == 'k' else a
         for name, run in runs.items():
-          _compare(
+          products.compare(
             f'{name} of {form} {size}, {masked} up to {width},',
             run(zeroed, b, extent),
             want,
@@ -128,7 +124,7 @@ def main(argv: list[str]) -> None:
         seconds = {name: [] for name in calls}
         for _ in range(_REPEATS.value + 1):
           for name, call in calls.items():
-            seconds[name].append(_time(call))
+            seconds[name].append(products.seconds(call))
         median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
         small = size | {masked: width}
         flops = 2 * small['m'] * small['n'] * small['k']
@@ -228,67 +224,21 @@ def _masked(name, form, size, masked, out):
   return run
 
 
-def _zeroed(a, letters, width):
-  """`a` with zeros from `width` of k on, as the caller of a product owes."""
-  import jax.numpy as jnp
-
-  k = letters.index('k')
-  live = jnp.arange(a.shape[k]) < width
-  return jnp.where(jnp.expand_dims(live, 1 - k), a, 0)
-
-
-def _compare(what, got, want, dtype) -> None:
-  """Refuses a product that differs from XLA's within the extents."""
-  import jax.numpy as jnp
-
-  from effllm_jax import errors
-
-  got, want = (
-    x[: want.shape[0], : want.shape[1]].astype(jnp.float32) for x in (got, want)
-  )
-  limit = _TOLERANCE[jnp.dtype(dtype).name]
-  # Not by the largest, which on a CPU passes NaN over.
-  right = jnp.abs(got - want) <= limit * jnp.abs(want).max()
-  if not right.all():
-    raise errors.InputError(
-      f"{what} differs from XLA's in {right.size - int(right.sum()):,} of "
-      f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
-      'wrong kernel; leave it out with --implementations'
-    )
-
-
-def _time(call) -> float:
-  """Seconds of a call; on an accelerator without its start and its wait."""
-  import time
-
-  import jax
-
-  def run(calls):
-    start = time.perf_counter()
-    for _ in range(calls):
-      result = call()
-    jax.block_until_ready(result)
-    return time.perf_counter() - start
-
-  if jax.default_backend() == 'cpu':
-    return run(1)
-  calls = 1
-  while (seconds := run(calls)) < _IN_FLIGHT:
-    calls *= 2
-  return seconds / calls
-
-
 def _peak(dense, dtype) -> tuple[float, float]:
   """FLOP/s of a large square product, bytes/s of a large copy; the best."""
   import jax
   import jax.numpy as jnp
 
+  from experiments import bench_products as products
+
   n = 1024 if jax.default_backend() == 'cpu' else 8192
   a = jnp.ones((n, n), dtype)
   long = jnp.ones(2**26 if n == 1024 else 2**29, jnp.float32)
   double = jax.jit(lambda x: x + 1)
-  product = min(_time(lambda: dense(a, a, 'nn', dtype)) for _ in range(8))
-  copy = min(_time(lambda: double(long)) for _ in range(5))
+  product = min(
+    products.seconds(lambda: dense(a, a, 'nn', dtype)) for _ in range(8)
+  )
+  copy = min(products.seconds(lambda: double(long)) for _ in range(5))
   return 2 * n**3 / product, 2 * long.nbytes / copy
 
 

@@ -65,7 +65,7 @@ def test_blocks(place):
   @hypothesis.given(data=hostile.changed(rows))
   def check(data):
     path.write_bytes(data)
-    hostile.answer(lambda: train._use_blocks(str(path)), path)
+    hostile.answer(lambda: train._use_blocks(str(path), 'xla_loop', 32), path)
     for name in ('bucket', 'xla_loop'):
       module = importlib.import_module(f'kernels.{name}')
       blocks = autotune.choice(name, 'nn', *sizes, 'float32')
@@ -78,7 +78,9 @@ def test_blocks(place):
     for thing in ('pipe', 'device', 'folder', 'empty'):
       path.unlink() if path.is_file() else None
       hostile.THINGS[thing](path)
-      assert hostile.answer(lambda: train._use_blocks(str(path)), path)
+      assert hostile.answer(
+        lambda: train._use_blocks(str(path), 'xla_loop', 32), path
+      )
       with pytest.raises(ValueError, match='is not a file of tuned blocks'):
         autotune.store(path, [])
       path.rmdir() if path.is_dir() else path.unlink()

@@ -1,0 +1,74 @@
+"""How `bench_kernels` compares and times a product."""
+
+from collections.abc import Callable
+import time
+
+import jax
+import jax.numpy as jnp
+
+from effllm_jax import errors
+
+# Most by which a product may differ from XLA's, as a share of its largest
+# entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
+TOLERANCE = {'float32': 2e-3, 'bfloat16': 1e-2}
+# Seconds of calls to wait for at once on an accelerator.
+IN_FLIGHT = 0.02
+
+
+def zeroed(a: jax.Array, letters: str, width: int) -> jax.Array:
+  """`a` with zeros from `width` of k on, as the caller of a product owes.
+
+  Args:
+    a: the left operand, two-dimensional.
+    letters: of its axes, `'mk'` or `'km'`.
+    width: live extent of k.
+  """
+  k = letters.index('k')
+  live = jnp.arange(a.shape[k]) < width
+  return jnp.where(jnp.expand_dims(live, 1 - k), a, 0)
+
+
+def compare(
+  what: str, got: jax.Array, want: jax.Array, dtype: jax.typing.DTypeLike
+) -> None:
+  """Refuses a product that differs from XLA's within the extents.
+
+  Args:
+    what: it is, for the error.
+    got: at least as wide as `want`; beyond that anything goes.
+    want: XLA's product of arrays that are cut to the extents.
+    dtype: of the operands.
+
+  Raises:
+    errors.InputError: an entry differs by more than `TOLERANCE`.
+  """
+  got, want = (
+    x[: want.shape[0], : want.shape[1]].astype(jnp.float32) for x in (got, want)
+  )
+  limit = TOLERANCE[jnp.dtype(dtype).name]
+  # Not by the largest, which on a CPU passes NaN over.
+  right = jnp.abs(got - want) <= limit * jnp.abs(want).max()
+  if not right.all():
+    raise errors.InputError(
+      f"{what} differs from XLA's in {right.size - int(right.sum()):,} of "
+      f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
+      'wrong kernel; leave it out with --implementations'
+    )
+
+
+def seconds(call: Callable[[], jax.Array]) -> float:
+  """Seconds of a call; on an accelerator without its start and its wait."""
+
+  def run(calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = call()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+  if jax.default_backend() == 'cpu':
+    return run(1)
+  calls = 1
+  while (spent := run(calls)) < IN_FLIGHT:
+    calls *= 2
+  return spent / calls
