@@ -68,21 +68,23 @@ _LATE_TEACHER = _TEACHER | {'distill.when': 'recovery'}
 _ONESHOT = {'prune.schedule': 'oneshot'}
 _CALIBRATE = {'prune.calibrate': True}
 _ACTIVATION = {'prune.saliency': 'activation'}
-_RAGGED = {'prune.policy': 'ragged', 'prune.saliency': 'fisher'}
+_RAGGED_FLOORS = {'prune.policy': 'ragged', 'prune.saliency': 'fisher'}
 # A layer may lose a whole block.
-_FLOORLESS = {'prune.floors.heads': 0, 'prune.floors.ffn': 0}
+_RAGGED = _RAGGED_FLOORS | {'prune.floors.heads': 0, 'prune.floors.ffn': 0}
 ARMS = (
   Arm('dense', {'prune.policy': 'none'}),
   Arm(OURS, {}),
   Arm('ours_b', _REPAIR),
   Arm('ours_ragged', _RAGGED),
   Arm('ours_ragged_b', _RAGGED | _REPAIR),
-  Arm('ours_ragged_b_floorless', _RAGGED | _REPAIR | _FLOORLESS),
+  # No layer below the floors of the study, as in one width.
+  Arm('ours_ragged_b_floors', _RAGGED_FLOORS | _REPAIR),
   Arm('ours_ragged_b_calibrate', _RAGGED | _REPAIR | _CALIBRATE),
   Arm('ours_b_activation', _REPAIR | _ACTIVATION),
   Arm('ours_a_distill', _TEACHER),
   Arm('ours_a_distill_recovery', _LATE_TEACHER),
   Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
+  Arm('ours_ragged_b_floors_distill', _RAGGED_FLOORS | _REPAIR | _TEACHER),
   Arm('ours_ragged_b_distill_recovery', _RAGGED | _REPAIR | _LATE_TEACHER),
   # LLM-Pruner's criterion (Ma et al. 2023), under the same rules as ours.
   Arm('oneshot_taylor', _ONESHOT | {'prune.saliency': 'taylor1_group'}),

@@ -3,7 +3,7 @@ r"""The study of the small Llama in an eighth of the tokens.
     python -m experiments.compare --study=experiments/studies/small_quick.py \
       --workdir=runs/compare --budgets=tokens
 
-60 runs of 250 steps, 45 to 100 s each on one core of 2; at equal FLOPs as many
+63 runs of 250 steps, 45 to 100 s each on one core of 2; at equal FLOPs as many
 again, of up to 530 steps, 1 to 2 minutes each.
 """
 
