@@ -177,6 +177,16 @@ def make(
       f'optimizer.embedding {config.optimizer.embedding} would leave the '
       "embedding as init 'random' draws it; set --config.optimizer.embedding=1"
     )
+  if config.distill.teacher and not config.distill.weight:
+    raise errors.InputError(
+      f'distill.teacher {config.distill.teacher!r} would not be asked: set '
+      '--config.distill.weight above 0, or no teacher'
+    )
+  if config.budget.table and config.budget.kind != 'ms':
+    raise errors.InputError(
+      f'budget.table {config.budget.table!r} would not be read: set '
+      '--config.budget.kind=ms, or no table'
+    )
   if config.distill.weight and config.distill.top_k > source.V:
     raise errors.InputError(
       f'distill.top_k {config.distill.top_k} exceeds the {source.V} tokens of '

@@ -76,7 +76,10 @@ KINDS = (
   'obd', 'fisher', 'magnitude', 'activation', 'random',
 )  # fmt: skip
 # The kinds that estimate a change of the loss: only they compare types.
-NATS = tuple(x for x in KINDS if x not in ('magnitude', 'activation', 'random'))
+NATS = (
+  'taylor1', 'taylor1_momentum', 'taylor1_group', 'taylor2', 'taylor2_micro',
+  'obd', 'fisher',
+)  # fmt: skip
 
 
 def group_scores(

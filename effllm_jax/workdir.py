@@ -17,6 +17,8 @@ from effllm_jax import untrusted
 
 # Of a config.
 _PATHS = ('source', 'distill.teacher', 'data.text')
+# Keys of a config, or how they begin, that a run may go on with otherwise.
+_FREE = ('mesh.', 'data.timeout', 'checkpoint.')
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
@@ -90,14 +92,14 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
   """What differs between nested dicts, each key with both values; '': nothing.
 
-  Not the mesh of a config: a run may go on on other devices.
+  Not what a run may go on with otherwise: its devices, how long it waits for
+  text, how often it is saved. No weight depends on that.
   """
   old, new = _flat(old), _flat(new)
   return '; '.join(
     f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())
-    if not _same(key, old.get(key), new.get(key))
-    and not key.startswith('mesh.')
+    if not _same(key, old.get(key), new.get(key)) and not key.startswith(_FREE)
   )
 
 

@@ -121,6 +121,11 @@ def test_no_key_has_a_hidden_default():
       'exceeds the 49152 tokens of the vocabulary',
     ),
     (
+      {'distill.teacher': 'a'},
+      "teacher 'a' would not be asked: .*weight above",
+    ),
+    ({'budget.table': 'a.json'}, "table 'a.json' would not be read: .*kind=ms"),
+    (
       {'distill.weight': 0.5, 'distill.when': 'never'},
       "distill.when 'never' is not one of always, recovery",
     ),

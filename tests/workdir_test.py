@@ -25,6 +25,20 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   assert json.loads((folder / 'config.json').read_text()) == CONFIG
 
 
+def test_what_no_weight_depends_on_may_change(tmp_path):
+  config = CONFIG | {
+    'mesh': {'data': 1}, 'checkpoint': {'keep': 2}, 'data': {'timeout': 300.0}
+  }  # fmt: skip
+  workdir.claim(tmp_path, config)
+  other = {
+    'mesh': {'data': 8}, 'checkpoint': {'keep': 5}, 'data': {'timeout': 600.0}
+  }  # fmt: skip
+  workdir.claim(tmp_path, config | other)
+  assert json.loads((tmp_path / 'config.json').read_text()) == config
+  with pytest.raises(errors.InputError, match=r"data\.text='absent' there"):
+    workdir.check(tmp_path, config | other | {'data': {'text': 'pypi'}})
+
+
 def test_a_path_may_be_spelt_in_many_ways(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   config = lambda source: {'source': source, 'prune': {'saliency': 'a/b'}}
