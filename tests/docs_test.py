@@ -87,6 +87,8 @@ def test_the_citation_is_of_this_version():
 def test_the_layout_names_every_module(package):
   readme = (ROOT / 'README.md').read_text()
   layout = readme.split('\n## Layout\n')[1].split('\n## ')[0]
-  part = layout.split(f'\n{package}/ ')[1].split('/   ')[0]
+  part = re.split(r'\n(?=\w+/ )', layout.split(f'\n{package}/ ')[1])[0]
+  # Names stand in front, two spaces from what is said of them.
+  named = re.findall(r'^  (\w+(?: \w+)*)(?=  |$)', part, re.MULTILINE)
   modules = {path.stem for path in (ROOT / package).glob('*.py')}
-  assert modules - {'__init__'} <= set(re.findall(r'\w+', part))
+  assert modules - {'__init__'} == {x for line in named for x in line.split()}
