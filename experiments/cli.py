@@ -290,6 +290,8 @@ def _with_remedy(text: str) -> str:
   if missing:
     return f'{missing[1]} is not given; set it, --help says to what'
   for said, remedy in (
+    ("flag 'config.", 'set --config too, of a command that has it'),
+    ('Unknown command line', '--help lists what there is'),
     ('to float', 'write a number, such as 0.5 or 200e6'),
     ('for int()', 'write a whole number in digits, such as 200000'),
     ('Non-boolean', 'write true or false'),

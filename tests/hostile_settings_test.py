@@ -275,3 +275,14 @@ def test_overrides_of_the_command_line():
 def test_a_flag_that_is_not_given(arguments, missing):
   done = conftest.command(*arguments)
   runs.refused(done, f'{missing} is not given; set it, --help says')
+
+
+@pytest.mark.parametrize(
+  ('flag', 'remedy'),
+  [
+    ('--config.prune.every=4', "'config.prune.every'; set --config too"),
+    ('--nothing=1', "'nothing'; --help lists what there is"),
+  ],
+)
+def test_a_flag_that_is_unknown(flag, remedy):
+  runs.refused(conftest.command('main', '--workdir=no', flag), remedy)
