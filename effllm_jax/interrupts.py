@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 import contextlib
+import os
 import signal
+import sys
 import threading
 
 import jax
@@ -38,6 +40,9 @@ def unwind_on_sigterm() -> None:
   By default it ends a process where it stands, and what is unfinished stays: an
   export of which half is written, the items of a benchmark. The next one does
   that. Processes that train together leave it to jax.
+
+  Either signal is sent again where Python ignores what is raised: in a
+  finalizer, or in a callback of the garbage collector, of which jax has one.
   """
 
   def unwind(signum, frame):
@@ -45,6 +50,18 @@ def unwind_on_sigterm() -> None:
     signal.signal(signum, signal.SIG_DFL)
     raise Terminated
 
+  def again(ignored):
+    if not isinstance(ignored.exc_value, KeyboardInterrupt):
+      told(ignored)
+      return
+    signum = signal.SIGINT
+    if isinstance(ignored.exc_value, Terminated):
+      signum = signal.SIGTERM
+      signal.signal(signum, unwind)
+    # Not from in here, where it would be ignored once more.
+    threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+
+  told, sys.unraisablehook = sys.unraisablehook, again
   signal.signal(signal.SIGTERM, unwind)
 
 

@@ -53,7 +53,7 @@ def test_a_stop_travels_to_another_process():
 
 # As a command is at work: half of something lies in a folder.
 COMMAND = """
-import pathlib, signal, tempfile, threading
+import gc, os, pathlib, signal, tempfile, threading
 from experiments import cli
 
 # Also where the shell that started the tests ignores it.
@@ -62,18 +62,31 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, 'half').touch()
-    print(folder, flush=True)
-    threading.Event().wait()
+
+    def wait(*of_a_collection):
+      gc.callbacks[:] = []
+      print(folder, flush=True)
+      threading.Event().wait()
+
+    if os.environ['WHERE'] == 'a collection':
+      gc.callbacks[:] = [wait]
+      gc.collect()
+    wait()
 
 cli.run(main)
 """
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-def test_a_command_that_is_stopped_leaves_nothing_unfinished(signum, tmp_path):
+@pytest.mark.parametrize('where', ['main', 'a collection'])
+def test_a_command_that_is_stopped_leaves_nothing_unfinished(
+  signum, where, tmp_path
+):
+  """Also while garbage is collected, where Python ignores what is raised."""
   process = subprocess.Popen(
     [sys.executable, '-c', COMMAND, f'--cache={tmp_path / "cache"}'],
-    cwd=conftest.ROOT, env=os.environ | {'TMPDIR': str(tmp_path)},
+    cwd=conftest.ROOT,
+    env=os.environ | {'TMPDIR': str(tmp_path), 'WHERE': where},
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   folder = pathlib.Path(process.stdout.readline().strip())
