@@ -25,7 +25,8 @@ def tight(
 ) -> weights.Source:
   """A model without what is dead, as far as the widest layer allows; numpy.
 
-  Survivors of a layer come first, in the order of their scores, if given.
+  Survivors of a layer come first, in the order of their scores, if given. A
+  layer that has lost both blocks is left out.
   """
   masks = widths.whole(model.masks, model.cfg)
   cfg = shrink.shrunk_config(masks, model.cfg, structure.Groups(1, 1, 1))
@@ -40,8 +41,18 @@ def tight(
       model.origin and shrink.take_groups(model.origin, kept),
     )
   )
+  layers = widths.occupied(masks)
+  take = lambda letters, x: x[layers] if letters[0] == 'N' else x
+  masks, origin = (
+    tree and jax.tree.map(take, structure.GROUP_AXES, tree)
+    for tree in (masks, origin)
+  )
   return dataclasses.replace(
-    model, params=params, masks=masks, cfg=cfg, origin=origin
+    model,
+    params=structure.map_axes(take, params),
+    masks=masks,
+    cfg=dataclasses.replace(cfg, N=len(layers)),
+    origin=origin,
   )
 
 
@@ -74,6 +85,8 @@ def read(
     'step': step,
     'widths': model.cfg.widths(),
     'events': shrinks(run, step),
+    # In the model that the run started from: one that lost both blocks is none.
+    'layers': widths.occupied(prune.masks),
     # For every slot, the index of its group in the model that the first run of
     # the family started from; -1 is padding.
     'origin': {

@@ -94,16 +94,13 @@ class Layout:
         self._pad()
 
   def _measure(self):
-    """Layers that go into the file, their key/value heads and ffn widths."""
+    """Key/value heads and feed-forward widths of the layers in the file."""
     live = widths.of_layers(self.masks)
-    either = np.add(live['heads'], live['ffn']) > 0
-    # What lost both blocks passes its input on: it is left out.
-    self.layers = np.flatnonzero(either).tolist() or [0]
     # llama.cpp wants a first layer with attention, and skips a layer without a
     # feed-forward block, attention included. Zeros stand in for both.
-    self.kv = [live['heads'][n] for n in self.layers]
+    self.kv = live['heads']
     self.kv[0] = max(1, self.kv[0])
-    self.ffn = [live['ffn'][n] or _BLOCK for n in self.layers]
+    self.ffn = [n or _BLOCK for n in live['ffn']]
 
   def _pad(self):
     """Fills narrower layers up with zeros."""
@@ -127,16 +124,15 @@ class Layout:
       plain = self.cfg.rotary_frequencies(scaled=False)
       divisors = self.cfg.rope_scaling.divisors(plain).astype(np.float32)
       yield Tensor('rope_freqs.weight', divisors, 0)
-    for i, n in enumerate(self.layers):
-      layer = self._layer(i, n)
-      for name, rows in weights.views(layer, weights.GGUF, i):
+    for n in range(self.cfg.N):
+      for name, rows in weights.views(self._layer(n), weights.GGUF, n):
         part = name.split('.')[2]
         turned = part in ('attn_q', 'attn_k') and self.architecture != 'qwen3'
         yield Tensor(name, rows, len(rows) // self.cfg.H if turned else 0)
 
-  def _layer(self, i, n):
-    """Layer n of the model as layer i of the file."""
-    least = {'K': self.kv[i], 'F': self.ffn[i]}
+  def _layer(self, n):
+    """Layer n of the model as it is in the file."""
+    least = {'K': self.kv[n], 'F': self.ffn[n]}
 
     def leaf(letters, x):
       grow = [
@@ -145,7 +141,7 @@ class Layout:
       return np.pad(x, [(0, by) for by in grow])
 
     layer = structure.map_axes(leaf, widths.trimmed(self.params, self.masks, n))
-    if self.kv[i]:
+    if self.kv[n]:
       return layer
     return layer.replace(
       layers=layer.layers.replace(**dict.fromkeys(structure.BLOCKS['heads']))
@@ -175,7 +171,7 @@ class Layout:
 
     round_views(params.replace(layers=None))
     inside = structure.Params(embed=None, layers=params.layers, final_norm=None)
-    for n in self.layers:
+    for n in range(self.cfg.N):
       live = {
         'N': [n],
         'K': np.flatnonzero(self.masks.heads[n]),
@@ -211,7 +207,7 @@ class Layout:
       f'{arch}.vocab_size': cfg.V,
       f'{arch}.context_length': cfg.context,
       f'{arch}.embedding_length': cfg.D,
-      f'{arch}.block_count': len(self.layers),
+      f'{arch}.block_count': cfg.N,
       f'{arch}.feed_forward_length': self.ffn[0] if same else self.ffn,
       f'{arch}.attention.head_count': heads[0] if same else heads,
       f'{arch}.attention.head_count_kv': self.kv[0] if same else self.kv,

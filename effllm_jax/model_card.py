@@ -135,7 +135,9 @@ def _facts(model, made, pad) -> tables.Table:
   run = made.run
   kind, target = run.budget
   # All steps have the same number of tokens.
-  tokens = round(made.step * run.tokens[-1] / run.train['step'][-1])
+  last = int(run.train['step'][-1])
+  tokens = round(made.step * run.tokens[-1] / last)
+  before = made.step < last
   masks = widths.of_layers(model.masks)
   licence = model.licence, model.licence_name, model.licence_link
   span = lambda v: amounts.span([min(v), max(v)])
@@ -152,11 +154,16 @@ def _facts(model, made, pad) -> tables.Table:
         'budget',
         'none: training only' if run.only_trains
         else 'not recorded' if target is None
-        else f'at most {amounts.costs(kind, target, unit=True)}',
+        else f'at most {amounts.costs(kind, target, unit=True)}'
+        + ' at the end of the run' * before,
       ),
       ('parameters', f'{made.params:,} of {run.source_params():,}'),
-      ('training', f'{made.step:,} steps, {tokens:,} tokens'),
+      (
+        'training',
+        f'{made.step:,}{f" of {last:,}" * before} steps, {tokens:,} tokens',
+      ),
       ('saliency', settings.get('prune.saliency', 'not recorded')),
+      ('layers', f'{model.cfg.N:,}'),
       ('heads per layer', span(masks['heads'])),
       ('ffn channels per layer', f'{span(masks["ffn"])}{filled}'),
       ('stem width', f'{model.cfg.D:,}{filled}'),

@@ -25,6 +25,15 @@ def of_layers(masks: structure.Groups) -> dict[str, list[int]]:
   }
 
 
+def occupied(masks: structure.Groups) -> list[int]:
+  """Indices of the layers that have something alive; at least the first one.
+
+  The others pass their input on as it is. No runtime takes a model of none.
+  """
+  live = of_layers(masks)
+  return np.flatnonzero(np.add(live['heads'], live['ffn'])).tolist() or [0]
+
+
 def filled(
   params: structure.Params, masks: structure.Groups
 ) -> structure.Params:

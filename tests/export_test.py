@@ -627,3 +627,24 @@ def test_command_fills_up_narrower_layers(
   assert sorted(wide) == list(range(80))
   assert sorted(narrow[:6]) == list(range(90, 96)) and narrow[6:] == [-1] * 74
   assert sorted(pruning['origin']['stem']) == [x for x in range(64) if x != 5]
+
+
+def test_command_leaves_out_a_layer_that_lost_both_blocks(
+  tmp_path, tokenizer_folder, reference
+):
+  done, small, pruning = exported(
+    tmp_path,
+    tokenizer_folder,
+    lambda m: m.replace(
+      heads=m.heads.at[0].set(False), ffn=m.ffn.at[0].set(False)
+    ),
+  )
+  assert (small.cfg.N, small.cfg.K, small.cfg.F) == (1, CFG.K, CFG.F)
+  lines = [' '.join(x.split()) for x in done.stdout.splitlines()]
+  assert 'zeros beside them, hf 0' in lines
+  assert f'parameters {small.cfg.num_params():,}' in lines
+  assert pruning['layers'] == [1]
+  assert pruning['layer_widths'] == {'heads': [CFG.K], 'ffn': [CFG.F]}
+  assert pruning['origin']['heads'] == [list(range(CFG.K))]
+  card = (tmp_path / 'out' / 'README.md').read_text()
+  assert re.search(r'^\| layers +\| +1 \|$', card, re.MULTILINE)

@@ -14,6 +14,7 @@ import tokenizers
 from effllm_jax import agreement
 from effllm_jax import bpe
 from effllm_jax import budgets
+from effllm_jax import finished
 from effllm_jax import formats
 from effllm_jax import gguf_export
 from effllm_jax import gguf_source
@@ -121,14 +122,14 @@ def test_what_another_licence_is_called(tmp_path, monkeypatch, licence):
 def test_a_uniform_pruned_model_is_a_narrower_llama(tmp_path, monkeypatch):
   monkeypatch.setattr(llama_cpp, 'available', lambda: None)
   cfg = dataclasses.replace(CFG, N=3, K=3)
-  model = source(cfg, masks_of(cfg, [2, 2, 0], [64, 64, 0]))
+  model = finished.tight(source(cfg, masks_of(cfg, [2, 2, 0], [64, 64, 0])))
   both(model, tmp_path / 'a.gguf')
   assert architecture_of(tmp_path / 'a.gguf') == 'llama'
   again = gguf_source.read(tmp_path / 'a.gguf', params=True)
   # The layer that lost both blocks is not there.
   assert (again.cfg.N, again.cfg.K, again.cfg.F) == (2, 2, 64)
   tokens = np.arange(40)[None]
-  want, _ = conftest.forward(model.params, model.masks, tokens, cfg)
+  want, _ = conftest.forward(model.params, model.masks, tokens, model.cfg)
   have, _ = conftest.forward(
     again.params, structure.all_alive(again.cfg), tokens, again.cfg
   )
@@ -175,7 +176,8 @@ def test_blocks_with_biases_norms_and_scaling(tmp_path, name):
 )
 def test_ragged_layers_with_biases_or_norms(tmp_path, change):
   cfg = dataclasses.replace(CFG, N=4, K=3, **change)
-  model = source(cfg, masks_of(cfg, [0, 3, 0, 1], [96, 64, 0, 64]))
+  masks = masks_of(cfg, [0, 3, 0, 1], [96, 64, 0, 64])
+  model = finished.tight(source(cfg, masks))
   written, agreed = both(model, tmp_path / 'a.gguf')
   assert agreed.greedy and agreed.relative < 1e-4
   architecture = architecture_of(tmp_path / 'a.gguf')
@@ -183,13 +185,10 @@ def test_ragged_layers_with_biases_or_norms(tmp_path, change):
     assert (architecture, written.padding) == ('deci', 0)
   else:
     assert architecture == 'qwen3'
-    # Up to three heads and 96 channels; the third layer, which is nothing,
-    # comes back. The first has a zero head either way.
-    heads, ffn = (3 - 1) + 0 + 3 + 2, 0 + 32 + 96 + 32
-    norms = 2 * cfg.D + 2 * cfg.H
-    assert written.padding == norms + cfg.D * (
-      heads * cfg.head_rows() + 3 * ffn
-    )
+    # Three heads and 96 channels in the three layers that are left; the first
+    # has a zero head either way.
+    heads, ffn = (3 - 1) + 0 + 2, 0 + 32 + 32
+    assert written.padding == cfg.D * (heads * cfg.head_rows() + 3 * ffn)
 
 
 def test_norms_next_to_biases(tmp_path):
@@ -212,7 +211,7 @@ def test_layers_of_different_widths(tmp_path, name):
   heads, ffn = RAGGED[name]
   group = dict(K=3, G=2) if len(name) % 2 else dict(K=3, G=1, tied=False)
   cfg = dataclasses.replace(CFG, N=4, **group)
-  model = source(cfg, masks_of(cfg, heads, ffn))
+  model = finished.tight(source(cfg, masks_of(cfg, heads, ffn)))
   _, agreed = both(model, tmp_path / 'a.gguf')
   assert agreed.greedy and agreed.relative < 1e-4
   plain = len({*zip(heads, ffn, strict=True)} - {(0, 0)}) <= 1
@@ -227,7 +226,7 @@ def test_layers_of_different_widths(tmp_path, name):
       strict=True,
     )
   )
-  least = cfg.head_rows() + 3 * 32 * cfg.N
+  least = cfg.head_rows() + 3 * 32 * model.cfg.N
   numbers = sum(
     t.n_elements for t in gguf.GGUFReader(tmp_path / 'a.gguf').tensors
   )

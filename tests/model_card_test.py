@@ -116,6 +116,12 @@ def test_shrinks_are_counted_where_their_events_are_gone(card):
     assert rows(card(step=step))['shrink events'] == [count]
 
 
+def test_a_model_from_before_the_end_of_its_run(card):
+  cells = rows(card(step=41))
+  assert cells['training'] == ['41 of 60 steps, 20,992 tokens']
+  assert cells['budget'] == ['at most 107.6M parameters at the end of the run']
+
+
 def test_a_run_that_pruned_nothing_does_not_claim_it(card, tmp_path):
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert 'Pruned from' in card()
