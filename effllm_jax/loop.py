@@ -123,6 +123,8 @@ class Loop:
         self._say(advice.price(plan, self.cfg))
         tokens = plan.steps * plan.tokens_per_step
         self._say(advice.epochs(tokens, self.batches.new_tokens))
+        before = sources.trained_by(self.config.source)
+        self._say(advice.same_order(self.config, before))
         self._evaluate(0, 'source')
       with contextlib.ExitStack() as stack:
         # Also on the way out of an error: what was started gets finished.

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,6 +46,8 @@ _SAVED = {
   'tokenizer_eos_id': int | None, 'licence_name': str | None,
   'licence_link': str | None,
 }  # fmt: skip
+# In a config.json, of what a run has read.
+_READ = {'seed': int, 'data': {'text': str, 'weights': {str: float}}}
 
 
 def load(
@@ -144,6 +147,25 @@ def _pruned(path: pathlib.Path, params: bool) -> Source:
     masks=masks,
     origin=origin,
   )
+
+
+def trained_by(source: str | os.PathLike) -> dict[str, Any] | None:
+  """The config of the run that made a source; None: none did.
+
+  Args:
+    source: as `load`, which has found it.
+
+  Raises:
+    errors.InputError: its config cannot be read.
+  """
+  path = pathlib.Path(source).expanduser().absolute()
+  if source == DEFAULT or not os.path.isdir(path / 'arch'):
+    return None
+  file = path.parents[1] / 'config.json'
+  if not file.exists():
+    return None
+  remedy = 'restore it or choose another source'
+  return untrusted.read_shaped(file, _READ, remedy)
 
 
 def write_tokenizer(source: Source, folder: pathlib.Path) -> None:

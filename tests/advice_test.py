@@ -17,6 +17,19 @@ def test_text_that_is_read_often_is_told():
   assert line.startswith('1,000 tokens read 100 of text 10 times over')
 
 
+def test_text_that_comes_again_in_the_same_order_is_told():
+  reads = lambda seed, text, **weights: {
+    'seed': seed, 'data': {'text': text, 'weights': weights},
+  }  # fmt: skip
+  config = reads(1, 'pypi', wiki=2.0)
+  (line,) = advice.same_order(config, reads(1, 'pypi', wiki=2.0))
+  assert "has read 'pypi' in the order of seed 1 too" in line
+  for before in (
+    None, reads(0, 'pypi', wiki=2.0), reads(1, 'a', wiki=2.0), reads(1, 'pypi'),
+  ):  # fmt: skip
+    assert advice.same_order(config, before) == []
+
+
 def test_a_repair_that_needed_more_damping_is_told():
   fits = {'attn_in': 0.0, 'heads': 1e-3, 'ffn_in': 0.1, 'ffn': math.inf}
   said = advice.damping(7, {k: {'damping': v} for k, v in fits.items()}, 1e-3)

@@ -302,7 +302,7 @@ def test_a_report_can_be_drawn(everything):
   assert (folder / 'layers.png').stat().st_size > 1000
 
 
-def test_a_family_goes_on_from_an_event(setting, everything):
+def test_a_family_goes_on_from_an_event(setting, everything, capsys):
   """A second, smaller target; survivors are still named by the first source."""
   parent = everything / 'events' / '0'
   child = setting.run(
@@ -315,6 +315,7 @@ def test_a_family_goes_on_from_an_event(setting, everything):
       'shrink.threshold': 0.9,
     },
   )
+  assert 'this run reads that text again' in capsys.readouterr().err
   # Its teacher is that event, dead groups and all: they agree before step 1.
   assert runs.rows(child, 'train')[0]['divergence'] == pytest.approx(
     0, abs=1e-5
