@@ -58,6 +58,9 @@ def measure(
     errors.InputError: a format cannot hold a model, or the files cannot be
       written.
   """
+  # Before the first format, which may take minutes.
+  for model in models.values():
+    formats.check_model(model, names)
   rows = []
   for name in names:
     runtime, file = formats.FORMATS[name].runtime, formats.FORMATS[name].file

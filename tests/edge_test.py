@@ -111,6 +111,18 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     )  # fmt: skip
 
 
+def test_what_a_format_cannot_hold_is_told_first(source, tmp_path, monkeypatch):
+  """Before another format takes its minutes."""
+  cfg = dataclasses.replace(source.cfg, qk_norm=True, qkv_bias=True)
+  models = {'source': source, 'pruned': dataclasses.replace(source, cfg=cfg)}
+  monkeypatch.setattr(formats, 'write', lambda *_: pytest.fail('written'))
+  with pytest.raises(errors.InputError, match='norms of q and k'):
+    edge.measure(
+      models, ['onnx', 'gguf-f32'], {}, tmp_path,
+      threads=1, prefill=40, decode=8, rounds=1, say=print,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize('names', [['hf'], [], ['gguf-q8_0', 'gguf-q3_k']])
 def test_unknown_formats(names):
   with pytest.raises(errors.InputError, match='has no runtime here'):
