@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
         seconds = {name: [] for name in calls}
         for _ in range(_REPEATS.value + 1):
           for name, call in calls.items():
-            seconds[name].append(products.seconds(call))
+            seconds[name].append(autotune.seconds(call))
         median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
         small = size | {masked: width}
         flops = 2 * small['m'] * small['n'] * small['k']
@@ -229,16 +229,16 @@ def _peak(dense, dtype) -> tuple[float, float]:
   import jax
   import jax.numpy as jnp
 
-  from experiments import bench_products as products
+  from kernels import autotune
 
   n = 1024 if jax.default_backend() == 'cpu' else 8192
   a = jnp.ones((n, n), dtype)
   long = jnp.ones(2**26 if n == 1024 else 2**29, jnp.float32)
   double = jax.jit(lambda x: x + 1)
   product = min(
-    products.seconds(lambda: dense(a, a, 'nn', dtype)) for _ in range(8)
+    autotune.seconds(lambda: dense(a, a, 'nn', dtype)) for _ in range(8)
   )
-  copy = min(products.seconds(lambda: double(long)) for _ in range(5))
+  copy = min(autotune.seconds(lambda: double(long)) for _ in range(5))
   return 2 * n**3 / product, 2 * long.nbytes / copy
 
 

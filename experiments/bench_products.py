@@ -1,7 +1,4 @@
-"""How `bench_kernels` compares and times a product."""
-
-from collections.abc import Callable
-import time
+"""How `bench_kernels` compares a product with XLA's."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +8,6 @@ from effllm_jax import errors
 # Most by which a product may differ from XLA's, as a share of its largest
 # entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
 TOLERANCE = {'float32': 2e-3, 'bfloat16': 1e-2}
-# Seconds of calls to wait for at once on an accelerator.
-IN_FLIGHT = 0.02
 
 
 def zeroed(a: jax.Array, letters: str, width: int) -> jax.Array:
@@ -54,21 +49,3 @@ def compare(
       f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
       'wrong kernel; leave it out with --implementations'
     )
-
-
-def seconds(call: Callable[[], jax.Array]) -> float:
-  """Seconds of a call; on an accelerator without its start and its wait."""
-
-  def run(calls):
-    start = time.perf_counter()
-    for _ in range(calls):
-      result = call()
-    jax.block_until_ready(result)
-    return time.perf_counter() - start
-
-  if jax.default_backend() == 'cpu':
-    return run(1)
-  calls = 1
-  while (spent := run(calls)) < IN_FLIGHT:
-    calls *= 2
-  return spent / calls

@@ -22,6 +22,8 @@ from kernels import forms
 
 # Rounds of timing; the least of them counts, since noise only adds.
 _ROUNDS = 5
+# Seconds of calls to wait for at once on an accelerator.
+_IN_FLIGHT = 0.02
 _KEY = ('device', 'implementation', 'form', 'm', 'n', 'k', 'dtype')
 # Longest axis of a row: candidates are looked for up to it.
 _LONGEST = 2**22
@@ -49,7 +51,7 @@ def tune(
     m, n, k: sizes of the arrays.
     dtype: of the operands.
     masked: the axis that is masked: 'm', 'n' or 'k'.
-    timer: seconds that a call takes; None: the least of five calls.
+    timer: seconds that a call takes; None: the least of five `seconds`.
 
   Raises:
     ValueError: no candidate runs here.
@@ -63,7 +65,7 @@ def tune(
   )
   out = jnp.float32 if form == 'tn' else dtype
   extent = jnp.int32(size[masked] * 3 // 4)
-  seconds, failures = {}, []
+  found, failures = {}, []
   for blocks in module.candidates(form, m, n, k, dtype):
 
     @jax.jit
@@ -71,22 +73,40 @@ def tune(
       extents = forms.Extents(**size | {masked: extent})
       return module.product(a, b, form, extents, out, blocks)
 
-    call = lambda run=run: jax.block_until_ready(run(a, b, extent))
+    call = lambda run=run: run(a, b, extent)
     try:
-      call()
+      jax.block_until_ready(call())
     except (ValueError, jax.errors.JaxRuntimeError) as e:
       failures.append(f'{blocks}: {e}')
       continue
-    seconds[blocks] = (timer or _least)(call)
-  if not seconds:
+    found[blocks] = (timer or _least)(call)
+  if not found:
     raise ValueError(
       f'no blocks of {implementation} run {form} of m, n, k = {m}, {n}, {k} '
       f'here; the first fails with {failures[:1]}'
     )
-  best = min(seconds, key=seconds.get)
+  best = min(found, key=found.get)
   return dict(
     zip(_KEY, _key(implementation, form, m, n, k, dtype), strict=True)
-  ) | {'blocks': dataclasses.asdict(best), 'seconds': seconds[best]}
+  ) | {'blocks': dataclasses.asdict(best), 'seconds': found[best]}
+
+
+def seconds(call: Callable[[], jax.Array]) -> float:
+  """Seconds of a call; on an accelerator without its start and its wait."""
+
+  def run(calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = call()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+  if jax.default_backend() == 'cpu':
+    return run(1)
+  calls = 1
+  while (spent := run(calls)) < _IN_FLIGHT:
+    calls *= 2
+  return spent / calls
 
 
 def store(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
@@ -183,10 +203,5 @@ def _blocks(row):
   return blocks
 
 
-def _least(call: Callable[[], Any]) -> float:
-  seconds = []
-  for _ in range(_ROUNDS):
-    start = time.perf_counter()
-    call()
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
+def _least(call: Callable[[], jax.Array]) -> float:
+  return min(seconds(call) for _ in range(_ROUNDS))

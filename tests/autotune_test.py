@@ -65,6 +65,28 @@ def test_what_is_timed_is_three_quarters_of_the_masked_axis():
   assert set(widths) == {192}
 
 
+@pytest.mark.parametrize(
+  ('platform', 'waits', 'seconds'),
+  [('cpu', [1], 0.011), ('gpu', [1, 2, 4, 8, 16], 0.026 / 16)],
+)
+def test_calls_are_timed_many_at_a_time(monkeypatch, platform, waits, seconds):
+  """On an accelerator one wait for some 20 ms of them; not on a CPU."""
+  now, queued, seen = [0.0], [], []
+
+  def wait(_):
+    seen.append(len(queued))
+    # A millisecond a call, and ten to be told of the end.
+    now[0] += 0.001 * len(queued) + 0.01
+    queued.clear()
+
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  monkeypatch.setattr(jax, 'block_until_ready', wait)
+  monkeypatch.setattr(autotune.time, 'perf_counter', lambda: now[0])
+  spent = autotune.seconds(lambda: queued.append(None))
+  assert seen == waits
+  assert spent == pytest.approx(seconds)
+
+
 def test_the_clock_is_a_clock():
   row = autotune.tune('bucket', 'tn', 64, 64, 32, 'float32', 'm')
   assert 0 < row['seconds'] < 10

@@ -1,34 +1,11 @@
-"""What the benchmark of the kernels measures and compares."""
+"""What the benchmark of the kernels compares."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effllm_jax import errors
 from experiments import bench_products
-
-
-@pytest.mark.parametrize(
-  ('platform', 'waits', 'seconds'),
-  [('cpu', [1], 0.011), ('gpu', [1, 2, 4, 8, 16], 0.026 / 16)],
-)
-def test_calls_are_timed_many_at_a_time(monkeypatch, platform, waits, seconds):
-  """On an accelerator one wait for some 20 ms of them; not on a CPU."""
-  now, queued, seen = [0.0], [], []
-
-  def wait(_):
-    seen.append(len(queued))
-    # A millisecond a call, and ten to be told of the end.
-    now[0] += 0.001 * len(queued) + 0.01
-    queued.clear()
-
-  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
-  monkeypatch.setattr(jax, 'block_until_ready', wait)
-  monkeypatch.setattr(bench_products.time, 'perf_counter', lambda: now[0])
-  spent = bench_products.seconds(lambda: queued.append(None))
-  assert seen == waits
-  assert spent == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
