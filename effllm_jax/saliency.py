@@ -8,7 +8,7 @@ says else):
     kind               score of a group           source
     taylor1            sum |g w|                  Molchanov et al. 2017, 2019
     taylor1_momentum   sum |m w|                  as taylor1; m: see below
-    taylor1_group      |sum g w|                  Ma et al. 2023 (LLM-Pruner)
+    taylor1_group      |sum g w|                  after Ma et al. 2023
     taylor2            sum |-g w + 1/2 h w^2|     Ma et al. 2023
     taylor2_micro      the same                   Ma et al. 2023
     obd                sum 1/2 h w^2              LeCun et al. 1990

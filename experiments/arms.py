@@ -86,7 +86,8 @@ ARMS = (
   Arm('ours_ragged_b_distill', _RAGGED | _REPAIR | _TEACHER),
   Arm('ours_ragged_b_floors_distill', _RAGGED_FLOORS | _REPAIR | _TEACHER),
   Arm('ours_ragged_b_distill_recovery', _RAGGED | _REPAIR | _LATE_TEACHER),
-  # LLM-Pruner's criterion (Ma et al. 2023), under the same rules as ours.
+  # After the vector-wise criterion of Ma et al. 2023, under our rules; what
+  # LLM-Pruner's code has as its default is `ours_a_oneshot`.
   Arm('oneshot_taylor', _ONESHOT | {'prune.saliency': 'taylor1_group'}),
   Arm('oneshot_magnitude', _ONESHOT | {'prune.saliency': 'magnitude'}),
   Arm('oneshot_activation', _ONESHOT | _ACTIVATION),

@@ -23,8 +23,6 @@ OURS = {
   'ours': {},
   'ours_ragged': {
     'prune.policy': 'ragged',
-    'prune.floors.heads': 0,
-    'prune.floors.ffn': 0,
     'prune.saliency': 'obd',
   },
 }

@@ -13,7 +13,7 @@ others train in PyTorch.
 | arm | |
 | --- | --- |
 | `ours` | the config as it is, through the loop of `experiments.main` |
-| `ours_ragged` | the same, layers keep different widths |
+| `ours_ragged` | the same by `obd`, layers keep different widths |
 | `torch_dense` | the source model, not pruned |
 | `torch_pruning` | Torch-Pruning's Taylor importance, once, before training |
 | `torch_pruning_iterative` | five times, in the window in which ours prunes |

@@ -4,8 +4,8 @@ r"""Widths that differ from layer to layer: the cheapest group anywhere goes.
       --config=experiments/configs/ragged.py --workdir=runs/ragged
 
 With --config.prune.floors.heads=0 and --config.prune.floors.ffn=0 a layer may
-lose all of its heads or all of its feed-forward channels. Only an export as a
-stock Hugging Face model fills narrower layers up with zeros.
+lose all of its heads or all of its feed-forward channels. An export as a stock
+Hugging Face model fills narrower layers up with zeros.
 """
 
 import ml_collections

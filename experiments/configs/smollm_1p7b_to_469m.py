@@ -14,13 +14,13 @@ needs (tests/configs_test.py):
     state               20.54 GB: parameters 6.85, moments 13.69 (float32), and
                         masks, scores and origins 1.8 MB
     of one device       2.57 GB of it on the mesh below, with fsdp 8
-    temporaries         6.8 GB a device for one sequence of 2048 tokens there
+    temporaries         6.6 GB a device for one sequence of 2048 tokens there
                         (XLA's own figure for a CPU)
     architecture        16 shrinks x (30 s to compile and check + 4 s to save)
                         + 190 saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
     disk                12 bytes a parameter for each of 16 events, some 200 GB,
                         and `checkpoint.keep` checkpoints of up to 20.54 GB
-    text                some 200 GB, 5 bytes a byte of it the first time, in
+    text                some 200 GB, 7 bytes a byte of it the first time, in
                         the memory of one process of those that share a cache:
                         rather a fourth of it, which the run then reads four
                         times over
@@ -34,8 +34,8 @@ So 64 devices of 16 GB take an update in 8 micro-batches, one sequence a device
 each; 8 devices with --config.data.batch_size=8 --config.train.accumulate=64.
 With mesh.fsdp=1 a device needs 20.54 GB for the state alone.
 
-Sizes and tokens were digitised from the paper's Figure 2 (our inference); peak
-rate and batch are those of the source's own training.
+Sizes, tokens and batch were digitised from the paper's Figure 2 (our
+inference); the peak rate is that of the source's own training.
 """
 
 import ml_collections
