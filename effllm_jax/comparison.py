@@ -181,9 +181,13 @@ def left_out(rows: Sequence[Row]) -> str:
   names = ', '.join(f'{x.arm} of seed {x.seed}' for x in found)
   arms = ','.join(dict.fromkeys(x.arm for x in found))
   seeds = ','.join(str(x) for x in sorted({x.seed for x in found}))
+  # A run of now replaces a row, and has to be asked what that one was.
+  asked = [y for x in found for y in x.tasks]
+  tasks = ','.join(dict.fromkeys(x['task'] for x in asked))
+  again = f' --tasks={tasks} --limit={asked[0]["limit"]}' if asked else ''
   return (
     f'left out of equal FLOPs, which a costlier arm has raised: {names}; run '
-    f'them again with --arms={arms} --seeds={seeds}'
+    f'them again with --arms={arms} --seeds={seeds}{again}'
   )
 
 

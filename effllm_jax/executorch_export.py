@@ -131,6 +131,13 @@ def _cache(config, past):
   ]
 
 
+def require() -> None:
+  """Raises InputError where a package that runs or writes files is missing."""
+  with _installed():
+    import executorch  # noqa: F401
+    import torch  # noqa: F401
+
+
 @contextlib.contextmanager
 def _installed():
   """A missing package, told in one line."""

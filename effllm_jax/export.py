@@ -15,7 +15,6 @@ import tempfile
 from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import formats
-from effllm_jax import hf_export
 from effllm_jax import model_card
 from effllm_jax import selection
 from effllm_jax import structure
@@ -92,8 +91,7 @@ def write(
     raise errors.InputError(f'{out} exists and is not empty; set another --out')
   # Before the minute that the rest takes.
   formats.check_model(model, names)
-  if any(x.startswith('hf') for x in names):
-    hf_export.import_transformers()
+  formats.check_packages(names)
   notes = _notes(model, masks, pad)
   # Of the model as it is: what is padded must answer like it, and its zeros are
   # no parameters.

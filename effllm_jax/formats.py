@@ -92,6 +92,19 @@ def check_model(model: weights.Source, names: Sequence[str]) -> None:
     gguf_layout.check(model)
 
 
+def check_packages(names: Sequence[str]) -> None:
+  """Raises InputError where a package that writes or checks one is missing.
+
+  Without llama.cpp a GGUF file is read back only; see `check`.
+  """
+  if any(name.startswith('hf') for name in names):
+    hf_export.import_transformers()
+  if 'onnx' in names:
+    onnx_export.require()
+  if 'executorch' in names:
+    executorch_export.require()
+
+
 def write(model: weights.Source, name: str, folder: pathlib.Path) -> list[str]:
   """Writes one format into a folder.
 
@@ -160,10 +173,13 @@ def _notes(file, written) -> list[str]:
   """What of a GGUF file is not as one would expect."""
   notes = []
   if written.fell_back:
+    # Of all rows only those of the output of attention are no stem or ffn.
+    padded = any('attn_output' not in x for x in written.fell_back)
     notes.append(
       f'{file}: {len(written.fell_back)} tensors, '
       f'{next(iter(written.fell_back))} among them, have rows that are no '
-      'multiple of 32 and stay in F16; --pad=64 fills them up'
+      'multiple of 32 and stay in F16'
+      + ('; --pad=64 fills up those of stem and ffn' if padded else '')
     )
   if written.padding:
     notes.append(

@@ -37,14 +37,14 @@ class Written:
   """What `write` put into a file.
 
   Attributes:
-    fell_back: tensors whose rows do not divide into blocks and that are F16
-      instead -> bytes that each takes.
+    fell_back: names of the tensors whose rows do not divide into blocks, and
+      that are F16 instead.
     padding: zeros that fill up narrower layers, where llama.cpp has no
       architecture with widths per layer.
     homeless_ends: tokens that end a generation, and at which llama.cpp goes on.
   """
 
-  fell_back: dict[str, int]
+  fell_back: tuple[str, ...]
   padding: int
   homeless_ends: tuple[str, ...]
 
@@ -80,11 +80,9 @@ def write(
   kinds = {name: layout.kind(name, x) for name, x in layout.shapes.items()}
   half = gguf.GGMLQuantizationType.F16
   return Written(
-    fell_back={
-      name: _bytes(layout.shapes[name], kind)
-      for name, kind in kinds.items()
-      if kind == half != layout.matrices
-    },
+    fell_back=tuple(
+      name for name, kind in kinds.items() if kind == half != layout.matrices
+    ),
     padding=layout.padding,
     homeless_ends=tuple(
       model.tokenizer.id_to_token(i) or f'token {i}'

@@ -39,7 +39,7 @@ _BLOCKS = (_TYPE.Q8_0, _TYPE.Q4_0)
 # 78 MB, with Q5_0 0.31 and 81 MB. `budgets.FORMATS` counts it so.
 _OUTPUT = _TYPE.Q8_0
 # A run that has trained is exported without.
-_REMEDY = 'leave gguf out of --formats (make quickstart: FORMATS=hf)'
+_REMEDY = 'choose formats without gguf (make quickstart: FORMATS=hf)'
 # Tokens at which llama.cpp ends a generation whatever a file says: ends of a
 # turn, of a message that calls a tool, and others.
 _TURN_ENDS = (

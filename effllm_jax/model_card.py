@@ -44,7 +44,8 @@ class Made:
 
   Attributes:
     step: of the run, when the model was as it is.
-    params: live parameters, without what an export pads.
+    params: live parameters, without what an export pads, and without the norms
+      of layers that have lost both blocks, which a run's log counts.
     pruning: JSON content of pruning.json.
     run: the record of the run.
   """
@@ -75,7 +76,7 @@ def text(
   run = made.run
   size = amounts.si(made.params)
   name, how = f'{model.name}, pruned to {size} parameters', _PRUNED
-  if run.only_trains:
+  if run.only_trains or made.params == run.source_params():
     name, how = f'{model.name}, {size} parameters, trained further', _TRAINED
   parts = [
     _front_matter(model),
@@ -137,7 +138,8 @@ def _facts(model, made, pad) -> tables.Table:
   # All steps have the same number of tokens.
   last = int(run.train['step'][-1])
   tokens = round(made.step * run.tokens[-1] / last)
-  before = made.step < last
+  # Of a run that was stopped, the last row is not its end.
+  before = made.step < last or not run.finished
   masks = widths.of_layers(model.masks)
   licence = model.licence, model.licence_name, model.licence_link
   span = lambda v: amounts.span([min(v), max(v)])
@@ -160,7 +162,8 @@ def _facts(model, made, pad) -> tables.Table:
       ('parameters', f'{made.params:,} of {run.source_params():,}'),
       (
         'training',
-        f'{made.step:,}{f" of {last:,}" * before} steps, {tokens:,} tokens',
+        f'{made.step:,}{f" of {last:,}" * (made.step < last)} steps, '
+        f'{tokens:,} tokens',
       ),
       ('saliency', settings.get('prune.saliency', 'not recorded')),
       ('layers', f'{model.cfg.N:,}'),

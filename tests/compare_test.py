@@ -72,7 +72,16 @@ def test_a_study_from_start_to_end(root, monkeypatch):
     live.append(len(jax.local_devices()[0].client.live_executables()))
     train_run(*args)
 
+  def ask(model):
+    size = float(model.cfg.num_params())
+    facts = {'metric': 'acc', 'items': 1, 'limit': 7, 'stderr': 0.0}
+    return [{'task': 'piqa', 'value': size, **facts}]
+
   monkeypatch.setattr(train, 'run', run)
+  runner = same_budget.Runner
+  monkeypatch.setattr(
+    same_budget, 'Runner', lambda *args: runner(*args[:-1], ask)
+  )
   made = compare(root, choose('dense', 'ours_a'))
   # No run finds programs of those before it in memory, of which there is only
   # room for those of some thirty.
@@ -96,10 +105,12 @@ def test_a_study_from_start_to_end(root, monkeypatch):
     assert math.isfinite(row.bits_per_byte)
     pruned = row.arm == 'ours_a'
     assert (row.live_params <= 20_000) == pruned, row.key
+    # Each model was asked itself.
+    assert [x['value'] for x in row.tasks] == [row.live_params], row.key
   source = found['tokens', 'source', 1]
   assert (source.tokens, source.total_flops) == (0, 0)
   assert source.bits_per_byte == found['tokens', 'source', 0].bits_per_byte
-  assert [t.title.split(',')[0] for t in made[::3]] == [
+  assert [t.title.split(',')[0] for t in made[::4]] == [
     'Equal training tokens', 'Equal FLOPs',
   ]  # fmt: skip
   assert [x[0] for x in made[0].rows] == ['source', 'dense', 'ours_a']
@@ -114,6 +125,19 @@ def test_a_study_from_start_to_end(root, monkeypatch):
   monkeypatch.setattr(train, 'run', None)
   assert compare(root, choose('dense', 'ours_a')) == made
   assert (folder / 'results.jsonl').read_bytes() == before
+
+
+def test_what_a_model_is_asked(root, monkeypatch):
+  pytest.importorskip('lm_eval')
+  from effllm_jax import harness
+
+  monkeypatch.setattr(harness, 'Model', lambda model, *_: model)
+  monkeypatch.setattr(harness, 'run', lambda *args: args)
+  model = sources.load(root / 'model', root / 'cache')
+  choice = dataclasses.replace(choose('dense'), tasks=('piqa',), limit=7)
+  asked, *rest = same_budget._ask('manager', choice, model)
+  assert asked.cfg == model.cfg
+  assert rest == ['manager', ('piqa',), 7]
 
 
 def test_from_scratch_in_the_shape_that_was_found(root):

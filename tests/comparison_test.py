@@ -162,6 +162,12 @@ def test_flops_that_are_no_longer_equal_are_left_out(tmp_path):
     'costlier arm has raised: ours_a of seed 0, scratch of seed 0, ours_a of '
     'seed 1; run them again with --arms=ours_a,scratch --seeds=0,1.\n'
   ) in text
+  # They are asked the same again, or their answers would be gone.
+  tasks = [{'task': x, 'metric': 'acc', 'limit': 9} for x in ('piqa', 'boolq')]
+  asked = [dataclasses.replace(x, tasks=tasks) for x in rows]
+  assert comparison.left_out(asked).endswith(
+    '--seeds=0,1 --tasks=piqa,boolq --limit=9'
+  )
   # Those that were as long as the costly one stay.
   again = row('dense', 0, 1.5, 'flops', flops=costly)
   comparison.write(tmp_path / 'results.jsonl', [*rows, again])

@@ -16,6 +16,7 @@ from effllm_jax import formats
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import llama_cpp
 from effllm_jax import model
+from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import widths
 from tests import conftest
@@ -169,6 +170,27 @@ def test_command(tmp_path, text):
 
   found, made = finished.read(workdir, None)
   assert 'On the edge' in model_card.text(found, made, {}, {})
+
+  def size(pad):
+    """Bytes of the pruned model of the run: F16, padded."""
+    (workdir / 'edge.json').unlink()
+    done = conftest.command(
+      'edge', f'--workdir={workdir}', '--formats=gguf-f16', '--prefill=4',
+      '--decode=1', '--rounds=1', '--tokens=0', f'--pad={pad}',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    padded = json.loads((workdir / 'edge.json').read_text())
+    assert padded['pad'] == pad
+    return padded['rows'][1]['bytes']
+
+  masks, cfg = widths.padded_shape(found.masks, found.cfg, 128)
+  zeros = selection.live_params(masks, cfg) - made.params
+  narrow = next(
+    x['bytes']
+    for x in record['rows']
+    if (x['format'], x['model']) == ('gguf-f16', 'pruned')
+  )
+  assert size(128) - narrow == pytest.approx(2 * zeros, rel=0.05)
 
   (workdir / 'edge.json').unlink()
   (workdir / 'edge.json').mkdir()

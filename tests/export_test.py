@@ -443,7 +443,7 @@ def test_what_gguf_cannot_hold_is_told_before_anything_is_written(
     pieces.pre_tokenizer = None
     made_of = dataclasses.replace(made_of, tokenizer=pieces)
   monkeypatch.setattr(formats, 'write', lambda *_: pytest.fail('written'))
-  with pytest.raises(errors.InputError, match=r'; leave gguf .* FORMATS=hf'):
+  with pytest.raises(errors.InputError, match='; choose formats without'):
     export.write(made_of, tmp_path / 'out', ('hf', 'gguf-q8_0'), made())
   assert not list(tmp_path.iterdir())
 
@@ -509,6 +509,19 @@ def test_live_weights_under_a_wrong_mask_are_not_kept(
   monkeypatch.setattr(widths, 'filled', lambda params, masks: params)
   with pytest.raises(RuntimeError, match=r'differs.*not kept'):
     run(tmp_path / 'out', tokenizer_folder, cfg, masks=ragged(cfg))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('name', 'package'), [('onnx', 'onnxscript'), ('executorch', 'executorch')]
+)
+def test_a_missing_package_is_told_before_anything_is_written(
+  tmp_path, tokenizer_folder, monkeypatch, name, package
+):
+  monkeypatch.setitem(sys.modules, package, None)
+  monkeypatch.setattr(formats, 'write', lambda *_: pytest.fail('written'))
+  with pytest.raises(errors.InputError, match=rf'{package}.*; pip install'):
+    run(tmp_path / 'out', tokenizer_folder, formats=('gguf-f32', name))
   assert not list(tmp_path.iterdir())
 
 

@@ -94,7 +94,7 @@ def test_is_a_source_again(tmp_path, name, monkeypatch):
   model = source(CFGS[name])
   path = tmp_path / 'new' / 'a.gguf'
   written, _ = both(model, path)
-  assert written.fell_back == {} and written.padding == 0
+  assert written.fell_back == () and written.padding == 0
   assert architecture_of(path) == 'llama' and bits_per_weight(path) == 32
   again = gguf_source.read(path, params=True)
   assert again.cfg == model.cfg
@@ -242,7 +242,7 @@ def test_formats(tmp_path, format, bits, ragged):
   cfg = dataclasses.replace(CFG, N=3, H=32, tied=False)
   masks = masks_of(cfg, [2, 0, 1], [96, 64, 0]) if ragged else None
   written, agreed = both(source(cfg, masks), tmp_path / 'a.gguf', format)
-  assert agreed.kl < 0.02 and written.fell_back == {}
+  assert agreed.kl < 0.02 and written.fell_back == ()
   kinds = {
     t.name: t.tensor_type.name
     for t in gguf.GGUFReader(tmp_path / 'a.gguf').tensors
@@ -269,9 +269,19 @@ def test_budget_in_bytes_is_that_of_the_tensors(tmp_path, format, tied):
 def test_rows_without_blocks_are_reported(tmp_path):
   cfg = dataclasses.replace(CFG, F=90)
   written = gguf_export.write(source(cfg), tmp_path / 'a.gguf', 'q4_0')
-  assert written.fell_back == {
-    f'blk.{n}.ffn_down.weight': 2 * 64 * 90 for n in range(2)
-  }
+  assert written.fell_back == tuple(
+    f'blk.{n}.ffn_down.weight' for n in range(2)
+  )
+
+
+def test_what_pad_does_not_fill_up_is_not_promised(tmp_path):
+  """Rows of the output of attention are heads long, not stem or ffn."""
+  for cfg, told in (
+    (dataclasses.replace(CFG, F=90), True),
+    (dataclasses.replace(CFG, H=20, K=1), False),
+  ):
+    (note,) = formats.write(source(cfg), 'gguf-q8_0', tmp_path)
+    assert 'stay in F16' in note and ('--pad=64' in note) == told
 
 
 @needs_llama_cpp

@@ -270,6 +270,25 @@ def test_whole_texts(model):
     lm.generate_until([])
 
 
+def test_what_is_measured_anew_takes_the_place_of_what_was():
+  """Of the same step, task and number of items; of another version, of all."""
+  row = lambda step, task, limit, value: {
+    'step': step, 'task': task, 'limit': limit, 'value': value,
+  }  # fmt: skip
+  before = [
+    row(5, 'piqa', 100, 1), row(5, 'piqa', 0, 2), row(None, 'piqa', 100, 3),
+    row(5, 'boolq', 100, 4),
+  ]  # fmt: skip
+  new = [{'task': 'piqa', 'limit': 100, 'value': 9}]
+  record = {'harness': harness.VERSION, 'rows': before}
+  want = [*before[1:], row(5, 'piqa', 100, 9)]
+  assert harness.added(record, 5, new)['rows'] == want
+  record['harness'] = 'lm-eval 0.1'
+  assert harness.added(record, 5, new) == {
+    'harness': harness.VERSION, 'rows': want[-1:],
+  }  # fmt: skip
+
+
 def test_unknown_task():
   assert benchmark_items.names(['piqa', 'all', 'piqa'])[:2] == [
     'piqa', 'arc_easy',

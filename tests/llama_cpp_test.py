@@ -1,5 +1,7 @@
 """The adapter: what llama.cpp answers on a file that we did not write."""
 
+import ctypes
+
 import pytest
 
 from effllm_jax import agreement
@@ -34,6 +36,13 @@ def test_answers(path, capfd):
   assert agreement.compare(want, have[::-1], greedy).relative > 1e-2
   assert llama_cpp.available().startswith('xllamacpp 2')
   assert capfd.readouterr() == ('', '')
+
+
+def test_as_many_threads_as_are_asked_for(path):
+  with llama_cpp.opened(path, 2, 8) as runtime:
+    asked = runtime._lib.llama_n_threads
+    asked.argtypes = [ctypes.c_void_p]
+    assert asked(runtime._ctx) == 2
 
 
 def test_files_that_it_cannot_open(path, tmp_path):

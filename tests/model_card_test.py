@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -61,14 +62,15 @@ def _card(tmp_path):
   masks = widths.whole(None, model.cfg)
 
   def write(
-    step=60, licence='apache-2.0', formats=('hf',), pad=1, names=(), **files
-  ):
+    step=60, licence='apache-2.0', formats=('hf',), pad=1, names=(),
+    params=1_234_567, **files
+  ):  # fmt: skip
     for name, content in files.items():
       (folder / f'{name}.json').write_text(json.dumps(content))
     run = runlog.read(folder)
     made = model_card.Made(
       step=step,
-      params=1_234_567,
+      params=params,
       pruning={'events': finished.shrinks(run, step)},
       run=run,
     )
@@ -122,10 +124,21 @@ def test_a_model_from_before_the_end_of_its_run(card):
   assert cells['budget'] == ['at most 107.6M parameters at the end of the run']
 
 
+def test_a_model_of_a_run_that_was_stopped(card, tmp_path):
+  shutil.rmtree(tmp_path / 'run')
+  report_test.write_run(tmp_path / 'run', until=20)
+  cells = rows(card(step=20))
+  assert cells['training'] == ['20 steps, 10,240 tokens']
+  assert cells['budget'] == ['at most 107.6M parameters at the end of the run']
+
+
 def test_a_run_that_pruned_nothing_does_not_claim_it(card, tmp_path):
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert 'Pruned from' in card()
   config['prune']['policy'] = 'none'
+  # Nor does one that has not pruned yet.
+  early = card(step=1, params=134_515_008)
+  assert 'nothing pruned' in early and 'Pruned from' not in early
   text = card(config=config)
   assert rows(text)['budget'] == ['none: training only']
   assert 'nothing pruned' in text and 'Pruned from' not in text

@@ -154,6 +154,12 @@ def test_wrong_order_of_heads_is_refused(files):
     onnx_export.check(files['uniform'], agreement.answers(wrong))
 
 
+def test_as_many_threads_as_are_asked_for(files):
+  with onnx_export.opened(next(iter(files.values())), 2, 8) as runtime:
+    options = runtime._session.get_session_options()
+  assert options.intra_op_num_threads == 2
+
+
 def test_every_sequence_starts_anew(files):
   sequences = [[3, 1, 4, 1, 5], [9, 2], [3, 1, 4, 1, 5]]
   found = list(onnx_export.logits(files['ragged'], sequences))

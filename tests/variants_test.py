@@ -11,6 +11,7 @@ from effllm_jax import budgets
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import events
+from effllm_jax import finished
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import overlap
@@ -20,6 +21,7 @@ from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import steps
+from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
@@ -335,6 +337,17 @@ def test_a_family_goes_on_from_an_event(setting, everything, capsys):
     mine = set(np.asarray(origin.ffn)[n][alive[n]].tolist())
     theirs = np.asarray(before.origin.ffn)[n][np.asarray(before.masks.ffn)[n]]
     assert mine <= set(theirs.tolist())
+  exported, made = finished.read(child, None)
+  for t in structure.TYPES:
+    mask = np.asarray(getattr(exported.masks, t))
+    slots = np.asarray(made.pruning['origin'][t])
+    assert (slots[~mask] == -1).all()
+    # The same groups, layer by layer, in another order.
+    for row, live, of in zip(
+      *map(np.atleast_2d, (slots, getattr(prune.masks, t), getattr(origin, t))),
+      strict=True,
+    ):
+      assert sorted(row[row >= 0]) == sorted(of[live])
   # Its report tells what it did, not what its parent had done.
   assert selection.live_params(start.masks, start.cfg) < start.cfg.num_params()
   log, rest = runlog.read(child), selection.live_widths(prune.masks)
