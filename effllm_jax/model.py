@@ -217,7 +217,7 @@ def final_norm(
   cfg: structure.ModelConfig,
 ) -> Array:
   """The input of the output matrix, [B, T, D], from the stem."""
-  return _rms_norm(x_BTD, params.final_norm, masks.stem, cfg.norm_eps)
+  return rms_norm(x_BTD, params.final_norm, masks.stem, cfg.norm_eps)
 
 
 def block(
@@ -242,7 +242,7 @@ def block(
   """
   dtype = jnp.dtype(compute.dtype)
   stem_D = masks.stem.astype(dtype)
-  norm = functools.partial(_rms_norm, stem_D=masks.stem, eps=cfg.norm_eps)
+  norm = functools.partial(rms_norm, stem_D=masks.stem, eps=cfg.norm_eps)
   cos_sin_2TH = _cos_sin(length, cfg)
 
   attention, swiglu = (
@@ -310,8 +310,15 @@ def loss(
   return token_losses(params, masks, window_BT, cfg, compute).mean()
 
 
-def _rms_norm(x_BTD, scale_D, stem_D, eps):
-  """RMSNorm in float32 over the live channels (dead ones of x are zero)."""
+def rms_norm(x_BTD: Array, scale_D: Array, stem_D: Array, eps: float) -> Array:
+  """RMSNorm in float32 over the live channels.
+
+  Args:
+    x_BTD: the stem, in which dead channels are zero.
+    scale_D: of the norm.
+    stem_D: bool, which channels are alive; the mean square is over these.
+    eps: added to it.
+  """
   x32_BTD = x_BTD.astype(jnp.float32)
   # At least 1, so that a model without a stem is a model that outputs zeros.
   live = jnp.maximum(stem_D.sum(), 1).astype(jnp.float32)

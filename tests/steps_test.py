@@ -425,9 +425,45 @@ def repaired_by_hand(w, x, old, new):
   return out.reshape(w.shape), without, error
 
 
+def norm_factor_by_hand(x, scale, old, new, cfg):
+  """By which a norm without some channels comes nearest to what it was."""
+  if (old == new).all():
+    return 1.0
+  before, after = (
+    x[..., new] / np.sqrt(
+      np.square(x[..., mask]).mean(-1, keepdims=True) + cfg.norm_eps
+    ) * as64(scale)[new]
+    for mask in (old, new)
+  )  # fmt: skip
+  (factor,), *_ = np.linalg.lstsq(
+    after.reshape(-1, 1), before.reshape(-1), rcond=None
+  )
+  return factor
+
+
+def norms_repaired_by_hand(params, taps, masks, new_masks, tokens, cfg):
+  """The scales of all norms; the stem is added up from the taps."""
+  params, old, new = jax.tree.map(np.asarray, (params, masks, new_masks))
+  layers, stems = params.layers, (old.stem, new.stem)
+  x = as64(params.embed)[tokens[:, :-1]] * old.stem
+  attn_norm, ffn_norm = np.copy(layers.attn_norm), np.copy(layers.ffn_norm)
+  for n in range(cfg.N):
+    attn_norm[n] *= norm_factor_by_hand(x, attn_norm[n], *stems, cfg)
+    heads = as64(taps.heads[n])
+    x = x + np.einsum('btkgh,kghd->btd', heads, layers.wo[n]) * old.stem
+    ffn_norm[n] *= norm_factor_by_hand(x, ffn_norm[n], *stems, cfg)
+    x = x + as64(taps.ffn[n]) @ layers.w_down[n] * old.stem
+  factor = norm_factor_by_hand(x, params.final_norm, *stems, cfg)
+  return params.replace(
+    final_norm=params.final_norm * np.float32(factor),
+    layers=layers.replace(attn_norm=attn_norm, ffn_norm=ffn_norm),
+  )
+
+
 def model_repaired_by_hand(params, masks, new_masks, tokens, cfg):
   """Every matrix on the inputs that it has in the model before the prune."""
   _, taps = conftest.forward(params, masks, tokens[:, :-1], cfg=cfg, taps=True)
+  params = norms_repaired_by_hand(params, taps, masks, new_masks, tokens, cfg)
   params, old, new = jax.tree.map(np.asarray, (params, masks, new_masks))
   layers = jax.tree.map(np.copy, params.layers)
   names = ('attn_in', 'heads', 'ffn_in', 'ffn')
@@ -512,6 +548,29 @@ def test_repair_step_equals_the_closed_form_of_every_matrix(prune, only):
       before, after = getattr(params.layers, name), getattr(got.layers, name)
       np.testing.assert_array_equal(before, after)
   np.testing.assert_array_equal(got.embed, params.embed)
+
+
+def test_norms_give_what_they_gave_though_the_stem_is_narrower(prune):
+  """As near as one factor for all tokens brings them, of one that all read."""
+  cfg, params, masks, tokens = prune
+  # A channel that every token has much of: what is left is divided by less.
+  big = int(np.argmax(masks.stem))
+  params = params.replace(embed=params.embed.at[:, big].set(1.0))
+  new_masks = masks.replace(stem=masks.stem.at[big].set(False))
+  got, _ = repaired(params, masks, new_masks, tokens, cfg)
+
+  def normed(params, masks):
+    x = jnp.asarray(params.embed)[tokens] * masks.stem
+    scale = params.layers.attn_norm[0]
+    given = model.rms_norm(x, scale, masks.stem, cfg.norm_eps)
+    return as64(given)[..., np.asarray(new_masks.stem)]
+
+  want = normed(params, masks)
+  error = lambda params: np.square(normed(params, new_masks) - want).mean()
+  assert error(got) < 0.2 * error(params)
+  factor = as64(got.layers.attn_norm[0]) / as64(params.layers.attn_norm[0])
+  assert (factor < 0.9).all() and np.ptp(factor) < 1e-5
+  assert (got.final_norm < params.final_norm).all()
 
 
 def test_a_repair_commutes_with_a_shrink(prune):
