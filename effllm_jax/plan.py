@@ -206,15 +206,16 @@ def make(
     table=config.budget.table,
   )
   start = cost.of_config(source) if masks is None else cost.live(masks)
+  widths = {} if masks is None else selection.live_widths(masks)
+  ragged = [t for t, w in widths.items() if np.ptp(w)]
   per_step = tokens_per_step(config)
   length = num_steps(config)
   if rules.policy == 'none':
     schedule = schedules.constant(start, after=length * per_step)
   else:
     schedule = _schedule(config.prune, start, cost.units(config.budget.target))
-    _check_target(source, rules, cost, schedule)
-  widths = {} if masks is None else selection.live_widths(masks)
-  ragged = [t for t, w in widths.items() if np.ptp(w)]
+    even = {t: int(np.min(w)) for t, w in widths.items() if t not in ragged}
+    _check_target(source, rules, cost, schedule, even)
   if ragged and rules.policy == 'uniform':
     raise errors.InputError(
       f"prune.policy 'uniform' cannot go on from a source whose layers differ "
@@ -283,9 +284,9 @@ def _schedule(prune, start, target) -> schedules.Schedule:
   )
 
 
-def _check_target(source, rules, cost, schedule):
+def _check_target(source, rules, cost, schedule, live):
   start, target = schedule.start, schedule.target
-  rules_lib.check_target(source, rules, cost, target)
+  rules_lib.check_target(source, rules, cost, target, live)
   if target >= start:
     raise errors.InputError(
       f'budget.target {cost.text(target)} is not below the {cost.text(start)} '

@@ -57,9 +57,21 @@ class Rules:
 
 
 def check_target(
-  cfg: structure.ModelConfig, rules: Rules, cost: budgets.Cost, target: int
+  cfg: structure.ModelConfig,
+  rules: Rules,
+  cost: budgets.Cost,
+  target: int,
+  live: Mapping[str, int] | None = None,
 ) -> None:
   """Checks that a model of `cfg` can be pruned to `target`, in budget units.
+
+  Args:
+    cfg: architecture of the arrays.
+    rules: of the run.
+    cost: of the budget.
+    target: of the budget.
+    live: what is alive of every layer, by type, where that is less; a type
+      whose layers differ is not in it.
 
   Raises:
     errors.InputError: it cannot; the message has the config's key to change.
@@ -84,10 +96,13 @@ def check_target(
         f'--config.prune.multiple_of.{name}'
       )
     rounded = -(-floor // multiple) * multiple
-    if rounded > width:
+    # A width that lies below it, off a multiple, would be a block begun that
+    # no prune may finish, and none would open another.
+    alive = (live or {}).get(name, width)
+    if rounded > alive:
       raise errors.InputError(
         f'prune.floors.{name} {floor}, rounded up to a multiple of {multiple}, '
-        f"is {rounded}, above the source model's {width}; set "
+        f"is {rounded}, above the source model's {alive}; set "
         f'--config.prune.floors.{name}'
       )
   dense = cost.of_config(cfg)
@@ -102,5 +117,6 @@ def check_target(
     raise errors.InputError(
       f'budget.target {cost.text(target)} is below {cost.text(least)}, the '
       f'size at the floors (heads {heads}, ffn {ffn}, stem {stem}); raise '
-      '--config.budget.target or lower --config.prune.floors'
+      '--config.budget.target, or lower --config.prune.floors or '
+      '--config.prune.multiple_of'
     )

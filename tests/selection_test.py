@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effllm_jax import budgets
+from effllm_jax import errors
 from effllm_jax import rules as rules_lib
 from effllm_jax import selection
 from effllm_jax import structure
@@ -608,6 +609,32 @@ def test_prices_are_scores_per_saved_unit(cfg):
     assert float(means.ffn) == pytest.approx(
       float(np.asarray(prices.ffn)[np.asarray(masks.ffn)].mean()), rel=1e-5
     )
+
+
+def test_a_floor_above_what_is_alive_is_refused():
+  """Arrays are wider after an event with a quantum, or between two shrinks.
+
+  No prune could finish a width that lies between the floor and a multiple
+  below it; with the floors that are accepted every target is reached.
+  """
+  cfg = conftest.make_config(K=2, G=1, N=2, F=32, D=16)
+  cost, alive = budgets.params(cfg), structure.all_alive(cfg)
+  masks = alive.replace(ffn=alive.ffn.at[:, 20:].set(False))
+  live = {'heads': 2, 'ffn': 20, 'stem': 16}
+  scores = conftest.make_scores(cfg, 1)
+  for floor in (1, 15, 16, 17, 20, 25):
+    rules = rules_lib.Rules('uniform', (1, floor, 8), (1, 16, 8), True)
+    smallest = dataclasses.replace(cfg, K=1, F=rules.smallest()[1], D=8)
+    targets = range(cost.of_config(smallest), cost.live(masks), 97)
+    assert targets
+    for target in targets:
+      if floor > 16:
+        with pytest.raises(errors.InputError, match=r"is 32, above .*'s 20;"):
+          rules_lib.check_target(cfg, rules, cost, target, live)
+        continue
+      rules_lib.check_target(cfg, rules, cost, target, live)
+      left = selection.select(scores, masks, target, target, rules, cost)
+      assert cost.live(left) <= target, (floor, target)
 
 
 @pytest.mark.parametrize('kind', BUDGETS)
