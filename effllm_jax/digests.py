@@ -54,6 +54,11 @@ def of(
     return dict(zip(names, pool.map(digest, names), strict=True))
 
 
+def identity(folder: pathlib.Path) -> str:
+  """SHA-256 of `digests.json`, and so of all that it lists."""
+  return of(folder, [NAME])[NAME]
+
+
 def verify(folder: pathlib.Path, part: str = '') -> None:
   """Compares files with what was written.
 

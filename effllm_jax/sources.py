@@ -19,6 +19,7 @@ from safetensors import numpy as safetensors_numpy
 import tokenizers
 
 from effllm_jax import checkpoints
+from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import fetch
@@ -44,7 +45,7 @@ _SAVED = {
   'dtype': str, 'separator_id': int, 'bos_id': int | None,
   'pad_id': int | None, 'chat_template': str | None,
   'tokenizer_eos_id': int | None, 'licence_name': str | None,
-  'licence_link': str | None,
+  'licence_link': str | None, 'saved': str | None,
 }  # fmt: skip
 # In a config.json, of what a run has read.
 _READ = {'seed': int, 'data': {'text': str, 'weights': {str: float}}}
@@ -146,6 +147,7 @@ def _pruned(path: pathlib.Path, params: bool) -> Source:
     else None,
     masks=masks,
     origin=origin,
+    saved=digests.identity(moment.path),
   )
 
 
@@ -284,7 +286,7 @@ def load_saved(folder: str | os.PathLike) -> Source:
     about['cfg'] = structure.ModelConfig.from_dict(about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
     # Of an older run, which has none of these.
-    for name in ('tokenizer_eos_id', 'licence_name', 'licence_link'):
+    for name in ('tokenizer_eos_id', 'licence_name', 'licence_link', 'saved'):
       about.setdefault(name, None)
     about['generation'] = hf_source.generation_settings(
       about.get('generation', {}), str(folder / 'source.json')

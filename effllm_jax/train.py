@@ -62,7 +62,7 @@ def run(
     if config.init == 'random' and (
       config.distill.teacher or not config.distill.weight
     ):
-      del known['sha256']  # Its weights are never read.
+      known |= {'sha256': None, 'saved': None}  # Its weights are never read.
     _check_same(workdir / 'source' / 'source.json', known, 'source')
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
@@ -117,6 +117,7 @@ def _record(model: sources.Source) -> dict[str, Any]:
     'name': model.name,
     'description': model.description,
     'sha256': model.sha256,
+    'saved': model.saved,
     'cfg': dataclasses.asdict(model.cfg),
   }
 
@@ -127,7 +128,7 @@ def _check_same(path: pathlib.Path, now: dict[str, Any], key: str) -> None:
   Args:
     path: where its `_record` is; without one, as in a workdir that an older
       commit wrote, nothing is compared.
-    now: of the model as it is now; without sha256 its weights do not count.
+    now: of the model as it is now; a digest that is None does not count.
     key: of the config that names the model.
 
   Raises:
@@ -139,10 +140,14 @@ def _check_same(path: pathlib.Path, now: dict[str, Any], key: str) -> None:
   known = untrusted.read_json(path, remedy)
   with untrusted.parsing(f'{path} does not describe a model', remedy):
     then = structure.ModelConfig.from_dict(known['cfg'])
-    sha256 = untrusted.shaped((str, None), known.get('sha256'), 'sha256')
+    digests = {
+      x: untrusted.shaped((str, None), known.get(x), x)
+      for x in ('sha256', 'saved')
+    }
   then, here = dataclasses.asdict(then), dict(now['cfg'])
-  if sha256 and now.get('sha256'):
-    then['sha256'], here['sha256'] = sha256[:12], now['sha256'][:12]
+  for name, digest in digests.items():
+    if digest and now[name]:
+      then[name], here[name] = digest[:12], now[name][:12]
   changed = workdir_lib.changes(then, here)
   if changed:
     raise errors.InputError(

@@ -94,6 +94,8 @@ class Source:
     licence_name: what a licence 'other' is called, or None.
     licence_link: where its text is, an address or a file beside the weights, or
       None.
+    saved: of an event or checkpoint of a run the SHA-256 of its digests
+      (`sha256` is that of the run's own source); None: it is none.
   """
 
   name: str
@@ -117,6 +119,7 @@ class Source:
   )
   licence_name: str | None = None
   licence_link: str | None = None
+  saved: str | None = None
 
   @property
   def eos_id(self) -> int | None:

@@ -17,13 +17,11 @@ from effllm_jax import errors
 from effllm_jax import loop
 from effllm_jax import sharding
 from effllm_jax import steps
-from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from kernels import autotune
 from tests import conftest
-from tests import pruning_test
 
 
 @pytest.fixture(scope='module', name='setting')
@@ -323,36 +321,18 @@ def test_says_so_where_a_prune_breaks_the_model(setting, monkeypatch):
   assert f'--config.prune.floors.{t}={old[t]:.0f} or' in line
 
 
-def test_trials_of_a_trace_fade_step_by_step(tmp_path):
-  """As scores do, however many steps lie between two prunes."""
-  plan, path = pruning_test.plan('uniform'), tmp_path / 'trace.jsonl'
-  assert plan.every == 2
-  trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
-  rows = [
-    {'step': step, 'trials': dict.fromkeys(structure.TYPES, trial)}
-    for step in (2, 4)
-  ]
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  kept = 1 + plan.recipe.decay**2
-  for sums in loop._exchange(plan, path, 4)._sums.values():
-    assert sums == pytest.approx((0.5 * kept, 2.0 * kept))
-
-
-def test_a_trace_that_lost_its_trials_is_told(tmp_path):
-  """A resume needs them; those of a future that was lost it does not."""
-  plan, path = pruning_test.plan('uniform'), tmp_path / 'trace.jsonl'
-  trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
-  rows = [
-    {'step': 2, 'trials': dict.fromkeys(structure.TYPES, trial)},
-    {'step': 4},
-  ]
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  assert loop._exchange(plan, path, 3)._sums['ffn'] == (0.5, 2.0)
-  remedy = "lacks or misspells 'trials' at step 4; restore or delete it"
-  with pytest.raises(errors.InputError, match=remedy):
-    loop._exchange(plan, path, 4)
-  off = dataclasses.replace(plan, calibrate=False)
-  assert loop._exchange(off, path, 4)._sums['ffn'] == (0.0, 0.0)
+def test_another_event_of_the_same_root_is_another_model(tmp_path):
+  path, cfg = tmp_path / 'source.json', conftest.make_config()
+  record = lambda **digests: {
+    'name': '0', 'description': '', 'cfg': dataclasses.asdict(cfg), **digests,
+  }  # fmt: skip
+  path.write_text(json.dumps(record(sha256=64 * 'a', saved=64 * 'b')))
+  for now in ({'sha256': 64 * 'a', 'saved': 64 * 'b'},
+              {'sha256': None, 'saved': None}):  # fmt: skip
+    train._check_same(path, record(**now), 'source')
+  now = record(sha256=64 * 'a', saved=64 * 'c')
+  with pytest.raises(errors.InputError, match=r"saved='b{12}' there, 'c{12}'"):
+    train._check_same(path, now, 'source')
 
 
 def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
