@@ -18,6 +18,7 @@ against it before it is read.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import copy
 import dataclasses
@@ -46,6 +47,8 @@ _REMEDY = 'choose another one'
 # What Orbax writes after everything else: dates, which nothing here reads.
 _UNREAD = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 
+_TRIALS = {'sums': {str: [float]}, 'broken': {str: float}}
+
 # Bytes that take about as long to write as a program to compile.
 _LARGE = 2**25
 
@@ -61,6 +64,8 @@ class Moment:
   num_events: int
   cfg: structure.ModelConfig
   flops: dict[str, int]
+  # `pruning.Exchange.record`; None: written before there was one.
+  trials: dict[str, Any] | None
 
 
 class Writer:
@@ -79,11 +84,12 @@ class Writer:
     data: Iterator,
     num_events: int,
     flops: dict[str, int],
+    trials: Mapping[str, Any] | None = None,
   ) -> None:
     """Starts a rolling checkpoint; returns once the arrays may be reused."""
     step = int(state.step)
     self._check_space(state)
-    items = _items(state, cfg, data, num_events, flops)
+    items = _items(state, cfg, data, num_events, flops, trials)
     self._save(self._rolling, step, items)
 
   def save_event(
@@ -92,10 +98,11 @@ class Writer:
     state: state_lib.TrainState,
     data: Iterator,
     flops: dict[str, int],
+    trials: Mapping[str, Any] | None = None,
   ) -> None:
     """Starts the permanent record of a shrink and of the state after it."""
     self._check_space(state)
-    items = _items(state, event.after, data, event.index + 1, flops)
+    items = _items(state, event.after, data, event.index + 1, flops, trials)
     items['event'] = ocp.args.JsonSave(event.to_json())
     self._save(self._events, event.index, items)
 
@@ -195,7 +202,7 @@ def _write_digests(folder: pathlib.Path) -> None:
   digests.write(moment, but=_UNREAD)
 
 
-def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
+def _items(state, cfg, data, num_events, flops, trials) -> dict[str, Any]:
   arch = {
     'model': dataclasses.asdict(cfg),
     'step': int(state.step),
@@ -204,6 +211,7 @@ def _items(state, cfg, data, num_events, flops) -> dict[str, Any]:
     'num_events': num_events,
     # Copies: a thread writes them, while the run goes on counting.
     'flops': dict(flops),
+    'trials': trials,
   }
   return {
     'arch': ocp.args.JsonSave(arch),
@@ -278,6 +286,7 @@ def _moment(path: pathlib.Path) -> Moment:
     path=path,
     cfg=structure.ModelConfig.from_dict(arch['model']),
     flops=flops,
+    trials=untrusted.shaped((_TRIALS, None), arch.get('trials'), 'trials'),
     **counts,
   )
 

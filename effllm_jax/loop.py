@@ -95,7 +95,9 @@ class Loop:
       plan.recipe.compute.remat,
       moment.flops if restored else None,
     )
-    self.exchange = _exchange(plan, workdir / 'trace.jsonl', resume)
+    self.exchange = pruning.Exchange(
+      plan.recipe.decay**plan.every, moment.trials if restored else None
+    )
     # Of `train`, while it is at work.
     self.progress = self.requests = None
     # Of the present architecture: `train_step`, by whether it scores, and
@@ -223,15 +225,12 @@ class Loop:
   def _save(self, step: int, event: events.ShrinkEvent | None) -> None:
     """Saves the state as that of an event, or else as a rolling checkpoint."""
     start = time.perf_counter()
+    spent, trials = self.meter.spent, self.exchange.record
     if event:
-      self.writer.save_event(event, self.state, self.batches, self.meter.spent)
+      self.writer.save_event(event, self.state, self.batches, spent, trials)
     else:
       self.writer.save(
-        self.state,
-        self.cfg,
-        self.batches,
-        self.num_events,
-        self.meter.spent,
+        self.state, self.cfg, self.batches, self.num_events, spent, trials
       )
     self.metrics.write(
       {
@@ -249,13 +248,13 @@ class Loop:
     Processes that train together have to answer alike. Without `look` nothing
     is read from the device.
     """
-    limit = self.config.train.max_skipped
-    if look and int(self.state.in_a_row) >= limit:
+    skipped = int(self.state.in_a_row) if look else 0
+    if skipped >= self.config.train.max_skipped:
       # After a resume the next batches get as many tries again.
       again = jax.device_put(np.int32(0), sharding.everywhere(self.mesh))
       self.state = self.state.replace(in_a_row=again)
       return errors.InputError(
-        f'{limit} steps in a row were skipped, step {step} because of '
+        f'{skipped} steps in a row were skipped, step {step} because of '
         f'{_told(numbers)}; the state before them is saved: run the same '
         'command again to go on with the batches after them, or lower '
         '--config.optimizer.peak and start in a new --workdir'
@@ -325,8 +324,9 @@ class Loop:
     masks = jax.device_put(
       pruning.select(prune, plan, target), sharding.everywhere(self.mesh)
     )
-    repaired = {}
-    if plan.damping is not None:
+    repaired, removed = {}, pruning.removed(prune, masks)
+    # Where one block saved what several prunes ask for, some take nothing.
+    if plan.damping is not None and any(removed.values()):
       params, fits = self.repair(
         self.state.params, prune.masks, masks, self._repaired_on()
       )
@@ -346,7 +346,7 @@ class Loop:
         'target_cost': plan.cost.reported(target),
         'live_cost': plan.cost.reported(plan.cost.live(masks)),
         'live_params': selection.live_params(masks, self.cfg),
-        'removed': pruning.removed(prune, masks),
+        'removed': removed,
         'price': pruning.prices(prune, plan, self.exchange.broken),
         **measured,
         **repaired,
@@ -489,21 +489,6 @@ class Loop:
     if self.plan.last_prune(step):
       return 'pruned'
     return self.plan.phase(step)
-
-
-def _exchange(plan, path: pathlib.Path, resume: int) -> pruning.Exchange:
-  """With the trials of the prunes up to step `resume`."""
-  exchange = pruning.Exchange(plan.recipe.decay**plan.every)
-  for row in workdir_lib.read(path) if plan.calibrate else ():
-    try:
-      if row['step'] <= resume:
-        exchange.add(row['trials'])
-    except (AttributeError, KeyError, TypeError) as e:
-      raise errors.InputError(
-        f'{path} lacks or misspells {e} at step {row["step"]}; restore or '
-        'delete it'
-      ) from e
-  return exchange
 
 
 def _told(numbers) -> str:

@@ -6,6 +6,7 @@ events in a run.
 """
 
 from collections.abc import Container
+from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any
@@ -111,28 +112,37 @@ class Exchange:
   this average (experiments/HYPOTHESES.md).
 
   Attributes:
-    measured: whether there has been a trial.
     broken: the types that broke the model in the newest one, and the sum of the
       scores of what was taken.
   """
 
-  def __init__(self, decay: float):
-    """Starts without trials; a prune counts `decay` of the one after it."""
+  def __init__(self, decay: float, record: Mapping[str, Any] | None = None):
+    """A prune counts `decay` of the one after it; starts from a `record`."""
     self._decay = decay
-    self._sums = dict.fromkeys(structure.TYPES, (0.0, 0.0))
-    self.broken = {}
-    self.measured = False
+    self._sums = dict(record['sums']) if record else {}
+    self.broken = dict(record['broken']) if record else {}
+
+  @property
+  def measured(self) -> bool:
+    """Whether there has been a trial."""
+    return bool(self._sums or self.broken)
+
+  @property
+  def record(self) -> dict[str, dict[str, Any]]:
+    """As JSON, for a checkpoint."""
+    return {'sums': dict(self._sums), 'broken': dict(self.broken)}
 
   def add(self, found: dict[str, dict[str, float | None]]) -> None:
     """Takes in the `trials` of one prune."""
-    self.measured = True
     self.broken = {
       t: x['score'] for t, x in found.items() if x['change'] is None
     }
     for name in found.keys() - self.broken.keys():
-      change, score = (self._decay * x for x in self._sums[name])
-      trial = found[name]
-      self._sums[name] = change + trial['change'], score + trial['score']
+      sums, trial = self._sums.get(name, (0.0, 0.0)), found[name]
+      self._sums[name] = [
+        self._decay * x + trial[key]
+        for x, key in zip(sums, ('change', 'score'), strict=True)
+      ]
 
   def scaled(self, prune: state_lib.PruneState) -> state_lib.PruneState:
     """Scores in nats per token, in their order within a type.
@@ -141,7 +151,8 @@ class Exchange:
     newest trial costs more than all else, also what has a score of 0.
     """
     rates, extra = {}, {}
-    for name, (change, score) in self._sums.items():
+    for name in structure.TYPES:
+      change, score = self._sums.get(name, (0.0, 0.0))
       extra[name] = np.float32(0)
       if name in self.broken:
         change, score = _MOST, self.broken[name]

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
 FLOPS = {'train': 10**18, 'score': 3}
+TRIALS = {'sums': {'heads': [0.1, 1e-30]}, 'broken': {'ffn': 1 / 3}}
 
 
 @pytest.fixture(scope='module', name='tx')
@@ -41,7 +42,10 @@ def make_state(tx, step, cfg=CFG):
   state = state_lib.fresh_state(conftest.make_params(cfg, step), cfg, tx)
   noise = lambda x: x + step if x.dtype == jnp.float32 else x
   return state.replace(
-    step=jnp.int32(step), opt_state=jax.tree.map(noise, state.opt_state)
+    step=jnp.int32(step),
+    skipped=jnp.int32(step // 2),
+    in_a_row=jnp.int32(step // 3),
+    opt_state=jax.tree.map(noise, state.opt_state),
   )
 
 
@@ -53,7 +57,7 @@ def write(workdir, tx, saved_steps, cfg=CFG):
   writer, data = checkpoints.Writer(workdir, keep=2), make_data()
   for step in range(max(saved_steps) + 1):
     if step in saved_steps:
-      writer.save(make_state(tx, step, cfg), cfg, data, 0, FLOPS)
+      writer.save(make_state(tx, step, cfg), cfg, data, 0, FLOPS, TRIALS)
     next(data)
   writer.close()
 
@@ -72,7 +76,7 @@ def make_event(cfg, index=0, step=4):
 def restore(workdir, tx):
   data = make_data()
   state, moment = checkpoints.restore_latest(workdir, tx, data)
-  assert moment.flops == FLOPS
+  assert (moment.flops, moment.trials) == (FLOPS, TRIALS)
   return state, moment.cfg, moment.num_events, next(data)
 
 
@@ -112,7 +116,7 @@ def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
   write(tmp_path, tx, [1, 3])
   writer = checkpoints.Writer(tmp_path, keep=2)
   event = make_event(CFG)
-  writer.save_event(event, make_state(tx, 4), make_data(), FLOPS)
+  writer.save_event(event, make_state(tx, 4), make_data(), FLOPS, TRIALS)
   writer.close()
   state, _, count, _ = restore(tmp_path, tx)
   assert (int(state.step), count) == (4, 1)
@@ -273,7 +277,7 @@ def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
   assert all(x.is_deleted() for x in jax.tree.leaves(other.params))
   writer, data = checkpoints.Writer(tmp_path, keep=2), make_data()
   state = make_state(tx, 7)
-  writer.save(state, CFG, data, 0, FLOPS)
+  writer.save(state, CFG, data, 0, FLOPS, TRIALS)
   overwrite(state)
   writer.close()
   equal(restore(tmp_path, tx)[0], make_state(tx, 7))

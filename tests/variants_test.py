@@ -9,6 +9,7 @@ import pytest
 from effllm_jax import accounting
 from effllm_jax import budgets
 from effllm_jax import checkpoints
+from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import finished
@@ -166,7 +167,10 @@ def test_prices_are_in_what_trials_measured(everything):
 
 
 def test_repair_never_raises_the_error_of_a_layer(everything):
-  repaired = [row['repair'] for row in trace(everything)]
+  # Some prunes take nothing: one block had saved what several ask for.
+  for row in trace(everything):
+    assert ('repair' in row) == any(row['removed'].values())
+  repaired = [row['repair'] for row in trace(everything) if 'repair' in row]
   worked = [fit for row in repaired for fit in row.values() if fit['damping']]
   assert worked
   for fit in worked:
@@ -199,15 +203,16 @@ def test_flops_are_those_of_the_arrays_of_each_step(reference):
     meter.step(cfg, step <= last, teacher)
     if step in pruned:
       meter.calibrate(cfg)
-      fits = pruned[step]['repair']
+      fits = pruned[step].get('repair', {})
       solved = {name: fit['layers'] for name, fit in fits.items()}
       assert {n for n, x in solved.items() if x} == {
         name for name, fit in fits.items() if fit['damping']
       }
-      assert solved['ffn'] == len(
+      assert solved.get('ffn', 0) == len(
         {n for n, _ in pruned[step]['removed']['ffn']}
       )
-      meter.repair(cfg, solved, 3)
+      if fits:
+        meter.repair(cfg, solved, 3)
     assert row['flops'] == meter.spent
     if step in record:
       cfg = record[step].after
@@ -269,7 +274,10 @@ def test_a_teacher_that_waits_changes_nothing_before(setting, plain):
 def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
   setting, everything, monkeypatch
 ):
-  """Invariant 8 for the whole method: stopped after step 13, and resumed."""
+  """Invariant 8 for the whole method: stopped after step 13, and resumed.
+
+  A checkpoint is all that this takes: what was logged before it may be lost.
+  """
   good = steps.train_step
 
   class Stop(BaseException):
@@ -285,14 +293,19 @@ def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
     setting.run('stopped', **ALL)
   monkeypatch.undo()
   assert steps.train_step is good
+  log = setting.root / 'stopped' / 'trace.jsonl'
+  pruned = {row['step']: row for row in trace(log.parent)}
+  log.unlink()
   stopped = setting.run('stopped', **ALL)
+  pruned |= {row['step']: row for row in trace(stopped)}
   for a, b in zip(
     checkpoints.restore_params(everything)[:2],
     checkpoints.restore_params(stopped)[:2],
     strict=True,
   ):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-  assert trace(everything) == trace(stopped)
+  assert len(trace(stopped)) < len(pruned)
+  assert trace(everything) == [*pruned.values()]
   both = (runs.rows(run, 'train') for run in (everything, stopped))
   for row, again in zip(*both, strict=True):
     assert row['flops'] == again['flops']
@@ -329,6 +342,8 @@ def test_a_family_goes_on_from_an_event(setting, everything, capsys):
   _, before, _, _ = checkpoints.restore_params(everything, 0)
   jax.tree.map(np.testing.assert_array_equal, start.masks, before.masks)
   known = sources.load_saved(child / 'source')
+  # A resume tells it from another event: both have the digest of the root.
+  assert start.saved == known.saved == digests.identity(parent)
   jax.tree.map(np.testing.assert_array_equal, known.origin, before.origin)
   # Every survivor of the child was a survivor of the parent.
   origin = events.compose(known.origin, prune.origin)
