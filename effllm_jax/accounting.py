@@ -7,8 +7,9 @@ kernels stop at the last live group of a layer:
 
     train    forward and backward pass, 3 times a forward pass; what
              rematerialisation computes again; 12 per parameter for Adam
-    score    3 per parameter and update (a product, an absolute value, a sum);
-             where trials calibrate scores, 4 forward passes of a batch a prune
+    score    3 per parameter and update (a product, an absolute value, a sum),
+             also where a kind takes a term of every micro-batch; where trials
+             calibrate scores, 4 forward passes of a batch a prune
     repair   a forward pass through the layers of the batch; for I inputs and O
              outputs the Gram matrix 2 T I^2, its product with the removed rows
              2 I^2 O, a Cholesky factor I^3 / 3 and two solves 2 I^2 O

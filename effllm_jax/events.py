@@ -16,7 +16,7 @@ class ShrinkEvent:
 
   Attributes:
     index: 0 for the first shrink of a run.
-    step: finished optimizer updates.
+    step: batches seen; one whose update was skipped counts.
     tokens: training tokens seen.
     before, after: the arrays on either side. Where layers differ in width they
       are as wide as the widest, and may stay what they were.

@@ -23,12 +23,18 @@ class Teacher:
   """
 
   def __init__(self, teacher: sources.Source, recipe: steps.Recipe):
-    """Puts the weights on the devices, in the dtype that they compute in."""
+    """Puts the weights on the devices, in the dtypes that they compute in."""
     dtype, self._mesh = jnp.dtype(recipe.compute.dtype), recipe.compute.mesh
     # Never differentiated: there is nothing to recompute.
     compute = dataclasses.replace(recipe.compute, remat='none')
     self.cfg = teacher.cfg
-    params = jax.tree.map(lambda x: np.asarray(x, dtype), teacher.params)
+    # As a student casts them: norm scales and biases stay float32.
+    params = structure.map_axes(
+      lambda letters, x: np.asarray(
+        x, dtype if structure.is_matrix(letters) else np.float32
+      ),
+      teacher.params,
+    )
     self._params = sharding.put(params, sharding.params(params, self._mesh))
     # A teacher may itself be an event of a run, with dead groups in its arrays.
     masks = teacher.masks or structure.all_alive(teacher.cfg)
