@@ -147,6 +147,31 @@ def test_a_teacher_is_traced_once(tmp_path, monkeypatch):
     assert (have.shape, have.dtype) == (want.shape, want.dtype)
 
 
+def test_in_bfloat16_a_teacher_is_cast_as_a_student(tmp_path):
+  """Norm scales and biases stay float32 in both."""
+  cfg = conftest.make_config(qkv_bias=True, qk_norm=True)
+  params, masks = conftest.make_params(cfg), structure.all_alive(cfg)
+  source = dataclasses.replace(
+    sources.load(conftest.write_model_folder(tmp_path / 'model'), ''),
+    cfg=cfg, params=params,
+  )  # fmt: skip
+  mesh = sharding.make(1, 1, 1)
+  compute = model.Compute(dtype='bfloat16', remat='none', mesh=mesh)
+  recipe = steps.Recipe(
+    compute=compute, saliency='taylor1', decay=0.9, b1=0.9, b2=0.95, clip=1.0,
+    distill=0.5, temperature=1.0, top_k=4, seed=0,
+  )  # fmt: skip
+  windows_BT = np.asarray(conftest.make_tokens(cfg))
+  teacher = teacher_lib.Teacher(source, recipe)
+  windows_ABT = sharding.put_batch(windows_BT, 1, mesh)
+  teacher.compile(windows_ABT)
+  want = TARGETS(params, masks, windows_BT[:, :-1], cfg, compute, 1.0, 4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5),
+    teacher(windows_ABT), want,
+  )  # fmt: skip
+
+
 @pytest.mark.parametrize('tied', [True, False])
 def test_a_teacher_says_nothing_of_rows_that_the_student_lacks(tmp_path, tied):
   """Rows without a token fill up a vocabulary, in large models further."""

@@ -312,6 +312,25 @@ def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
     assert row['price'] == again['price']
 
 
+def test_in_bfloat16_a_teacher_is_its_student_and_checks_are_float32(
+  setting, monkeypatch
+):
+  checks, batch_loss = [], steps.batch_loss
+
+  def spied(*args, compute, **kwargs):
+    checks.append((compute.dtype, compute.kernels))
+    return batch_loss(*args, compute=compute, **kwargs)
+
+  monkeypatch.setattr(steps, 'batch_loss', spied)
+  half = setting.run(
+    'half', **BRIEF | {'model.dtype': 'bfloat16', 'distill.weight': 0.5}
+  )
+  assert runs.rows(half, 'train')[0]['divergence'] == pytest.approx(0, abs=1e-5)
+  (shrink,) = runs.rows(half, 'shrink')
+  assert shrink['loss_after'] == pytest.approx(shrink['loss_before'], abs=1e-4)
+  assert len(checks) == 2 and {*checks} == {('float32', 'xla')}
+
+
 def test_a_report_can_be_drawn(everything):
   folder = report.build(everything)
   assert (folder / 'layers.png').stat().st_size > 1000
