@@ -179,10 +179,10 @@ def repair_model(
     mesh: devices of the arrays; None: one.
 
   Returns:
-    Parameters of the same shapes, norm scales among them where stem channels
-    were removed, and a `Fit` with leaves [N] for 'attn_in'
-    (wq, wk, wv together), 'heads' (wo), 'ffn_in' (w_gate, w_up), 'ffn'
-    (w_down), and with leaves [] for 'final' if the output matrix is untied.
+    Parameters of the same shapes, with other norm scales where stem channels
+    were removed, and a `Fit` with leaves [N] for 'attn_in' (wq, wk, wv
+    together), 'heads' (wo), 'ffn_in' (w_gate, w_up), 'ffn' (w_down), and with
+    leaves [] for 'final' if the output matrix is untied.
   """
   compute = model.Compute(remat='none', mesh=mesh)
   layer = model.block(masks, tokens_ABT.shape[2], cfg, compute, taps=True)
@@ -209,9 +209,8 @@ def repair_model(
     }
     removed = {name: (a & ~b).any() for name, (a, b) in inputs.items()}
 
-    def add(sums, x_BTD):
-      sums, overlaps = sums
-      before_BTD = x_BTD
+    def add(carry, x_BTD):
+      (sums, overlaps), before_BTD = carry, x_BTD
       x_BTD, taps = layer(x_BTD, (w, heads_K, ffn_F))
       taps = dict(zip(inputs, taps, strict=True))
 
