@@ -61,14 +61,16 @@ def epochs(tokens: int, new_tokens: int) -> list[str]:
 def same_order(
   config: Mapping[str, Any], before: Mapping[str, Any] | None
 ) -> list[str]:
-  """Of a run that reads again what its source has read, in the same order.
+  """Of a run that reads again what its weights have read, in the same order.
 
   Args:
     config: of the run.
     before: of the run that made the source; None: none did.
   """
   order = lambda x: (x['seed'], x['data']['text'], {**x['data']['weights']})
-  if before is None or order(config) != order(before):
+  if before is None or config['init'] == 'random':
+    return []
+  if order(config) != order(before):
     return []
   return [
     f'the source has read {config["data"]["text"]!r} in the order of seed '

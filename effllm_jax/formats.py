@@ -177,7 +177,7 @@ def _notes(file, written) -> list[str]:
     padded = any('attn_output' not in x for x in written.fell_back)
     notes.append(
       f'{file}: {len(written.fell_back)} tensors, '
-      f'{next(iter(written.fell_back))} among them, have rows that are no '
+      f'{written.fell_back[0]} among them, have rows that are no '
       'multiple of 32 and stay in F16'
       + ('; --pad=64 fills up those of stem and ffn' if padded else '')
     )

@@ -95,9 +95,13 @@ class Loop:
       plan.recipe.compute.remat,
       moment.flops if restored else None,
     )
-    self.exchange = pruning.Exchange(
-      plan.recipe.decay**plan.every, moment.trials if restored else None
-    )
+    trials = moment.trials if restored else None
+    if restored and plan.calibrate and trials is None:
+      raise errors.InputError(
+        f'{moment.path} is of an older commit, and lacks the trials of '
+        'prune.calibrate; start in a new --workdir'
+      )
+    self.exchange = pruning.Exchange(plan.trial_decay(), trials)
     # Of `train`, while it is at work.
     self.progress = self.requests = None
     # Of the present architecture: `train_step`, by whether it scores, and

@@ -74,6 +74,10 @@ class Plan:
       return 0.0
     return stem * self.cost.form.unpriced_stem / self.schedule.target
 
+  def trial_decay(self) -> float:
+    """What a trial still counts at the next prune: it fades as scores do."""
+    return self.recipe.decay**self.every
+
   def tokens(self, step: int) -> int:
     """Training tokens seen after `step`."""
     return step * self.tokens_per_step

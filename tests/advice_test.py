@@ -19,9 +19,11 @@ def test_text_that_is_read_often_is_told():
 
 def test_text_that_comes_again_in_the_same_order_is_told():
   reads = lambda seed, text, **weights: {
-    'seed': seed, 'data': {'text': text, 'weights': weights},
+    'init': 'source', 'seed': seed, 'data': {'text': text, 'weights': weights},
   }  # fmt: skip
   config = reads(1, 'pypi', wiki=2.0)
+  # New weights have read nothing.
+  assert advice.same_order(config | {'init': 'random'}, config) == []
   (line,) = advice.same_order(config, reads(1, 'pypi', wiki=2.0))
   assert "has read 'pypi' in the order of seed 1 too" in line
   for before in (

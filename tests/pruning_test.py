@@ -37,6 +37,21 @@ def plan(policy) -> plan_lib.Plan:
   return plan_lib.make(config, CFG, mesh=sharding.make(1, 1, 1))
 
 
+def test_trials_fade_step_by_step():
+  """As scores do, however many steps lie between two prunes."""
+  made = plan('uniform')
+  assert made.every == 2
+  exchange = pruning.Exchange(made.trial_decay())
+  trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
+  for _ in range(2):
+    assert exchange.measured == bool(exchange.record['sums'])
+    exchange.add(dict.fromkeys(structure.TYPES, trial))
+  kept = 1 + made.recipe.decay**2
+  assert exchange.record['sums'] == {
+    t: pytest.approx([0.5 * kept, 2.0 * kept]) for t in structure.TYPES
+  }
+
+
 def calibrate(scores, policy='uniform', params=None, masks=None, share=0.9):
   """Scaled scores, what the trials were, and the masks that are chosen."""
   params = conftest.make_params(CFG) if params is None else params
