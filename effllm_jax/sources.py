@@ -97,7 +97,8 @@ def load(
   raise errors.InputError(
     f'source {str(source)!r} is not known; set {flag} to {DEFAULT}, to an '
     'existing .gguf file, to a Hugging Face folder (config.json and '
-    "safetensors), or to a run's events/<index> or checkpoints/<step>"
+    'safetensors; hf download makes one of a name on the Hub), or to a '
+    "run's events/<index> or checkpoints/<step>"
   )
 
 
