@@ -12,7 +12,9 @@ kernels stop at the last live group of a layer:
              calibrate scores, 4 forward passes of a batch a prune
     repair   a forward pass through the layers of the batch; for I inputs and O
              outputs the Gram matrix 2 T I^2, its product with the removed rows
-             2 I^2 O, a Cholesky factor I^3 / 3 and two solves 2 I^2 O
+             2 I^2 O, a Cholesky factor I^3 / 3 and two solves 2 I^2 O; where
+             the damping is chosen that product once more, and with each of
+             them factor, solves and another product
     teacher  its forward pass
 
 A forward pass is `budgets.flops` at the sequence length of the run. Selecting,
@@ -81,7 +83,11 @@ class Meter:
     self.spent['score'] += 4 * self._forward(cfg, extents)
 
   def repair(
-    self, cfg: structure.ModelConfig, repaired: Mapping[str, int], batches: int
+    self,
+    cfg: structure.ModelConfig,
+    repaired: Mapping[str, int],
+    batches: int,
+    tried: int = 0,
   ) -> None:
     """Counts one repair, on the tokens of so many batches.
 
@@ -90,6 +96,7 @@ class Meter:
       repaired: in how many layers what reads an input was refit, by the names
         of `repair.repair_model`.
       batches: each of the tokens of an update.
+      tried: dampings of which every matrix took one; 0: it was given.
     """
     tokens = batches * self._tokens
     head = cfg.G * cfg.H
@@ -103,9 +110,10 @@ class Meter:
     total = batches * (self._forward(cfg) - self._output(cfg))
     for name, layers in repaired.items():
       inputs, outputs = matrices[name]
-      total += layers * (
-        2 * tokens * inputs**2 + 4 * inputs**2 * outputs + inputs**3 // 3
-      )
+      product = 2 * inputs**2 * outputs
+      solve = inputs**3 // 3 + product
+      choice = product + tried * (solve + product) if tried else 0
+      total += layers * (2 * tokens * inputs**2 + product + solve + choice)
     self.spent['repair'] += total
 
   def _forward(self, cfg, extents=None) -> int:

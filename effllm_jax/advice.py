@@ -87,7 +87,7 @@ def damping(
   Args:
     step: of the prune that was repaired.
     fits: by the matrix's input, see `steps.repair_step`.
-    planned: damping of the config.
+    planned: the largest damping that was to be used.
   """
   lines = []
   for name, fit in fits.items():

@@ -24,6 +24,7 @@ from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import profiling
 from effllm_jax import pruning
+from effllm_jax import repair
 from effllm_jax import selection
 from effllm_jax import sharding
 from effllm_jax import sources
@@ -340,8 +341,10 @@ class Loop:
         self.cfg,
         {name: fit['layers'] for name, fit in fits.items()},
         self.config.repair.batches,
+        0 if plan.damping else len(repair.CANDIDATES),
       )
-      self._say(advice.damping(step, fits, plan.damping))
+      planned = plan.damping or max(repair.CANDIDATES)
+      self._say(advice.damping(step, fits, planned))
       repaired = {'repair': jax.tree.map(pruning.finite, fits)}
     self.trace.write(
       {

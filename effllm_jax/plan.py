@@ -43,7 +43,8 @@ class Plan:
     eval_every, checkpoint_every: in steps.
     recipe: what a training step does.
     teacher: when it speaks, one of `TEACHER`, if `recipe` has one.
-    damping: of the repair that follows a prune; None: no repair.
+    damping: of the repair that follows a prune, 0 where it is chosen for each
+      matrix; None: no repair.
     calibrate: whether trials scale the scores before a prune.
   """
 
@@ -386,13 +387,13 @@ def _check_ranges(config):
               'optimizer.decay_tokens', 'eval.tokens_per_domain'):  # fmt: skip
     _require(config, key, lambda v: v >= 0, 'at least 0')
   for key in ('optimizer.peak', 'optimizer.clip', 'distill.temperature',
-              'repair.damping', 'data.timeout'):  # fmt: skip
+              'data.timeout'):  # fmt: skip
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
     _require(config, key, lambda v: 0 <= v < 1, 'in [0, 1)')
   for key in ('distill.weight', 'optimizer.embedding'):
     _require(config, key, lambda v: 0 <= v <= 1, 'in [0, 1]')
-  for key in ('optimizer.end', 'optimizer.weight_decay'):
+  for key in ('optimizer.end', 'optimizer.weight_decay', 'repair.damping'):
     _require(config, key, lambda v: 0 <= v < math.inf, 'at least 0 and finite')
   for key, known in (
     ('init', INITS),
@@ -412,6 +413,14 @@ def _check_ranges(config):
       f'0 <= prune.begin_tokens {prune.begin_tokens:,} < prune.end_tokens '
       f'{prune.end_tokens:,} <= train.tokens {tokens:,} does not hold; change '
       'the three'
+    )
+  repair = config.repair
+  fitted = repair.batches * config.train.accumulate
+  if repair.enabled and not repair.damping and fitted < 2:
+    raise errors.InputError(
+      f'repair.damping {repair.damping:g} is chosen on one micro-batch of '
+      'several, and repair.batches 1 with train.accumulate 1 leaves none; set '
+      '--config.repair.batches=2, or a damping'
     )
   ramps = config.optimizer.warmup_tokens + config.optimizer.decay_tokens
   if ramps > config.train.tokens:

@@ -12,8 +12,10 @@ is over, so the error of the layer never rises, damped or not, on the tokens
 that were fitted. On others it can: with fewer tokens than a few times the
 inputs the fit learns the batch. Removing 5 % of SmolLM2-135M, 512 tokens with a
 damping of 0.1 leave 6 % of the layer error and make the held-out loss worse;
-with a damping of 10 they leave half of it and make it better. Of the damage of
-22 % at one stroke that mends 13 %, 4,096 tokens with a damping of 1 mend 25 %
+with a damping of 10 they leave half of it and make it better. A model of 3M, of
+fewer inputs, is best at 0.01 on 4,096 tokens where that one is at 1. So every
+matrix can choose its own (`choose`): what serves tokens best that were not
+fitted, which is what those figures were found to be by trying
 (BENCHMARKS.md, experiments/HYPOTHESES.md).
 
 `repair_model` does that for every matrix that loses inputs: wo (heads), w_down
@@ -58,6 +60,9 @@ _product, _dot = (
 )
 # Each retry multiplies the damping by 10: the last one is 1e8 times the first.
 _RETRIES = 8
+# What `choose` tries. The error on tokens that were not fitted is flat around
+# its minimum: on the small model 0.03 and 0.1 differ by 0.005 nats of 0.16.
+CANDIDATES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def gram(x: Array) -> Array:
@@ -111,19 +116,11 @@ def repair(
   w32_IO = w_IO.astype(jnp.float32)
   kept_w_IO = jnp.where(keep_I[:, None], w32_IO, 0)
   removed_w_IO = w32_IO - kept_w_IO
-  both_II = keep_I[:, None] & keep_I[None, :]
-  eye_II = jnp.eye(len(keep_I), dtype=jnp.float32)
   # In the rows R this is S_RP w_P; damping is diagonal and does not enter it.
   image_IO = _product(gram_II, removed_w_IO)
   lost_IO = jnp.where(keep_I[:, None], image_IO, 0)
-  squares_I = jnp.diagonal(gram_II)
-  scale = squares_I.sum() / jnp.maximum((squares_I > 0).sum(), 1)
-
-  def solve(damping):
-    damped_II = gram_II + damping * scale * eye_II
-    # Removed inputs become an identity block: their solution is 0.
-    factor = jax.scipy.linalg.cho_factor(jnp.where(both_II, damped_II, eye_II))
-    return jax.scipy.linalg.cho_solve(factor, lost_IO)
+  scale = _mean_square(gram_II)
+  solve = functools.partial(_solved, lost_IO, gram_II, keep_I)
 
   def failed(carry):
     _, change_IO, tries = carry
@@ -152,6 +149,45 @@ def repair(
   return (kept_w_IO + change_IO).astype(w_IO.dtype), fit
 
 
+def choose(
+  w_IO: Array, gram_II: Array, other_II: Array, keep_I: Array
+) -> Array:
+  """The damping of `CANDIDATES` that serves other tokens best, float32 [].
+
+  Args:
+    w_IO: the matrix; what nobody reads of its output is to be 0.
+    gram_II: of the tokens to fit.
+    other_II: of those whose error decides.
+    keep_I: bool, True = stays.
+  """
+  removed_w_IO = jnp.where(keep_I[:, None], 0, w_IO.astype(jnp.float32))
+  lost_IO = jnp.where(keep_I[:, None], _product(gram_II, removed_w_IO), 0)
+
+  def error(damping):
+    left_IO = _solved(lost_IO, gram_II, keep_I, damping) - removed_w_IO
+    error = _dot(left_IO, _product(other_II, left_IO))
+    return jnp.where(jnp.isfinite(error), error, jnp.inf)
+
+  candidates = jnp.asarray(CANDIDATES, jnp.float32)
+  return candidates[jnp.argmin(jax.lax.map(error, candidates))]
+
+
+def _solved(lost_IO, gram_II, keep_I, damping):
+  """(S + lambda I)^-1 of what was lost; 0 in the rows of removed inputs."""
+  both_II = keep_I[:, None] & keep_I[None, :]
+  eye_II = jnp.eye(len(keep_I), dtype=jnp.float32)
+  damped_II = gram_II + damping * _mean_square(gram_II) * eye_II
+  # Removed inputs become an identity block: their solution is 0.
+  factor = jax.scipy.linalg.cho_factor(jnp.where(both_II, damped_II, eye_II))
+  return jax.scipy.linalg.cho_solve(factor, lost_IO)
+
+
+def _mean_square(gram_II):
+  """Of an input that is not always 0."""
+  squares_I = jnp.diagonal(gram_II)
+  return squares_I.sum() / jnp.maximum((squares_I > 0).sum(), 1)
+
+
 def repair_model(
   params: structure.Params,
   masks: structure.Groups,
@@ -168,14 +204,17 @@ def repair_model(
   stem of all tokens and the Gram matrices of one layer. A type of which nothing
   was removed costs neither a Gram matrix nor a solve.
 
+  Where the damping is chosen, the last quarter of the micro-batches, the newest
+  of a run, decides for each matrix (`choose`); then all are fitted.
+
   Args:
     params: float32.
     masks: before the prune.
     new_masks: after it.
-    tokens_ABT: the micro-batches whose activations are fitted; more tokens fit
-      better.
+    tokens_ABT: the micro-batches whose activations are fitted, at least 2 where
+      the damping is chosen; more tokens fit better.
     cfg: the architecture of the arrays.
-    damping: as in `repair`.
+    damping: as in `repair`; 0: chosen.
     mesh: devices of the arrays; None: one.
 
   Returns:
@@ -183,10 +222,18 @@ def repair_model(
     were removed, and a `Fit` with leaves [N] for 'attn_in' (wq, wk, wv
     together), 'heads' (wo), 'ffn_in' (w_gate, w_up), 'ffn' (w_down), and with
     leaves [] for 'final' if the output matrix is untied.
+
+  Raises:
+    ValueError: the damping is to be chosen on a single micro-batch.
   """
+  if not damping and len(tokens_ABT) < 2:
+    raise ValueError('a damping is chosen on one micro-batch of at least two')
   compute = model.Compute(remat='none', mesh=mesh)
   layer = model.block(masks, tokens_ABT.shape[2], cfg, compute, taps=True)
   count = len(tokens_ABT)
+  # To which of S Gram matrices a micro-batch adds: the second one decides.
+  deciding = 0 if damping else max(count // 4, 1)
+  S, side_A = (2 if deciding else 1), jnp.arange(count) >= count - deciding
   narrower = (masks.stem & ~new_masks.stem).any()
   if mesh is None or mesh.shape['tensor'] > 1:
     # XLA splits a Gram matrix over `tensor`.
@@ -209,9 +256,17 @@ def repair_model(
     }
     removed = {name: (a & ~b).any() for name, (a, b) in inputs.items()}
 
-    def add(carry, x_BTD):
-      (sums, overlaps), before_BTD = carry, x_BTD
-      x_BTD, taps = layer(x_BTD, (w, heads_K, ffn_F))
+    # Which outputs are read afterwards.
+    read = {
+      'attn_in': (wide(new_heads_K), *[jnp.repeat(new_heads_K, cfg.H)] * 2),
+      'heads': (new_masks.stem,),
+      'ffn_in': (new_ffn_F, new_ffn_F),
+      'ffn': (new_masks.stem,),
+    }
+
+    def add(carry, scanned):
+      (sums, overlaps), (before_BTD, side) = carry, scanned
+      x_BTD, taps = layer(before_BTD, (w, heads_K, ffn_F))
       taps = dict(zip(inputs, taps, strict=True))
 
       def overlap():
@@ -230,8 +285,8 @@ def repair_model(
       sums = {
         name: jax.lax.cond(
           removed[name],
-          lambda s_BII, x: s_BII + grams_of_parts(x) / count,
-          lambda s_BII, x: s_BII,
+          lambda s_SBII, x: s_SBII.at[side].add(grams_of_parts(x) / count),
+          lambda s_SBII, x: s_SBII,
           sums[name],
           taps[name],
         )
@@ -241,22 +296,23 @@ def repair_model(
 
     zeros = {
       name: sharding.constrain(
-        jnp.zeros((parts, len(alive_I), len(alive_I))), 'BII', mesh
+        jnp.zeros((S, parts, len(alive_I), len(alive_I))), 'SBII', mesh
       )
       for name, (alive_I, _) in inputs.items()
     }
     (sums, overlaps), x_ABTD = jax.lax.scan(
-      add, (zeros, jnp.zeros((2, 2))), x_ABTD
+      add, (zeros, jnp.zeros((2, 2))), (x_ABTD, side_A.astype(int))
     )
-    grams = {name: _shared(s_BII.mean(0), mesh) for name, s_BII in sums.items()}
+    grams = {name: _shared(s.mean(1), mesh) for name, s in sums.items()}
     fits = {}
 
     def fixed(name, *matrices):
       """Matrices that read the same inputs share one solve."""
-      flat = [m.reshape(len(grams[name]), -1) for m in matrices]
+      flat = [m.reshape(len(inputs[name][0]), -1) for m in matrices]
       joined, fits[name] = _repaired(
-        jnp.concatenate(flat, axis=1), grams[name], *inputs[name], damping, mesh
-      )
+        jnp.concatenate(flat, axis=1), grams[name], *inputs[name],
+        jnp.concatenate(read[name]), damping, mesh,
+      )  # fmt: skip
       ends = np.cumsum([m.shape[1] for m in flat])[:-1]
       parts = jnp.split(joined, ends, axis=1)
       return [
@@ -290,20 +346,19 @@ def repair_model(
     layers=layers, final_norm=params.final_norm * _factor(overlap)
   )
   if params.unembed is not None:
-    gram_DD = jax.lax.cond(
-      narrower,
-      lambda x: _shared(gram(model.final_norm(x, params, masks, cfg)), mesh),
-      lambda x: jnp.zeros((cfg.D, cfg.D)),
-      x_ABTD,
+
+    def final_grams(x_ABTD):
+      final_ABTD = model.final_norm(x_ABTD, params, masks, cfg)
+      sides = jnp.split(final_ABTD, [count - deciding])[:S]
+      return jnp.stack([gram(x) * (len(x) / count) for x in sides])
+
+    grams_SDD = jax.lax.cond(
+      narrower, final_grams, lambda _: jnp.zeros((S, cfg.D, cfg.D)), x_ABTD
     )
     unembed, fits['final'] = _repaired(
-      params.unembed,
-      gram_DD,
-      masks.stem,
-      new_masks.stem,
-      damping,
-      mesh,
-    )
+      params.unembed, _shared(grams_SDD, mesh), masks.stem, new_masks.stem,
+      jnp.ones(cfg.V, bool), damping, mesh,
+    )  # fmt: skip
     repaired = repaired.replace(unembed=unembed)
   return repaired, fits
 
@@ -327,17 +382,19 @@ def _factor(overlap_2):
   return jnp.where(square > 0, product / jnp.where(square > 0, square, 1), 1)
 
 
-def _shared(gram_II, mesh):
+def _shared(grams, mesh):
   """Whole on every device: a factor is not computed in parts."""
-  return sharding.constrain(gram_II, 'II', mesh)
+  return sharding.constrain(grams, ' ' * grams.ndim, mesh)
 
 
-def _repaired(w_IO, gram_II, alive_I, keep_I, damping, mesh):
+def _repaired(w_IO, grams_SII, alive_I, keep_I, read_O, damping, mesh):
   """`repair`, or nothing at all where no live input is removed."""
 
   def some(w_IO):
     # What was dead before is not touched: its inputs are 0.
-    return repair(w_IO, gram_II, keep_I | ~alive_I, damping)
+    keep = keep_I | ~alive_I
+    chosen = damping or choose(jnp.where(read_O, w_IO, 0), *grams_SII, keep)
+    return repair(w_IO, grams_SII.sum(0), keep, chosen)
 
   def none(w_IO):
     zero = jnp.zeros((), jnp.float32)

@@ -2,12 +2,13 @@ r"""What the repair of the survivors gives back after one prune.
 
     python -m experiments.bench_repair \
       --config=experiments/configs/smollm2_135m.py \
-      [--seeds=3] [--share=0.05] [--damping=1,10]
+      [--seeds=3] [--share=0.05] [--damping=0,1,10]
 
 For each seed: scores from a few training batches, one uniform prune of --share
 of the parameters, and the held-out loss before it, after it, and after it with
-a repair on one and on all of these batches. Nothing is trained. The config
-says source, text, batch, kind of prices and floors; widths are not rounded.
+a repair on one and on all of these batches; with a damping of 0 every matrix
+chooses its own. Nothing is trained. The config says source, text, batch, kind
+of prices and floors; widths are not rounded.
 """
 
 from absl import flags
@@ -25,7 +26,9 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Text orders.', lower_bound=1)
 _SHARE = flags.DEFINE_float(
   'share', 0.05, 'Of the parameters to remove.', 0.0, 0.5
 )
-_DAMPING = flags.DEFINE_list('damping', ['1', '10'], 'Dampings to compare.')
+_DAMPING = flags.DEFINE_list(
+  'damping', ['0', '1', '10'], 'Dampings to compare; 0: chosen.'
+)
 _BATCHES = flags.DEFINE_integer(
   'batches', 4, 'Batches to score on, and of the larger repair.', lower_bound=2
 )
@@ -62,6 +65,16 @@ def main(argv: list[str]) -> None:
     dampings = [float(x) for x in _DAMPING.value]
   except ValueError as e:
     raise errors.InputError(f'--damping: {e}; give numbers') from e
+  if not all(0 <= x < float('inf') for x in dampings):
+    raise errors.InputError(
+      f'--damping={",".join(_DAMPING.value)} has a number below 0, or none; '
+      'give numbers of at least 0'
+    )
+  if 0 in dampings and config.data.batch_size < 2:
+    raise errors.InputError(
+      f'data.batch_size {config.data.batch_size}: a damping is chosen on one '
+      'sequence of several; set --config.data.batch_size=2, or --damping'
+    )
   cache = cli.CACHE.value
   source = sources.load_whole(config.source, cache, '--config.source')
   cfg, alive = source.cfg, structure.all_alive(source.cfg)
@@ -134,10 +147,11 @@ def main(argv: list[str]) -> None:
       + ', '.join(f'{t} {widths[t]:g}' for t in structure.TYPES)
     )
     variants = [('masked only', None, np.zeros((0, 0, 1)))]
+    # Every sequence is a micro-batch: a choice of damping asks for two.
     variants += [
-      (f'damping {damping:g}', damping, windows)
+      (f'damping {damping:g}' if damping else 'chosen', damping, windows)
       for damping in dampings
-      for windows in (np.stack(batches[:1]), np.stack(batches))
+      for windows in (batches[0][:, None], np.concatenate(batches)[:, None])
     ]
     for name, damping, windows in variants:
       if damping is None:

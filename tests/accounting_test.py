@@ -97,6 +97,11 @@ def test_a_repair_is_a_pass_and_what_its_matrices_need():
   # Layers of which nothing was removed are not solved.
   spent.repair(CFG, {'ffn': 1}, 1)
   assert spent.spent['repair'] == 3 * layers + (CFG.N + 1) * one
+  # Of five dampings each is fitted, and its error taken.
+  before = spent.spent['repair']
+  spent.repair(CFG, {'ffn': 1}, 1, 5)
+  tried = 2 * F**2 * D + 5 * (F**3 // 3 + 2 * F**2 * D + 2 * F**2 * D)
+  assert spent.spent['repair'] == before + layers + one + tried
   # As one batch of three times the tokens.
   several, large = meter(), meter(tokens=96)
   several.repair(CFG, {'ffn': CFG.N}, 3)

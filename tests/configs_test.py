@@ -114,6 +114,16 @@ def test_no_key_has_a_hidden_default():
     ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
     ({'optimizer.end': math.inf}, 'optimizer.end inf is not at least 0 and fi'),
     ({'optimizer.weight_decay': math.inf}, 'weight_decay inf is not at least'),
+    ({'repair.damping': -1.0}, 'repair.damping -1.0 is not at least 0'),
+    (
+      {
+        'repair.damping': 0.0,
+        'repair.batches': 1,
+        'train.accumulate': 1,
+        'prune.saliency': 'taylor1',
+      },
+      'one micro-batch of several, and repair.batches 1 .* leaves none; set',
+    ),
     ({'optimizer.embedding': 1.5}, r'embedding 1.5 is not in \[0, 1\]'),
     ({'init': 'random'}, 'embedding 0.0 would leave the .* set .*=1'),
     (

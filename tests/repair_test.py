@@ -122,6 +122,61 @@ def test_damping_is_raised_tenfold_until_there_is_a_factor():
     assert float(used.damping) == pytest.approx(want, rel=1e-5), asked
 
 
+def fitted_by_hand(S, w, keep, damping):
+  """What the survivors change by, float64, as `repair` has it."""
+  H = S + damping * np.diag(S).mean() * np.eye(len(S))
+  return np.linalg.solve(
+    H[np.ix_(keep, keep)], S[np.ix_(keep, ~keep)] @ w[~keep]
+  )
+
+
+@pytest.mark.parametrize('tokens', [6, 12, 30, 300])
+@pytest.mark.parametrize('seed', range(4))
+def test_the_damping_that_serves_other_tokens_best_is_chosen(seed, tokens):
+  x, w, keep = make_layer(seed, tokens=2 * tokens)
+  fitted, others = x[:tokens], x[tokens:]
+  S = fitted.T @ fitted / tokens
+  errors = []
+  for damping in repair.CANDIDATES:
+    change = fitted_by_hand(S, w, keep, damping)
+    left = others[:, keep] @ change - others[:, ~keep] @ w[~keep]
+    errors.append(np.square(left).sum())
+  grams = [repair.gram(jnp.asarray(part)) for part in (fitted, others)]
+  got = jax.jit(repair.choose)(w, *grams, keep)
+  assert float(got) == pytest.approx(repair.CANDIDATES[np.argmin(errors)])
+
+
+def test_few_tokens_choose_more_damping():
+  few, many = (
+    [
+      float(repair.choose(w, *(repair.gram(half) for half in halves), keep))
+      for x, w, keep in (make_layer(seed, tokens=tokens) for seed in range(20))
+      for halves in [np.split(jnp.asarray(x), 2)]
+    ]
+    for tokens in (12, 2000)
+  )
+  assert max(many) == repair.CANDIDATES[0] or np.median(many) < 0.1
+  assert np.median(few) >= 10 * np.median(many)
+
+
+def test_a_single_micro_batch_chooses_nothing():
+  cfg = conftest.make_config()
+  params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
+  with pytest.raises(ValueError, match='at least two'):
+    repair.repair_model(
+      params, masks, masks, np.zeros((1, 2, 8), np.int32), cfg, 0.0
+    )
+
+
+def test_a_damping_without_a_factor_is_not_chosen():
+  """Where the least that has one is 0.01 of the mean square."""
+  _, w, keep = make_layer(0)
+  squares = np.ones(len(w), np.float32)
+  squares[np.argmax(keep)] = -0.005
+  got = repair.choose(w, jnp.diag(squares), jnp.eye(len(w)), keep)
+  assert float(got) == pytest.approx(0.01)
+
+
 def test_one_compile_for_every_mask():
   x, w, _ = make_layer(3)
   gram = repair.gram(jnp.asarray(x))

@@ -24,6 +24,7 @@ from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import sharding
 from effllm_jax import steps
+from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
@@ -120,6 +121,22 @@ def training_steps():
     steps.train_step = whole
 
 
+def repaired(mesh):
+  """The leaves of a repair whose matrices choose their damping."""
+  # Copies, which the step may take.
+  params = conftest.copied(conftest.make_params(CFG))
+  windows = np.asarray(conftest.make_tokens(CFG, 32)).reshape(4, 8, -1)
+  if mesh:
+    params = sharding.put(params, sharding.params(params, mesh))
+    windows = sharding.put(windows, sharding.batches(mesh))
+  return jax.tree.leaves(
+    steps.repair_step(
+      params, structure.all_alive(CFG), conftest.make_masks(CFG, 9), windows,
+      cfg=CFG, damping=0.0, mesh=mesh,
+    )
+  )  # fmt: skip
+
+
 def on_eight_devices(root):
   """What the other process does and tells; imports of its own."""
   import collections
@@ -142,6 +159,7 @@ def on_eight_devices(root):
     gathers = collections.Counter(
       re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
     )
+    np.savez(root / f'repaired-{name}.npz', *repaired(sharding.make(*sizes)))
     state = state_lib.placed_state(params, CFG, tx, sharding.make(*sizes))
     arrays = jax.tree.leaves((state.params, state.opt_state))
     shard = sum(x.addressable_shards[0].data.nbytes for x in arrays)
@@ -368,6 +386,18 @@ def test_a_teacher_sends_no_logits_of_other_sequences(ran, mesh):
   logits = [tuple(x) for x in shapes if len(x) == 3 and x[-1] == CFG.V]
   own = (8 // (data * fsdp), 16, CFG.V)
   assert logits == ([own] if tensor > 1 else [])
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_eight_devices_choose_one_damping(ran, mesh):
+  """And fit with it, as one device does."""
+  root, *_ = ran
+  with np.load(root / f'repaired-{mesh}.npz') as kept:
+    got = [kept[name] for name in kept.files]
+  want = repaired(None)
+  assert len(got) == len(want) > 20
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, 2e-3, 2e-4)
 
 
 def test_a_repair_exchanges_the_sums_of_all_its_micro_batches(ran):

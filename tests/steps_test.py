@@ -11,6 +11,7 @@ import pytest
 from effllm_jax import distillation
 from effllm_jax import model
 from effllm_jax import optimizers
+from effllm_jax import repair
 from effllm_jax import saliency
 from effllm_jax import shrink
 from effllm_jax import state as state_lib
@@ -393,36 +394,51 @@ def test_distillation_mixes_the_gradients_by_its_weight(taught):
 DAMPING = 1e-2
 
 
-def repaired(params, masks, new_masks, tokens, cfg):
+def repaired(params, masks, new_masks, tokens, cfg, damping=DAMPING):
   """`repair_step` on two micro-batches, as numpy; it donates what it gets."""
   params, fits = steps.repair_step(
     conftest.copied(params), masks, new_masks,
-    tokens.reshape(2, -1, tokens.shape[-1]), cfg=cfg, damping=DAMPING,
+    tokens.reshape(2, -1, tokens.shape[-1]), cfg=cfg, damping=damping,
   )  # fmt: skip
   return jax.tree.map(np.asarray, params), fits
 
 
-def repaired_by_hand(w, x, old, new):
-  """Closed form in float64, over the tokens of a batch.
-
-  Returns:
-    The matrix in its own shape, and the mean squared change of an output
-    vector when its inputs are only masked, and when it is repaired.
-  """
-  flat, x = w.reshape(x.shape[-1], -1).astype(np.float64), as64(x)
-  x = x.reshape(-1, x.shape[-1])
-  gone = old & ~new
-  if not gone.any():
-    return w, 0.0, 0.0
+def fitted_by_hand(flat, x, old, gone, damping):
+  """Closed form in float64, over the tokens of x."""
   S = x.T @ x / len(x)
-  damped = S + DAMPING * np.diag(S)[old].mean() * np.eye(len(S))
+  damped = S + damping * np.diag(S)[old].mean() * np.eye(len(S))
   out = np.where(gone[:, None], 0, flat)
-  without = np.square(x @ (out - flat)).sum(-1).mean()
   out[~gone] += np.linalg.solve(
     damped[np.ix_(~gone, ~gone)], S[np.ix_(~gone, gone)] @ flat[gone]
   )
-  error = np.square(x @ (out - flat)).sum(-1).mean()
-  return out.reshape(w.shape), without, error
+  return out
+
+
+def chosen_by_hand(flat, x, old, gone, read):
+  """Fitted to the first of two micro-batches, judged by the second."""
+  fitted, others = np.split(x, 2)
+  errors = []
+  for damping in repair.CANDIDATES:
+    out = fitted_by_hand(flat, fitted, old, gone, damping)
+    errors.append(np.square(others @ (out - flat)[:, read]).sum())
+  return repair.CANDIDATES[np.argmin(errors)]
+
+
+def repaired_by_hand(flat, x, old, new, read, damping):
+  """A matrix over the tokens of a batch; damping 0: the chosen one.
+
+  Returns:
+    The matrix, the mean squared change of an output vector when its inputs are
+    only masked, that when it is repaired, and the damping.
+  """
+  flat, x = flat.astype(np.float64), as64(x).reshape(-1, len(flat))
+  gone = old & ~new
+  if not gone.any():
+    return flat, 0.0, 0.0, 0.0
+  damping = damping or chosen_by_hand(flat, x, old, gone, read)
+  out = fitted_by_hand(flat, x, old, gone, damping)
+  change = lambda out: np.square(x @ (out - flat)).sum(-1).mean()
+  return out, change(np.where(gone[:, None], 0, flat)), change(out), damping
 
 
 def norm_factor_by_hand(x, scale, old, new, cfg):
@@ -460,39 +476,52 @@ def norms_repaired_by_hand(params, taps, masks, new_masks, tokens, cfg):
   )
 
 
-def model_repaired_by_hand(params, masks, new_masks, tokens, cfg):
-  """Every matrix on the inputs that it has in the model before the prune."""
+def model_repaired_by_hand(params, masks, new_masks, tokens, cfg, damping):
+  """Every matrix on the inputs that it has in the model before the prune.
+
+  Returns:
+    The parameters, and by input the three numbers of `repaired_by_hand`: sums
+    of all layers, and the largest damping.
+  """
   _, taps = conftest.forward(params, masks, tokens[:, :-1], cfg=cfg, taps=True)
   params = norms_repaired_by_hand(params, taps, masks, new_masks, tokens, cfg)
   params, old, new = jax.tree.map(np.asarray, (params, masks, new_masks))
-  layers = jax.tree.map(np.copy, params.layers)
-  names = ('attn_in', 'heads', 'ffn_in', 'ffn')
-  errors = {name: np.zeros(2) for name in names}
+  layers, numbers = jax.tree.map(np.copy, params.layers), {}
 
-  def fix(name, weights, n, x, old, new):
-    for matrix in weights:
-      w = getattr(layers, matrix)
-      # Rows first: wo has three axes of inputs, the others one.
-      rows = x.reshape(*tokens[:, :-1].shape, -1)
-      w[n], *pair = repaired_by_hand(w[n], rows, old, new)
-      errors[name] += pair
+  def fix(name, weights, n, x, old, new, *read):
+    matrices = [getattr(layers, matrix)[n] for matrix in weights]
+    # Rows first: wo has three axes of inputs, the others one.
+    flat = [w.reshape(len(old), -1) for w in matrices]
+    out, *found = repaired_by_hand(
+      np.concatenate(flat, 1), x, old, new, np.concatenate(read), damping
+    )
+    ends = np.cumsum([w.shape[1] for w in flat])[:-1]
+    for w, part in zip(matrices, np.split(out, ends, 1), strict=True):
+      w[...] = part.reshape(w.shape)
+    numbers.setdefault(name, []).append(found)
 
   wide = lambda mask: np.repeat(mask, cfg.G * cfg.H)
   for n in range(cfg.N):
-    stem = (old.stem, new.stem)
-    fix('attn_in', ('wq', 'wk', 'wv'), n, taps.attn_in[n], *stem)
-    fix('heads', ('wo',), n, taps.heads[n],
-        wide(old.heads[n]), wide(new.heads[n]))  # fmt: skip
-    fix('ffn_in', ('w_gate', 'w_up'), n, taps.ffn_in[n], *stem)
-    fix('ffn', ('w_down',), n, taps.ffn[n], old.ffn[n], new.ffn[n])
+    heads, ffn, stem = new.heads[n], new.ffn[n], (old.stem, new.stem)
+    keys = np.repeat(heads, cfg.H)
+    fix('attn_in', ('wq', 'wk', 'wv'), n, taps.attn_in[n], *stem,
+        wide(heads), keys, keys)  # fmt: skip
+    fix('heads', ('wo',), n, taps.heads[n], wide(old.heads[n]), wide(heads),
+        new.stem)  # fmt: skip
+    fix('ffn_in', ('w_gate', 'w_up'), n, taps.ffn_in[n], *stem, ffn, ffn)
+    fix('ffn', ('w_down',), n, taps.ffn[n], old.ffn[n], ffn, new.stem)
   params = params.replace(layers=layers)
   if params.unembed is not None:
-    unembed, *pair = repaired_by_hand(
-      params.unembed, taps.final, old.stem, new.stem
-    )
-    errors['final'] = np.array(pair)
+    unembed, *found = repaired_by_hand(
+      params.unembed, taps.final, old.stem, new.stem, np.ones(cfg.V, bool),
+      damping,
+    )  # fmt: skip
+    numbers['final'] = [found]
     params = params.replace(unembed=unembed)
-  return params, errors
+  return params, {
+    name: (*np.sum(found, 0)[:2], max(x[2] for x in found))
+    for name, found in numbers.items()
+  }
 
 
 def further(cfg, masks, only=None):
@@ -518,12 +547,17 @@ def test_a_repair_of_nothing_keeps_every_bit(prune):
     assert {float(x) for x in jax.tree.leaves(fits)} == {0.0}
 
 
+@pytest.mark.parametrize('damping', [DAMPING, 0.0])
 @pytest.mark.parametrize('only', [None, *structure.TYPES])
-def test_repair_step_equals_the_closed_form_of_every_matrix(prune, only):
+def test_repair_step_equals_the_closed_form_of_every_matrix(
+  prune, only, damping
+):
   cfg, params, masks, tokens = prune
   new_masks = further(cfg, masks, only)
-  got, fits = repaired(params, masks, new_masks, tokens, cfg)
-  want, errors = model_repaired_by_hand(params, masks, new_masks, tokens, cfg)
+  got, fits = repaired(params, masks, new_masks, tokens, cfg, damping)
+  want, errors = model_repaired_by_hand(
+    params, masks, new_masks, tokens, cfg, damping
+  )
   conftest.check_close(got, want, 5e-3, 5e-4)
   assert fits.keys() == errors.keys()
   assert ('final' in fits) == (not cfg.tied)
@@ -532,7 +566,7 @@ def test_repair_step_equals_the_closed_form_of_every_matrix(prune, only):
     'ffn': {'ffn'},
     'stem': {'attn_in', 'ffn_in', 'final'},
   }
-  for name, (without, error) in errors.items():
+  for name, (without, error, used) in errors.items():
     fit = {key: float(x) for key, x in fits[name].items()}
     assert fit['error_without'] == pytest.approx(without, rel=1e-3)
     assert fit['error_with'] == pytest.approx(
@@ -541,7 +575,8 @@ def test_repair_step_equals_the_closed_form_of_every_matrix(prune, only):
     assert fit['error_with'] <= fit['error_without']
     touched = only is None or name in reads[only]
     assert (fit['error_without'] > 0) == touched
-    assert fit['damping'] == pytest.approx(DAMPING if touched else 0.0)
+    assert fit['damping'] == pytest.approx(used)
+    assert (used > 0) == touched
   if only in ('heads', 'ffn'):
     same = 'w_down' if only == 'heads' else 'wo'
     for name in ('wq', 'wk', 'wv', 'w_gate', 'w_up', same):
@@ -573,7 +608,8 @@ def test_norms_give_what_they_gave_though_the_stem_is_narrower(prune):
   assert (got.final_norm < params.final_norm).all()
 
 
-def test_a_repair_commutes_with_a_shrink(prune):
+@pytest.mark.parametrize('damping', [DAMPING, 0.0])
+def test_a_repair_commutes_with_a_shrink(prune, damping):
   """Dead slots, of which a narrow layer has many, weigh nothing in it."""
   cfg, params, masks, tokens = prune
   new_masks = further(cfg, masks)
@@ -587,8 +623,9 @@ def test_a_repair_commutes_with_a_shrink(prune):
     *(conftest.take_groups(x, kept) for x in (masks, new_masks)),
     tokens,
     small,
+    damping,
   )
-  whole, want = repaired(params, masks, new_masks, tokens, cfg)
+  whole, want = repaired(params, masks, new_masks, tokens, cfg, damping)
   conftest.check_close(got, conftest.take_params(whole, kept), 1e-4, 1e-5)
   # Errors are those of all outputs, dead ones too.
   for name, fit in fits.items():
@@ -596,18 +633,20 @@ def test_a_repair_commutes_with_a_shrink(prune):
       np.testing.assert_allclose(fit[key], want[name][key], rtol=1e-6)
 
 
-def test_a_repair_holds_the_activations_of_one_micro_batch():
+@pytest.mark.parametrize('damping', [DAMPING, 0.0])
+def test_a_repair_holds_the_activations_of_one_micro_batch(damping):
   """As a training step does, however many it fits."""
 
   def temporaries(count):
     params, masks = conftest.make_params(CFG), structure.all_alive(CFG)
     windows = jax.ShapeDtypeStruct((count, 4, 65), jnp.int32)
     compiled = steps.repair_step.lower(
-      params, masks, masks, windows, cfg=CFG, damping=DAMPING
+      params, masks, masks, windows, cfg=CFG, damping=damping
     ).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  assert temporaries(8) < 1.5 * temporaries(1)
+  fewest = 1 if damping else 2
+  assert temporaries(8 * fewest) < 1.5 * temporaries(fewest)
 
 
 def test_one_compile_repairs_after_every_prune(prune):

@@ -31,7 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.prune.every = 2
   config.prune.end_tokens = 30_720
   config.repair.enabled = False
-  # Where it is turned on, below: as in HYPOTHESES.md.
+  # Where it is turned on, below: as in HYPOTHESES.md, before dampings were
+  # chosen.
   config.repair.batches = 1
   config.repair.damping = 10.0
   config.distill.weight = 0.0

@@ -135,9 +135,10 @@ def get_config() -> ml_collections.ConfigDict:
   # Of how many updates, the newest: together some thousand tokens; 1 where an
   # update has as many.
   config.repair.batches = 8
-  # Share of the mean diagonal of the Gram matrix that is added to it: the fewer
-  # tokens, the more; 10 for 512 of them.
-  config.repair.damping = 1.0
+  # Share of the mean diagonal of the Gram matrix that is added to it. 0: every
+  # matrix takes what serves the newest quarter of these tokens best when it is
+  # fitted to the others; here 1, for a fifth more arithmetic of a repair.
+  config.repair.damping = 0.0
 
   config.distill = ml_collections.ConfigDict()
   # Weight of the divergence from the teacher in the loss; 0: no teacher.

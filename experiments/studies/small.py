@@ -93,7 +93,7 @@ def _base() -> ml_collections.ConfigDict:
   config.prune.multiple_of.stem = 16
   # 4,096 tokens, as many as the inputs of a matrix ask for.
   config.repair.batches = 4
-  config.repair.damping = 1.0
+  config.repair.damping = 0.0  # chosen
   # Few shrinks: each compiles for longer than it saves in a run this short.
   config.shrink.threshold = 0.25
   config.eval.every_tokens = 512_000
