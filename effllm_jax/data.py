@@ -109,15 +109,24 @@ class TrainIterator(grain.DatasetIterator):
     self._recent.append(batch)
     return batch
 
-  def recent(self) -> np.ndarray:
+  def recent(self, apart: float = 0.0) -> np.ndarray:
     """The newest batches joined, int32 [recent * rows, seq_len + 1].
 
     While fewer have been read, they are repeated to fill the shape. Restored
     with the state.
+
+    Args:
+      apart: share of the shape, at its end, that repeats nothing of the rest.
     """
     rows = np.concatenate(self._recent)
     count = self._recent.maxlen * len(self._recent[-1])
-    return np.resize(rows, (count, rows.shape[1]))
+    fill = lambda rows, count: np.resize(rows, (count, rows.shape[1]))
+    if len(rows) == count or len(rows) < 2 or not apart:
+      return fill(rows, count)
+    newest, end = max(round(apart * len(rows)), 1), round(apart * count)
+    return np.concatenate(
+      [fill(rows[:-newest], count - end), fill(rows[-newest:], end)]
+    )
 
   def _read(self) -> np.ndarray:
     if not self._timeout:

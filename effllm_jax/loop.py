@@ -395,8 +395,10 @@ class Loop:
 
   def _repaired_on(self) -> jax.Array:
     """The micro-batches of the newest batches, [A, B, T + 1]."""
-    rows = self.batches.recent()
     count = self.config.repair.batches * self.config.train.accumulate
+    # What decides on a damping must not be what is fitted.
+    apart = 0 if self.plan.damping else repair.deciding(count) / count
+    rows = self.batches.recent(apart)
     return sharding.put_batch(rows, count, self.mesh)
 
   def _say(self, lines: list[str]) -> None:

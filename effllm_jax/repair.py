@@ -172,6 +172,11 @@ def choose(
   return candidates[jnp.argmin(jax.lax.map(error, candidates))]
 
 
+def deciding(count: int) -> int:
+  """How many of so many micro-batches, the last ones, decide on a damping."""
+  return max(count // 4, 1)
+
+
 def _solved(lost_IO, gram_II, keep_I, damping):
   """(S + lambda I)^-1 of what was lost; 0 in the rows of removed inputs."""
   both_II = keep_I[:, None] & keep_I[None, :]
@@ -232,8 +237,8 @@ def repair_model(
   layer = model.block(masks, tokens_ABT.shape[2], cfg, compute, taps=True)
   count = len(tokens_ABT)
   # To which of S Gram matrices a micro-batch adds: the second one decides.
-  deciding = 0 if damping else max(count // 4, 1)
-  S, side_A = (2 if deciding else 1), jnp.arange(count) >= count - deciding
+  fitted = count if damping else count - deciding(count)
+  S, side_A = (1 if damping else 2), jnp.arange(count) >= fitted
   narrower = (masks.stem & ~new_masks.stem).any()
   if mesh is None or mesh.shape['tensor'] > 1:
     # XLA splits a Gram matrix over `tensor`.
@@ -349,7 +354,7 @@ def repair_model(
 
     def final_grams(x_ABTD):
       final_ABTD = model.final_norm(x_ABTD, params, masks, cfg)
-      sides = jnp.split(final_ABTD, [count - deciding])[:S]
+      sides = jnp.split(final_ABTD, [fitted])[:S]
       return jnp.stack([gram(x) * (len(x) / count) for x in sides])
 
     grams_SDD = jax.lax.cond(

@@ -217,6 +217,23 @@ def test_the_newest_batches_are_restored_with_the_state(built, bpe, workers):
     iterator.close()
 
 
+def test_a_share_of_the_newest_batches_repeats_nothing_of_the_rest(built, bpe):
+  """Of as many as asked for it is the end, of fewer their newest rows."""
+  iterator = batches(built, bpe, recent=8)
+  seen = []
+  for _ in range(10):
+    seen += [tuple(row) for row in next(iterator)]
+    held = seen[-32:]
+    rows = [tuple(row) for row in iterator.recent(0.25)]
+    rest, end = rows[:-8], rows[-8:]
+    assert len(rest) == 24 and not set(rest) & set(end)
+    newest = len(held) // 4
+    assert set(end) == set(held[-newest:]), len(seen)
+    assert set(rest) == set(held[:-newest]), len(seen)
+  assert rows == held
+  iterator.close()
+
+
 @pytest.mark.parametrize(
   ('name', 'value'),
   [
