@@ -71,6 +71,7 @@ def sweep() -> Iterator[dict[str, Any]]:
   batches = {'repair.batches': 8, 'repair.damping': 1.0}
   yield plain | repaired | batches | teacher
   yield repaired | batches
+  yield repaired | batches | {'repair.damping': 0.0}
   yield {}
   yield {'repair.enabled': True} | batches
   yield ragged
