@@ -10,6 +10,7 @@ import pytest
 from effllm_jax import accounting
 from effllm_jax import budgets
 from effllm_jax import checkpoints
+from effllm_jax import data
 from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
@@ -483,6 +484,32 @@ def test_a_teacher_with_another_vocabulary_is_refused(setting, tmp_path):
   remedy = "'typo' is not known; set --config.distill.teacher to smollm2-135m"
   with pytest.raises(errors.InputError, match=remedy):
     setting.run('no', **{'distill.weight': 1.0, 'distill.teacher': 'typo'})
+
+
+@pytest.mark.parametrize(('damping', 'share'), [(0.0, 0.25), (1.0, 0.0)])
+def test_what_decides_on_a_damping_is_not_what_is_fitted(
+  setting, monkeypatch, damping, share
+):
+  """Though a first prune comes before all batches that it asks for."""
+  asked, recent = [], data.TrainIterator.recent
+
+  def recorded(self, apart=0.0):
+    asked.append((apart, len(self._recent)))
+    return recent(self, apart)
+
+  monkeypatch.setattr(data.TrainIterator, 'recent', recorded)
+  done = setting.run(
+    f'apart-{damping:g}',
+    **BRIEF
+    | {
+      'repair.enabled': True,
+      'repair.batches': 8,
+      'repair.damping': damping,
+    },
+  )
+  shares, read = zip(*asked, strict=True)
+  assert {*shares} == {share} and min(read) < 8
+  assert [x for row in trace(done) for x in row.get('repair', [])]
 
 
 def test_uniform_bytes_and_a_whole_repair(setting):
