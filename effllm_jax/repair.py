@@ -238,7 +238,7 @@ def repair_model(
   count = len(tokens_ABT)
   # To which of S Gram matrices a micro-batch adds: the second one decides.
   fitted = count if damping else count - deciding(count)
-  S, side_A = (1 if damping else 2), jnp.arange(count) >= fitted
+  S, side_A = (1 if damping else 2), (jnp.arange(count) >= fitted).astype(int)
   narrower = (masks.stem & ~new_masks.stem).any()
   if mesh is None or mesh.shape['tensor'] > 1:
     # XLA splits a Gram matrix over `tensor`.
@@ -306,7 +306,7 @@ def repair_model(
       for name, (alive_I, _) in inputs.items()
     }
     (sums, overlaps), x_ABTD = jax.lax.scan(
-      add, (zeros, jnp.zeros((2, 2))), (x_ABTD, side_A.astype(int))
+      add, (zeros, jnp.zeros((2, 2))), (x_ABTD, side_A)
     )
     grams = {name: _shared(s.mean(1), mesh) for name, s in sums.items()}
     fits = {}

@@ -205,6 +205,20 @@ def copied(tree):
   return jax.tree.map(lambda x: jax.device_put(np.array(x)), tree)
 
 
+def refitted(w, x, keep, damping, alive=slice(None)):
+  """A matrix whose survivors are repaired over the tokens of x, float64.
+
+  In closed form; the damping is a share of the mean over the inputs alive.
+  """
+  S = x.T @ x / len(x)
+  H = S + damping * np.diag(S)[alive].mean() * np.eye(len(S))
+  out = np.where(keep[:, None], w, 0)
+  out[keep] += np.linalg.solve(
+    H[np.ix_(keep, keep)], S[np.ix_(keep, ~keep)] @ w[~keep]
+  )
+  return out
+
+
 def precisions(traced) -> set[str]:
   """Those of all products and both operands, on a TPU and on a GPU."""
   found = set()

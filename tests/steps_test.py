@@ -403,23 +403,12 @@ def repaired(params, masks, new_masks, tokens, cfg, damping=DAMPING):
   return jax.tree.map(np.asarray, params), fits
 
 
-def fitted_by_hand(flat, x, old, gone, damping):
-  """Closed form in float64, over the tokens of x."""
-  S = x.T @ x / len(x)
-  damped = S + damping * np.diag(S)[old].mean() * np.eye(len(S))
-  out = np.where(gone[:, None], 0, flat)
-  out[~gone] += np.linalg.solve(
-    damped[np.ix_(~gone, ~gone)], S[np.ix_(~gone, gone)] @ flat[gone]
-  )
-  return out
-
-
 def chosen_by_hand(flat, x, old, gone, read):
   """Fitted to the first of two micro-batches, judged by the second."""
   fitted, others = np.split(x, 2)
   errors = []
   for damping in repair.CANDIDATES:
-    out = fitted_by_hand(flat, fitted, old, gone, damping)
+    out = conftest.refitted(flat, fitted, ~gone, damping, old)
     errors.append(np.square(others @ (out - flat)[:, read]).sum())
   return repair.CANDIDATES[np.argmin(errors)]
 
@@ -436,7 +425,7 @@ def repaired_by_hand(flat, x, old, new, read, damping):
   if not gone.any():
     return flat, 0.0, 0.0, 0.0
   damping = damping or chosen_by_hand(flat, x, old, gone, read)
-  out = fitted_by_hand(flat, x, old, gone, damping)
+  out = conftest.refitted(flat, x, ~gone, damping, old)
   change = lambda out: np.square(x @ (out - flat)).sum(-1).mean()
   return out, change(np.where(gone[:, None], 0, flat)), change(out), damping
 

@@ -137,7 +137,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.repair.batches = 8
   # Share of the mean diagonal of the Gram matrix that is added to it. 0: every
   # matrix takes what serves the newest quarter of these tokens best when it is
-  # fitted to the others; here 1, for half as much arithmetic again of a repair.
+  # fitted to the others; mostly 1 here, for half as much arithmetic again as a
+  # repair with a number.
   config.repair.damping = 0.0
 
   config.distill = ml_collections.ConfigDict()
