@@ -70,7 +70,10 @@ def main(argv: list[str]) -> None:
       f'--damping={",".join(_DAMPING.value)} has a number below 0, or none; '
       'give numbers of at least 0'
     )
-  if 0 in dampings and config.data.batch_size < 2:
+  # A batch is what an update takes.
+  count = config.train.accumulate
+  sequences = config.data.batch_size * count
+  if 0 in dampings and sequences < 2:
     raise errors.InputError(
       f'data.batch_size {config.data.batch_size}: a damping is chosen on one '
       'sequence of several; set --config.data.batch_size=2, or --damping'
@@ -102,8 +105,8 @@ def main(argv: list[str]) -> None:
     state = state_lib.fresh_state(jax.tree.map(jnp.copy, params), cfg, tx)
     for windows in batches:
       state, _ = steps.train_step(
-        state, jnp.asarray(windows[None]), cfg=cfg, tx=tx, recipe=recipe,
-        score=True,
+        state, jnp.asarray(windows).reshape(count, -1, windows.shape[-1]),
+        cfg=cfg, tx=tx, recipe=recipe, score=True,
       )  # fmt: skip
     return state.prune.scores
 
@@ -131,7 +134,7 @@ def main(argv: list[str]) -> None:
     stream = data.train_iterator(
       *encoding,
       seq_len=config.data.seq_len,
-      batch_size=config.data.batch_size,
+      batch_size=sequences,
       seed=seed,
       weights=config.data.weights.to_dict(),
       workers=0,
