@@ -71,7 +71,8 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   found = {
     name: t.shape for name, t in tensors.items() if not read_already.get(name)
   }
-  weights.check_tensors(cfg, weights.GGUF, found, str(path))
+  expected = weights.file_shapes(cfg, weights.GGUF)
+  shapes = weights.check_tensors(expected, found, str(path))
   tokenizer = read_tokenizer(path, fields)
   bos, pad, *ends = (
     meta.get(key, int, least=0) if key in fields else None
@@ -113,7 +114,7 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
     chat_template=meta.text('tokenizer.chat_template'),
     tokenizer=tokenizer,
     params=(
-      weights.read_params(cfg, weights.GGUF, tensor, str(path))
+      weights.read_params(cfg, weights.GGUF, shapes, tensor, str(path))
       if params
       else None
     ),

@@ -66,7 +66,7 @@ def read(raw: dict[str, Any], file: str) -> structure.ModelConfig:
   """
   classes = raw.get('architectures') or [raw.get('model_type')]
   if classes not in [[c] for c in (*_CLASSES, *_CLASSES.values())]:
-    raise _refused(file, 'architectures', classes)
+    raise refused(file, 'architectures', classes)
   kind = _CLASSES.get(classes[0], classes[0])
   raw = _DEFAULTS[kind] | raw
   for key, allowed in _NEUTRAL.items():
@@ -74,30 +74,30 @@ def read(raw: dict[str, Any], file: str) -> structure.ModelConfig:
     if key == 'sliding_window' and kind.startswith('qwen'):
       continue
     if key in raw and raw[key] not in allowed:
-      raise _refused(file, key, raw[key])
+      raise refused(file, key, raw[key])
   layers = raw.get('layer_types') or []
   if not isinstance(layers, list) or any(x != 'full_attention' for x in layers):
-    raise _refused(file, 'layer_types', layers)
-  D = _number(file, raw, 'hidden_size')
-  heads = _number(file, raw, 'num_attention_heads')
-  K = _number(file, raw, 'num_key_value_heads', heads)
-  H = _number(file, raw, 'head_dim', max(D // heads, 1))
+    raise refused(file, 'layer_types', layers)
+  D = number(file, raw, 'hidden_size')
+  heads = number(file, raw, 'num_attention_heads')
+  K = number(file, raw, 'num_key_value_heads', heads)
+  H = number(file, raw, 'head_dim', max(D // heads, 1))
   if heads % K:
-    raise _refused(file, 'num_key_value_heads', K)
+    raise refused(file, 'num_key_value_heads', K)
   if H % 2:
-    raise _refused(file, 'head_dim', H)
+    raise refused(file, 'head_dim', H)
   theta, scaling = _rope(file, raw)
   return structure.ModelConfig(
-    V=_number(file, raw, 'vocab_size'),
+    V=number(file, raw, 'vocab_size'),
     D=D,
-    N=_number(file, raw, 'num_hidden_layers'),
+    N=number(file, raw, 'num_hidden_layers'),
     K=K,
     G=heads // K,
     H=H,
-    F=_number(file, raw, 'intermediate_size'),
-    context=_number(file, raw, 'max_position_embeddings'),
+    F=number(file, raw, 'intermediate_size'),
+    context=number(file, raw, 'max_position_embeddings'),
     rope_theta=theta,
-    norm_eps=float(_number(file, raw, 'rms_norm_eps', 1e-6, (int, float))),
+    norm_eps=float(number(file, raw, 'rms_norm_eps', 1e-6, (int, float))),
     tied=raw.get('tie_word_embeddings') is True,
     qkv_bias=kind == 'qwen2',
     qk_norm=kind == 'qwen3',
@@ -171,6 +171,38 @@ def rope(cfg: structure.ModelConfig) -> dict[str, Any]:
   }
 
 
+def number(
+  file: str,
+  raw: dict[str, Any],
+  key: str,
+  default: float | None = None,
+  kind: type | tuple[type, ...] = int,
+) -> float:
+  """A positive number of a config.json, or the default where it is absent.
+
+  Raises:
+    errors.InputError: it is no such number, or absent without a default.
+  """
+  value = default if raw.get(key) is None else raw[key]
+  if value is None:
+    raise errors.InputError(
+      f'{file}: {key} is missing; fetch the complete config.json again'
+    )
+  if isinstance(value, bool) or not isinstance(value, kind):
+    raise refused(file, key, value)
+  if not 0 < value <= structure.MOST[int if kind is int else float]:
+    raise refused(file, key, value)
+  return value
+
+
+def refused(file: str, key: str, value: Any) -> errors.InputError:
+  """The error to raise of a value that the block here cannot represent."""
+  return errors.InputError(
+    f'{file}: {key} = {json.dumps(value)} is not something that the block '
+    'here can represent; choose another source model'
+  )
+
+
 def _rope(file, raw):
   """The rotary base and what stretches it, or None.
 
@@ -183,52 +215,32 @@ def _rope(file, raw):
     if not rope:
       continue
     if not isinstance(rope, dict):
-      raise _refused(file, key, rope)
+      raise refused(file, key, rope)
     kind = rope.get('rope_type', rope.get('type', 'default'))
     known = {'rope_type', 'type', 'rope_theta'}
     if kind == 'llama3':
       known |= set(_SCALING.values())
     if kind not in ('default', 'llama3') or set(rope) - known:
-      raise _refused(file, key, rope)
+      raise refused(file, key, rope)
     scalings.add(_scaling(file, key, rope) if kind == 'llama3' else None)
     if 'rope_theta' in rope:
-      thetas.add(_number(file, rope, 'rope_theta', kind=(int, float)))
+      thetas.add(number(file, rope, 'rope_theta', kind=(int, float)))
   if 'rope_theta' in raw or not thetas:
-    thetas.add(_number(file, raw, 'rope_theta', 10_000.0, (int, float)))
+    thetas.add(number(file, raw, 'rope_theta', 10_000.0, (int, float)))
   if len(thetas) > 1:
-    raise _refused(file, 'rope_theta', sorted(thetas))
+    raise refused(file, 'rope_theta', sorted(thetas))
   if len(scalings) > 1:
-    raise _refused(file, 'rope_scaling', raw['rope_scaling'])
+    raise refused(file, 'rope_scaling', raw['rope_scaling'])
   return float(thetas.pop()), scalings.pop() if scalings else None
 
 
 def _scaling(file, key, rope):
   """Llama 3's scaling; refuses numbers that are no such thing."""
-  context = _number(file, rope, _SCALING['original_context'])
+  context = number(file, rope, _SCALING['original_context'])
   factor, low, high = (
-    float(_number(file, rope, _SCALING[field], kind=(int, float)))
+    float(number(file, rope, _SCALING[field], kind=(int, float)))
     for field in ('factor', 'low_freq_factor', 'high_freq_factor')
   )
   if not low < high:
-    raise _refused(file, key, rope)
+    raise refused(file, key, rope)
   return structure.RopeScaling(factor, low, high, context)
-
-
-def _number(file, raw, key, default=None, kind=int):
-  value = default if raw.get(key) is None else raw[key]
-  if value is None:
-    raise errors.InputError(
-      f'{file}: {key} is missing; fetch the complete config.json again'
-    )
-  if isinstance(value, bool) or not isinstance(value, kind):
-    raise _refused(file, key, value)
-  if not 0 < value <= structure.MOST[int if kind is int else float]:
-    raise _refused(file, key, value)
-  return value
-
-
-def _refused(file, key, value):
-  return errors.InputError(
-    f'{file}: {key} = {json.dumps(value)} is not something that the block '
-    'here can represent; choose another source model'
-  )

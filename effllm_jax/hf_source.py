@@ -12,6 +12,7 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  Registers bfloat16, which safetensors asks for.
 import numpy as np
 import safetensors
@@ -20,9 +21,12 @@ import tokenizers
 from effllm_jax import errors
 from effllm_jax import fetch
 from effllm_jax import hf_config
+from effllm_jax import hf_trimmed
+from effllm_jax import state
 from effllm_jax import structure
 from effllm_jax import untrusted
 from effllm_jax import weights
+from effllm_jax import widths
 
 _DTYPES = ('F64', 'F32', 'F16', 'BF16')
 _AGAIN = 'fetch it again'
@@ -50,7 +54,11 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
   raw = untrusted.read_json(
     folder / 'config.json', 'give a complete Hugging Face folder'
   )
-  cfg = hf_config.read(raw, str(folder / 'config.json'))
+  file, live = str(folder / 'config.json'), None
+  if raw.get('model_type') == hf_trimmed.MODEL_TYPE:
+    cfg, live = hf_trimmed.read_config(raw, file)
+  else:
+    cfg = hf_config.read(raw, file)
   files = _weight_files(folder)
   with contextlib.ExitStack() as stack:
     tensors = {}
@@ -77,17 +85,20 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
       sizes[part.get_dtype()] += 1
     if _has_tied_copy(cfg, tensors, found):
       del found[weights.HUGGING_FACE.unembed]
-    weights.check_tensors(cfg, weights.HUGGING_FACE, found, str(folder))
+    expected = weights.file_shapes(cfg, weights.HUGGING_FACE, live)
+    shapes = weights.check_tensors(expected, found, str(folder))
     arrays = (
       weights.read_params(
         cfg,
         weights.HUGGING_FACE,
+        shapes,
         lambda name: tensors[name].get_tensor(name),
         str(folder),
       )
       if params
       else None
     )
+  masks = live and widths.leading(live, cfg)
   tokenizer, chat_template = _tokenizer(folder)
   generation = folder / 'generation_config.json'
   stated = _object(generation)
@@ -120,6 +131,8 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     chat_template=chat_template,
     tokenizer=tokenizer,
     params=arrays,
+    masks=masks,
+    origin=masks and jax.tree.map(np.asarray, state.slots(cfg)),
     tokenizer_eos_id=None if eos_id in eos_ids[:1] else eos_id,
     generation=generation_settings(stated, str(generation)),
     licence_name=licence_name,

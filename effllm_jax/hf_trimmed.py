@@ -1,10 +1,12 @@
-"""Params -> tensors and config.json of `modeling_effllm`, each layer trimmed.
+"""Tensors and config.json of `modeling_effllm`: params with each layer trimmed.
 
 No stock class of transformers takes Llama layers of different widths, so the
-folder carries its own class.
+folder carries its own class. A model that was trained further in PyTorch comes
+back as a source: its config.json is read here, and its class never run.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -18,6 +20,12 @@ from effllm_jax import widths
 
 # The file to copy into the folder.
 MODELING = pathlib.Path(__file__).with_name('modeling_effllm.py')
+# As its class has it.
+MODEL_TYPE = 'effllm'
+_WIDTHS = {
+  'heads': 'num_key_value_heads_per_layer',
+  'ffn': 'intermediate_size_per_layer',
+}
 
 
 def config(model: weights.Source) -> dict[str, Any]:
@@ -26,7 +34,7 @@ def config(model: weights.Source) -> dict[str, Any]:
   live = widths.of_layers(widths.whole(model.masks, cfg))
   return {
     'architectures': ['EffllmForCausalLM'],
-    'model_type': 'effllm',
+    'model_type': MODEL_TYPE,
     'auto_map': {
       'AutoConfig': f'{MODELING.stem}.EffllmConfig',
       'AutoModelForCausalLM': f'{MODELING.stem}.EffllmForCausalLM',
@@ -36,8 +44,7 @@ def config(model: weights.Source) -> dict[str, Any]:
     'num_hidden_layers': cfg.N,
     'head_dim': cfg.H,
     'num_key_value_groups': cfg.G,
-    'num_key_value_heads_per_layer': live['heads'],
-    'intermediate_size_per_layer': live['ffn'],
+    **{key: live[t] for t, key in _WIDTHS.items()},
     'attention_bias': cfg.qkv_bias,
     'qk_norm': cfg.qk_norm,
     'rms_norm_eps': cfg.norm_eps,
@@ -45,6 +52,58 @@ def config(model: weights.Source) -> dict[str, Any]:
     'max_position_embeddings': cfg.context,
     'tie_word_embeddings': cfg.tied,
   }
+
+
+def read_config(
+  raw: dict[str, Any], file: str
+) -> tuple[structure.ModelConfig, dict[str, list[int]]]:
+  """The model that `config`, or transformers after it, has described.
+
+  Args:
+    raw: content of config.json.
+    file: named in errors.
+
+  Returns:
+    The architecture with all layers as wide as the widest one, and live heads
+    and feed-forward channels of every layer.
+
+  Raises:
+    errors.InputError: naming the key and the value that is no such model's.
+  """
+  live = {}
+  for t, key in _WIDTHS.items():
+    live[t] = raw.get(key)
+    if not isinstance(live[t], list) or not live[t]:
+      raise hf_config.refused(file, key, live[t])
+    for width in live[t]:
+      if width != 0 or isinstance(width, bool):
+        hf_config.number(file, {key: width}, key)
+  if len(live['heads']) != len(live['ffn']):
+    raise hf_config.refused(file, _WIDTHS['ffn'], live['ffn'])
+  flags = {}
+  for key in ('attention_bias', 'qk_norm'):
+    flags[key] = raw.get(key, False)
+    if not isinstance(flags[key], bool):
+      raise hf_config.refused(file, key, flags[key])
+  K, F = (max(1, *live[t]) for t in ('heads', 'ffn'))
+  groups = hf_config.number(file, raw, 'num_key_value_groups', 1)
+  # All else is said as a stock class does, but for what it means by silence.
+  stock = {'tie_word_embeddings': True, 'rms_norm_eps': 1e-5} | raw
+  for key in ('auto_map', 'attention_bias'):
+    stock.pop(key, None)
+  stock |= {
+    'architectures': ['LlamaForCausalLM'],
+    'num_hidden_layers': len(live['heads']),
+    'num_attention_heads': K * groups,
+    'num_key_value_heads': K,
+    'intermediate_size': F,
+  }
+  cfg = dataclasses.replace(
+    hf_config.read(stock, file),
+    qkv_bias=flags['attention_bias'],
+    qk_norm=flags['qk_norm'],
+  )
+  return cfg, live
 
 
 def tensors(model: weights.Source) -> Iterator[tuple[str, np.ndarray]]:

@@ -61,12 +61,18 @@ def fresh_prune_state(cfg: structure.ModelConfig) -> PruneState:
     masks=alive,
     scores=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), alive),
     count=jnp.zeros((), jnp.int32),
-    origin=jax.tree.map(
-      lambda m: jnp.broadcast_to(
-        jnp.arange(m.shape[-1], dtype=jnp.int32), m.shape
-      ),
-      alive,
+    origin=slots(cfg),
+  )
+
+
+def slots(cfg: structure.ModelConfig) -> structure.Groups:
+  """The `origin` of a model that is its own source, int32."""
+  return jax.tree.map(
+    lambda shape: jnp.broadcast_to(
+      jnp.arange(shape[-1], dtype=jnp.int32), shape
     ),
+    structure.group_shapes(cfg),
+    is_leaf=lambda x: isinstance(x, tuple),
   )
 
 

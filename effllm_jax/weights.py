@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -83,8 +84,8 @@ class Source:
     chat_template: Jinja template, or None.
     tokenizer: text to token ids.
     params: float32 numpy arrays, or None when only the rest was asked for.
-    masks: which groups of a model that a run has pruned are alive, numpy; None:
-      all of them.
+    masks: which groups of a model that was pruned are alive, numpy; None: all
+      of them.
     origin: for a pruned model, which group of the first source sits in each
       slot, numpy; None: its own.
     tokenizer_eos_id: what the tokenizer calls its eos token, where that is not
@@ -130,13 +131,33 @@ class Source:
 
 
 def file_shapes(
-  cfg: structure.ModelConfig, names: structure.Params
+  cfg: structure.ModelConfig,
+  names: structure.Params,
+  live: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """Yields the name and the file's shape of every tensor of a model."""
+  """Yields the name and the file's shape of every tensor of a model.
+
+  Args:
+    cfg: the architecture.
+    names: of a file format.
+    live: 'heads' and 'ffn' of every layer of a file that is as narrow in each
+      as that, and lacks a block of none; None: of one width, that of `cfg`.
+  """
+  blocks = {
+    getattr(names.layers, x): kind
+    for kind, parts in structure.BLOCKS.items()
+    for x in parts
+  }
   for letters, name in _table(structure.axes(cfg), names):
-    shape = _file_shape(letters, *cfg.shape(letters))
-    layers = range(cfg.N) if letters[0] == 'N' else [0]
-    yield from ((name.format(n=n), shape) for n in layers)
+    if letters[0] != 'N':
+      yield name, _file_shape(letters, *cfg.shape(letters))
+      continue
+    # As many as a header says: nothing is made of them before their turn.
+    for n in range(cfg.N):
+      K, F = (live['heads'][n], live['ffn'][n]) if live else (cfg.K, cfg.F)
+      if {'heads': K, 'ffn': F}[blocks[name]]:
+        layer = dataclasses.replace(cfg, N=1, K=K, F=F)
+        yield name.format(n=n), _file_shape(letters, *layer.shape(letters))
 
 
 def views(
@@ -159,14 +180,25 @@ def views(
 
 
 def check_tensors(
-  cfg: structure.ModelConfig,
-  names: structure.Params,
+  expected: Iterable[tuple[str, tuple[int, ...]]],
   found: Mapping[str, tuple[int, ...]],
   file: str,
-) -> None:
-  """Raises InputError where the tensors of a file are not those of `cfg`."""
-  expected = set()
-  for name, shape in file_shapes(cfg, names):
+) -> dict[str, tuple[int, ...]]:
+  """Checks that a file has the tensors that its architecture says.
+
+  Args:
+    expected: of `file_shapes`.
+    found: name and shape of every tensor of the file.
+    file: named in errors.
+
+  Returns:
+    Name and shape of every tensor.
+
+  Raises:
+    errors.InputError: one is missing, of another shape, or not expected.
+  """
+  shapes = {}
+  for name, shape in expected:
     if name not in found:
       raise errors.InputError(
         f'{file}: tensor {name} is missing, expected with shape {shape}; '
@@ -177,26 +209,40 @@ def check_tensors(
         f'{file}: tensor {name} has shape {tuple(found[name])}, its '
         f'architecture says {shape}; use weights and config of one model'
       )
-    expected.add(name)
-  extra = sorted(set(found) - expected)
+    shapes[name] = shape
+  extra = sorted(set(found) - set(shapes))
   if extra:
     raise errors.InputError(
       f'{file}: {len(extra)} tensors that the block here has no place for, '
       f'{extra[0]} among them; choose another source model'
     )
+  return shapes
 
 
 def read_params(
   cfg: structure.ModelConfig,
   names: structure.Params,
+  shapes: Mapping[str, tuple[int, ...]],
   read: Callable[[str], np.ndarray],
   file: str,
 ) -> structure.Params:
-  """Fills a parameter tree from `read(name)`, one tensor at a time."""
+  """Fills a parameter tree from `read(name)`, one tensor at a time.
+
+  Args:
+    cfg: the architecture.
+    names: of the file format.
+    shapes: of `check_tensors`. A narrower layer is read into the first slots of
+      its arrays; the others are 0.
+    read: a tensor as the file has it.
+    file: named in errors.
+  """
   params = jax.tree.map(
-    lambda leaf: np.empty(leaf.shape, np.float32), structure.shapes(cfg)
+    lambda leaf: np.zeros(leaf.shape, np.float32), structure.shapes(cfg)
   )
-  for name, view in views(params, names):
+  for name, whole in views(params, names):
+    if name not in shapes:
+      continue
+    view = whole[tuple(map(slice, shapes[name]))]
     view[...] = read(name)
     if not np.isfinite(view).all():
       raise errors.InputError(

@@ -6,6 +6,8 @@ file has one width for all layers, and may be added where a runtime is faster on
 a multiple of 32 or 64 than on what a run has found.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -23,6 +25,23 @@ def of_layers(masks: structure.Groups) -> dict[str, list[int]]:
   return {
     t: np.asarray(getattr(masks, t)).sum(-1).tolist() for t in ('heads', 'ffn')
   }
+
+
+def leading(
+  live: Mapping[str, Sequence[int]], cfg: structure.ModelConfig
+) -> structure.Groups | None:
+  """Masks (numpy) of layers whose survivors come first; None: all are alive.
+
+  Args:
+    live: as `of_layers`.
+    cfg: the architecture of the arrays.
+  """
+  masks = structure.Groups(
+    heads=np.arange(cfg.K) < np.array(live['heads'])[:, None],
+    ffn=np.arange(cfg.F) < np.array(live['ffn'])[:, None],
+    stem=np.ones(cfg.D, bool),
+  )
+  return None if masks.heads.all() and masks.ffn.all() else masks
 
 
 def occupied(masks: structure.Groups) -> list[int]:

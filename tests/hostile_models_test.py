@@ -236,6 +236,20 @@ def test_json_of_a_model(place, model, name):
   restore(folder, files)
 
 
+def test_config_of_trimmed_layers(tmp_path):
+  folder, live = tmp_path / 'trimmed', {'heads': [1], 'ffn': [3]}
+  model_files.trimmed(folder, hostile.TINY, live)
+  whole = (folder / 'config.json').read_bytes()
+
+  @hostile.fuzz(60)
+  @hypothesis.given(data=hostile.changed(json.loads(whole)))
+  def check(data):
+    (folder / 'config.json').write_bytes(data)
+    hostile.answer(lambda: sources.load(folder, tmp_path), folder)
+
+  check()
+
+
 @pytest.mark.parametrize('thing', hostile.THINGS)
 @pytest.mark.parametrize(
   'name',

@@ -14,9 +14,11 @@ import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
+from effllm_jax import hf_trimmed
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import weights
+from effllm_jax import widths
 
 CACHE = os.path.expanduser(os.path.join('~', '.cache', 'effllm_jax'))
 TEXT = 'In 1844 the lamp was lit; 12 men, 6 summers.\n\n  It burns  still.'
@@ -129,6 +131,32 @@ def hugging_face(folder, cfg=CFG, dtype=np.float32, shards=1, **changes):
     json.dumps({'metadata': {}, 'weight_map': index})
   )
   return folder
+
+
+def trimmed(folder, cfg, live, **changes):
+  """Writes a folder of trimmed layers; `changes` go over its config.json.
+
+  Args:
+    live: heads and channels of every layer, as `widths.of_layers`.
+    **changes: None: the key is left out.
+
+  Returns:
+    The model, with the arrays and masks that it has before.
+  """
+  model = weights.Source(
+    name='toy', description='toy', licence=None, sha256='0', dtype='F32',
+    cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=None,
+    chat_template=None, tokenizer=bpe(), params=random_params(cfg),
+    masks=widths.leading(live, cfg),
+  )  # fmt: skip
+  folder.mkdir()
+  config = hf_trimmed.config(model) | {'eos_token_id': 1} | changes
+  config = {k: v for k, v in config.items() if v is not None}
+  (folder / 'config.json').write_text(json.dumps(config))
+  sources.write_tokenizer(model, folder)
+  tensors = hf_trimmed.tensors(model)
+  sources.write_tensors(folder / 'model.safetensors', tensors)
+  return model
 
 
 def architecture(cfg):

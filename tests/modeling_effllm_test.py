@@ -14,6 +14,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from effllm_jax import hf_trimmed
+from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
@@ -149,6 +150,27 @@ def test_folder_is_the_masked_model(opened, name):
     for cache in (True, False)
   ]
   assert beams[0] == beams[1]
+
+
+@pytest.mark.parametrize('name', ['gqa-tied', 'layer-without-both'])
+def test_what_was_trained_further_in_pytorch_is_a_source(
+  opened, name, tmp_path
+):
+  made = make(name)
+  have = opened(made)
+  tokens = np.asarray(conftest.make_tokens(made.cfg, length=40))
+  ids = torch.tensor(tokens).long()
+  have.train()(ids, labels=ids).loss.backward()
+  torch.optim.SGD(have.parameters(), 0.1).step()
+  folder = tmp_path / 'again'
+  have.eval().save_pretrained(folder)
+  sources.write_tokenizer(made, folder)
+  found = sources.load(folder, model_files.CACHE)
+  assert widths.of_layers(found.masks) == widths.of_layers(made.masks)
+  mine, _ = conftest.forward(found.params, found.masks, tokens, found.cfg)
+  np.testing.assert_allclose(mine, logits(have, tokens), atol=1e-4)
+  before, _ = conftest.forward(made.params, made.masks, tokens, made.cfg)
+  assert np.abs(mine - before).max() > 0.01
 
 
 def test_cache_grows_by_chunks(opened):

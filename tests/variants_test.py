@@ -15,6 +15,7 @@ from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import finished
+from effllm_jax import hf_trimmed
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import overlap
@@ -27,6 +28,7 @@ from effllm_jax import sources
 from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import train
+from effllm_jax import widths
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
@@ -412,6 +414,36 @@ def test_a_family_goes_on_from_an_event(setting, everything, capsys):
   assert overlap.read(child).start == overlap.read(everything, 0).alive
   # And still works: an embedding row of the child is made of live channels.
   assert params.embed.shape == (cfg.V, cfg.D)
+
+
+def test_a_trimmed_export_goes_on_like_an_event(setting, everything):
+  """As it may have been trained further in PyTorch meanwhile."""
+  made, _ = finished.read(everything, 0)
+  folder = setting.root / 'trimmed'
+  folder.mkdir()
+  workdir_lib.write_json(folder / 'config.json', hf_trimmed.config(made))
+  sources.write_tokenizer(made, folder)
+  tensors = hf_trimmed.tensors(made)
+  sources.write_tensors(folder / 'model.safetensors', tensors)
+  changes = {'budget.target': 50_000.0, 'shrink.threshold': 0.9}
+  child = setting.run('on', **ALL | {'source': str(folder)} | changes)
+  start = sources.load(folder, '')
+  assert np.ptp(widths.of_layers(start.masks)['ffn']) > 0
+  # Its teacher is that folder: they agree before step 1.
+  first = runs.rows(child, 'train')[0]
+  assert first['divergence'] == pytest.approx(0, abs=1e-5)
+  tokens = conftest.make_tokens(start.cfg)
+  here, there = (
+    conftest.forward(x.params, x.masks, tokens, x.cfg)[0] for x in (start, made)
+  )
+  np.testing.assert_allclose(here, there, atol=1e-5)
+  log = runlog.read(child)
+  assert log.source_params() == selection.live_params(start.masks, start.cfg)
+  _, prune, cfg, _ = checkpoints.restore_params(child)
+  assert budgets.flops(cfg, 32).live(prune.masks) <= 50_000
+  began = overlap.read(child).start
+  for t, live in widths.of_layers(start.masks).items():
+    assert [sorted(x) for x in began[t]] == [list(range(k)) for k in live]
 
 
 def test_new_weights_in_a_ragged_shape(setting, everything):
