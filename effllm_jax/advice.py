@@ -80,7 +80,7 @@ def same_order(
 
 
 def damping(
-  step: int, fits: Mapping[str, Mapping[str, float]], planned: float
+  step: int, fits: Mapping[str, Mapping[str, Any]], planned: float
 ) -> list[str]:
   """Of every matrix that did not take the damping it was given.
 
@@ -91,11 +91,12 @@ def damping(
   """
   lines = []
   for name, fit in fits.items():
+    most = max(fit['damping'])
     # Tenfold at a time; float32 on the way back is not equal to the bit.
-    if fit['damping'] > 2 * planned:
+    if most > 2 * planned:
       how = (
-        f'needed damping {fit["damping"]:g}'
-        if math.isfinite(fit['damping'])
+        f'needed damping {most:g}'
+        if math.isfinite(most)
         else 'found no damping that works and left some layers as they were'
       )
       lines.append(f'repair after step {step}: {name} {how}')

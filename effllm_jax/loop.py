@@ -336,10 +336,10 @@ class Loop:
         self.state.params, prune.masks, masks, self._repaired_on()
       )
       self.state = self.state.replace(params=params)
-      fits = jax.tree.map(lambda x: x.item(), fits)
+      fits = jax.tree.map(lambda x: x.tolist(), fits)
       self.meter.repair(
         self.cfg,
-        {name: fit['layers'] for name, fit in fits.items()},
+        {n: sum(x > 0 for x in fit['damping']) for n, fit in fits.items()},
         self.config.repair.batches,
         0 if plan.damping else len(repair.CANDIDATES),
       )

@@ -285,17 +285,15 @@ def repair_step(
 
   Returns:
     The repaired parameters, and by input ('attn_in', 'heads', 'ffn_in', 'ffn',
-    'final'): `layers` (how many were refit), `damping` (the largest used),
-    `error_without` and `error_with` (sums over the layers); 0 where nothing was
-    removed.
+    'final'): `damping` (of every layer, [N], of 'final' [1]), `error_without`
+    and `error_with` (sums over the layers, []); 0 where nothing was removed.
   """
   params, fits = repair.repair_model(
     params, masks, new_masks, windows_ABT[..., :-1], cfg, damping, mesh
   )
   return sharding.constrain_params(params, mesh), {
     name: {
-      'layers': (fit.damping > 0).sum(),
-      'damping': fit.damping.max(),
+      'damping': jnp.atleast_1d(fit.damping),
       'error_without': fit.error_without.sum(),
       'error_with': fit.error_with.sum(),
     }

@@ -34,7 +34,8 @@ def test_text_that_comes_again_in_the_same_order_is_told():
 
 def test_a_repair_that_needed_more_damping_is_told():
   fits = {'attn_in': 0.0, 'heads': 1e-3, 'ffn_in': 0.1, 'ffn': math.inf}
-  said = advice.damping(7, {k: {'damping': v} for k, v in fits.items()}, 1e-3)
+  fits = {k: {'damping': [1e-3, v, 0.0]} for k, v in fits.items()}
+  said = advice.damping(7, fits, 1e-3)
   assert len(said) == 2
   assert said[0] == 'repair after step 7: ffn_in needed damping 0.1'
   assert 'ffn found no damping that works' in said[1]

@@ -470,7 +470,7 @@ def model_repaired_by_hand(params, masks, new_masks, tokens, cfg, damping):
 
   Returns:
     The parameters, and by input the three numbers of `repaired_by_hand`: sums
-    of all layers, and the largest damping.
+    of all layers, and the damping of each.
   """
   _, taps = conftest.forward(params, masks, tokens[:, :-1], cfg=cfg, taps=True)
   params = norms_repaired_by_hand(params, taps, masks, new_masks, tokens, cfg)
@@ -508,7 +508,7 @@ def model_repaired_by_hand(params, masks, new_masks, tokens, cfg, damping):
     numbers['final'] = [found]
     params = params.replace(unembed=unembed)
   return params, {
-    name: (*np.sum(found, 0)[:2], max(x[2] for x in found))
+    name: (*np.sum(found, 0)[:2], [x[2] for x in found])
     for name, found in numbers.items()
   }
 
@@ -533,7 +533,7 @@ def test_a_repair_of_nothing_keeps_every_bit(prune):
   for some in (masks, structure.all_alive(cfg)):
     got, fits = repaired(params, some, some, tokens, cfg)
     conftest.check_close(got, params, rtol=0, atol=0)
-    assert {float(x) for x in jax.tree.leaves(fits)} == {0.0}
+    assert not any(x.any() for x in jax.tree.leaves(fits))
 
 
 @pytest.mark.parametrize('damping', [DAMPING, 0.0])
@@ -556,7 +556,7 @@ def test_repair_step_equals_the_closed_form_of_every_matrix(
     'stem': {'attn_in', 'ffn_in', 'final'},
   }
   for name, (without, error, used) in errors.items():
-    fit = {key: float(x) for key, x in fits[name].items()}
+    fit = {key: x.tolist() for key, x in fits[name].items()}
     assert fit['error_without'] == pytest.approx(without, rel=1e-3)
     assert fit['error_with'] == pytest.approx(
       error, rel=1e-2, abs=1e-3 * without
@@ -565,7 +565,7 @@ def test_repair_step_equals_the_closed_form_of_every_matrix(
     touched = only is None or name in reads[only]
     assert (fit['error_without'] > 0) == touched
     assert fit['damping'] == pytest.approx(used)
-    assert (used > 0) == touched
+    assert any(used) == touched
   if only in ('heads', 'ffn'):
     same = 'w_down' if only == 'heads' else 'wo'
     for name in ('wq', 'wk', 'wv', 'w_gate', 'w_up', same):
@@ -618,8 +618,8 @@ def test_a_repair_commutes_with_a_shrink(prune, damping):
   conftest.check_close(got, conftest.take_params(whole, kept), 1e-4, 1e-5)
   # Errors are those of all outputs, dead ones too.
   for name, fit in fits.items():
-    for key in ('layers', 'damping'):
-      np.testing.assert_allclose(fit[key], want[name][key], rtol=1e-6)
+    used = want[name]['damping']
+    np.testing.assert_allclose(fit['damping'], used, rtol=1e-6)
 
 
 @pytest.mark.parametrize('damping', [DAMPING, 0.0])
