@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, safetensors, tokenizer.json.
 
+Of the stock classes of `hf_config`, and those that `hf_trimmed` describes.
 Python pickles (`pytorch_model.bin`) are never opened: reading one runs whatever
 code it contains.
 """

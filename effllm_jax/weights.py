@@ -140,8 +140,9 @@ def file_shapes(
   Args:
     cfg: the architecture.
     names: of a file format.
-    live: 'heads' and 'ffn' of every layer of a file that is as narrow in each
-      as that, and lacks a block of none; None: of one width, that of `cfg`.
+    live: 'heads' and 'ffn' of every layer, where the file is trimmed to them:
+      of a block of which nothing is left it has nothing, not even the norm.
+      None: all layers have the widths of `cfg`.
   """
   blocks = {
     getattr(names.layers, x): kind
