@@ -88,7 +88,8 @@ def read_config(
   K, F = (max(1, *live[t]) for t in ('heads', 'ffn'))
   groups = hf_config.number(file, raw, 'num_key_value_groups', 1)
   # All else is said as a stock class does, but for what it means by silence.
-  stock = {'tie_word_embeddings': True, 'rms_norm_eps': 1e-5} | raw
+  silence = {'tie_word_embeddings': True, 'rms_norm_eps': 1e-5, 'head_dim': 64}
+  stock = silence | raw
   for key in ('auto_map', 'attention_bias'):
     stock.pop(key, None)
   stock |= {

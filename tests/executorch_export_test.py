@@ -18,7 +18,7 @@ toys = pytest.importorskip('tests.modeling_effllm_test')
 def make(cfg=toys.UNTIED):
   cfg = dataclasses.replace(cfg, N=2)
   masks = toys.ragged(cfg, 0, no_heads=(0,), no_ffn=(1,))
-  return toys.source(cfg, model_files.random_params(cfg), masks)
+  return model_files.finished(cfg, model_files.random_params(cfg), masks)
 
 
 def test_agrees_with_the_model(tmp_path):

@@ -133,22 +133,32 @@ def hugging_face(folder, cfg=CFG, dtype=np.float32, shards=1, **changes):
   return folder
 
 
-def trimmed(folder, cfg, live, **changes):
-  """Writes a folder of trimmed layers; `changes` go over its config.json.
+def finished(cfg, params, masks=None):
+  """A model as an export takes it."""
+  return weights.Source(
+    name='toy', description='toy', licence=None, sha256='0', dtype='F32',
+    cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=None,
+    chat_template=None, tokenizer=bpe(), params=params, masks=masks,
+  )  # fmt: skip
 
-  Args:
-    live: heads and channels of every layer, as `widths.of_layers`.
-    **changes: None: the key is left out.
+
+def trimmed(folder, cfg, live, **changes):
+  """Writes random weights with such heads and channels of every layer.
 
   Returns:
     The model, with the arrays and masks that it has before.
   """
-  model = weights.Source(
-    name='toy', description='toy', licence=None, sha256='0', dtype='F32',
-    cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=None,
-    chat_template=None, tokenizer=bpe(), params=random_params(cfg),
-    masks=widths.leading(live, cfg),
-  )  # fmt: skip
+  masks = widths.leading(live, cfg)
+  model = finished(cfg, random_params(cfg), masks)
+  write_trimmed(model, folder, **changes)
+  return model
+
+
+def write_trimmed(model, folder, **changes):
+  """Writes a folder of trimmed layers; `changes` go over its config.json.
+
+  A key that is changed to None is left out.
+  """
   folder.mkdir()
   config = hf_trimmed.config(model) | {'eos_token_id': 1} | changes
   config = {k: v for k, v in config.items() if v is not None}
@@ -156,7 +166,6 @@ def trimmed(folder, cfg, live, **changes):
   sources.write_tokenizer(model, folder)
   tensors = hf_trimmed.tensors(model)
   sources.write_tensors(folder / 'model.safetensors', tensors)
-  return model
 
 
 def architecture(cfg):

@@ -5,13 +5,11 @@ with the same weights.
 """
 
 import dataclasses
-import json
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors_numpy
 
 from effllm_jax import hf_trimmed
 from effllm_jax import sources
@@ -26,16 +24,6 @@ transformers = pytest.importorskip('transformers', reason='opens the folder')
 modeling_effllm = pytest.importorskip('effllm_jax.modeling_effllm')
 
 CFG = dataclasses.replace(model_files.CFG, N=4, K=3)
-
-
-def source(cfg, params, masks=None) -> weights.Source:
-  """A finished model around random parameters."""
-  return weights.Source(
-    name='toy', description='toy', licence=None, sha256='0', dtype='F32',
-    cfg=cfg, separator_id=0, bos_id=None, eos_ids=(1,), pad_id=None,
-    chat_template=None, tokenizer=model_files.bpe(), params=params,
-    masks=masks,
-  )  # fmt: skip
 
 
 def ragged(cfg, seed=0, no_heads=(), no_ffn=()) -> structure.Groups:
@@ -64,22 +52,15 @@ SHAPES = {
 
 def make(name) -> weights.Source:
   cfg, no_heads, no_ffn = SHAPES[name]
-  return source(
+  return model_files.finished(
     cfg, model_files.random_params(cfg), ragged(cfg, 0, no_heads, no_ffn)
   )
 
 
 def write_folder(made, folder):
-  """What an export consists of, without the tokenizer."""
-  folder.mkdir()
-  config = hf_trimmed.config(made) | {'dtype': 'float32'}
-  (folder / 'config.json').write_text(json.dumps(config))
+  """What an export consists of."""
+  model_files.write_trimmed(made, folder, dtype='float32')
   shutil.copy(hf_trimmed.MODELING, folder)
-  safetensors_numpy.save_file(
-    {k: np.ascontiguousarray(x) for k, x in hf_trimmed.tensors(made)},
-    folder / 'model.safetensors',
-    metadata={'format': 'pt'},
-  )
   return folder
 
 
@@ -394,11 +375,33 @@ def test_stock_classes_with_the_same_weights(name):
   np.testing.assert_allclose(logits(ours, tokens, **kwargs), want, atol=1e-4)
 
 
+def test_what_a_config_does_not_say_is_what_its_class_means():
+  live = {
+    'num_key_value_heads_per_layer': [2, 1],
+    'intermediate_size_per_layer': [8, 0],
+  }
+  sizes = {
+    'hidden_size': 64, 'vocab_size': 320, 'max_position_embeddings': 512,
+  }  # fmt: skip
+  cfg, _ = hf_trimmed.read_config(live | sizes, 'config.json')
+  want = modeling_effllm.EffllmConfig(**live, **sizes)
+  said = {
+    'H': want.head_dim, 'G': want.num_key_value_groups,
+    'norm_eps': want.rms_norm_eps, 'tied': want.tie_word_embeddings,
+    'qkv_bias': want.attention_bias, 'qk_norm': want.qk_norm,
+    'rope_theta': want.rope_parameters['rope_theta'], 'rope_scaling': None,
+  }  # fmt: skip
+  assert {k: getattr(cfg, k) for k in said} == said
+  assert want.rope_parameters['rope_type'] == 'default'
+
+
 def test_config_says_what_a_block_has():
   cfg = dataclasses.replace(
     UNTIED, tied=True, rope_scaling=structure.RopeScaling(8.0, 1.0, 4.0, 64)
   )
-  made = source(cfg, model_files.random_params(cfg), ragged(cfg, 0, (1,), (2,)))
+  made = model_files.finished(
+    cfg, model_files.random_params(cfg), ragged(cfg, 0, (1,), (2,))
+  )
   config = hf_trimmed.config(made)
   assert config['rope_parameters'] == LLAMA3
   torch_model = modeling_effllm.EffllmForCausalLM(

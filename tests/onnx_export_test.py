@@ -30,7 +30,7 @@ SHAPES = {
 
 def make(name) -> weights.Source:
   cfg, masks = SHAPES[name]
-  return toys.source(cfg, model_files.random_params(cfg), masks)
+  return model_files.finished(cfg, model_files.random_params(cfg), masks)
 
 
 @pytest.fixture(scope='module', name='files')
@@ -130,7 +130,7 @@ def test_padding_changes_nothing(files):
 def test_no_layer_has_heads(tmp_path):
   cfg = dataclasses.replace(CFG, N=1)
   masks = toys.ragged(cfg, 0, no_heads=(0,))
-  made = toys.source(cfg, model_files.random_params(cfg), masks)
+  made = model_files.finished(cfg, model_files.random_params(cfg), masks)
   onnx_export.write(made, tmp_path / 'x.onnx')
   session = onnxruntime.InferenceSession(tmp_path / 'x.onnx')
   assert [x.name for x in session.get_outputs()] == ['logits']

@@ -15,7 +15,6 @@ from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import finished
-from effllm_jax import hf_trimmed
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import overlap
@@ -32,6 +31,7 @@ from effllm_jax import widths
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import model_files
 from tests import runs
 
 # Ragged with repair and distillation, priced and measured in FLOPs, falling in
@@ -423,11 +423,7 @@ def test_a_trimmed_export_goes_on_like_an_event(setting, everything):
   """As it may have been trained further in PyTorch meanwhile."""
   made, _ = finished.read(everything, 0)
   folder = setting.root / 'trimmed'
-  folder.mkdir()
-  workdir_lib.write_json(folder / 'config.json', hf_trimmed.config(made))
-  sources.write_tokenizer(made, folder)
-  tensors = hf_trimmed.tensors(made)
-  sources.write_tensors(folder / 'model.safetensors', tensors)
+  model_files.write_trimmed(made, folder)
   changes = {'budget.target': 50_000.0, 'shrink.threshold': 0.9}
   child = setting.run('on', **ALL | {'source': str(folder)} | changes)
   start = sources.load(folder, '')
