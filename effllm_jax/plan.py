@@ -220,7 +220,8 @@ def make(
   else:
     schedule = _schedule(config.prune, start, cost.units(config.budget.target))
     even = {t: int(np.min(w)) for t, w in widths.items() if t not in ragged}
-    _check_target(source, rules, cost, schedule, even)
+    target = schedule.target
+    rules_lib.check_target(source, rules, cost, target, even, start)
   if ragged and rules.policy == 'uniform':
     raise errors.InputError(
       f"prune.policy 'uniform' cannot go on from a source whose layers differ "
@@ -287,16 +288,6 @@ def _schedule(prune, start, target) -> schedules.Schedule:
     stages=prune.stages,
     rest=prune.rest,
   )
-
-
-def _check_target(source, rules, cost, schedule, live):
-  start, target = schedule.start, schedule.target
-  rules_lib.check_target(source, rules, cost, target, live)
-  if target >= start:
-    raise errors.InputError(
-      f'budget.target {cost.text(target)} is not below the {cost.text(start)} '
-      'that are alive in the source model; set --config.budget.target'
-    )
 
 
 def _check_blocks(rules, widths):

@@ -62,6 +62,7 @@ def check_target(
   cost: budgets.Cost,
   target: int,
   live: Mapping[str, int] | None = None,
+  start: int | None = None,
 ) -> None:
   """Checks that a model of `cfg` can be pruned to `target`, in budget units.
 
@@ -72,6 +73,7 @@ def check_target(
     target: of the budget.
     live: what is alive of every layer, by type, where that is less; a type
       whose layers differ is not in it.
+    start: size of what is alive, in units of the budget, where that is less.
 
   Raises:
     errors.InputError: it cannot; the message has the config's key to change.
@@ -105,13 +107,13 @@ def check_target(
         f"is {rounded}, above the source model's {alive}; set "
         f'--config.prune.floors.{name}'
       )
-  dense = cost.of_config(cfg)
+  start = cost.of_config(cfg) if start is None else start
   heads, ffn, stem = rules.smallest()
   least = cost.of_config(dataclasses.replace(cfg, K=heads, F=ffn, D=stem))
-  if target >= dense:
+  if target >= start:
     raise errors.InputError(
       f"budget.target {cost.text(target)} is not below the source model's "
-      f'{cost.text(dense)}; set --config.budget.target'
+      f'{cost.text(start)}; set --config.budget.target'
     )
   if target < least:
     raise errors.InputError(

@@ -75,6 +75,18 @@ def test_a_width_of_the_source_is_not_too_much(floors, multiple_of):
     rules_lib.check_target(cfg, rules, cost, dense)
 
 
+def test_a_target_above_what_is_alive_is_told_that_size():
+  """Of a source with dead groups, whose arrays are larger."""
+  cfg = conftest.make_config(K=2, F=20, D=12)
+  cost = budgets.params(cfg)
+  rules = rules_lib.Rules('ragged', (1, 1, 1), (1, 1, 1), True)
+  start = cost.of_config(cfg) - 100
+  rules_lib.check_target(cfg, rules, cost, start - 1, start=start)
+  for target in (start, start + 50, start + 1000):
+    with pytest.raises(errors.InputError, match=rf"model's {start:,} param"):
+      rules_lib.check_target(cfg, rules, cost, target, start=start)
+
+
 def test_the_size_at_the_floors_is_within_reach():
   cfg = conftest.make_config(K=2, F=20, D=12)
   cost = budgets.params(cfg)
