@@ -31,12 +31,9 @@ _GATHERED = ('sharding_constraint', 'reshape')
 # layer of 4.2 MB on a mesh of 8.
 _POLICIES = {
   'none': lambda primitive, *_, **__: primitive.name not in _GATHERED,
-  'dots': jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    lambda primitive, *_, **fields: (
-      # By name alone jax 0.10 would run a kernel again, for nothing.
-      fields.get('name') == kernels.PRODUCT or primitive.name == 'pallas_call'
-    ),
+  'dots': lambda primitive, *_, **fields: (
+    # By name alone jax 0.10 would run a kernel again, for nothing.
+    fields.get('name') == kernels.PRODUCT or primitive.name == 'pallas_call'
   ),
   'full': jax.checkpoint_policies.nothing_saveable,
 }

@@ -223,20 +223,39 @@ def products(jaxpr):
   return count
 
 
+def gradient(name, remat):
+  """The jaxpr of a gradient, by an implementation."""
+  cfg = conftest.make_config(D=64, H=32, F=128)
+  compute = model.Compute(dtype='bfloat16', remat=remat, kernels=name)
+  loss = functools.partial(model.loss, cfg=cfg, compute=compute)
+  return jax.make_jaxpr(jax.grad(loss))(
+    structure.shapes(cfg),
+    structure.all_alive(cfg),
+    jax.ShapeDtypeStruct((4, 65), jnp.int32),
+  ).jaxpr
+
+
 @pytest.mark.parametrize('name', kernels.IMPLEMENTATIONS)
 def test_remat_of_dots_repeats_no_product_with_weights(name):
-  cfg = conftest.make_config(D=64, H=32, F=128)
-  windows = jax.ShapeDtypeStruct((4, 65), jnp.int32)
+  none, dots, full = (
+    products(gradient(name, remat)) for remat in ('none', 'dots', 'full')
+  )
+  assert dots == none < full
 
-  def count(remat):
-    compute = model.Compute(dtype='bfloat16', remat=remat, kernels=name)
-    loss = functools.partial(model.loss, cfg=cfg, compute=compute)
-    traced = jax.make_jaxpr(jax.grad(loss))(
-      structure.shapes(cfg), structure.all_alive(cfg), windows
+
+@pytest.mark.parametrize('name', kernels.IMPLEMENTATIONS)
+def test_remat_of_dots_keeps_these_products_and_nothing_else(name):
+  """Not those of every branch of a bucket, which were more than with 'none'."""
+
+  def kept(name, remat):
+    forward = next(
+      x for x in gradient(name, remat).eqns if x.primitive.name == 'scan'
     )
-    return products(traced.jaxpr)
+    return sum(x.aval.size * x.aval.dtype.itemsize for x in forward.outvars)
 
-  assert count('dots') == count('none') < count('full')
+  none, dots, full = (kept(name, remat) for remat in ('none', 'dots', 'full'))
+  assert full < dots < none
+  assert dots == kept('xla', 'dots')
 
 
 @pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
