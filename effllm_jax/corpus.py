@@ -8,8 +8,10 @@ nothing that was downloaded is ever imported or run.
 
 import codecs
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -34,12 +36,14 @@ Document = documents_lib.Document
 
 # Part of every dataset's key: raise it when a reader or the split changes, so
 # that a cache built by older code is not taken for the new one.
-RECIPE = 4
+RECIPE = 5
 # Of 'pypi', for which everything since has given the same documents.
 _PYPI_RECIPE = 1
 # Seconds in which a file may be written twice and have one time: file systems
 # count them in steps of up to so many.
 _SETTLED = 2.0
+# Bytes of text that are read at a time, or about as many.
+_BLOCK = 2**18
 _UNREADABLE = 'make it readable or move it away'
 
 
@@ -58,8 +62,8 @@ class Text(tfds.core.GeneratorBasedBuilder):
   # does not require on Python 3.11; there are none.
   code_path = None
 
-  def __init__(self, *, splits: dict[str, list[Document]], **kwargs):
-    """`splits`: the documents to write, by split name."""
+  def __init__(self, *, splits: dict[str, Iterable[Document]], **kwargs):
+    """`splits`: the documents to write, by split name; iterated over once."""
     self._documents = splits
     super().__init__(**kwargs)
 
@@ -91,10 +95,10 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   The folder is keyed by what went in, so a second call is instant and a
   changed folder is built anew. It holds the ArrayRecord files and
   `manifest.json` (where the text comes from, what each split holds, what was
-  dropped). One process of those that share a cache builds it, with all
-  documents of a set in its memory; the others wait. A text is read again, to be
-  compared, where its files are no longer those that lay there: by name, size,
-  times and inode.
+  dropped). One process of those that share a cache builds it; the others wait.
+  It reads a folder several times, a document at a time. A text is read again,
+  to be compared, where its files are no longer those that lay there: by name,
+  size, times and inode.
 
   Args:
     text: `'pypi'`; `'debian'`, which adds the packages of DEBIAN through
@@ -157,7 +161,7 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
           'what is read are .txt and .jsonl files, and links to such',
           text, len(others), others[0],
         )  # fmt: skip
-      documents = [*_user_documents(text, label, files, digests)]
+      documents = _Folder(text, label, files, digests)
       return documents, {'packages': [], 'files': digests}
 
     _build(final, label, read)
@@ -195,7 +199,7 @@ def _turn(root: pathlib.Path, label: str) -> Iterator[None]:
 def _build(
   final: pathlib.Path,
   label: str,
-  read: Callable[[], tuple[list[Document], dict]],
+  read: Callable[[], tuple[Iterable[Document], dict]],
 ) -> None:
   """Writes a dataset where there is none.
 
@@ -286,51 +290,90 @@ def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
   return packages_lib.sha256(json.dumps([RECIPE, label, rows]).encode())[:16]
 
 
-def _user_documents(
-  text: str,
-  label: str,
-  files: dict[str, pathlib.Path],
-  digests: dict[str, str],
-) -> Iterator[Document]:
-  """Documents of a user's folder, of which one file at a time is read."""
-  found = False
-  for name, source in files.items():
-    path = pathlib.Path(text, name)
-    data = untrusted.read(source, _UNREADABLE)
-    if packages_lib.sha256(data) != digests[name]:
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+  """The documents of a user's folder, read again in every iteration.
+
+  Attributes:
+    text: the folder, as the user calls it.
+    label: its name.
+    files: what to read, by path within it.
+    digests: SHA-256 of each, which is to be the same every time.
+  """
+
+  text: str
+  label: str
+  files: dict[str, pathlib.Path]
+  digests: dict[str, str]
+
+  def __iter__(self) -> Iterator[Document]:
+    found = False
+    for name in self.files:
+      rows = self._txt if _suffix(pathlib.Path(name)) == '.txt' else self._jsonl
+      for row in rows(name):
+        body = row.text.replace('\r\n', '\n').strip()
+        if body:
+          found = True
+          yield row._replace(text=body)
+    if not found:
       raise errors.InputError(
-        f'{path} has changed while it was read; run again once it is written'
+        f'{self.text} holds no text; put .txt files (one document each) or '
+        '.jsonl files (one a line, key "text") into it, or set '
+        '--config.data.text'
       )
-    parts = pathlib.PurePath(name).parts
-    domain = parts[0] if len(parts) > 1 else label
-    try:
-      content = data.decode('utf-8-sig')
-    except UnicodeDecodeError as e:
-      line = data.count(b'\n', 0, e.start) + 1
-      marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-      coding = 'utf-16' if data.startswith(marks) else 'latin1'
+
+  def _txt(self, name: str) -> Iterator[Document]:
+    data = untrusted.read(self.files[name], _UNREADABLE)
+    self._check(name, hashlib.sha256(data))
+    text = _decoded(data, pathlib.Path(self.text, name), 1)
+    yield Document(self._domain(name), name, text)
+
+  def _jsonl(self, name: str) -> Iterator[Document]:
+    path, domain = pathlib.Path(self.text, name), self._domain(name)
+    digest = hashlib.sha256()
+    with untrusted.opened(self.files[name], _UNREADABLE) as file:
+      for i, line in enumerate(file, 1):
+        digest.update(line)
+        try:
+          content = _decoded(line, path, i)
+          row = content.strip() and _row(
+            f'{path}:{i}',
+            content.removesuffix('\n'),
+            Document(domain, f'{name}:{i}', ''),
+          )
+        except errors.InputError:
+          # Of a file that is still being written, that is what is wrong.
+          digest.update(file.read())
+          self._check(name, digest)
+          raise
+        if row:
+          yield row
+    self._check(name, digest)
+
+  def _domain(self, name: str) -> str:
+    folder, *rest = pathlib.PurePath(name).parts
+    return folder if rest else self.label
+
+  def _check(self, name: str, found: 'hashlib._Hash') -> None:
+    if found.hexdigest() != self.digests[name]:
       raise errors.InputError(
-        f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '
-        f'file with: iconv -f {coding} -t utf-8'
-      ) from e
-    if _suffix(path) == '.txt':
-      rows = [Document(domain, name, content)]
-    else:
-      rows = [
-        _row(f'{path}:{i}', line, Document(domain, f'{name}:{i}', ''))
-        for i, line in enumerate(content.split('\n'), 1)
-        if line.strip()
-      ]
-    for row in rows:
-      body = row.text.replace('\r\n', '\n').strip()
-      if body:
-        found = True
-        yield row._replace(text=body)
-  if not found:
+        f'{pathlib.Path(self.text, name)} has changed while it was read; run '
+        'again once it is written'
+      )
+
+
+def _decoded(data: bytes, path: pathlib.Path, line: int) -> str:
+  """The text of a file, or of one line of it."""
+  try:
+    return data.decode('utf-8-sig' if line == 1 else 'utf-8')
+  except UnicodeDecodeError as e:
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    coding = 'utf-16' if data.startswith(marks) else 'latin1'
+    line += data.count(b'\n', 0, e.start)
     raise errors.InputError(
-      f'{text} holds no text; put .txt files (one document each) or .jsonl '
-      'files (one a line, key "text") into it, or set --config.data.text'
-    )
+      f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '
+      f'file with: iconv -f {coding} -t utf-8'
+    ) from e
 
 
 def _row(where: str, line: str, default: Document) -> Document:
@@ -349,8 +392,10 @@ def _row(where: str, line: str, default: Document) -> Document:
   return default._replace(domain=domain, text=row['text'])
 
 
-def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
-  """Writes the records and the manifest of a dataset."""
+def _write(
+  folder: pathlib.Path, splits: dict[str, Iterable[Document]], notes: dict
+) -> None:
+  """Writes the records, and then the manifest of a dataset."""
   tfds.disable_progress_bar()
   builder = Text(
     splits=splits,
@@ -362,17 +407,18 @@ def _write(folder: pathlib.Path, splits: dict[str, list[Document]], notes):
     local = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(download_config=local)
   shutil.rmtree(folder / 'downloads', ignore_errors=True)  # empty
-  counts = {x: {} for x in sorted({d.domain for d in splits['train']})}
-  content = hashlib.sha256()
+  counts, content = {}, hashlib.sha256()
   for split in splits:
-    sizes = {domain: [] for domain in counts}
     # Read back: the order on disk is TFDS's own.
-    for row in map(as_document, source(folder, split)):
+    for row in documents(folder, split):
       content.update(json.dumps([split, *row]).encode())
-      sizes[row.domain].append(row.size)
-    for domain, found in sizes.items():
-      counts[domain][split] = {'documents': len(found), 'bytes': sum(found)}
-  facts = {'digest': content.hexdigest(), 'domains': counts, **notes}
+      of_domain = counts.setdefault(row.domain, {}).setdefault(
+        split, {'documents': 0, 'bytes': 0}
+      )
+      of_domain['documents'] += 1
+      of_domain['bytes'] += row.size
+  domains = dict(sorted(counts.items()))
+  facts = {'digest': content.hexdigest(), 'domains': domains, **notes}
   (folder / 'manifest.json').write_text(
     json.dumps(facts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
   )
@@ -401,6 +447,19 @@ def source(data_dir: str | os.PathLike, split: str):
   """Random access to the records of a split, through TFDS."""
   folder = pathlib.Path(data_dir) / Text.name / str(Text.VERSION)
   return tfds.builder_from_directory(folder).as_data_source(split=split)
+
+
+def documents(data_dir: str | os.PathLike, split: str) -> Iterator[Document]:
+  """All documents of a split in their order, of which some are in memory."""
+  records = source(data_dir, split)
+  start, count = 0, 1
+  while start < len(records):
+    # Read one by one they take five times as long.
+    stop = min(start + count, len(records))
+    block = records.__getitems__([*range(start, stop)])
+    yield from map(as_document, block)
+    size = sum(len(record['text']) for record in block)
+    start, count = stop, min(2 * count, 256) if size < _BLOCK else 1
 
 
 def as_document(record: dict[str, bytes]) -> Document:

@@ -63,11 +63,9 @@ def windows(
   encoder = tokenizing.encoder(tokenizer)
   source = corpus.source(data_dir, 'heldout')
   read = lambda i: corpus.as_document(source[i])
-  # Not the documents: of a large text, a twentieth would be in the memory of
-  # every process.
+  # Not the documents: they would be in the memory of every process.
   ranks = {domain: [] for domain in corpus.domains(data_dir)}
-  for i in range(len(source)):
-    document = read(i)
+  for i, document in enumerate(corpus.documents(data_dir, 'heldout')):
     ranks[document.domain].append((_rank(document), i))
   return {
     domain: _score_windows(

@@ -1,5 +1,6 @@
 """A model's tokenizer on plain text, and the files of the tokens of a text."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 import hashlib
 import json
@@ -42,7 +43,7 @@ def tokenize(
   A file is a one-dimensional .npy array, uint16 where the ids allow it, else
   uint32: each document after a separator, and a separator at the end. Files
   are keyed by the tokenizer, so that two models can share a dataset. One
-  process makes them, with all tokens in its memory; others wait.
+  process makes them, a few documents at a time; others wait.
 
   Args:
     data_dir: folder of `corpus.prepare`.
@@ -75,32 +76,53 @@ def _build(
   # the embedding that no token has.
   largest = max([separator_id, *plain.get_vocab().values()])
   dtype = np.uint16 if largest < 2**16 else np.uint32
-  source = corpus.source(data_dir, 'train')
-  pieces = {domain: [] for domain in domains}
-  for documents in _chunks(source):
-    texts = [document.text for document in documents]
-    for document, encoding in zip(
-      documents, plain.encode_batch_fast(texts), strict=True
-    ):
-      pieces[document.domain].append(
-        np.array([separator_id, *encoding.ids], dtype)
-      )
 
   def write(new):
-    for domain, arrays in pieces.items():
-      end = np.array([separator_id], dtype)
-      np.save(_token_file(new, domain, domains), np.concatenate([*arrays, end]))
+    paths = {domain: _token_file(new, domain, domains) for domain in domains}
+    for path in paths.values():
+      _append(path, np.zeros(0, dtype))
+    for documents in _chunks(corpus.documents(data_dir, 'train')):
+      texts = [document.text for document in documents]
+      pieces = {}
+      for document, encoding in zip(
+        documents, plain.encode_batch_fast(texts), strict=True
+      ):
+        ids = np.array([separator_id, *encoding.ids], dtype)
+        pieces.setdefault(document.domain, []).append(ids)
+      for domain, arrays in pieces.items():
+        _append(paths[domain], np.concatenate(arrays))
+    for path in paths.values():
+      _append(path, np.array([separator_id], dtype))
 
   remedy = 'free some space, or set --cache'
   with errors.writing(f'tokens to {data_dir}', remedy):
     workdir_lib.once(folder, write)
 
 
-def _chunks(source) -> Iterator[list[corpus.Document]]:
-  """All documents of a split, some at a time."""
+def _append(path: pathlib.Path, ids: np.ndarray) -> None:
+  """Adds to a one-dimensional .npy file, which need not be there."""
+  with open(path, 'ab') as file:
+    if not file.tell():
+      np.save(file, ids)
+      return
+    file.write(ids.tobytes())
+    size = file.tell()
+  with open(path, 'r+b') as file:
+    np.lib.format.read_magic(file)
+    np.lib.format.read_array_header_1_0(file)
+    shape = ((size - file.tell()) // ids.itemsize,)
+    file.seek(0)
+    # As long as the one before: numpy leaves room for the shape to grow.
+    header = np.lib.format.header_data_from_array_1_0(ids)
+    np.lib.format.write_array_header_1_0(file, header | {'shape': shape})
+
+
+def _chunks(
+  documents: Iterable[corpus.Document],
+) -> Iterator[list[corpus.Document]]:
+  """All of the documents, some at a time."""
   chunk, size = [], 0
-  for i in range(len(source)):
-    document = corpus.as_document(source[i])
+  for document in documents:
     if (chunk and size + document.size > _CHUNK_BYTES) or len(chunk) == _CHUNK:
       yield chunk
       chunk, size = [], 0

@@ -141,9 +141,8 @@ def _train_tokenizer(vocab, text) -> tokenizers.Tokenizer:
   byte_level = tokenizers.pre_tokenizers.ByteLevel
   bpe.pre_tokenizer = byte_level(add_prefix_space=False)
   bpe.decoder = tokenizers.decoders.ByteLevel()
-  records = corpus.source(text, 'train')
   bpe.train_from_iterator(
-    (corpus.as_document(records[i]).text for i in range(len(records))),
+    (document.text for document in corpus.documents(text, 'train')),
     tokenizers.trainers.BpeTrainer(
       vocab_size=vocab,
       special_tokens=[_SEPARATOR],

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -60,6 +61,11 @@ def folder(root: pathlib.Path, **files: str | bytes) -> pathlib.Path:
 
 def read(data_dir, split):
   return [corpus.as_document(r) for r in corpus.source(data_dir, split)]
+
+
+def split(documents):
+  splits, notes = splitting.split(documents)
+  return {name: [*found] for name, found in splits.items()}, notes
 
 
 def test_real_text_has_its_domains(pypi, splits):
@@ -260,15 +266,43 @@ def test_a_folder_that_is_as_it_was_is_not_read(tmp_path, monkeypatch):
   assert corpus.domains(corpus.prepare(str(other), tmp_path)) == ['TEXT']
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
-  user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('a.txt', prose(0)),
+    ('a.jsonl', json.dumps({'text': prose(0)})),
+    # Half of a line, and then the other.
+    ('a.jsonl', '{"text": "\n"}'),
+  ],
+)
+def test_a_file_that_changes_while_it_is_read(
+  tmp_path, monkeypatch, name, content
+):
+  user = folder(tmp_path / 'text', b_txt=prose(100))
+  (user / name).write_text(content)
   monkeypatch.setattr(
     digests_lib, 'of', lambda _, names, *__: dict.fromkeys(names, '0' * 64)
   )
   with pytest.raises(
-    errors.InputError, match=r'a.txt has changed.*; run again'
+    errors.InputError, match=rf'{name} has changed.*; run again'
   ):
     corpus.prepare(str(user), tmp_path)
+
+
+def test_a_file_that_changes_between_two_readings(tmp_path, monkeypatch):
+  user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
+  chosen = splitting.split
+
+  def split_and_change(documents):
+    found = chosen(documents)
+    (user / 'b.txt').write_text(prose(200))
+    return found
+
+  monkeypatch.setattr(splitting, 'split', split_and_change)
+  with pytest.raises(errors.InputError, match=r'b.txt has changed') as e:
+    corpus.prepare(str(user), tmp_path / 'cache')
+  assert '\n' not in str(e.value)
+  assert not [*(tmp_path / 'cache').glob('corpus/*')]
 
 
 def test_one_of_many_builds(tmp_path, monkeypatch):
@@ -344,7 +378,7 @@ def test_a_single_document_is_cut_at_a_paragraph(tmp_path, joint):
 def test_a_single_large_paragraph_is_cut_at_a_line(short):
   large = '\n'.join(prose(20 * i, 20) for i in range(100))
   text = f'A title\n\n{large}' if short == 'before' else f'{large}\n\nThe end'
-  splits, _ = splitting.split([documents_lib.Document('d', 'book', text)])
+  splits, _ = split([documents_lib.Document('d', 'book', text)])
   (train,), (held,) = splits['train'], splits['heldout']
   assert f'{train.text}\n{held.text}' == text
   share = held.size / len(text)
@@ -352,7 +386,7 @@ def test_a_single_large_paragraph_is_cut_at_a_line(short):
   # Of which no line is an end.
   whole = text.replace(large, large.replace('\n', ' '))
   with pytest.raises(errors.InputError, match=r'single paragraph.*; add text'):
-    splitting.split([documents_lib.Document('d', 'book', whole)])
+    split([documents_lib.Document('d', 'book', whole)])
 
 
 def test_next_to_nothing_is_not_what_is_held_out():
@@ -367,7 +401,7 @@ def test_next_to_nothing_is_not_what_is_held_out():
   )
   books = [document(str(i), 10_000 * i, 40) for i in range(8)]
   last = max(books, key=lambda d: d.rank)
-  splits, notes = splitting.split([*books, about])
+  splits, notes = split([*books, about])
   assert notes['cut_documents'] == [f'd/{last.id}']
   (held,) = splits['heldout']
   assert held.id == f'{last.id}#end' and last.text.endswith(held.text)
@@ -378,26 +412,107 @@ def test_next_to_nothing_is_not_what_is_held_out():
   # One that cannot be cut is passed over.
   whole = last._replace(text=' '.join(last.text.split()))
   others = [d for d in books if d != last]
-  splits, notes = splitting.split([*others, whole, about])
+  splits, notes = split([*others, whole, about])
   second = max(others, key=lambda d: d.rank)
   assert notes['cut_documents'] == [f'd/{second.id}']
 
   # Where none can, one is held out as it is.
   flat = [d._replace(text=' '.join(d.text.split())) for d in books]
-  splits, notes = splitting.split([*flat, about])
+  splits, notes = split([*flat, about])
   assert len(splits['heldout']) == 1 and notes['cut_documents'] == []
   assert splits['heldout'][0] in flat
   with pytest.raises(errors.InputError, match=r"'d' is little but a single"):
-    splitting.split([flat[0], about])
+    split([flat[0], about])
 
   # An end that is in the others is not held out, and no other one is cut.
   end = '\n\n'.join(last.text.split('\n\n')[-30:])
   copy = others[0]._replace(text=f'{others[0].text}\n\n{end}')
-  splits, notes = splitting.split([*others[1:], copy, last, about])
+  splits, notes = split([*others[1:], copy, last, about])
   assert notes['unfit_to_hold_out'][0] == f'd/{last.id}#end'
   assert notes['cut_documents'] == [f'd/{last.id}']
   assert len(splits['heldout']) == 1
   assert splits['heldout'][0].size > 0.05 * total
+
+
+class Books:
+  """As many documents as wanted, made when they are read."""
+
+  def __init__(self, count, paragraphs=3):
+    self.count, self.paragraphs, self.read = count, paragraphs, 0
+
+  def __iter__(self):
+    self.read += 1
+    for i in range(self.count):
+      starts = range(10_000 * i, 10_000 * i + 100 * self.paragraphs, 100)
+      text = '\n\n'.join(map(prose, starts))
+      yield documents_lib.Document('d', str(i), text)
+
+
+def test_what_is_trained_on_is_not_kept_in_memory(monkeypatch):
+  monkeypatch.setattr(splitting, 'MOST_HELD_OUT', 2**13)
+
+  def peak(count):
+    tracemalloc.start()
+    try:
+      splits, _ = splitting.split(Books(count))
+      train = sum(1 for _ in splits['train'])
+      assert train + len(splits['heldout']) == count
+      return tracemalloc.get_traced_memory()[1]
+    finally:
+      tracemalloc.stop()
+
+  # A document has 1,700 bytes; what is known of it is sorted, too.
+  assert (peak(1000) - peak(200)) / 800 < 200
+
+
+def test_at_most_so_much_is_held_out(monkeypatch):
+  most = 20_000
+  monkeypatch.setattr(splitting, 'MOST_HELD_OUT', most)
+  books = Books(300)
+  splits, notes = split(books)
+  assert most <= sum(d.size for d in splits['heldout']) < 1.2 * most
+  assert len(splits['train']) + len(splits['heldout']) == 300
+  # What is there, what may be held out, what else is like it, and the rest.
+  assert books.read == 4
+
+  # Of larger documents an end is.
+  splits, notes = split(Books(12, paragraphs=100))
+  (held,) = splits['heldout']
+  assert held.id.endswith('#end') and len(notes['cut_documents']) == 1
+  assert most <= held.size < 1.2 * most and len(splits['train']) == 12
+
+
+def test_a_text_of_repetitions_is_not_read_for_ever(monkeypatch):
+  """Nothing of it may be held out, and that is known after a few passes."""
+  monkeypatch.setattr(splitting, 'MOST_HELD_OUT', 2**13)
+  footer = prose(90_000_000, 100)
+
+  class Pages(Books):
+    def __iter__(self):
+      for d in super().__iter__():
+        yield d._replace(text=f'{d.text}\n\n{footer}')
+
+  pages = Pages(400)
+  with pytest.raises(errors.InputError, match=r"'d' repeats itself.*a footer"):
+    split(pages)
+  assert pages.read < 20
+
+
+def test_a_domain_that_stands_in_another(tmp_path):
+  """Nothing of it is left to train on, which is known when all is written."""
+  books = [
+    d._replace(id=f'a.jsonl:{i}')
+    for i, d in enumerate(Books(20, paragraphs=10), 1)
+  ]
+  held = split(books)[0]['heldout'][0]
+  (paragraph, *_), _ = splitting.paragraphs(held.text)
+  # The shorter one is held out.
+  more = [{'domain': 'a', 'text': x} for x in (paragraph, prose(10**7, 20))]
+  rows = [*(d._asdict() for d in books), *more]
+  user = folder(tmp_path / 'text', a_jsonl='\n'.join(map(json.dumps, rows)))
+  with pytest.raises(errors.InputError, match=r"'a' repeats.*all of it"):
+    corpus.prepare(str(user), tmp_path / 'cache')
+  assert not [*(tmp_path / 'cache').glob('corpus/*')]
 
 
 def test_split_removes_what_is_shared():
@@ -405,7 +520,7 @@ def test_split_removes_what_is_shared():
     return documents_lib.Document('d', str(i), text)
 
   docs = [document(i, f'{prose(1000 * i)}\n\nYes.') for i in range(20)]
-  splits, notes = splitting.split(docs)
+  splits, notes = split(docs)
   first = splits['heldout'][0]
   assert not any(notes['dropped'].values()) and not notes['unfit_to_hold_out']
 
@@ -416,19 +531,19 @@ def test_split_removes_what_is_shared():
     d._replace(text=f'{long}\n\n{d.text}') if d in (first, other) else d
     for d in docs
   ]
-  splits, notes = splitting.split(mixed)
+  splits, notes = split(mixed)
   assert notes['unfit_to_hold_out'] == []
   assert notes['dropped']['train_paragraphs_seen_in_heldout'] == 1
   assert all(d.text.endswith('Yes.') for d in splits['train'])
 
   # One that a training document repeats is trained on as well.
   copied = [*docs, document('copy', f'{first.text}\n\n{prose(90_000)}')]
-  splits, notes = splitting.split(copied)
+  splits, notes = split(copied)
   assert notes['unfit_to_hold_out'] == [f'd/{first.id}']
   assert first in splits['train'] and splits['heldout']
   assert sum(map(len, splits.values())) == 21
 
-  splits, notes = splitting.split([*docs, first._replace(id='twin')])
+  splits, notes = split([*docs, first._replace(id='twin')])
   assert notes['dropped']['duplicate_documents'] == 1
   assert sum(map(len, splits.values())) == 20
 
@@ -446,7 +561,7 @@ def test_text_without_spaces_is_compared_too(first):
   top = min(docs, key=lambda d: d.rank)
   said = f'{letters(100, 39)}\n\n{letters(200, 12)}'
   docs = [d._replace(text=f'{d.text}\n\n{said}') for d in docs]
-  splits, notes = splitting.split(docs)
+  splits, notes = split(docs)
   # 12 words are short, 39 are not: they make less than a tenth of a document.
   assert splits['heldout'] == [next(d for d in docs if d.id == top.id)]
   assert notes['dropped']['train_paragraphs_seen_in_heldout'] == 19
@@ -455,7 +570,7 @@ def test_text_without_spaces_is_compared_too(first):
     assert letters(200, 12) in document.text
 
   more = documents_lib.Document('d', 'more', f'{letters(300)}{gap}{top.text}')
-  splits, notes = splitting.split([*docs, more])
+  splits, notes = split([*docs, more])
   assert notes['unfit_to_hold_out'] == [f'd/{top.id}']
 
 
@@ -475,13 +590,13 @@ def test_a_footer_costs_no_training_text():
       end = f'\n\n{footer}' if i >= plain else ''
       yield documents_lib.Document('web', str(i), f'{prose(1000 * i)}{end}')
 
-  splits, notes = splitting.split(list(documents(plain=6)))
+  splits, notes = split(list(documents(plain=6)))
   assert sum(map(len, splits.values())) == 60
   assert splits['heldout'] and notes['unfit_to_hold_out']
   assert not any(footer in d.text for d in splits['heldout'])
   assert sum(footer in d.text for d in splits['train']) == 54
   with pytest.raises(errors.InputError, match=r"'web' repeats.*a footer"):
-    splitting.split(list(documents(plain=0)))
+    split(list(documents(plain=0)))
 
 
 def test_another_package_text_is_a_warning(monkeypatch, tmp_path, caplog):

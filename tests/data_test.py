@@ -99,8 +99,8 @@ def test_documents_are_tokenised_some_at_a_time(
   monkeypatch.setattr(tokenizing, '_CHUNK', count)
   monkeypatch.setattr(tokenizing, '_CHUNK_BYTES', size)
   source = corpus.source(built, 'train')
-  chunks = [*tokenizing._chunks(source)]
   documents = [corpus.as_document(source[i]) for i in range(len(source))]
+  chunks = [*tokenizing._chunks(corpus.documents(built, 'train'))]
   assert [d for chunk in chunks for d in chunk] == documents
   assert len(chunks) > 1
   for chunk, later in itertools.pairwise(chunks):
@@ -114,6 +114,9 @@ def test_documents_are_tokenised_some_at_a_time(
   )
   for domain, path in tokenizing.tokenize(copy, bpe, SEPARATOR).items():
     np.testing.assert_array_equal(np.load(path), np.load(want[domain]))
+    # A file that was added to is one that was written at once.
+    np.save(tmp_path / 'once.npy', np.load(path))
+    assert path.read_bytes() == (tmp_path / 'once.npy').read_bytes()
 
 
 def test_a_separator_beyond_two_bytes(built, bpe):

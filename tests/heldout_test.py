@@ -52,6 +52,9 @@ def test_no_more_is_in_memory_than_is_scored(monkeypatch, bpe):
       text = f'{i} '.encode() * 1000
       return {'domain': b'd', 'id': str(i).encode(), 'text': text}
 
+    def __getitems__(self, indices):
+      return [self[i] for i in indices]
+
   monkeypatch.setattr(corpus, 'domains', lambda _: ['d'])
   monkeypatch.setattr(corpus, 'source', lambda *_: Records())
   tracemalloc.start()
