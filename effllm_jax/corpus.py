@@ -13,13 +13,11 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
 import pathlib
 import re
-import shutil
 import time
 
 import tensorflow_datasets as tfds
@@ -42,51 +40,12 @@ _PYPI_RECIPE = 1
 # Seconds in which a file may be written twice and have one time: file systems
 # count them in steps of up to so many.
 _SETTLED = 2.0
+_NAME, _VERSION = 'text', tfds.core.Version('1.0.0')
+# Documents of a file.
+_SHARD = 2**18
 # Bytes of text that are read at a time, or about as many.
 _BLOCK = 2**18
 _UNREADABLE = 'make it readable or move it away'
-
-
-class _Info(tfds.core.DatasetInfo):
-  """Of a dataset that only this machine has."""
-
-  def initialize_from_bucket(self) -> None:
-    """Asks nobody: TFDS would ask its own, and leave an empty folder."""
-
-
-class Text(tfds.core.GeneratorBasedBuilder):
-  """The TFDS builder: whole documents with their domain and id."""
-
-  VERSION = tfds.core.Version('1.0.0')
-  # TFDS would look beside this file for checksums, through a package that it
-  # does not require on Python 3.11; there are none.
-  code_path = None
-
-  def __init__(self, *, splits: dict[str, Iterable[Document]], **kwargs):
-    """`splits`: the documents to write, by split name; iterated over once."""
-    self._documents = splits
-    super().__init__(**kwargs)
-
-  def _info(self) -> _Info:
-    return _Info(
-      builder=self,
-      features=tfds.features.FeaturesDict(
-        {name: tfds.features.Text() for name in Document._fields}
-      ),
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager
-    return {
-      split: self._generate_examples(documents)
-      for split, documents in self._documents.items()
-    }
-
-  def _generate_examples(self, documents):
-    for document in documents:
-      # 'a/b' and 'c' are not 'a' and 'b/c'.
-      domain = document.domain.replace('%', '%25').replace('/', '%2f')
-      yield f'{domain}/{document.id}', document._asdict()
 
 
 def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
@@ -132,10 +91,14 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
     documents = [document for documents, _ in found for document in documents]
     return documents, {'packages': [entry for _, entry in found]}
 
+  def in_order(split, documents):
+    # That of TFDS's builder, by which this text was published.
+    return sorted(documents, key=lambda d: _tfds_key(split, d))
+
   final = _final(root, recipe, text, made_of)
   if not _is_built(final):
     with _turn(root, text):
-      _build(final, text, read)
+      _build(final, text, read, in_order)
   return final
 
 
@@ -164,7 +127,7 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
       documents = _Folder(text, label, files, digests)
       return documents, {'packages': [], 'files': digests}
 
-    _build(final, label, read)
+    _build(final, label, read, lambda _, documents: documents)
     if stamp:
       # A cache that cannot be written is read all the same.
       with contextlib.suppress(OSError):
@@ -176,6 +139,13 @@ def _final(root, recipe, label, made_of) -> pathlib.Path:
   """The folder of a dataset, by what goes in."""
   key = packages_lib.sha256(json.dumps([recipe, label, made_of]).encode())[:16]
   return root / f'{_slug(label)}-{key}'
+
+
+def _tfds_key(split: str, document: Document) -> str:
+  """By what TFDS's builder sorts the examples of a split."""
+  domain = document.domain.replace('%', '%25').replace('/', '%2f')
+  key = f'{split}{domain}/{document.id}'.replace('\\', '/')
+  return hashlib.md5(key.encode()).hexdigest()
 
 
 def _slug(label: str) -> str:
@@ -200,6 +170,7 @@ def _build(
   final: pathlib.Path,
   label: str,
   read: Callable[[], tuple[Iterable[Document], dict]],
+  in_order: Callable[[str, Iterable[Document]], Iterable[Document]],
 ) -> None:
   """Writes a dataset where there is none.
 
@@ -207,6 +178,7 @@ def _build(
     final: its folder.
     label: the name of the text.
     read: gives its documents, and where they come from for the manifest.
+    in_order: the documents of a split, as they are to be written.
   """
 
   # The folder is made first: a cache that cannot be written shall not cost the
@@ -214,6 +186,9 @@ def _build(
   def write(folder):
     documents, origin = read()
     splits, notes = splitting.split(documents)
+    splits = {name: in_order(name, found) for name, found in splits.items()}
+    # What is dropped is known when the documents have been written, which is
+    # before the manifest is.
     try:
       _write(folder, splits, {'text': label, **origin, **notes})
     except RuntimeError as e:  # So ArrayRecord says that a disk is full.
@@ -324,7 +299,7 @@ class _Folder:
 
   def _txt(self, name: str) -> Iterator[Document]:
     data = untrusted.read(self.files[name], _UNREADABLE)
-    self._check(name, hashlib.sha256(data))
+    self._check(name, packages_lib.sha256(data))
     text = _decoded(data, pathlib.Path(self.text, name), 1)
     yield Document(self._domain(name), name, text)
 
@@ -344,18 +319,18 @@ class _Folder:
         except errors.InputError:
           # Of a file that is still being written, that is what is wrong.
           digest.update(file.read())
-          self._check(name, digest)
+          self._check(name, digest.hexdigest())
           raise
         if row:
           yield row
-    self._check(name, digest)
+    self._check(name, digest.hexdigest())
 
   def _domain(self, name: str) -> str:
     folder, *rest = pathlib.PurePath(name).parts
     return folder if rest else self.label
 
-  def _check(self, name: str, found: 'hashlib._Hash') -> None:
-    if found.hexdigest() != self.digests[name]:
+  def _check(self, name: str, digest: str) -> None:
+    if digest != self.digests[name]:
       raise errors.InputError(
         f'{pathlib.Path(self.text, name)} has changed while it was read; run '
         'again once it is written'
@@ -395,21 +370,30 @@ def _row(where: str, line: str, default: Document) -> Document:
 def _write(
   folder: pathlib.Path, splits: dict[str, Iterable[Document]], notes: dict
 ) -> None:
-  """Writes the records, and then the manifest of a dataset."""
-  tfds.disable_progress_bar()
-  builder = Text(
-    splits=splits,
-    data_dir=folder,
-    file_format=tfds.core.FileFormat.ARRAY_RECORD,
+  """Writes the records, and then the manifest of a dataset.
+
+  One after another, as they come: TFDS's builder sorts them, in memory or, from
+  1 GB on, with TensorFlow.
+  """
+  place = _records(folder)
+  place.mkdir(parents=True)
+  identity = tfds.core.DatasetIdentity(
+    name=_NAME, version=_VERSION, data_dir=str(place), module_name=__name__
   )
-  with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ..."
-    # What is online under the same name is another's.
-    local = tfds.download.DownloadConfig(try_download_gcs=False)
-    builder.download_and_prepare(download_config=local)
-  shutil.rmtree(folder / 'downloads', ignore_errors=True)  # empty
+  features = {name: tfds.features.Text() for name in Document._fields}
+  info = tfds.core.DatasetInfo(
+    builder=identity, features=tfds.features.FeaturesDict(features)
+  )
+  writer = tfds.core.SequentialWriter(
+    info, _SHARD, file_format=tfds.core.FileFormat.ARRAY_RECORD
+  )
+  writer.initialize_splits([*splits])
+  for split, found in splits.items():
+    for block in documents_lib.in_blocks(found, 4096, 2**22):
+      writer.add_examples({split: [document._asdict() for document in block]})
+  writer.close_all()
   counts, content = {}, hashlib.sha256()
   for split in splits:
-    # Read back: the order on disk is TFDS's own.
     for row in documents(folder, split):
       content.update(json.dumps([split, *row]).encode())
       of_domain = counts.setdefault(row.domain, {}).setdefault(
@@ -417,8 +401,8 @@ def _write(
       )
       of_domain['documents'] += 1
       of_domain['bytes'] += row.size
-  domains = dict(sorted(counts.items()))
-  facts = {'digest': content.hexdigest(), 'domains': domains, **notes}
+  by_domain = dict(sorted(counts.items()))
+  facts = {'digest': content.hexdigest(), 'domains': by_domain, **notes}
   (folder / 'manifest.json').write_text(
     json.dumps(facts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
   )
@@ -445,8 +429,13 @@ def domains(data_dir: str | os.PathLike) -> list[str]:
 
 def source(data_dir: str | os.PathLike, split: str):
   """Random access to the records of a split, through TFDS."""
-  folder = pathlib.Path(data_dir) / Text.name / str(Text.VERSION)
-  return tfds.builder_from_directory(folder).as_data_source(split=split)
+  builder = tfds.builder_from_directory(_records(data_dir))
+  return builder.as_data_source(split=split)
+
+
+def _records(data_dir: str | os.PathLike) -> pathlib.Path:
+  """Where TFDS has the records of a dataset."""
+  return pathlib.Path(data_dir, _NAME, str(_VERSION))
 
 
 def documents(data_dir: str | os.PathLike, split: str) -> Iterator[Document]:

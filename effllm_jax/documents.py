@@ -6,6 +6,7 @@ Nothing that was downloaded is ever imported or run.
 
 import ast
 import bz2
+from collections.abc import Iterable
 from collections.abc import Iterator
 import gzip
 import hashlib
@@ -38,6 +39,21 @@ class Document(NamedTuple):
     """The hash that orders documents, whatever else is in the set."""
     name = f'{self.domain}/{self.id}'
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
+
+def in_blocks(
+  documents: Iterable[Document], count: int, size: int
+) -> Iterator[list[Document]]:
+  """So many documents at a time, of `size` bytes unless one alone has more."""
+  block, total = [], 0
+  for document in documents:
+    if (block and total + document.size > size) or len(block) == count:
+      yield block
+      block, total = [], 0
+    block.append(document)
+    total += document.size
+  if block:
+    yield block
 
 
 def read_plain(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,5 @@
 """A model's tokenizer on plain text, and the files of the tokens of a text."""
 
-from collections.abc import Iterable
-from collections.abc import Iterator
 import hashlib
 import json
 import os
@@ -11,6 +9,7 @@ import numpy as np
 import tokenizers
 
 from effllm_jax import corpus
+from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import workdir as workdir_lib
 
@@ -81,7 +80,8 @@ def _build(
     paths = {domain: _token_file(new, domain, domains) for domain in domains}
     for path in paths.values():
       _append(path, np.zeros(0, dtype))
-    for documents in _chunks(corpus.documents(data_dir, 'train')):
+    every = corpus.documents(data_dir, 'train')
+    for documents in documents_lib.in_blocks(every, _CHUNK, _CHUNK_BYTES):
       texts = [document.text for document in documents]
       pieces = {}
       for document, encoding in zip(
@@ -115,21 +115,6 @@ def _append(path: pathlib.Path, ids: np.ndarray) -> None:
     # As long as the one before: numpy leaves room for the shape to grow.
     header = np.lib.format.header_data_from_array_1_0(ids)
     np.lib.format.write_array_header_1_0(file, header | {'shape': shape})
-
-
-def _chunks(
-  documents: Iterable[corpus.Document],
-) -> Iterator[list[corpus.Document]]:
-  """All of the documents, some at a time."""
-  chunk, size = [], 0
-  for document in documents:
-    if (chunk and size + document.size > _CHUNK_BYTES) or len(chunk) == _CHUNK:
-      yield chunk
-      chunk, size = [], 0
-    chunk.append(document)
-    size += document.size
-  if chunk:
-    yield chunk
 
 
 def _token_file(folder, domain, domains) -> pathlib.Path:

@@ -14,6 +14,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import gcs_utils
 
 from effllm_jax import corpus
@@ -85,6 +86,8 @@ def test_manifest_says_what_there_is(pypi, splits):
       assert counts == {'documents': len(sizes), 'bytes': sum(sizes)}
     share = of_domain['heldout']['bytes'] / of_domain['train']['bytes']
     assert 0.04 < share < 0.12, domain
+  # On which the figures of BENCHMARKS.md were measured, in this order.
+  assert manifest['digest'].startswith('637d5052b7625f6e')
   # What this code was written against; another hash is only a warning.
   pinned = {p.name: (p.version, p.sha256) for p in packages.PYPI}
   for package in manifest['packages']:
@@ -153,6 +156,32 @@ def test_second_build_is_the_first(pypi, splits, tmp_path):
   a, b = (corpus.prepare(str(user), tmp_path / c) for c in 'ab')
   assert corpus.manifest(a)['digest'] == corpus.manifest(b)['digest']
   assert read(a, 'train') == read(b, 'train')
+
+
+def test_a_large_text_has_several_files(tmp_path, monkeypatch):
+  user = folder(tmp_path / 'text')
+  rows = [json.dumps({'text': prose(100 * i)}) for i in range(40)]
+  (user / 'a.jsonl').write_text('\n'.join(rows))
+  whole = corpus.prepare(str(user), tmp_path / 'whole')
+  monkeypatch.setattr(corpus, '_SHARD', 15)
+  monkeypatch.setattr(corpus, '_BLOCK', 2000)
+  parts = corpus.prepare(str(user), tmp_path / 'parts')
+  assert len([*parts.rglob('*train*')]) == 3
+  assert corpus.manifest(parts) == corpus.manifest(whole)
+  documents = read(parts, 'train')
+  assert documents == [*corpus.documents(parts, 'train')]
+  # As they stand in the text.
+  lines = [int(d.id.partition(':')[2]) for d in documents]
+  assert lines == sorted(lines)
+
+
+def test_packages_are_in_the_order_of_a_builder_of_tfds(splits):
+  for split, documents in splits.items():
+    hasher = hashing.Hasher(split)
+    keys = [hasher.hash_key(f'{d.domain}/{d.id}') for d in documents]
+    assert keys == sorted(keys)
+    keys = [corpus._tfds_key(split, d) for d in documents]
+    assert keys == sorted(keys)
 
 
 def test_wikitext():

@@ -16,6 +16,7 @@ import pytest
 
 from effllm_jax import corpus
 from effllm_jax import data
+from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import tokenizing
@@ -100,7 +101,7 @@ def test_documents_are_tokenised_some_at_a_time(
   monkeypatch.setattr(tokenizing, '_CHUNK_BYTES', size)
   source = corpus.source(built, 'train')
   documents = [corpus.as_document(source[i]) for i in range(len(source))]
-  chunks = [*tokenizing._chunks(corpus.documents(built, 'train'))]
+  chunks = [*documents_lib.in_blocks(documents, count, size)]
   assert [d for chunk in chunks for d in chunk] == documents
   assert len(chunks) > 1
   for chunk, later in itertools.pairwise(chunks):
