@@ -34,9 +34,11 @@ Document = documents_lib.Document
 
 # Part of every dataset's key: raise it when a reader or the split changes, so
 # that a cache built by older code is not taken for the new one.
-RECIPE = 5
+RECIPE = 4
 # Of 'pypi', for which everything since has given the same documents.
 _PYPI_RECIPE = 1
+# Of a folder of more bytes, which is not sorted.
+_LARGE_RECIPE, _LARGE = 5, 2**28
 # Seconds in which a file may be written twice and have one time: file systems
 # count them in steps of up to so many.
 _SETTLED = 2.0
@@ -91,14 +93,10 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
     documents = [document for documents, _ in found for document in documents]
     return documents, {'packages': [entry for _, entry in found]}
 
-  def in_order(split, documents):
-    # That of TFDS's builder, by which this text was published.
-    return sorted(documents, key=lambda d: _tfds_key(split, d))
-
   final = _final(root, recipe, text, made_of)
   if not _is_built(final):
     with _turn(root, text):
-      _build(final, text, read, in_order)
+      _build(final, text, read, _sorted)
   return final
 
 
@@ -115,7 +113,9 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
       return known
     folder = pathlib.Path(text).expanduser()
     digests = digests_lib.of(folder, files, _UNREADABLE)
-    final = _final(root, RECIPE, label, [*digests.items()])
+    large = sum(map(os.path.getsize, files.values())) > _LARGE
+    recipe = _LARGE_RECIPE if large else RECIPE
+    final = _final(root, recipe, label, [*digests.items()])
 
     def read():
       if others:
@@ -127,7 +127,7 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
       documents = _Folder(text, label, files, digests)
       return documents, {'packages': [], 'files': digests}
 
-    _build(final, label, read, lambda _, documents: documents)
+    _build(final, label, read, _as_they_come if large else _sorted)
     if stamp:
       # A cache that cannot be written is read all the same.
       with contextlib.suppress(OSError):
@@ -141,11 +141,26 @@ def _final(root, recipe, label, made_of) -> pathlib.Path:
   return root / f'{_slug(label)}-{key}'
 
 
-def _tfds_key(split: str, document: Document) -> str:
-  """By what TFDS's builder sorts the examples of a split."""
-  domain = document.domain.replace('%', '%25').replace('/', '%2f')
-  key = f'{split}{domain}/{document.id}'.replace('\\', '/')
-  return hashlib.md5(key.encode()).hexdigest()
+def _sorted(split: str, documents: Iterable[Document]) -> list[Document]:
+  """In the order of TFDS's own builder, which wrote such texts before.
+
+  So that a run of an older version goes on, and figures stay as published.
+  """
+
+  def key(document):
+    domain = document.domain.replace('%', '%25').replace('/', '%2f')
+    name = f'{split}{domain}/{document.id}'.replace('\\', '/')
+    return hashlib.md5(name.encode()).hexdigest()
+
+  return sorted(documents, key=key)
+
+
+def _as_they_come(
+  split: str, documents: Iterable[Document]
+) -> Iterable[Document]:
+  """Of a text that may be larger than the memory."""
+  del split
+  return documents
 
 
 def _slug(label: str) -> str:
@@ -372,8 +387,8 @@ def _write(
 ) -> None:
   """Writes the records, and then the manifest of a dataset.
 
-  One after another, as they come: TFDS's builder sorts them, in memory or, from
-  1 GB on, with TensorFlow.
+  One after another: TFDS's builder sorts them, in memory or, from 1 GB on, with
+  TensorFlow, which is not installed.
   """
   place = _records(folder)
   place.mkdir(parents=True)

@@ -162,6 +162,8 @@ def test_a_large_text_has_several_files(tmp_path, monkeypatch):
   user = folder(tmp_path / 'text')
   rows = [json.dumps({'text': prose(100 * i)}) for i in range(40)]
   (user / 'a.jsonl').write_text('\n'.join(rows))
+  small = corpus.prepare(str(user), tmp_path)
+  monkeypatch.setattr(corpus, '_LARGE', 1000)
   whole = corpus.prepare(str(user), tmp_path / 'whole')
   monkeypatch.setattr(corpus, '_SHARD', 15)
   monkeypatch.setattr(corpus, '_BLOCK', 2000)
@@ -170,18 +172,23 @@ def test_a_large_text_has_several_files(tmp_path, monkeypatch):
   assert corpus.manifest(parts) == corpus.manifest(whole)
   documents = read(parts, 'train')
   assert documents == [*corpus.documents(parts, 'train')]
+  assert sorted(documents) == sorted(read(small, 'train'))
   # As they stand in the text.
   lines = [int(d.id.partition(':')[2]) for d in documents]
   assert lines == sorted(lines)
 
 
-def test_packages_are_in_the_order_of_a_builder_of_tfds(splits):
+def test_other_texts_are_in_the_order_of_a_builder_of_tfds(splits, tmp_path):
+  user = folder(tmp_path / 'text')
+  rows = [{'text': prose(100 * i), 'domain': f'a/{i % 2}'} for i in range(80)]
+  (user / 'b\\c.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  data = corpus.prepare(str(user), tmp_path)
   for split, documents in splits.items():
     hasher = hashing.Hasher(split)
-    keys = [hasher.hash_key(f'{d.domain}/{d.id}') for d in documents]
-    assert keys == sorted(keys)
-    keys = [corpus._tfds_key(split, d) for d in documents]
-    assert keys == sorted(keys)
+    for found in (documents, read(data, split)):
+      names = [f'{d.domain.replace("/", "%2f")}/{d.id}' for d in found]
+      keys = [hasher.hash_key(name) for name in names]
+      assert len(keys) > 1 and keys == sorted(keys)
 
 
 def test_wikitext():
