@@ -6,12 +6,10 @@ common is removed. The files are ArrayRecord, written without TensorFlow, and
 nothing that was downloaded is ever imported or run.
 """
 
-import codecs
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -27,6 +25,7 @@ from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import packages as packages_lib
 from effllm_jax import splitting
+from effllm_jax import text_folder
 from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
 
@@ -47,7 +46,6 @@ _NAME, _VERSION = 'text', tfds.core.Version('1.0.0')
 _SHARD = 2**18
 # Bytes of text that are read at a time, or about as many.
 _BLOCK = 2**18
-_UNREADABLE = 'make it readable or move it away'
 
 
 def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
@@ -96,13 +94,13 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   final = _final(root, recipe, text, made_of)
   if not _is_built(final):
     with _turn(root, text):
-      _build(final, text, read, _sorted)
+      _build(final, text, read)
   return final
 
 
 def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
   """The dataset of a user's folder."""
-  label, files, others = _folder(text)
+  label, files, others = text_folder.listed(text)
   known = _known(root, label, _stamp(label, files))
   if known:
     return known
@@ -112,7 +110,7 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
     if known:
       return known
     folder = pathlib.Path(text).expanduser()
-    digests = digests_lib.of(folder, files, _UNREADABLE)
+    digests = digests_lib.of(folder, files, text_folder.UNREADABLE)
     large = sum(map(os.path.getsize, files.values())) > _LARGE
     recipe = _LARGE_RECIPE if large else RECIPE
     final = _final(root, recipe, label, [*digests.items()])
@@ -124,10 +122,10 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
           'what is read are .txt and .jsonl files, and links to such',
           text, len(others), others[0],
         )  # fmt: skip
-      documents = _Folder(text, label, files, digests)
+      documents = text_folder.Documents(text, label, files, digests)
       return documents, {'packages': [], 'files': digests}
 
-    _build(final, label, read, _as_they_come if large else _sorted)
+    _build(final, label, read, large)
     if stamp:
       # A cache that cannot be written is read all the same.
       with contextlib.suppress(OSError):
@@ -155,14 +153,6 @@ def _sorted(split: str, documents: Iterable[Document]) -> list[Document]:
   return sorted(documents, key=key)
 
 
-def _as_they_come(
-  split: str, documents: Iterable[Document]
-) -> Iterable[Document]:
-  """Of a text that may be larger than the memory."""
-  del split
-  return documents
-
-
 def _slug(label: str) -> str:
   return re.sub(r'[^a-z0-9]+', '-', label.lower())
 
@@ -185,7 +175,7 @@ def _build(
   final: pathlib.Path,
   label: str,
   read: Callable[[], tuple[Iterable[Document], dict]],
-  in_order: Callable[[str, Iterable[Document]], Iterable[Document]],
+  large: bool = False,
 ) -> None:
   """Writes a dataset where there is none.
 
@@ -193,7 +183,7 @@ def _build(
     final: its folder.
     label: the name of the text.
     read: gives its documents, and where they come from for the manifest.
-    in_order: the documents of a split, as they are to be written.
+    large: whether they may not fit in memory, and are written as they come.
   """
 
   # The folder is made first: a cache that cannot be written shall not cost the
@@ -201,7 +191,8 @@ def _build(
   def write(folder):
     documents, origin = read()
     splits, notes = splitting.split(documents)
-    splits = {name: in_order(name, found) for name, found in splits.items()}
+    if not large:
+      splits = {name: _sorted(name, found) for name, found in splits.items()}
     # What is dropped is known when the documents have been written, which is
     # before the manifest is.
     try:
@@ -217,44 +208,6 @@ def _build(
     )
 
 
-def _folder(text: str) -> tuple[str, dict[str, pathlib.Path], list[str]]:
-  """A user's folder.
-
-  Returns:
-    Its name, the files to read by path within it, and the paths of other files
-    and of linked folders.
-  """
-  try:
-    folder = pathlib.Path(text).expanduser()
-  except RuntimeError:  # '~nobody'
-    folder = pathlib.Path(text)
-  if not text or not os.path.isdir(folder):
-    raise errors.InputError(
-      f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt "
-      'or .jsonl files; set --config.data.text'
-    )
-  files, others = {}, []
-  for path in sorted(folder.rglob('*')):
-    name = path.relative_to(folder)
-    if any(part.startswith('.') for part in name.parts):
-      continue
-    if _suffix(path) in ('.txt', '.jsonl') and path.is_file():
-      try:
-        name.as_posix().encode()
-      except UnicodeEncodeError as e:
-        raise errors.InputError(
-          f'the name of {path} is not UTF-8; rename it'
-        ) from e
-      files[name.as_posix()] = path
-    elif path.is_symlink() or not path.is_dir():
-      others.append(name.as_posix())
-  return folder.resolve().name, files, others
-
-
-def _suffix(path: pathlib.Path) -> str:
-  return path.suffix.lower()
-
-
 def _known(
   root: pathlib.Path, label: str, stamp: str | None
 ) -> pathlib.Path | None:
@@ -268,7 +221,7 @@ def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
   rows, newest = [], 0.0
   for name, path in files.items():
     # Opened, as NFS then asks its server.
-    with untrusted.opened(path, _UNREADABLE) as file:
+    with untrusted.opened(path, text_folder.UNREADABLE) as file:
       stat = os.fstat(file.fileno())
     newest = max(newest, stat.st_mtime, stat.st_ctime)
     # Programs set the one time as they like, but not the other.
@@ -278,108 +231,6 @@ def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
   if newest > time.time() - _SETTLED:
     return None
   return packages_lib.sha256(json.dumps([RECIPE, label, rows]).encode())[:16]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-  """The documents of a user's folder, read again in every iteration.
-
-  Attributes:
-    text: the folder, as the user calls it.
-    label: its name.
-    files: what to read, by path within it.
-    digests: SHA-256 of each, which is to be the same every time.
-  """
-
-  text: str
-  label: str
-  files: dict[str, pathlib.Path]
-  digests: dict[str, str]
-
-  def __iter__(self) -> Iterator[Document]:
-    found = False
-    for name in self.files:
-      rows = self._txt if _suffix(pathlib.Path(name)) == '.txt' else self._jsonl
-      for row in rows(name):
-        body = row.text.replace('\r\n', '\n').strip()
-        if body:
-          found = True
-          yield row._replace(text=body)
-    if not found:
-      raise errors.InputError(
-        f'{self.text} holds no text; put .txt files (one document each) or '
-        '.jsonl files (one a line, key "text") into it, or set '
-        '--config.data.text'
-      )
-
-  def _txt(self, name: str) -> Iterator[Document]:
-    data = untrusted.read(self.files[name], _UNREADABLE)
-    self._check(name, packages_lib.sha256(data))
-    text = _decoded(data, pathlib.Path(self.text, name), 1)
-    yield Document(self._domain(name), name, text)
-
-  def _jsonl(self, name: str) -> Iterator[Document]:
-    path, domain = pathlib.Path(self.text, name), self._domain(name)
-    digest = hashlib.sha256()
-    with untrusted.opened(self.files[name], _UNREADABLE) as file:
-      for i, line in enumerate(file, 1):
-        digest.update(line)
-        try:
-          content = _decoded(line, path, i)
-          row = content.strip() and _row(
-            f'{path}:{i}',
-            content.removesuffix('\n'),
-            Document(domain, f'{name}:{i}', ''),
-          )
-        except errors.InputError:
-          # Of a file that is still being written, that is what is wrong.
-          digest.update(file.read())
-          self._check(name, digest.hexdigest())
-          raise
-        if row:
-          yield row
-    self._check(name, digest.hexdigest())
-
-  def _domain(self, name: str) -> str:
-    folder, *rest = pathlib.PurePath(name).parts
-    return folder if rest else self.label
-
-  def _check(self, name: str, digest: str) -> None:
-    if digest != self.digests[name]:
-      raise errors.InputError(
-        f'{pathlib.Path(self.text, name)} has changed while it was read; run '
-        'again once it is written'
-      )
-
-
-def _decoded(data: bytes, path: pathlib.Path, line: int) -> str:
-  """The text of a file, or of one line of it."""
-  try:
-    return data.decode('utf-8-sig' if line == 1 else 'utf-8')
-  except UnicodeDecodeError as e:
-    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    coding = 'utf-16' if data.startswith(marks) else 'latin1'
-    line += data.count(b'\n', 0, e.start)
-    raise errors.InputError(
-      f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '
-      f'file with: iconv -f {coding} -t utf-8'
-    ) from e
-
-
-def _row(where: str, line: str, default: Document) -> Document:
-  """One line of a .jsonl file."""
-  row = untrusted.parse_json(line, where, 'write one object a line')
-  if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-    raise errors.InputError(
-      f'{where}: no string under the key "text"; write {{"text": "..."}}'
-    )
-  domain = row.get('domain', default.domain)
-  if not isinstance(domain, str) or not domain:
-    raise errors.InputError(
-      f'{where}: domain {domain!r} is not a name; give a string, or leave the '
-      'key out'
-    )
-  return default._replace(domain=domain, text=row['text'])
 
 
 def _write(

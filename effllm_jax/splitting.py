@@ -389,7 +389,9 @@ def _spare(
 def _pick(text: _Text, left: np.ndarray, goal: float) -> list[int]:
   """Documents in the order of `left` that make `goal` bytes, to twice that."""
   picked, total = [], 0
-  for i, size in zip(left.tolist(), text.sizes[left].tolist(), strict=True):
+  # Not as lists: of millions of documents only the first are looked at.
+  for i in map(int, left):
+    size = int(text.sizes[i])
     if total >= goal:
       break
     if total + size <= 2 * goal:

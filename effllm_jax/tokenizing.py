@@ -78,8 +78,6 @@ def _build(
 
   def write(new):
     paths = {domain: _token_file(new, domain, domains) for domain in domains}
-    for path in paths.values():
-      _append(path, np.zeros(0, dtype))
     every = corpus.documents(data_dir, 'train')
     for documents in documents_lib.in_blocks(every, _CHUNK, _CHUNK_BYTES):
       texts = [document.text for document in documents]

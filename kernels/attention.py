@@ -120,7 +120,7 @@ def _attention_forward(hidden, eps, keep, cos_sin, x, *weights):
   y, heads, q, k, v = _over_heads(
     block, keep, (None, *_AXES), (None, 2, 2, 2, 2), x, *weights
   )
-  y, q, k, v = dispatch.named(y, q, k, v)
+  y, q, k, v = map(dispatch.named, (y, q, k, v))
   return (y, heads), (keep, cos_sin, x, *weights, q, k, v)
 
 

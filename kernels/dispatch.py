@@ -115,9 +115,9 @@ def _product(name, a, b, form, extents, dtype):
   return _module(name).product(a, b, form, extents, dtype, blocks)
 
 
-def named(*products: Array) -> tuple[Array, ...]:
-  """The same arrays under the name `PRODUCT`, for a policy to keep."""
-  return tuple(checkpoint_name(x, PRODUCT) for x in products)
+def named(product: Array) -> Array:
+  """The same array under the name `PRODUCT`, for a policy to keep."""
+  return checkpoint_name(product, PRODUCT)
 
 
 def mask(x: Array, keep: Array | None) -> Array:

@@ -54,7 +54,7 @@ def _matmul(name, x, w, keep_in, keep_out):
 def _matmul_forward(name, x, w, keep_in, keep_out):
   x = dispatch.mask(x, keep_in)
   y = dispatch.forward(name, x, w, keep_in, keep_out)
-  (y,) = dispatch.named(dispatch.mask(y, keep_out))
+  y = dispatch.named(dispatch.mask(y, keep_out))
   return y, (x, w, keep_in, keep_out)
 
 

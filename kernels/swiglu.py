@@ -86,7 +86,7 @@ def _swiglu_forward(name, hidden, x, w_gate, w_up, w_down, keep):
     (None, 1, 1, 0), (None, 1, 1, 1),
     x, *weights,
   )  # fmt: skip
-  y, gate, up = dispatch.named(y, gate, up)
+  y, gate, up = map(dispatch.named, (y, gate, up))
   return (y, h), (x, *weights, keep, gate, up)
 
 

@@ -15,7 +15,7 @@ ORDER = [
   'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
   'optimizers', 'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
   'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
-  'documents', 'packages', 'splitting', 'corpus', 'tokenizing',
+  'documents', 'packages', 'text_folder', 'splitting', 'corpus', 'tokenizing',
   'data', 'heldout',
   'hf_config', 'bpe', 'weights', 'widths', 'hf_trimmed', 'gguf_source',
   'hf_source', 'sources', 'teacher', 'runlog', 'tables', 'agreement',
