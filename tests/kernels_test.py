@@ -75,17 +75,22 @@ def swiglu(x, w_gate, w_up, w_down, keep, implementation=None, hidden=False):
 
 
 EPS = 0.1
-ANGLES = np.arange(T)[:, None] * np.array([1.0, 0.3])
-COS_SIN = np.stack([np.cos(ANGLES), np.sin(ANGLES)])
+
+
+def turns(T):
+  """Cosines and sines of the rotary embedding, float64 [2, T, H / 2]."""
+  angles = np.arange(T)[:, None] * np.array([1.0, 0.3])
+  return np.stack([np.cos(angles), np.sin(angles)])
 
 
 def attention(x, wq, wk, wv, wo, *extras, implementation=None, hidden=False):
   """Of Llama; with biases and norms between weights and mask, of Qwen."""
   *extras, keep = extras
   bq, bk, bv, q_norm, k_norm = extras or [None] * 5
+  T = x.shape[1]
   if implementation:
     return kernels.masked_attention(
-      x, wq, wk, wv, wo, keep, jnp.asarray(COS_SIN, jnp.float32),
+      x, wq, wk, wv, wo, keep, jnp.asarray(turns(T), jnp.float32),
       bq=bq, bk=bk, bv=bv, q_norm=q_norm, k_norm=k_norm, norm_eps=EPS,
       implementation=implementation, hidden=hidden,
     )  # fmt: skip
@@ -100,7 +105,7 @@ def attention(x, wq, wk, wv, wo, *extras, implementation=None, hidden=False):
   def rotate(z):
     a, b = z[..., : H // 2], z[..., H // 2 :]
     shape = (T, *(1,) * (z.ndim - 3), H // 2)
-    cos, sin = COS_SIN.reshape(2, *shape)
+    cos, sin = turns(T).reshape(2, *shape)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
   q = rotate(project(wq, bq, q_norm))
@@ -255,9 +260,67 @@ def test_attention_has_a_branch_for_each_number_of_live_heads(
   jax.eval_shape(
     traced, [jnp.asarray(x, jnp.float32) for x in LLAMA], jnp.ones(K, bool)
   )
-  # The reference keeps what its gradient needs; the rest compute it again.
+  # The reference has been traced, the rest choose their branch again.
   widths = set(range(1, K + 1))
   assert each_way == ([{K}, set()] if name == 'xla' else [widths, widths])
+
+
+@functools.cache
+def long_attention(implementation):
+  """A text of three blocks, the last of 88 rows: result, gradient, kept."""
+  x64 = implementation is None
+  with jax.enable_x64(x64):
+    dtype = jnp.float64 if x64 else jnp.float32
+    x, weights = draw(2, 1, 600, D)
+    arrays = [jnp.asarray(w, dtype) for w in (x, *LLAMA[1:], weights)]
+    keep = np.array([True, True, False])
+
+    @jax.jit
+    def both_ways(*arrays):
+      *arrays, weights = arrays
+      run = lambda *arrays: attention(
+        *arrays, keep, implementation=implementation
+      )
+      y, pull = jax.vjp(run, *arrays)
+      kept.extend(x.size for x in jax.tree.leaves(pull))
+      return y, *pull(weights)
+
+    kept = []
+    return both_ways(*arrays), kept
+
+
+def test_attention_over_more_rows_than_a_block_has(name):
+  results, kept = long_attention(name)
+  wants, _ = long_attention(None)
+  for result, want in zip(results, wants, strict=True):
+    np.testing.assert_allclose(result, want, rtol=1e-4, atol=1e-4)
+  # No probability of any block is kept for the backward pass.
+  assert max(kept) < K * G * 88 * 600
+
+
+def test_a_block_of_attention_reads_no_key_after_its_last_row(
+  name, monkeypatch
+):
+  """Four blocks read 5/8 of the square; a short text is one block."""
+  read = []
+  attend = jax.nn.dot_product_attention
+
+  def recorded(q, k, v, **kwargs):
+    read.append((q.shape[1], k.shape[1]))
+    return attend(q, k, v, **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', recorded)
+  for length, want in (
+    (256, {(256, 256)}),
+    (600, {(256, 256), (256, 512), (88, 600)}),
+    (2048, {(512, 512), (512, 1024), (512, 1536), (512, 2048)}),
+  ):
+    read.clear()
+    jax.eval_shape(
+      lambda *arrays: attention(*arrays, np.ones(K, bool), implementation=name),
+      jnp.zeros((1, length, D)), *LLAMA[1:],
+    )  # fmt: skip
+    assert set(read) == want
 
 
 def test_a_mask_of_groups_is_one_of_their_channels(name):
