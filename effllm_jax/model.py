@@ -33,7 +33,7 @@ _POLICIES = {
   'none': lambda primitive, *_, **__: primitive.name not in _GATHERED,
   'dots': lambda primitive, *_, **fields: (
     # By name alone jax 0.10 would run a kernel again, for nothing.
-    fields.get('name') == kernels.PRODUCT or primitive.name == 'pallas_call'
+    fields.get('name') == kernels.KEPT or primitive.name == 'pallas_call'
   ),
   'full': jax.checkpoint_policies.nothing_saveable,
 }
@@ -48,9 +48,10 @@ class Compute:
     dtype: of activations and of the weights as the matmuls read them. Master
       parameters, norms, softmax and the loss stay float32.
     remat: what of a layer is computed again in the backward pass instead of
-      being kept, one of `REMAT`: 'none'; 'dots', all but the products with
-      weights; or 'full', all of it, for a third more arithmetic. Weights that
-      were gathered from other devices are never kept.
+      being kept, one of `REMAT`: 'none', only probabilities of attention;
+      'dots', all but products with weights and attention; or 'full', all of
+      it, for a third more arithmetic. Weights that were gathered from other
+      devices are never kept.
     kernels: one of `kernels.IMPLEMENTATIONS`: how products skip what is dead.
     mesh: devices that batch and weights are spread over; None: one device.
   """

@@ -18,7 +18,7 @@ master weights get a float32 gradient from bfloat16 activations.
 from kernels import autotune
 from kernels.attention import masked_attention
 from kernels.dispatch import IMPLEMENTATIONS
-from kernels.dispatch import PRODUCT
+from kernels.dispatch import KEPT
 from kernels.dispatch import refusal
 from kernels.dispatch import resolve
 from kernels.dispatch import runnable
@@ -27,7 +27,7 @@ from kernels.swiglu import masked_swiglu
 
 __all__ = [
   'IMPLEMENTATIONS',
-  'PRODUCT',
+  'KEPT',
   'autotune',
   'masked_attention',
   'masked_matmul',

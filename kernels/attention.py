@@ -93,7 +93,7 @@ def _attention_block(
     for w, b in ((wq, bq), (wk, bk), (wv, bv))
   )
   attend = _attend if name == 'xla' else _attend_live
-  heads = attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm)
+  heads = dispatch.named(attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm))
   w = wo.reshape(-1, wo.shape[-1])
   return product(heads.reshape(*x.shape[:2], len(w)), w, keep), heads
 
@@ -115,24 +115,24 @@ def _attention_forward(hidden, eps, keep, cos_sin, x, *weights):
       for w, b in ((wq, bq), (wk, bk), (wv, bv))
     )
     heads = _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm)
-    y = _einsum('btkgh,kghd->btd', heads, wo)
-    return y, heads if hidden else None, q, k, v
+    return _einsum('btkgh,kghd->btd', heads, wo), heads, q, k, v
 
-  y, heads, q, k, v = _over_heads(
-    block, keep, (None, *_AXES), (None, 2, 2, 2, 2), x, *weights
+  y, heads, *qkv = map(
+    dispatch.named,
+    _over_heads(block, keep, (None, *_AXES), (None, 2, 2, 2, 2), x, *weights),
   )
-  y, q, k, v = map(dispatch.named, (y, q, k, v))
-  return (y, heads), (keep, cos_sin, x, *weights, q, k, v)
+  saved = keep, cos_sin, x, *weights, heads, *qkv
+  return (y, heads if hidden else None), saved
 
 
 def _attention_backward(hidden, eps, saved, cotangents):
   keep, cos_sin, *arrays = saved
 
   def block(
-    name, keep, x, wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm, q, k, v, dy,
-    dheads,
+    name, keep, x, wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm, heads, q, k, v,
+    dy, dheads,
   ):  # fmt: skip
-    heads, pull = jax.vjp(
+    _, pull = jax.vjp(
       functools.partial(_attend, eps, keep, cos_sin), q, k, v, q_norm, k_norm
     )
     through_wo = _einsum('btd,kghd->btkgh', dy, wo)
@@ -156,7 +156,7 @@ def _attention_backward(hidden, eps, saved, cotangents):
 
   grads = _over_heads(
     block, keep,
-    (None, *_AXES, 2, 2, 2, None, 2), (None, *_AXES),
+    (None, *_AXES, 2, 2, 2, 2, None, 2), (None, *_AXES),
     *arrays, *cotangents,
   )  # fmt: skip
   return None, None, *grads
@@ -214,8 +214,6 @@ def _causal(q, k, v):
     )
 
   blocks = [
-    # Where XLA finds both passes in one place it may compute once: a gradient
-    # that needs the result too takes 2 % of a step longer otherwise.
     jax.checkpoint(functools.partial(block, start), prevent_cse=False)(q, k, v)
     for start in range(0, max(T, 1), rows)
   ]

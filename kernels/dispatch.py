@@ -19,10 +19,11 @@ Array = jax.Array
 IMPLEMENTATIONS = ('xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
 # Those that one platform alone can run.
 PLATFORMS = {'pallas_tpu': 'tpu', 'pallas_hopper': 'gpu'}
-# The `checkpoint_name` of what the products of an op come to. A policy of
-# `jax.checkpoint` that keeps dots would miss loops, and keep those of every
-# branch of a bucket: 324 MB a layer of SmolLM2-135M, 2,048 tokens, not 40.
-PRODUCT = 'masked_product'
+# The `checkpoint_name` of what the products of an op, and attention, come to. A
+# policy of `jax.checkpoint` that keeps dots would miss loops, and keep those of
+# every branch of a bucket: 324 MB a layer of SmolLM2-135M, 2,048 tokens, not
+# 40.
+KEPT = 'masked_op'
 # Chosen only where it was measured: BENCHMARKS.md, "Kernels". Elsewhere the
 # reference, until somebody has.
 _BY_PLATFORM = {'cpu': 'bucket'}
@@ -115,9 +116,9 @@ def _product(name, a, b, form, extents, dtype):
   return _module(name).product(a, b, form, extents, dtype, blocks)
 
 
-def named(product: Array) -> Array:
-  """The same array under the name `PRODUCT`, for a policy to keep."""
-  return checkpoint_name(product, PRODUCT)
+def named(result: Array) -> Array:
+  """The same array under the name `KEPT`, for a policy to keep."""
+  return checkpoint_name(result, KEPT)
 
 
 def mask(x: Array, keep: Array | None) -> Array:

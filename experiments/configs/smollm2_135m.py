@@ -45,7 +45,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.dtype = 'float32'  # of activations; 'bfloat16' on accelerators
   # What the backward pass computes again instead of keeping it: 'none', 'dots'
-  # (all but the products with weights) or 'full': less memory, more time.
+  # (all but products with weights, and attention) or 'full': less memory, more
+  # time.
   config.model.remat = 'none'
   # How matrix products skip what is dead: 'auto' (what was measured best on
   # this platform), or one of xla, xla_loop, bucket, pallas_tpu, pallas_hopper.
