@@ -190,9 +190,9 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm):
   return jnp.where(keep[:, None, None], out.reshape(q.shape), 0)
 
 
-# Blocks of a text, and the rows that one has at least: in fewer there is little
-# to gain (3 % of a step at 256 tokens on a CPU), and eight blocks take as long
-# as four, and twice as long to compile.
+# Blocks of a text, and the rows that one has at least. Fewer rows gain 3 % of a
+# step at 256 tokens; eight blocks take as long as four, and longer to compile
+# (BENCHMARKS.md, "Kernels").
 _BLOCKS, _ROWS = 4, 256
 
 
