@@ -19,8 +19,8 @@ kernels stop at the last live group of a layer:
 
 A forward pass is `budgets.flops` at the sequence length of the run. Selecting,
 shrinking, evaluating and the check of the loss at a shrink are not counted, nor
-what `bucket` and `xla_loop` compute again of attention in a backward pass,
-whatever is kept: 1.1 % of a step of SmolLM2-135M on sequences of 256 tokens.
+the scores of attention, which a backward pass computes again whatever is kept:
+0.5 % of a step of SmolLM2-135M on sequences of 256 tokens.
 """
 
 from collections.abc import Mapping
@@ -66,9 +66,6 @@ class Meter:
     passes = 3 * forward
     if self._remat == 'full':
       passes += forward - self._output(cfg)
-    elif self._remat == 'dots':
-      # Kept are the products with weights.
-      passes += self._attention(cfg, extents)
     self.spent['train'] += passes + 12 * cfg.num_params()
     self.spent['score'] += 3 * cfg.num_params() * scores
     if teacher:
@@ -120,12 +117,6 @@ class Meter:
     cost = budgets.flops(cfg, self._seq_len)
     # The stem is not skipped: every layer reads all of it.
     return self._tokens * cost.size(*_live(cfg, extents), cfg.D)
-
-  def _attention(self, cfg, extents) -> int:
-    """Scores of the keys and sums of the values."""
-    heads, _ = _live(cfg, extents)
-    form = budgets.flops(cfg, self._seq_len).form
-    return self._tokens * form.head_fixed * heads
 
   def _output(self, cfg) -> int:
     return self._tokens * 2 * cfg.V * cfg.D
