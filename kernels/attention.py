@@ -196,28 +196,49 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm):
 _BLOCKS, _ROWS = 4, 256
 
 
+@jax.custom_vjp
 def _causal(q, k, v):
   """Causal attention of [B, T, K * G, H] to [B, T, K, H], in blocks of rows.
 
   A block reads no key after its last row: four read 5/8 of the square. Its
-  probabilities are computed again in the backward pass, so that memory never
-  has those of more than one layer.
+  probabilities are computed again in the backward pass, whatever a policy of
+  `jax.checkpoint` around it keeps: memory never has those of two layers.
   """
-  T = q.shape[1]
-  rows = max(_ROWS, -(-T // _BLOCKS))
-
-  def block(start, q, k, v):
-    stop = min(start + rows, T)
-    before = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-    return jax.nn.dot_product_attention(
-      q[:, start:stop], k[:, :stop], v[:, :stop], mask=before[None, None]
-    )
-
   blocks = [
-    jax.checkpoint(functools.partial(block, start), prevent_cse=False)(q, k, v)
-    for start in range(0, max(T, 1), rows)
+    _attend_rows(start, stop, q, k, v) for start, stop in _blocks(q.shape[1])
   ]
   return jnp.concatenate(blocks, 1)
+
+
+def _causal_forward(q, k, v):
+  return _causal(q, k, v), (q, k, v)
+
+
+def _causal_backward(saved, dout):
+  grads = (
+    jax.vjp(functools.partial(_attend_rows, start, stop), *saved)[1](
+      dout[:, start:stop]
+    )
+    for start, stop in _blocks(dout.shape[1])
+  )
+  return tuple(sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True))
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _blocks(T):
+  """First row, and the one after the last, of each block; one at least."""
+  rows = max(_ROWS, -(-T // _BLOCKS))
+  return [(start, min(start + rows, T)) for start in range(0, max(T, 1), rows)]
+
+
+def _attend_rows(start, stop, q, k, v):
+  """Attention of some rows of a causal square."""
+  before = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+  return jax.nn.dot_product_attention(
+    q[:, start:stop], k[:, :stop], v[:, :stop], mask=before[None, None]
+  )
 
 
 def _rms_norm(x, scale, eps):

@@ -281,7 +281,8 @@ def long_attention(implementation):
       run = lambda *arrays: attention(
         *arrays, keep, implementation=implementation
       )
-      y, pull = jax.vjp(run, *arrays)
+      keeps_all = jax.checkpoint_policies.everything_saveable
+      y, pull = jax.vjp(jax.checkpoint(run, policy=keeps_all), *arrays)
       kept.extend(x.size for x in jax.tree.leaves(pull))
       return y, *pull(weights)
 

@@ -14,16 +14,16 @@ needs (tests/configs_test.py):
     state               20.54 GB: parameters 6.85, moments 13.69 (float32), and
                         masks, scores and origins 1.8 MB
     of one device       2.57 GB of it on the mesh below, with fsdp 8
-    temporaries         6.6 GB a device for one sequence of 2048 tokens there
+    temporaries         6.3 GB a device for one sequence of 2048 tokens there
                         (XLA's own figure for a CPU)
     architecture        16 shrinks x (30 s to compile and check + 4 s to save)
                         + 190 saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
     disk                12 bytes a parameter for each of 16 events, some 200 GB,
                         and `checkpoint.keep` checkpoints of up to 20.54 GB
-    text                some 200 GB, 7 bytes a byte of it the first time, in
-                        the memory of one process of those that share a cache:
-                        rather a fourth of it, which the run then reads four
-                        times over
+    text                some 200 GB, which one process of those that share a
+                        cache splits and tokenises at 2 MB a second the first
+                        time: rather a fourth of it, which the run then reads
+                        four times over
 
 The share of the shrinks is an estimate for one device at 400 TFLOP/s: 30 s is
 what SmolLM2-135M took on 2 cores (layers are scanned, so that depth does not
