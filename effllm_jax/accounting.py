@@ -114,16 +114,13 @@ class Meter:
     self.spent['repair'] += total
 
   def _forward(self, cfg, extents=None) -> int:
-    cost = budgets.flops(cfg, self._seq_len)
+    heads, ffn = cfg.N * cfg.K, cfg.N * cfg.F
+    if extents is not None:
+      heads, ffn = int(extents['heads'].sum()), int(extents['ffn'].sum())
     # The stem is not skipped: every layer reads all of it.
-    return self._tokens * cost.size(*_live(cfg, extents), cfg.D)
+    return self._tokens * budgets.flops(cfg, self._seq_len).size(
+      heads, ffn, cfg.D
+    )
 
   def _output(self, cfg) -> int:
     return self._tokens * 2 * cfg.V * cfg.D
-
-
-def _live(cfg, extents) -> tuple[int, int]:
-  """Heads and channels of all layers together that are computed."""
-  if extents is None:
-    return cfg.N * cfg.K, cfg.N * cfg.F
-  return int(extents['heads'].sum()), int(extents['ffn'].sum())

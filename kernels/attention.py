@@ -190,10 +190,9 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm):
   return jnp.where(keep[:, None, None], out.reshape(q.shape), 0)
 
 
-# Blocks of a text, and the rows that one has at least. Fewer rows gain 3 % of a
-# step at 256 tokens; eight blocks take as long as four, and longer to compile
-# (BENCHMARKS.md, "Kernels").
-_BLOCKS, _ROWS = 4, 256
+# Fewer rows in a block gain 3 % of a step at 256 tokens; eight blocks take as
+# long as four, and longer to compile (BENCHMARKS.md, "Kernels").
+_MOST_BLOCKS, _LEAST_ROWS = 4, 256
 
 
 @jax.custom_vjp
@@ -205,7 +204,8 @@ def _causal(q, k, v):
   `jax.checkpoint` around it keeps: memory never has those of two layers.
   """
   blocks = [
-    _attend_rows(start, stop, q, k, v) for start, stop in _blocks(q.shape[1])
+    _attend_rows(start, stop, q, k, v)
+    for start, stop in _row_blocks(q.shape[1])
   ]
   return jnp.concatenate(blocks, 1)
 
@@ -219,7 +219,7 @@ def _causal_backward(saved, dout):
     jax.vjp(functools.partial(_attend_rows, start, stop), *saved)[1](
       dout[:, start:stop]
     )
-    for start, stop in _blocks(dout.shape[1])
+    for start, stop in _row_blocks(dout.shape[1])
   )
   return tuple(sum(parts[1:], parts[0]) for parts in zip(*grads, strict=True))
 
@@ -227,9 +227,9 @@ def _causal_backward(saved, dout):
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-def _blocks(T):
+def _row_blocks(T):
   """First row, and the one after the last, of each block; one at least."""
-  rows = max(_ROWS, -(-T // _BLOCKS))
+  rows = max(_LEAST_ROWS, -(-T // _MOST_BLOCKS))
   return [(start, min(start + rows, T)) for start in range(0, max(T, 1), rows)]
 
 

@@ -19,10 +19,9 @@ Array = jax.Array
 IMPLEMENTATIONS = ('xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
 # Those that one platform alone can run.
 PLATFORMS = {'pallas_tpu': 'tpu', 'pallas_hopper': 'gpu'}
-# The `checkpoint_name` of what the products of an op, and attention, come to. A
-# policy of `jax.checkpoint` that keeps dots would miss loops, and keep those of
-# every branch of a bucket: 324 MB a layer of SmolLM2-135M, 2,048 tokens, not
-# 40.
+# The `checkpoint_name` of what products and attention come to. A policy of
+# `jax.checkpoint` that keeps dots would miss loops, and keep those of every
+# branch of a bucket: 324 MB a layer of SmolLM2-135M, 2,048 tokens, not 45.
 KEPT = 'masked_op'
 # Chosen only where it was measured: BENCHMARKS.md, "Kernels". Elsewhere the
 # reference, until somebody has.
