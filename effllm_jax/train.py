@@ -58,12 +58,7 @@ def run(
   begun = bool(checkpoints.moments(workdir))
   source = sources.load(config.source, cache, params=False)
   if begun:
-    known = _record(source)
-    if config.init == 'random' and (
-      config.distill.teacher or not config.distill.weight
-    ):
-      known |= {'sha256': None, 'saved': None}  # Its weights are never read.
-    _check_same(workdir / 'source' / 'source.json', known, 'source')
+    check_source(config, workdir, source)
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
   if profiled and profiled[-1] > plan.steps:
@@ -77,6 +72,8 @@ def run(
     plan_lib.device_tokens(config, mesh),
   )
   text = corpus.prepare(config.data.text, cache)
+  if begun:
+    check_text(config, workdir, text)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, text, source)
   teacher = other = None
@@ -109,6 +106,61 @@ def run(
       ).train(profiled)
     except OSError as e:
       raise checkpoints.write_error(e) from e
+
+
+def check_source(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  source: sources.Source,
+) -> None:
+  """Checks that `source` is the model that a run was started with.
+
+  Args:
+    config: of the run; what never reads the weights may have others.
+    workdir: of the run. Of a workdir without a record of its source, as an
+      older commit wrote it, nothing is compared.
+    source: the model that lies now where the config says.
+
+  Raises:
+    errors.InputError: it has other weights or another shape.
+  """
+  known = _record(source)
+  if config.init == 'random' and (
+    config.distill.teacher or not config.distill.weight
+  ):
+    known |= {'sha256': None, 'saved': None}
+  path = pathlib.Path(workdir, 'source', 'source.json')
+  _check_same(path, known, 'source')
+
+
+def check_text(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  text: pathlib.Path,
+) -> None:
+  """Checks that `text` is what a run was started with.
+
+  Args:
+    config: of the run.
+    workdir: of the run; without a record, nothing is compared.
+    text: of `corpus.prepare`, of what lies now where the config says.
+
+  Raises:
+    errors.InputError: it is another text.
+  """
+  path = pathlib.Path(workdir, runlog.TEXT)
+  if not path.exists():
+    return
+  shape = {'digest': (str, None)}
+  remedy = 'restore it or choose another --workdir'
+  then = untrusted.read_shaped(path, shape, remedy)['digest']
+  now = corpus.manifest(text)['digest']
+  if then and then != now:
+    raise errors.InputError(
+      f'data.text {config.data.text!r} is not the text that the run was '
+      f'started with: digest={then[:12]!r} there, {now[:12]!r} now; put the '
+      'old one back, or choose another --workdir'
+    )
 
 
 def _record(model: sources.Source) -> dict[str, Any]:

@@ -15,10 +15,17 @@ from typing import Any
 from effllm_jax import errors
 from effllm_jax import untrusted
 
-# Of a config.
+# Of a config: where models and text lie. `train` and the checkpoints compare
+# what they are.
 _PATHS = ('source', 'distill.teacher', 'data.text')
 # Keys of a config, or how they begin, that a run may go on with otherwise.
 _FREE = ('mesh.', 'data.timeout', 'checkpoint.')
+# For a config.json that cannot be read.
+_REMEDY = 'restore it or choose another --workdir'
+
+
+class HeldError(errors.InputError):
+  """Another process holds a lock."""
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
@@ -79,7 +86,7 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
         'new --workdir'
       )
     return
-  known = untrusted.read_json(path, 'restore it or choose another --workdir')
+  known = untrusted.read_json(path, _REMEDY)
   # Through JSON, so that a tuple equals the list that it was written as.
   changed = changes(known, json.loads(json.dumps(config)))
   if changed:
@@ -93,35 +100,52 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
   """What differs between nested dicts, each key with both values; '': nothing.
 
   Not what a run may go on with otherwise: its devices, how long it waits for
-  text, how often it is saved. No weight depends on that.
+  text, how often it is saved, in which folder a model or a text lies. No weight
+  depends on that.
   """
   old, new = _flat(old), _flat(new)
   return '; '.join(
     f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())
-    if not _same(key, old.get(key), new.get(key)) and not key.startswith(_FREE)
+    if old.get(key) != new.get(key)
+    and not key.startswith(_FREE)
+    and not _are_paths(key, old.get(key), new.get(key))
   )
 
 
-def _same(key, old, new) -> bool:
-  """Whether two values mean the same: a path may be spelt in many ways."""
-  if key in _PATHS and all(isinstance(x, str) and '/' in x for x in (old, new)):
-    old, new = map(os.path.abspath, (old, new))
-  return old == new
+def _are_paths(key, *values) -> bool:
+  return key in _PATHS and all(isinstance(x, str) and '/' in x for x in values)
 
 
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
   """Creates the workdir and writes its config, where that is still to do.
 
+  Of one that is there the paths become those of now.
+
   Raises:
     errors.InputError: as `check`, or the disk refuses.
   """
   check(workdir, config)
-  folder = pathlib.Path(workdir)
+  path, known = pathlib.Path(workdir, 'config.json'), None
+  if path.exists():
+    known = untrusted.read_json(path, _REMEDY)
+    config = _with_paths_of(config, known)
   with errors.writing(workdir, 'choose another --workdir'):
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / 'config.json').exists():
-      write_json(folder / 'config.json', config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if config != known:
+      write_json(path, config)
+
+
+def _with_paths_of(config, known, above='') -> dict[str, Any]:
+  """What is known of a config, but where models and text lie."""
+  return {
+    name: _with_paths_of(config.get(name, {}), value, f'{above}{name}.')
+    if isinstance(value, dict)
+    else config[name]
+    if f'{above}{name}' in _PATHS
+    else value
+    for name, value in known.items()
+  }
 
 
 @contextlib.contextmanager
@@ -138,7 +162,8 @@ def locked(
     waiting: what to log before that; '': nothing.
 
   Raises:
-    errors.InputError: it is held already, or it cannot be written.
+    HeldError: it is held already.
+    errors.InputError: it cannot be written.
   """
   remedy = f'make {path.parent} writable or choose another --workdir'
   with errors.writing(path, remedy):
@@ -151,7 +176,7 @@ def locked(
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as e:
         if refusal:
-          raise errors.InputError(refusal) from e
+          raise HeldError(refusal) from e
         if waiting:
           logging.warning(waiting)
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -110,6 +110,17 @@ class Bench:
         f'{self.plan.steps - self._window()[1]}; lower it'
       )
 
+  def made_of(self) -> dict[str, str | None]:
+    """What tells its model and its text from others of the same path."""
+    from effllm_jax import corpus
+
+    text = corpus.prepare(self.config.data.text, self.cache)
+    return {
+      'source': self.source.sha256,
+      'saved': self.source.saved,
+      'text': corpus.manifest(text)['digest'],
+    }
+
   def results(self, names: list[str]) -> list[dict[str, Any]]:
     """Runs the arms that have no row in `results.jsonl` yet; all their rows.
 

@@ -59,11 +59,12 @@ def main(argv: list[str]) -> None:
   from effllm_jax import workdir as workdir_lib
 
   config, folder = cli.config(_CONFIG), pathlib.Path(_WORKDIR.value)
-  claim = config.to_dict() | {'scoring_batches': _SCORING.value}
-  workdir_lib.check(folder, claim)
   peer_arms.check(_ARMS.value)
   cache = cli.CACHE.value
   bench = peer_arms.Bench(config, folder, cache, _SCORING.value)
+  claim = config.to_dict() | {'scoring_batches': _SCORING.value}
+  claim['made_of'] = bench.made_of()
+  workdir_lib.check(folder, claim)
   for name in _ARMS.value:
     if recipe := peer_arms.OTHERS.get(name):
       bench.width(recipe)

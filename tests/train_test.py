@@ -215,6 +215,26 @@ def test_a_run_goes_on_with_the_models_that_it_was_started_with(
   run(**changes)
 
 
+def test_a_model_and_a_text_that_have_moved_are_the_same(swapped, setting):
+  run, models, workdir = swapped
+  run()
+  config = lambda: json.loads((workdir / 'config.json').read_text())
+  before = config()
+  moved = models['source'].rename(models['source'].with_name('moved'))
+  text = shutil.copytree(setting[1] / 'text', workdir.parent / 'there' / 'text')
+  run(source=str(moved), **{'data.text': str(text)})
+  assert config()['source'] == str(moved) != before['source']
+  assert config()['data'] == before['data'] | {'text': str(text)}
+  # Another one at a new place is no other than at the old one.
+  with pytest.raises(errors.InputError, match=r"sha256='\w+' there, '\w+' now"):
+    other_weights(models['teacher'])
+    run(source=str(models['teacher']), **{'data.text': str(text)})
+  next(text.rglob('*.txt')).write_text('Other words.\n\nAnd more of them.\n')
+  with pytest.raises(errors.InputError, match=r"digest='\w+' there, '\w+' no"):
+    run(source=str(moved), **{'data.text': str(text)})
+  assert config()['source'] == str(moved)
+
+
 @pytest.mark.parametrize('lost', ['teacher.json', 'source/source.json'])
 def test_a_workdir_without_a_record_goes_on(swapped, lost):
   """As one of an older commit, which recorded no teacher."""

@@ -39,19 +39,26 @@ def test_what_no_weight_depends_on_may_change(tmp_path):
     workdir.check(tmp_path, config | other | {'data': {'text': 'pypi'}})
 
 
-def test_a_path_may_be_spelt_in_many_ways(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  config = lambda source: {'source': source, 'prune': {'saliency': 'a/b'}}
-  workdir.claim('w', config('runs/a/events/3'))
-  workdir.check('w', config(f'{tmp_path}/runs/./a/events/3'))
+def test_a_model_and_a_text_may_lie_elsewhere(tmp_path):
+  """What they are is compared where they have been read."""
+  config = lambda source, text, rest='a/b': {
+    'source': source, 'data': {'text': text, 'seed': 0}, 'rest': rest
+  }  # fmt: skip
+  workdir.claim(tmp_path, config('runs/a/events/3', 'texts/a'))
+  workdir.claim(tmp_path, config('/mnt/a/events/3', 'texts/a'))
+  moved = config('/mnt/a/events/3', 'text/../a')
+  workdir.claim(tmp_path, moved)
+  known = json.loads((tmp_path / 'config.json').read_text())
+  assert known == moved
   for other in (
-    config('runs/a/events/4'),
     # No path: a name.
-    config('smollm2-135m'),
-    config('runs/a/events/3') | {'prune': {'saliency': 'a//b'}},
+    config('smollm2-135m', 'texts/a'),
+    config('runs/a/events/3', 'pypi'),
+    config('runs/a/events/3', 'texts/a', 'a//b'),
   ):
     with pytest.raises(errors.InputError, match='another config'):
-      workdir.check('w', other)
+      workdir.claim(tmp_path, other)
+  assert json.loads((tmp_path / 'config.json').read_text()) == moved
 
 
 def test_a_check_writes_nothing(tmp_path):
