@@ -1,17 +1,23 @@
 """Runs the arms of a study, one after another, and keeps what they reached.
 
-    <workdir>/lock                one comparison at a time
+    <workdir>/lock                held while a source is made
     <workdir>/<source>/           a source that is made here
     <workdir>/<study>/uniform-*/  the shape that was made by hand
     <workdir>/<study>/runs/<budget>/<arm>/...    a run, for experiments.report
+    <workdir>/<study>/runs/<budget>/<arm>/<seed>.lock   held while it is at work
     <workdir>/<study>/results.jsonl              a row for every finished run
+    <workdir>/<study>/results.lock               held while rows are added
     <workdir>/<study>/summary.md, *.png          made of these rows alone
+
+Several processes share the work of a workdir: each takes the next run that no
+other one is at, and waits for those that it needs or was asked for.
 
 A finished run loses its checkpoints and events, but for the last of either kind
 of `ours_a` at equal tokens, whose shape other arms start from.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -31,6 +37,7 @@ from effllm_jax import accounting
 from effllm_jax import checkpoints
 from effllm_jax import comparison
 from effllm_jax import console
+from effllm_jax import corpus
 from effllm_jax import errors
 from effllm_jax import finished
 from effllm_jax import model
@@ -88,7 +95,7 @@ def run(
 
   Raises:
     errors.InputError: a choice that cannot be run, a target out of reach,
-      another comparison at work, results of another config, or as `train.run`.
+      results of another config, model or text, or as `train.run`.
     RuntimeError: a run of equal FLOPs spent others.
   """
   workdir = pathlib.Path(workdir)
@@ -102,15 +109,13 @@ def run(
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    refusal = (
-      f'another comparison is at work in {workdir}; wait for its end or set '
-      'another --workdir'
-    )
-    stack.enter_context(workdir_lib.locked(workdir / 'lock', refusal))
+    source = study.config.source
     if study.pretrained:
-      source = pretraining.make(study.pretrained, workdir, cache)
-    else:
-      source = study.config.source
+      waiting = (
+        f'waiting for the source, which another process makes in {workdir}'
+      )
+      with workdir_lib.locked(workdir / 'lock', waiting=waiting):
+        source = pretraining.make(study.pretrained, workdir, cache)
     ask = None
     if choice.tasks:
       # Needs lm-eval, which no other part of a comparison does.
@@ -129,7 +134,7 @@ def run(
     runner.run(choice)
     if note := comparison.left_out([*runner.rows.values()]):
       runner.say(note, soft_wrap=True)
-    with errors.writing(runner.folder):
+    with errors.writing(runner.folder), runner.results():
       return comparison.publish(runner.folder, arms_lib.OURS)
 
 
@@ -234,12 +239,18 @@ class Runner:
       folder.mkdir(parents=True, exist_ok=True)
       self.uniform = self._write_uniform()
     self.path = folder / _RESULTS
-    self.rows = {row.key: row for row in comparison.read(self.path)}
+    self._began, self._done = time.monotonic(), 0
+    self._read()
 
   @functools.cached_property
   def shape(self) -> weights.Source:
     """The source without its weights."""
     return sources.load(self.source, self.cache, params=False)
+
+  @functools.cached_property
+  def text(self) -> pathlib.Path:
+    """The dataset that all arms read."""
+    return corpus.prepare(self.study.config.data.text, self.cache)
 
   def check(self, choice: Choice) -> None:
     """Refuses what belongs to other settings, or would have no row."""
@@ -277,28 +288,78 @@ class Runner:
         f'{self.rows[key].tokens:,} tokens, the study says {tokens:,}; set '
         'another --workdir'
       )
-    workdir_lib.check(self._workdir(key, config.train.tokens), config.to_dict())
+    workdir = self._workdir(key, config.train.tokens)
+    workdir_lib.check(workdir, config.to_dict())
+    if arm.start == 'source':
+      train.check_source(config, workdir, self.shape)
+    train.check_text(config, workdir, self.text)
 
   def run(self, choice: Choice) -> None:
-    """All runs that have no row."""
+    """All runs that have no row.
+
+    Those that other processes are at come last: they are waited for, and taken
+    over where one has ended without a row.
+    """
     self._tidy()
-    start, done = time.monotonic(), 0
     for budget in choice.budgets:
-      for seed in choice.seeds:
-        for arm in choice.arms:
-          left = self._pending(choice)
-          key = (budget, arm.name, seed)
-          if key not in left:
-            continue
-          number = len(choice.budgets) * len(choice.seeds) * len(choice.arms)
-          took = time.monotonic() - start
-          self.say(
-            f'run {number - len(left) + 1} of {number}: {budget}, {arm.name}, '
-            f'seed {seed}'
-            + (f'; {len(left) * took / done / 60:.0f} min left' if done else '')
-          )
-          self._one(budget, arm, seed)
-          done += 1
+      runs = list(itertools.product([budget], choice.seeds, choice.arms))
+      while held := [x for x in (self._attempt(choice, *y) for y in runs) if x]:
+        waiting = f'waiting for another process, which runs {_told(held[0])}'
+        with workdir_lib.locked(self._lock(held[0]), waiting=waiting):
+          pass
+
+  def _attempt(
+    self, choice: Choice, budget: str, seed: int, arm: arms_lib.Arm
+  ) -> tuple[str, str, int] | None:
+    """Sees to a row; the key of a run to wait for, of another process."""
+    key, ours = (budget, arm.name, seed), ('tokens', arms_lib.OURS, seed)
+    self._read()
+    if key not in self._pending(choice):
+      return None
+    if arm.start == 'found' and ours not in self.rows:
+      return ours
+    with contextlib.ExitStack() as stack:
+      try:
+        stack.enter_context(workdir_lib.locked(self._lock(key), 'held'))
+      except workdir_lib.HeldError:
+        return key
+      # It may have been finished before the lock was free.
+      self._read()
+      left = self._pending(choice)
+      if key not in left:
+        return None
+      number = len(choice.budgets) * len(choice.seeds) * len(choice.arms)
+      took = time.monotonic() - self._began
+      self.say(
+        f'run {number - len(left) + 1} of {number}: {_told(key)}'
+        + (
+          f'; {len(left) * took / self._done / 60:.0f} min left'
+          if self._done
+          else ''
+        )
+      )
+      self._one(budget, arm, seed)
+      self._done += 1
+    return None
+
+  def _lock(self, key: tuple[str, str, int]) -> pathlib.Path:
+    """Of a run; the folder of it is there afterwards."""
+    budget, arm, seed = key
+    folder = self.folder / 'runs' / budget / arm
+    with errors.writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    return folder / f'{seed}.lock'
+
+  def _read(self) -> None:
+    """The rows of now, those of other processes among them."""
+    self.rows = {row.key: row for row in comparison.read(self.path)}
+
+  @contextlib.contextmanager
+  def results(self) -> Iterator[None]:
+    """Nobody else writes rows or tables meanwhile."""
+    with workdir_lib.locked(self.path.with_suffix('.lock')):
+      self._read()
+      yield
 
   def _pending(self, choice: Choice) -> set[tuple[str, str, int]]:
     """Keys without a row, or with one of FLOPs that are no longer the most."""
@@ -361,8 +422,8 @@ class Runner:
     )  # fmt: skip
 
   def _keep(self, row: comparison.Row) -> None:
-    self.rows[row.key] = row
-    with errors.writing(self.path):
+    with errors.writing(self.path), self.results():
+      self.rows[row.key] = row
       comparison.write(self.path, self.rows.values())
 
   def _tidy(self) -> None:
@@ -432,6 +493,11 @@ class Runner:
 
     workdir_lib.once(folder, write)
     return folder
+
+
+def _told(key: tuple[str, str, int]) -> str:
+  budget, arm, seed = key
+  return f'{budget}, {arm}, seed {seed}'
 
 
 def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:

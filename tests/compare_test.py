@@ -1,7 +1,7 @@
 """A whole comparison, on the small run: two arms, two seeds, both budgets."""
 
+import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import shutil
@@ -17,6 +17,7 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import small_run
 from effllm_jax import sources
 from effllm_jax import train
+from effllm_jax import workdir
 from experiments import arms
 from experiments import pretraining
 from experiments import same_budget
@@ -179,7 +180,9 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
   shutil.copy(ours / 'config.json', run)
   study = study_of(root)
-  runner = same_budget.Runner(study, tmp_path, None, study.config.source, None)
+  runner = same_budget.Runner(
+    study, tmp_path, root / 'cache', study.config.source, None
+  )
   runner._tidy()
   assert [x.path for x in checkpoints.moments(run)] == [event]
   (found,) = choose('scratch_found').arms
@@ -321,12 +324,75 @@ def test_a_seed_that_made_the_source_is_told(root, monkeypatch, capsys):
     assert ('seed 0 is that of here too' in capsys.readouterr().err) == told
 
 
-def test_another_comparison_at_work_is_refused(root):
-  (root / 'runs').mkdir(exist_ok=True)
-  with (root / 'runs' / 'lock').open('w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    with pytest.raises(errors.InputError, match='another comparison is at wor'):
-      compare(root, choose('ours_a'))
+@pytest.mark.parametrize('finished_there', [True, False])
+def test_processes_share_the_runs_of_a_workdir(
+  root, tmp_path, monkeypatch, finished_there
+):
+  """What another one is at comes last, and is run where that one dies."""
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  runner, other = (
+    same_budget.Runner(study_of(root), tmp_path, None, None, None)
+    for _ in range(2)
+  )
+  at_work = contextlib.ExitStack()
+  key = ('tokens', 'ours_a', 0)
+  at_work.enter_context(workdir.locked(runner._lock(key), 'held'))
+  ran, waited = [], []
+
+  def one(budget, arm, seed):
+    # Nobody else can take it.
+    with pytest.raises(workdir.HeldError):
+      at_work.enter_context(
+        workdir.locked(runner._lock((budget, arm.name, seed)), 'held')
+      )
+    ran.append((budget, arm.name, seed))
+    runner._keep(comparison_test.row(arm.name, seed, 2.0, budget))
+
+  def warning(message):
+    waited.append(message)
+    if finished_there:
+      other._keep(comparison_test.row('ours_a', 0, 1.5))
+    at_work.close()
+
+  monkeypatch.setattr(runner, '_one', one)
+  monkeypatch.setattr(workdir.logging, 'warning', warning)
+  runner.run(choose('dense', 'ours_a', 'scratch_found'))
+  tokens = [
+    *(('tokens', x, s) for s in (0, 1) for x in ('dense', 'ours_a')),
+    ('tokens', 'scratch_found', 1),
+  ]  # fmt: skip
+  tokens.remove(key)
+  assert {*ran[:4]} == {*tokens}
+  last = ('tokens', 'scratch_found', 0)
+  assert ran[4:6] == (
+    [last, ('flops', 'dense', 0)] if finished_there else [key, last]
+  )
+  assert waited == [
+    'waiting for another process, which runs tokens, ours_a, seed 0'
+  ]
+  rows = {x.key: x for x in comparison.read(tmp_path / 'results.jsonl')}
+  assert len(rows) == 12 and len(ran) == 12 - finished_there
+  assert rows[key].bits_per_byte == (1.5 if finished_there else 2.0)
+  assert {x[0] for x in ran[5 if finished_there else 6 :]} == {'flops'}
+
+
+def test_a_source_is_made_once(root, tmp_path, monkeypatch):
+  """By the first process; others wait for it."""
+  held = []
+
+  def make(recipe, folder, cache):
+    with pytest.raises(workdir.HeldError):
+      stack = contextlib.ExitStack()
+      stack.enter_context(workdir.locked(folder / 'lock', 'held'))
+    held.append(recipe)
+    raise errors.InputError('made')
+
+  monkeypatch.setattr(same_budget.pretraining, 'make', make)
+  study = small.study(small.CFG.num_params() // 2, 256_000)
+  choice = same_budget.Choice(study.arms[:1], (1,), ('tokens',))
+  with pytest.raises(errors.InputError, match='made'):
+    same_budget.run(study, 'mini', tmp_path, root / 'cache', choice)
+  assert held == [study.pretrained]
 
 
 @pytest.mark.parametrize(
@@ -361,8 +427,9 @@ def test_a_target_out_of_reach_is_refused_before_a_source_is_made(
   assert not (root / 'new').exists()
 
 
-def test_results_of_other_settings_are_refused(root):
-  compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
+def test_results_of_other_settings_are_refused(root, tmp_path):
+  once = {'seeds': (0,), 'budgets': ('tokens',)}
+  compare(root, choose('ours_a', **once))
   with pytest.raises(errors.InputError, match=r'0\.003 there, 0\.1 now'):
     compare(root, choose('ours_a', seeds=(0,)), **{'optimizer.peak': 0.1})
   # The table would be of both, whatever is run now.
@@ -371,6 +438,17 @@ def test_results_of_other_settings_are_refused(root):
   tokens = 2 * study_of(root).config.train.tokens
   with pytest.raises(errors.InputError, match=f'the study says {tokens:,}'):
     compare(root, choose('dense', seeds=(5,)), **{'train.tokens': tokens})
+  # Of the same path, or of another one.
+  for key, name in (('source', 'model'), ('data.text', 'text')):
+    other = shutil.copytree(root / name, tmp_path / name)
+    compare(root, choose('ours_a', **once), **{key: str(other)})
+    for path in other.rglob('*'):
+      if path.suffix in ('.safetensors', '.txt'):
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(errors.InputError, match=r'(sha256|digest)=.* there'):
+      compare(root, choose('ours_a', **once), **{key: str(other)})
 
 
 def test_benchmarks_of_models_that_are_gone_are_refused(root):
