@@ -1,6 +1,7 @@
 """The plain files of a run: config.json, metrics.jsonl, trace.jsonl."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
@@ -11,9 +12,12 @@ import os
 import pathlib
 import tempfile
 from typing import Any
+from typing import TypeVar
 
 from effllm_jax import errors
 from effllm_jax import untrusted
+
+_T = TypeVar('_T')
 
 # Of a config: where models and text lie. `train` and the checkpoints compare
 # what they are.
@@ -204,6 +208,25 @@ def in_turn(path: pathlib.Path) -> Iterator[None]:
         stack.close()
       stack.callback(_remove, path)
     yield
+
+
+def share(
+  tasks: Iterable[_T], attempt: Callable[[_T], pathlib.Path | None]
+) -> None:
+  """Sees to tasks in their order; those that other processes are at come last.
+
+  These are waited for, and attempted again: one may have died before its end.
+
+  Args:
+    tasks: what there is to do.
+    attempt: sees to one that is not done yet, or gives the lock of another
+      process that is at it, or at what it follows from.
+  """
+  tasks = [*tasks]
+  while held := [lock for lock in map(attempt, tasks) if lock]:
+    waiting = f'waiting for another process, which holds {held[0]}'
+    with locked(held[0], waiting=waiting):
+      pass
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -295,34 +295,29 @@ class Runner:
     train.check_text(config, workdir, self.text)
 
   def run(self, choice: Choice) -> None:
-    """All runs that have no row.
-
-    Those that other processes are at come last: they are waited for, and taken
-    over where one has ended without a row.
-    """
+    """All runs that have no row, those of other processes last."""
     self._tidy()
     for budget in choice.budgets:
-      runs = list(itertools.product([budget], choice.seeds, choice.arms))
-      while held := [x for x in (self._attempt(choice, *y) for y in runs) if x]:
-        waiting = f'waiting for another process, which runs {_told(held[0])}'
-        with workdir_lib.locked(self._lock(held[0]), waiting=waiting):
-          pass
+      workdir_lib.share(
+        itertools.product(choice.seeds, choice.arms),
+        lambda run, budget=budget: self._attempt(choice, budget, *run),
+      )
 
   def _attempt(
     self, choice: Choice, budget: str, seed: int, arm: arms_lib.Arm
-  ) -> tuple[str, str, int] | None:
-    """Sees to a row; the key of a run to wait for, of another process."""
+  ) -> pathlib.Path | None:
+    """Sees to a row; the lock of another process that is at it."""
     key, ours = (budget, arm.name, seed), ('tokens', arms_lib.OURS, seed)
     self._read()
     if key not in self._pending(choice):
       return None
     if arm.start == 'found' and ours not in self.rows:
-      return ours
+      return self._lock(ours)
     with contextlib.ExitStack() as stack:
       try:
         stack.enter_context(workdir_lib.locked(self._lock(key), 'held'))
       except workdir_lib.HeldError:
-        return key
+        return self._lock(key)
       # It may have been finished before the lock was free.
       self._read()
       left = self._pending(choice)
@@ -331,7 +326,8 @@ class Runner:
       number = len(choice.budgets) * len(choice.seeds) * len(choice.arms)
       took = time.monotonic() - self._began
       self.say(
-        f'run {number - len(left) + 1} of {number}: {_told(key)}'
+        f'run {number - len(left) + 1} of {number}: {", ".join(key[:2])}, '
+        f'seed {seed}'
         + (
           f'; {len(left) * took / self._done / 60:.0f} min left'
           if self._done
@@ -493,11 +489,6 @@ class Runner:
 
     workdir_lib.once(folder, write)
     return folder
-
-
-def _told(key: tuple[str, str, int]) -> str:
-  budget, arm, seed = key
-  return f'{budget}, {arm}, seed {seed}'
 
 
 def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:

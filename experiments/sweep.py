@@ -5,7 +5,8 @@ r"""Runs every variant that a config's `sweep()` yields; prints one table.
 
 `sweep()` yields dicts of overrides, as in `{'optimizer.peak': 1e-3}`; an empty
 one is the config as it is. Each variant has its own folder below --workdir and
-resumes there, so a sweep can be stopped, continued and extended.
+resumes there, so a sweep can be stopped, continued and extended. Several calls
+at once, on a core or a GPU each, share the variants.
 """
 
 import hashlib
@@ -29,17 +30,32 @@ def main(argv: list[str]) -> None:
 
   from effllm_jax import runlog
   from effllm_jax import train
+  from effllm_jax import workdir
   from experiments import choices
 
-  # All of them, before the first one takes its time.
-  variants = choices.sweep(_CONFIG.value)
-  table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
-  for overrides, config in variants:
-    name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
-    folder = pathlib.Path(_WORKDIR.value) / _folder_name(name)
+  root, done = pathlib.Path(_WORKDIR.value), set()
+
+  def attempt(variant):
+    name, folder, config = variant
+    if name in done:
+      return None
     # What the variant before has compiled; see `pruning.shrink`.
     jax.clear_caches()
-    train.run(config, folder, cli.CACHE.value)
+    try:
+      train.run(config, folder, cli.CACHE.value)
+    except workdir.HeldError:
+      return folder / 'lock'
+    done.add(name)
+    return None
+
+  # All of them, before the first one takes its time.
+  variants = []
+  for overrides, config in choices.sweep(_CONFIG.value):
+    name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
+    variants.append((name, root / _folder_name(name), config))
+  workdir.share(variants, attempt)
+  table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
+  for name, folder, _ in variants:
     run = runlog.read(folder)
     source, final = run.last_eval('source'), run.last_eval('final')
     table.add_row(

@@ -367,9 +367,8 @@ def test_processes_share_the_runs_of_a_workdir(
   assert ran[4:6] == (
     [last, ('flops', 'dense', 0)] if finished_there else [key, last]
   )
-  assert waited == [
-    'waiting for another process, which runs tokens, ours_a, seed 0'
-  ]
+  (said,) = waited
+  assert said.endswith('holds ' + str(runner._lock(key)))
   rows = {x.key: x for x in comparison.read(tmp_path / 'results.jsonl')}
   assert len(rows) == 12 and len(ran) == 12 - finished_there
   assert rows[key].bits_per_byte == (1.5 if finished_there else 2.0)

@@ -1,5 +1,7 @@
 """The real command over a few variants of a small model."""
 
+import concurrent.futures
+
 import pytest
 
 from effllm_jax import errors
@@ -51,11 +53,16 @@ def test_every_variant_runs_in_a_folder_of_its_own(tmp_path):
   config = tmp_path / 'swept.py'
   config.write_text(CONFIG.format(model=str(model), text=str(text), long=LONG))
   workdir = tmp_path / 'sweep'
-  done = conftest.command(
+  call = lambda _: conftest.command(
     'sweep', f'--config={config}', f'--workdir={workdir}',
     f'--cache={tmp_path / "cache"}',
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
+  # They share the variants.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    both = [*pool.map(call, range(2))]
+  for done in both:
+    assert done.returncode == 0, done.stderr
+  assert both[0].stdout == both[1].stdout
   base, *longer = sorted(workdir.iterdir())
   assert base.name == 'base'
   assert len(longer) == 2

@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import errno
 import fcntl
 import json
@@ -105,6 +106,29 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
   path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
   with pytest.raises(errors.InputError, match='line 2 is not JSON'):
     list(workdir.read(path))
+
+
+def test_what_another_process_is_at_comes_last(tmp_path, monkeypatch):
+  lock, other, order = tmp_path / 'lock', contextlib.ExitStack(), []
+  other.enter_context(workdir.locked(lock, 'taken'))
+  done = {}
+
+  def attempt(task):
+    order.append(task)
+    if task == 'b' and 'other has ended' not in done:
+      return lock
+    done[task] = True
+    return None
+
+  def wait(message):
+    assert message.endswith(f'holds {lock}')
+    done['other has ended'] = True
+    other.close()
+
+  monkeypatch.setattr(workdir.logging, 'warning', wait)
+  workdir.share(iter('abc'), attempt)
+  assert order == [*'abc', *'abc']
+  assert [*done] == ['a', 'c', 'other has ended', 'b']
 
 
 def test_a_lock_is_held_once(tmp_path):
