@@ -143,7 +143,7 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
 def _with_paths_of(config, known, above='') -> dict[str, Any]:
   """What is known of a config, but where models and text lie."""
   return {
-    name: _with_paths_of(config.get(name, {}), value, f'{above}{name}.')
+    name: _with_paths_of(config[name], value, f'{above}{name}.')
     if isinstance(value, dict)
     else config[name]
     if f'{above}{name}' in _PATHS
