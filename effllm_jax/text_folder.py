@@ -1,14 +1,14 @@
-"""The documents of a user's folder: `.txt` and `.jsonl` files."""
+"""The documents of a user's folder, of all its files of text."""
 
-import codecs
 from collections.abc import Iterator
 import dataclasses
-import hashlib
 import os
 import pathlib
+from typing import Any
 
 from effllm_jax import documents
 from effllm_jax import errors
+from effllm_jax import text_files
 from effllm_jax import untrusted
 
 Document = documents.Document
@@ -33,15 +33,15 @@ def listed(text: str) -> tuple[str, dict[str, pathlib.Path], list[str]]:
     folder = pathlib.Path(text)
   if not text or not os.path.isdir(folder):
     raise errors.InputError(
-      f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt "
-      'or .jsonl files; set --config.data.text'
+      f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt, "
+      '.jsonl or .parquet files; set --config.data.text'
     )
   files, others = {}, []
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder)
     if any(part.startswith('.') for part in name.parts):
       continue
-    if _suffix(path) in ('.txt', '.jsonl') and path.is_file():
+    if text_files.kind(path) and path.is_file():
       try:
         name.as_posix().encode()
       except UnicodeEncodeError as e:
@@ -52,10 +52,6 @@ def listed(text: str) -> tuple[str, dict[str, pathlib.Path], list[str]]:
     elif path.is_symlink() or not path.is_dir():
       others.append(name.as_posix())
   return folder.resolve().name, files, others
-
-
-def _suffix(path: pathlib.Path) -> str:
-  return path.suffix.lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,46 +73,48 @@ class Documents:
   def __iter__(self) -> Iterator[Document]:
     found = False
     for name in self.files:
-      rows = self._txt if _suffix(pathlib.Path(name)) == '.txt' else self._jsonl
-      for row in rows(name):
-        body = row.text.replace('\r\n', '\n').strip()
+      for document in self._documents(name):
+        body = document.text.replace('\r\n', '\n').strip()
         if body:
           found = True
-          yield row._replace(text=body)
+          yield document._replace(text=body)
     if not found:
       raise errors.InputError(
-        f'{self.text} holds no text; put .txt files (one document each) or '
-        '.jsonl files (one a line, key "text") into it, or set '
-        '--config.data.text'
+        f'{self.text} holds no text; put .txt files (one document each), '
+        '.jsonl files (one a line, key "text") or .parquet files (column '
+        '"text") into it, or set --config.data.text'
       )
 
-  def _txt(self, name: str) -> Iterator[Document]:
-    data = untrusted.read(self.files[name], UNREADABLE)
-    self._check(name, hashlib.sha256(data).hexdigest())
-    text = _decoded(data, pathlib.Path(self.text, name), 1)
-    yield Document(self._domain(name), name, text)
-
-  def _jsonl(self, name: str) -> Iterator[Document]:
-    path, domain = pathlib.Path(self.text, name), self._domain(name)
-    digest = hashlib.sha256()
+  def _documents(self, name: str) -> Iterator[Document]:
+    """Those of a file, which in the end must be the one that it was."""
+    path = pathlib.Path(self.text, name)
     with untrusted.opened(self.files[name], UNREADABLE) as file:
-      for i, line in enumerate(file, 1):
-        digest.update(line)
-        try:
-          content = _decoded(line, path, i)
-          row = content.strip() and _row(
-            f'{path}:{i}',
-            content.removesuffix('\n'),
-            Document(domain, f'{name}:{i}', ''),
-          )
-        except errors.InputError:
-          # Of a file that is still being written, that is what is wrong.
-          digest.update(file.read())
-          self._check(name, digest.hexdigest())
-          raise
-        if row:
-          yield row
-    self._check(name, digest.hexdigest())
+      file = text_files.Digested(file)
+      try:
+        for number, row in text_files.rows(file, path):
+          yield self._document(name, number, row)
+      except errors.InputError:
+        # Of a file that is still being written, that is what is wrong.
+        self._check(name, file.digest())
+        raise
+      self._check(name, file.digest())
+
+  def _document(self, name: str, number: int, row: Any) -> Document:
+    """The document of a row."""
+    if text_files.kind(pathlib.PurePath(name)) == '.txt':
+      return Document(self._domain(name), name, row['text'])
+    said = f'{pathlib.Path(self.text, name)}:{number}'
+    if not isinstance(row, dict) or not isinstance(row.get('text'), str):
+      raise errors.InputError(
+        f'{said}: no string under the key "text"; write {{"text": "..."}}'
+      )
+    domain = row.get('domain', self._domain(name))
+    if not isinstance(domain, str) or not domain:
+      raise errors.InputError(
+        f'{said}: domain {domain!r} is not a name; give a string, or leave the '
+        'key out'
+      )
+    return Document(domain, f'{name}:{number}', row['text'])
 
   def _domain(self, name: str) -> str:
     folder, *rest = pathlib.PurePath(name).parts
@@ -128,33 +126,3 @@ class Documents:
         f'{pathlib.Path(self.text, name)} has changed while it was read; run '
         'again once it is written'
       )
-
-
-def _decoded(data: bytes, path: pathlib.Path, line: int) -> str:
-  """The text of a file, or of one line of it."""
-  try:
-    return data.decode('utf-8-sig' if line == 1 else 'utf-8')
-  except UnicodeDecodeError as e:
-    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    coding = 'utf-16' if data.startswith(marks) else 'latin1'
-    line += data.count(b'\n', 0, e.start)
-    raise errors.InputError(
-      f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '
-      f'file with: iconv -f {coding} -t utf-8'
-    ) from e
-
-
-def _row(where: str, line: str, default: Document) -> Document:
-  """One line of a .jsonl file."""
-  row = untrusted.parse_json(line, where, 'write one object a line')
-  if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-    raise errors.InputError(
-      f'{where}: no string under the key "text"; write {{"text": "..."}}'
-    )
-  domain = row.get('domain', default.domain)
-  if not isinstance(domain, str) or not domain:
-    raise errors.InputError(
-      f'{where}: domain {domain!r} is not a name; give a string, or leave the '
-      'key out'
-    )
-  return default._replace(domain=domain, text=row['text'])

@@ -1,5 +1,8 @@
 import concurrent.futures
 import errno
+import functools
+import gzip
+import io
 import json
 import logging
 import os
@@ -13,6 +16,8 @@ import tracemalloc
 import zipfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import gcs_utils
@@ -24,6 +29,8 @@ from effllm_jax import errors
 from effllm_jax import fetch
 from effllm_jax import packages
 from effllm_jax import splitting
+from effllm_jax import text_files
+from effllm_jax import text_folder
 from effllm_jax import tokenizing
 from effllm_jax import untrusted
 from tests import conftest
@@ -58,6 +65,29 @@ def folder(root: pathlib.Path, **files: str | bytes) -> pathlib.Path:
     data = content if isinstance(content, bytes) else content.encode()
     path.write_bytes(data)
   return root
+
+
+def table(rows, **types) -> bytes:
+  """A Parquet file of a few groups of rows, with a column that is not read."""
+  schema = pyarrow.schema(
+    [('id', pyarrow.int64())]
+    + [(name, types.get(name, pyarrow.string())) for name in rows[0]]
+  )
+  rows = [row | {'id': i} for i, row in enumerate(rows)]
+  file = io.BytesIO()
+  pyarrow.parquet.write_table(
+    pyarrow.Table.from_pylist(rows, schema), file, row_group_size=2
+  )
+  return file.getvalue()
+
+
+# Of the same bytes every time: they are in the names of tests.
+gz = functools.partial(gzip.compress, mtime=0)
+
+
+def zstd(*parts: bytes) -> bytes:
+  codec = pyarrow.Codec('zstd')
+  return b''.join(codec.compress(x, asbytes=True) for x in parts)
 
 
 def read(data_dir, split):
@@ -238,6 +268,58 @@ def test_domains_of_a_users_folder(tmp_path):
     assert counts['train']['documents'] and counts['heldout']['documents']
 
 
+def test_texts_that_are_packed_or_in_columns(tmp_path):
+  rows = [
+    {'text': prose(100 * i) + f'\r\n\r\nEnd {i} é.', 'domain': f'd{i % 2}'}
+    for i in range(5)
+  ]
+  lines = [json.dumps(row).encode() + b'\n' for row in rows]
+  whole, plain = b''.join(lines), prose(7000).encode()
+  # What has been appended to is of several parts.
+  parts = lines[0] + lines[1][:9], lines[1][9:] + b''.join(lines[2:])
+  files = {
+    'a.jsonl': whole,
+    'a.jsonl.gz': gz(whole),
+    'a.JSON.GZ': b''.join(map(gz, parts)),
+    'a.jsonl.zst': zstd(*parts),
+    'a.json.zst': zstd(whole),
+    'a.parquet': table(rows),
+    'large.parquet': table(rows, text=pyarrow.large_string()),
+  }
+  text = {
+    'a.txt': plain, 'a.txt.gz': gz(plain), 'a.txt.zst': zstd(plain)
+  }  # fmt: skip
+  others = ['a.json', 'a.gz', 'a.parquet.gz', 'a.html.zst', 'a.tar.gz']
+  for i, (name, data) in enumerate((files | text).items()):
+    user = folder(tmp_path / f'{i}' / 'text')
+    (user / name).write_bytes(data)
+    for other in others:
+      (user / other).write_bytes(b'not read')
+    label, found, passed = text_folder.listed(str(user))
+    assert ([*found], passed) == ([name], sorted(others))
+    digests = digests_lib.of(user, found)
+    documents = [*text_folder.Documents(str(user), label, found, digests)]
+    if name in text:
+      assert documents == [documents_lib.Document('text', name, prose(7000))]
+      continue
+    assert [(x.domain, x.id) for x in documents] == [
+      (f'd{i % 2}', f'{name}:{i + 1}') for i in range(5)
+    ]
+    assert [x.text for x in documents] == [
+      row['text'].replace('\r\n', '\n') for row in rows
+    ]
+  # And so they are built of, in the order of their files.
+  user = folder(tmp_path / 'all', a_txt=prose(8000), d_txt=prose(9000))
+  (user / 'b.parquet').write_bytes(table(rows[:3]))
+  (user / 'c.json.gz').write_bytes(gz(b''.join(lines[3:])))
+  data = corpus.prepare(str(user), tmp_path)
+  found = [x.id for x in read(data, 'train') + read(data, 'heldout')]
+  assert sorted(found) == [
+    'a.txt', *(f'b.parquet:{i}' for i in (1, 2, 3)),
+    'c.json.gz:1', 'c.json.gz:2', 'd.txt',
+  ]  # fmt: skip
+
+
 def test_what_of_a_folder_is_read_is_told(tmp_path, caplog):
   user = folder(
     tmp_path / 'text',
@@ -309,13 +391,19 @@ def test_a_folder_that_is_as_it_was_is_not_read(tmp_path, monkeypatch):
     ('a.jsonl', json.dumps({'text': prose(0)})),
     # Half of a line, and then the other.
     ('a.jsonl', '{"text": "\n"}'),
+    ('a.jsonl.gz', gz(b'{"text": "\n"}')),
+    ('a.jsonl.zst', b'half a file'),
+    ('a.parquet', table([{'text': prose(0)}])),
+    ('a.parquet', table([{'text': prose(0)}])[:-9]),
   ],
 )
 def test_a_file_that_changes_while_it_is_read(
   tmp_path, monkeypatch, name, content
 ):
   user = folder(tmp_path / 'text', b_txt=prose(100))
-  (user / name).write_text(content)
+  if isinstance(content, str):
+    content = content.encode()
+  (user / name).write_bytes(content)
   monkeypatch.setattr(
     digests_lib, 'of', lambda _, names, *__: dict.fromkeys(names, '0' * 64)
   )
@@ -715,6 +803,43 @@ def test_unusable_folders(tmp_path, files, message):
     corpus.prepare(str(user), tmp_path / 'cache')
   assert '\n' not in str(e.value) and ';' in str(e.value)
   # Nothing half-written.
+  assert not [*(tmp_path / 'cache').glob('corpus/*')]
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.jsonl.gz', b'{"text": "x"}', r'a.jsonl.gz is damaged \(zlib'),
+    ('a.jsonl.gz', gz(b'{"text": "x"}')[:-4], 'is damaged .Trunca'),
+    ('a.jsonl.zst', zstd(b'{"text": "x"}')[:-4], 'is damaged .Trunc.*; fetch'),
+    ('a.json.gz', gz(b'{"text":\n1}'), 'a.json.gz:1 is not JSON'),
+    ('a.json.gz', gz(b'{"t": "x"}'), 'a.json.gz:1: no string under'),
+    ('a.txt.gz', gz(b'good\nb\xe9d\n'), r'a.txt.gz:2: byte 0xe9 is'),
+    ('a.txt.gz', gz(b'  \n'), 'holds no text; put .txt'),
+    ('a.jsonl.gz', gz(b'x' * 4097), '4,096 bytes in one document'),
+    ('a.txt.zst', zstd(b'x' * 4097), '4,096 bytes in one document; split it'),
+    ('a.parquet', b'PAR1' + b'x' * 99, 'a.parquet is no Parquet file that'),
+    ('a.parquet', table([{'content': 'x'}]), 'no column "text" of strings'),
+    ('a.parquet', table([{'text': 3}], text=pyarrow.int8()), 'no column "tex'),
+    (
+      'a.parquet',
+      table([{'text': 'x'}, {'text': None}]),
+      'a.parquet:2: no str',
+    ),
+    (
+      'a.parquet',
+      table([{'text': 'x', 'domain': 3}], domain=pyarrow.int8()),
+      'a.parquet:1: domain 3 is not',
+    ),
+  ],
+)
+def test_unusable_files(tmp_path, monkeypatch, name, content, message):
+  monkeypatch.setattr(text_files, '_MOST', 4096)
+  user = folder(tmp_path / 'text')
+  (user / name).write_bytes(content)
+  with pytest.raises(errors.InputError, match=message) as e:
+    corpus.prepare(str(user), tmp_path / 'cache')
+  assert '\n' not in str(e.value) and ';' in str(e.value)
   assert not [*(tmp_path / 'cache').glob('corpus/*')]
 
 

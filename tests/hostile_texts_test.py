@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import gzip
+import io
 import json
 import os
 import struct
@@ -12,6 +13,8 @@ import zipfile
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from effllm_jax import corpus
@@ -101,8 +104,56 @@ def test_plain_texts(place, built):
   check()
 
 
+def _parquet(rows) -> bytes:
+  file = io.BytesIO()
+  table = pyarrow.Table.from_pylist(rows)
+  pyarrow.parquet.write_table(table, file, row_group_size=2)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'])
+def test_texts_that_are_packed_or_in_columns(place, built, name):
+  folder = place / 'packed'
+  folder.mkdir(exist_ok=True)
+  rows = [ROW | {'text': prose(i)} for i in range(4)]
+  lines = b'\n'.join(json.dumps(row).encode() for row in rows)
+  pack = {
+    'a.jsonl.gz': lambda x: gzip.compress(x, mtime=0),
+    'a.jsonl.zst': lambda x: pyarrow.Codec('zstd').compress(x, asbytes=True),
+    'a.parquet': lambda _: _parquet(rows),
+  }[name]
+  whole = pack(lines)
+  path = folder / name
+
+  def read():
+    with tempfile.TemporaryDirectory() as cache:
+      return hostile.answer(lambda: corpus.prepare(str(folder), cache), folder)
+
+  path.write_bytes(whole)
+  read()  # With whatever that imports.
+
+  @hostile.fuzz(150)
+  @hypothesis.given(
+    data=st.one_of(
+      hostile.damaged(whole),
+      hostile.damaged(lines).map(pack),
+      st.binary(max_size=99),
+      # A thousand times as large as it is.
+      st.just(pack(b'x' * 2 * 10**6)),
+    )
+  )
+  def check(data):
+    path.write_bytes(data)
+    read()
+
+  check()
+  path.unlink()
+
+
 @pytest.mark.parametrize('thing', hostile.THINGS)
-@pytest.mark.parametrize('name', ['b.txt', 'b.jsonl', 'b'])
+@pytest.mark.parametrize(
+  'name', ['b.txt', 'b.jsonl', 'b.parquet', 'b.txt.gz', 'b']
+)
 def test_a_thing_in_a_text(tmp_path, built, name, thing):
   folder = tmp_path / 'text'
   folder.mkdir()

@@ -29,7 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.init = 'source'
 
   config.data = ml_collections.ConfigDict()
-  # 'pypi', 'debian' (needs apt-get), or a folder of .txt or .jsonl files.
+  # 'pypi', 'debian' (needs apt-get), or a folder of .txt, .jsonl or .parquet
+  # files.
   config.data.text = 'pypi'
   config.data.seq_len = 256
   config.data.batch_size = 1  # sequences per micro-batch

@@ -2,7 +2,7 @@ r"""SmolLM-1.7B to at most 469M parameters: the paper's own scale.
 
     python -m experiments.main \
       --config=experiments/configs/smollm_1p7b_to_469m.py \
-      --workdir=runs/469m --config.data.text=<folder of .jsonl files> \
+      --workdir=runs/469m --config.data.text=<folder of .parquet files> \
       --distributed
 
 What would run on a pod; not run by us. What is checked, by abstract evaluation
