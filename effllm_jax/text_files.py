@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import hashlib
 import io
+import itertools
 import pathlib
 from typing import Any
 from typing import BinaryIO
@@ -13,9 +14,9 @@ from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import untrusted
 
-# Bytes that are read at a time; rows of a Parquet file.
-_BLOCK, _ROWS = 2**20, 64
-# Bytes of a line that comes out of a packed file, which may be tiny.
+# Bytes that are read at a time.
+_BLOCK = 2**20
+# Bytes of a document that comes out of a packed file, which may be tiny.
 _MOST = documents.MOST_BYTES
 # How the name of a packed file ends -> what pyarrow calls that.
 _PACKED = {'.gz': 'gzip', '.zst': 'zstd'}
@@ -101,7 +102,7 @@ def rows(
 
   Raises:
     errors.InputError: it is damaged, no UTF-8, no JSON, has no column of texts,
-      or a packed line is too large.
+      or a document that is packed is too large.
   """
   if kind(path) == '.parquet':
     yield from _parquet(file, path)
@@ -137,10 +138,7 @@ def _read(read: Callable[..., bytes], path: pathlib.PurePath) -> bytes:
     return read()
   with untrusted.parsing(f'{path} is damaged', _REMEDY):
     data = read(_MOST + 1)
-  if len(data) > _MOST:
-    raise errors.InputError(
-      f'{path} has more than {_MOST:,} bytes in one document; split it'
-    )
+  _check_size(len(data), path)
   return data
 
 
@@ -174,19 +172,25 @@ def _parquet(file, path) -> Iterator[tuple[int, dict[str, Any]]]:
       or pyarrow.types.is_large_string(field.type)
     }
     columns = [x for x in ('text', 'domain') if x in table.schema_arrow.names]
-    batches = table.iter_batches(_ROWS, columns=columns, use_threads=False)
+    # One row: a page of few bytes may be a large text, and stand in each.
+    batches = table.iter_batches(1, columns=columns, use_threads=False)
   if 'text' not in texts:
     raise errors.InputError(
       f'{path} has no column "text" of strings; rename the one that is meant, '
       'or move the file away'
     )
-  number = 0
-  while True:
+  for number in itertools.count(1):
     with untrusted.parsing(damaged, _REMEDY):
       batch = next(batches, None)
-      found = batch.to_pylist() if batch else []
-    if batch is None:
-      return
-    for row in found:
-      number += 1
-      yield number, row
+      if batch is None:
+        return
+      _check_size(batch.nbytes, path)
+      (row,) = batch.to_pylist()
+    yield number, row
+
+
+def _check_size(num_bytes, path) -> None:
+  if num_bytes > _MOST:
+    raise errors.InputError(
+      f'{path} has more than {_MOST:,} bytes in one document; split it'
+    )

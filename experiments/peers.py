@@ -62,13 +62,11 @@ def main(argv: list[str]) -> None:
   peer_arms.check(_ARMS.value)
   cache = cli.CACHE.value
   bench = peer_arms.Bench(config, folder, cache, _SCORING.value)
-  claim = config.to_dict() | {'scoring_batches': _SCORING.value}
-  claim['made_of'] = bench.made_of()
-  workdir_lib.check(folder, claim)
   for name in _ARMS.value:
     if recipe := peer_arms.OTHERS.get(name):
       bench.width(recipe)
-  workdir_lib.claim(folder, claim)
+  claim = {'scoring_batches': _SCORING.value, 'made_of': bench.made_of()}
+  workdir_lib.claim(folder, config.to_dict() | claim)
   try:
     _print(bench.results(_ARMS.value))
   except OSError as e:

@@ -818,6 +818,7 @@ def test_unusable_folders(tmp_path, files, message):
     ('a.txt.gz', gz(b'  \n'), 'holds no text; put .txt'),
     ('a.jsonl.gz', gz(b'x' * 4097), '4,096 bytes in one document'),
     ('a.txt.zst', zstd(b'x' * 4097), '4,096 bytes in one document; split it'),
+    ('a.parquet', table([{'text': 'x' * 4097}]), '4,096 bytes in one docum'),
     ('a.parquet', b'PAR1' + b'x' * 99, 'a.parquet is no Parquet file that'),
     ('a.parquet', table([{'content': 'x'}]), 'no column "text" of strings'),
     ('a.parquet', table([{'text': 3}], text=pyarrow.int8()), 'no column "tex'),

@@ -150,6 +150,22 @@ def test_texts_that_are_packed_or_in_columns(place, built, name):
   path.unlink()
 
 
+def test_a_text_that_stands_in_every_row(place, built):
+  """Of a Parquet file that has it once, and is read one row at a time."""
+  folder = place / 'rows'
+  folder.mkdir(exist_ok=True)
+  (folder / 'a.parquet').write_bytes(_parquet([ROW] * 2))
+  hostile.answer(lambda: corpus.prepare(str(folder), place), folder)
+  file, large = io.BytesIO(), pyarrow.array(['x' * 10**6] * 200)
+  pyarrow.parquet.write_table(
+    pyarrow.table({'text': large}), file, compression='zstd'
+  )
+  (folder / 'a.parquet').write_bytes(file.getvalue())
+  assert len(file.getvalue()) < 10_000
+  message = hostile.answer(lambda: corpus.prepare(str(folder), place), folder)
+  assert 'a single paragraph' in message
+
+
 @pytest.mark.parametrize('thing', hostile.THINGS)
 @pytest.mark.parametrize(
   'name', ['b.txt', 'b.jsonl', 'b.parquet', 'b.txt.gz', 'b']
