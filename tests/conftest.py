@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -413,11 +414,11 @@ def command(
   """Runs `python -m experiments.<name>` as a user would.
 
   One `tests.fork_server` for each environment: most commands take less time
-  than the import of jax.
+  than the import of jax. And for each thread, as a server runs one at a time.
   """
   env = dict(os.environ if env is None else env)
   env.pop('PYTEST_CURRENT_TEST', None)
-  key = frozenset(env.items())
+  key = threading.get_ident(), frozenset(env.items())
   if key not in _servers:
     _servers[key] = fork_server.Server(env, ROOT)
   return _servers[key].run(name, [*map(str, arguments)])
