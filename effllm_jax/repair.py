@@ -63,6 +63,10 @@ _RETRIES = 8
 # What `choose` tries. The error on tokens that were not fitted is flat around
 # its minimum: on the small model 0.03 and 0.1 differ by 0.005 nats of 0.16.
 CANDIDATES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Columns that `choose` makes do with where no more inputs are removed, and more
+# outputs are there. 64 of 1,536 inputs with 576 outputs take 0.38 of the time
+# on a CPU, 6 of 576 with 3,072 take 0.06. Each is a program to compile.
+_COLUMNS = (64, 256, 1024)
 
 
 def gram(x: Array) -> Array:
@@ -161,15 +165,38 @@ def choose(
     keep_I: bool, True = stays.
   """
   removed_w_IO = jnp.where(keep_I[:, None], 0, w_IO.astype(jnp.float32))
-  lost_IO = jnp.where(keep_I[:, None], _product(gram_II, removed_w_IO), 0)
 
-  def error(damping):
-    left_IO = _solved(lost_IO, gram_II, keep_I, damping) - removed_w_IO
-    error = _dot(left_IO, _product(other_II, left_IO))
-    return jnp.where(jnp.isfinite(error), error, jnp.inf)
+  def best(w_IO):
+    lost_IO = jnp.where(keep_I[:, None], _product(gram_II, w_IO), 0)
 
-  candidates = jnp.asarray(CANDIDATES, jnp.float32)
-  return candidates[jnp.argmin(jax.lax.map(error, candidates))]
+    def error(damping):
+      left_IO = _solved(lost_IO, gram_II, keep_I, damping) - w_IO
+      error = _dot(left_IO, _product(other_II, left_IO))
+      return jnp.where(jnp.isfinite(error), error, jnp.inf)
+
+    candidates = jnp.asarray(CANDIDATES, jnp.float32)
+    return candidates[jnp.argmin(jax.lax.map(error, candidates))]
+
+  narrower = [n for n in _COLUMNS if n < min(w_IO.shape)]
+  return jax.lax.switch(
+    sum(((~keep_I).sum() > n).astype(int) for n in narrower),
+    [lambda w_IO, n=n: best(_narrowed(w_IO, ~keep_I, n)) for n in narrower]
+    + [best],
+    removed_w_IO,
+  )
+
+
+def _narrowed(w_IO, removed_I, columns):
+  """A matrix v of so many columns with v v^T = w w^T, as good for any error.
+
+  An error is the sum of the squares of A w over its outputs, for some A: the
+  trace of A w w^T A^T. Of w only rows of removed inputs are not 0, as many as
+  v has columns at most.
+  """
+  (rows,) = jnp.nonzero(removed_I, size=columns, fill_value=len(removed_I))
+  w_PO = w_IO.at[rows].get(mode='fill', fill_value=0)
+  v_PP = jnp.linalg.qr(w_PO.T, mode='r').T
+  return jnp.zeros((len(w_IO), columns)).at[rows].set(v_PP, mode='drop')
 
 
 def deciding(count: int) -> int:

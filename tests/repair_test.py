@@ -136,6 +136,34 @@ def test_the_damping_that_serves_other_tokens_best_is_chosen(seed, tokens):
   assert float(got) == pytest.approx(repair.CANDIDATES[np.argmin(errors)])
 
 
+@pytest.mark.parametrize('removed', [1, 64, 65, 256, 257])
+def test_few_removed_inputs_choose_as_many_do(removed):
+  """On more outputs than are looked at; without the last one all are 0."""
+  x, w, _ = make_layer(removed, inputs=280, outputs=270, tokens=300)
+  keep = np.random.default_rng(0).permutation(280) >= removed
+  w[np.flatnonzero(~keep)[:-1]] = 0
+  fitted, others = x[:150], x[150:]
+  errors = [
+    np.square(others @ (conftest.refitted(w, fitted, keep, x) - w)).sum()
+    for x in repair.CANDIDATES
+  ]
+  grams = [repair.gram(jnp.asarray(part)) for part in (fitted, others)]
+  got = jax.jit(repair.choose)(w, *grams, keep)
+  assert float(got) == pytest.approx(repair.CANDIDATES[np.argmin(errors)])
+
+
+@pytest.mark.parametrize('removed', [0, 1, 64])
+def test_fewer_columns_have_the_same_products_of_rows(removed):
+  w = np.random.default_rng(removed).standard_normal((160, 150))
+  gone = np.random.default_rng(0).permutation(160) < removed
+  w[~gone] = 0
+  narrow = jax.jit(repair._narrowed, static_argnums=2)
+  got = np.asarray(narrow(jnp.asarray(w, jnp.float32), gone, 64))
+  assert got.shape == (160, 64)
+  np.testing.assert_array_equal(got[~gone], 0)
+  np.testing.assert_allclose(got @ got.T, w @ w.T, atol=1e-4 * 150)
+
+
 def test_few_tokens_choose_more_damping():
   few, many = (
     [
