@@ -14,8 +14,8 @@ kernels stop at the last live group of a layer:
              outputs the Gram matrix 2 T I^2, its product with the removed rows
              2 I^2 O, a Cholesky factor I^3 / 3 and two solves 2 I^2 O; where
              the damping is chosen that product once more, and with each of
-             them factor, solves and another product, for as many outputs
-             also where few inputs are removed and fewer columns do
+             them factor, solves and another product (of all O outputs, also
+             where few inputs go and `repair.choose` needs fewer columns)
     teacher  its forward pass
 
 A forward pass is `budgets.flops` at the sequence length of the run. Selecting,
