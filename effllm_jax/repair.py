@@ -177,10 +177,11 @@ def choose(
     candidates = jnp.asarray(CANDIDATES, jnp.float32)
     return candidates[jnp.argmin(jax.lax.map(error, candidates))]
 
+  removed_I = ~keep_I
   narrower = [n for n in _COLUMNS if n < min(w_IO.shape)]
   return jax.lax.switch(
-    sum(((~keep_I).sum() > n).astype(int) for n in narrower),
-    [lambda w_IO, n=n: best(_narrowed(w_IO, ~keep_I, n)) for n in narrower]
+    sum((removed_I.sum() > n).astype(int) for n in narrower),
+    [lambda w_IO, n=n: best(_narrowed(w_IO, removed_I, n)) for n in narrower]
     + [best],
     removed_w_IO,
   )
