@@ -23,6 +23,7 @@ import jax
 
 from effllm_jax import benchmark_items
 from effllm_jax import errors
+from effllm_jax import hf_export
 from effllm_jax import likelihood
 from effllm_jax import model as model_lib
 from effllm_jax import runlog
@@ -150,6 +151,47 @@ class Model(lm_eval_model.TemplateLM):
       'this task generates text, which is not offered here; export the model '
       'and run lm-eval on the folder'
     )
+
+
+def in_transformers(folder: str | os.PathLike) -> lm_eval_model.LM:
+  """An exported model, asked by lm-eval's own code: PyTorch, float32, the CPU.
+
+  Args:
+    folder: a Hugging Face folder; its own class is run where it has one.
+
+  Raises:
+    errors.InputError: it is none, or a package is missing.
+  """
+  path = pathlib.Path(folder).expanduser()
+  if not (path / 'config.json').is_file():
+    raise errors.InputError(
+      f'{path} is no Hugging Face folder, which PyTorch could open; write one '
+      'with experiments.export --formats=hf'
+    )
+  hf_export.import_transformers()
+  try:
+    from lm_eval.models import huggingface
+  except ImportError as e:
+    raise errors.InputError(
+      f'lm-eval asks PyTorch through accelerate, but {e.name} is missing; '
+      'pip install -r requirements-torch.txt'
+    ) from e
+  try:
+    lm = huggingface.HFLM(
+      pretrained=str(path), device='cpu', dtype='float32', batch_size=8,
+      trust_remote_code=True,
+    )  # fmt: skip
+  except (OSError, ValueError) as e:
+    raise errors.InputError(
+      f'transformers cannot open {path}: {e}; write it again with '
+      'experiments.export --formats=hf'
+    ) from e
+  if lm.prefix_token_id is None:
+    raise errors.InputError(
+      f'the tokenizer of {path} names no token that starts or ends a text; set '
+      'bos_token or eos_token in its tokenizer_config.json'
+    )
+  return lm
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ r"""Public benchmarks: what a run's model has lost of its source, task by task.
     python -m experiments.evaluate --workdir=runs/a [--event=3] \
       [--tasks=table2] [--limit=100]
     python -m experiments.evaluate --model=smollm2-135m --tasks=piqa,mmlu
+    python -m experiments.evaluate --model=out/a --backend=transformers
 
 Prompts and metrics are lm-eval's, without examples before an item; the items
 come out of a package (86 MB, fetched once). `table2` are the seven tasks that
@@ -10,7 +11,9 @@ the paper averages over, `all` adds MMLU and LAMBADA. The table is printed and,
 for a run, kept in the workdir (benchmarks.json), where several events stand
 side by side: the report shows it, and so does the model card of an export of
 the same model that is made afterwards. What has been measured of the source
-with the same limit is not measured again.
+with the same limit is not measured again. With `--backend=transformers` an
+export is asked in PyTorch, by lm-eval's own code, in float32 on the CPU: the
+same items, so that the figures must be the same.
 """
 
 from absl import flags
@@ -35,8 +38,13 @@ _LIMIT = flags.DEFINE_integer(
   'The first items of each task, and of each of the 57 subjects of MMLU; 0: '
   'all.', lower_bound=0,
 )  # fmt: skip
+_BACKEND = flags.DEFINE_enum(
+  'backend', 'jax', ['jax', 'transformers'],
+  'What computes; transformers: PyTorch, of a Hugging Face folder in --model, '
+  'whose own class is run where it has one.',
+)  # fmt: skip
 _BATCH_TOKENS = flags.DEFINE_integer(
-  'batch_tokens', 2048, 'Tokens that are read at once.', lower_bound=1
+  'batch_tokens', 2048, 'Tokens that are read at once, in JAX.', lower_bound=1
 )
 
 
@@ -54,6 +62,12 @@ def main(argv: list[str]) -> None:
     raise errors.InputError(
       f'--event {_EVENT.value} is that of a run; set --workdir, or set '
       "--model to the run's events/<index>"
+    )
+  in_transformers = _BACKEND.value == 'transformers'
+  if in_transformers and _MODEL.value is None:
+    raise errors.InputError(
+      '--backend=transformers asks an export; write one with '
+      'experiments.export, and set --model to its folder'
     )
   # After the flags have been checked: these imports take seconds.
   import pathlib
@@ -84,7 +98,9 @@ def main(argv: list[str]) -> None:
     for x in record['rows']
     if x['step'] is None and x['limit'] == _LIMIT.value
   }
-  if not known.issuperset(names):
+  if in_transformers:
+    models = {None: harness.in_transformers(source)}
+  elif not known.issuperset(names):
     models = {
       None: finished.tight(sources.load(source, cli.CACHE.value, flag=flag)),
       **models,
@@ -96,15 +112,16 @@ def main(argv: list[str]) -> None:
       with rich.progress.Progress(console=console, transient=True) as bars:
         label = 'source' if step is None else f'step {step}'
         bar = bars.add_task(label, total=None)
-        asked = harness.Model(
-          model,
-          _BATCH_TOKENS.value,
-          lambda done, total, bars=bars, bar=bar: bars.update(
-            bar, completed=done, total=total
-          ),
-        )
+        if not in_transformers:
+          model = harness.Model(
+            model,
+            _BATCH_TOKENS.value,
+            lambda done, total, bars=bars, bar=bar: bars.update(
+              bar, completed=done, total=total
+            ),
+          )
         start = time.perf_counter()
-        rows = harness.run(asked, manager, tasks, _LIMIT.value)
+        rows = harness.run(model, manager, tasks, _LIMIT.value)
         seconds = time.perf_counter() - start
       items = sum({x['task']: x['items'] for x in rows}.values())
       console.print(

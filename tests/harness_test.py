@@ -394,9 +394,49 @@ def test_command(cache, tmp_path):
   assert 'piqa, acc' in card and 'step 5' in card and 'step 4' not in card
 
 
+@pytest.mark.parametrize('trimmed', [False, True])
+def test_an_export_is_asked_in_pytorch(model, cache, tmp_path, trimmed):
+  """By lm-eval's own code, the class of the folder included."""
+  pytest.importorskip('torch')
+  hf_export.write(finished.tight(model), tmp_path, trimmed=trimmed)
+  names = benchmark_items.names(['table2', 'lambada_openai'])
+  with harness.prepared(names, cache) as manager:
+    theirs = harness.in_transformers(tmp_path)
+    have = harness.run(theirs, manager, names, 0)
+    want = harness.run(harness.Model(model, 256), manager, names, 0)
+  # Some answers are right, and some are not.
+  assert {x['value'] for x in want if x['metric'] == 'acc'} > {0.5}
+  for a, b in zip(have, want, strict=True):
+    figures = {k: pytest.approx(b[k], rel=1e-3) for k in ('value', 'stderr')}
+    assert a == b | figures
+
+
+def test_the_command_in_pytorch(model, cache, tmp_path):
+  pytest.importorskip('torch')
+  hf_export.write(finished.tight(model), tmp_path, trimmed=False)
+  done = evaluate(
+    f'--model={tmp_path}', f'--cache={cache}', '--tasks=piqa,boolq',
+    '--backend=transformers',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert 'source: 4 items' in done.stderr and 'piqa, acc' in done.stdout
+
+
+def test_folders_that_pytorch_cannot_ask(tmp_path):
+  pytest.importorskip('torch')
+  folder = conftest.write_model_folder(tmp_path / 'model')
+  with pytest.raises(errors.InputError, match='names no token that starts'):
+    harness.in_transformers(folder)
+  (folder / 'model.safetensors').unlink()
+  with pytest.raises(errors.InputError, match=r'cannot open .*: .*; write it'):
+    harness.in_transformers(folder)
+
+
 @pytest.mark.parametrize(
   ('arguments', 'words'),
   [
+    (['--backend=transformers', '--workdir=a'], 'set --model to its folder'),
+    (['--backend=transformers', '--model=a'], 'is no Hugging Face folder'),
     (['--tasks=sat'], "task 'sat' is not known"),
     ([], 'set one of --workdir and --model'),
     (['--model=a', '--event=1'], '--event 1 is that of a run'),
