@@ -191,7 +191,8 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm):
 
 
 # Fewer rows in a block gain 3 % of a step at 256 tokens; eight blocks take as
-# long as four, and longer to compile (BENCHMARKS.md, "Kernels").
+# long as four, and longer to compile (HYPOTHESES.md, "What a step on a CPU
+# costs").
 _MOST_BLOCKS, _LEAST_ROWS = 4, 256
 
 
