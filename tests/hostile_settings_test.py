@@ -143,6 +143,8 @@ import json, os, signal, sys, traceback
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
+# What a fork imports, it imports alone: half a second of each that is accepted.
+import jax
 from experiments import cli
 CONFIG = config_flags.DEFINE_config_file('config', None, '', lock_config=True)
 flags.mark_flag_as_required('config')
