@@ -92,7 +92,7 @@ class Meter:
     Args:
       cfg: architecture of the arrays.
       repaired: in how many layers what reads an input was refit, by the names
-        of `repair.repair_model`.
+        of `model_repair.repair_model`.
       batches: each of the tokens of an update.
       tried: dampings of which every matrix took one; 0: it was given.
     """

@@ -12,7 +12,7 @@ import optax
 
 from effllm_jax import distillation
 from effllm_jax import model
-from effllm_jax import repair
+from effllm_jax import model_repair
 from effllm_jax import saliency
 from effllm_jax import sharding
 from effllm_jax import shrink
@@ -288,7 +288,7 @@ def repair_step(
     'final'): `damping` (of every layer, [N], of 'final' [1]), `error_without`
     and `error_with` (sums over the layers, []); 0 where nothing was removed.
   """
-  params, fits = repair.repair_model(
+  params, fits = model_repair.repair_model(
     params, masks, new_masks, windows_ABT[..., :-1], cfg, damping, mesh
   )
   return sharding.constrain_params(params, mesh), {

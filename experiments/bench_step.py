@@ -59,27 +59,23 @@ def main(argv: list[str]) -> None:
   shrunk, _ = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=bench.tx)
   states['shrunk'], states['built'] = shrunk, bench.fresh(small)
   del pruned, shrunk
-  variants = {
-    name: (key, bench.step(states[key], shape, score))
+  per_prune = (plan.schedule.start - plan.schedule.target) // 25
+
+  def take(key, step):
+    states[key], numbers = step(states[key])
+    jax.block_until_ready((states[key], numbers))
+
+  def prune():
+    jax.block_until_ready(select(states[cfg], cfg.num_params() - per_prune))
+
+  calls = {
+    name: functools.partial(take, key, bench.step(states[key], shape, score))
     for name, key, shape, score in (
       ('step', cfg, cfg, False),
       ('step that scores', cfg, cfg, True),
       ('step after the shrink', 'shrunk', small, False),
       ('step of a model built so', 'built', small, False),
     )
-  }
-  per_prune = (plan.schedule.start - plan.schedule.target) // 25
-
-  def prune():
-    jax.block_until_ready(select(states[cfg], cfg.num_params() - per_prune))
-
-  def take(key, step):
-    states[key], numbers = step(states[key])
-    jax.block_until_ready((states[key], numbers))
-
-  calls = {
-    name: functools.partial(take, key, step)
-    for name, (key, step) in variants.items()
   } | {'select, one prune': prune}
   seconds = {name: [] for name in calls}
   order = random.Random(0)

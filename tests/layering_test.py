@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
   'errors', 'amounts', 'untrusted', 'structure', 'sharding', 'model',
   'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
-  'optimizers', 'repair', 'state', 'shrink', 'events', 'steps', 'accounting',
-  'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
+  'optimizers', 'repair', 'model_repair', 'state', 'shrink', 'events', 'steps',
+  'accounting', 'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
   'documents', 'packages', 'text_files', 'text_folder', 'splitting', 'corpus',
   'tokenizing', 'data', 'heldout',
   'hf_config', 'bpe', 'weights', 'widths', 'hf_trimmed', 'gguf_source',

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import model_repair
 from effllm_jax import repair
 from tests import conftest
 
@@ -181,7 +182,7 @@ def test_a_single_micro_batch_chooses_nothing():
   cfg = conftest.make_config()
   params, masks = conftest.make_params(cfg), conftest.make_masks(cfg)
   with pytest.raises(ValueError, match='at least two'):
-    repair.repair_model(
+    model_repair.repair_model(
       params, masks, masks, np.zeros((1, 2, 8), np.int32), cfg, 0.0
     )
 
