@@ -109,7 +109,10 @@ def main(argv: list[str]) -> None:
   with harness.prepared(names, cli.CACHE.value) as manager:
     for step, model in models.items():
       tasks = [x for x in names if step is not None or x not in known]
-      with rich.progress.Progress(console=console, transient=True) as bars:
+      # lm-eval's code for PyTorch has bars of its own.
+      with rich.progress.Progress(
+        console=console, transient=True, disable=in_transformers
+      ) as bars:
         label = 'source' if step is None else f'step {step}'
         bar = bars.add_task(label, total=None)
         if not in_transformers:
