@@ -313,12 +313,15 @@ def edge(run: runlog.Run) -> Table:
   )  # fmt: skip
 
 
-def benchmarks(record: Mapping[str, Any], step: int | None = None) -> Table:
+def benchmarks(
+  record: Mapping[str, Any], step: int | None = None, first: str = 'source'
+) -> Table:
   """Public benchmarks: the source model beside what it became.
 
   Args:
     record: `runlog.Run.benchmarks`, not empty.
     step: of the one model to show; None: all that were measured.
+    first: what the model of no step is called.
   """
   rows = [
     x for x in record['rows'] if step is None or x['step'] in (None, step)
@@ -330,7 +333,7 @@ def benchmarks(record: Mapping[str, Any], step: int | None = None) -> Table:
   steps = sorted({x['step'] for x in rows} - {None})
   return Table(
     title=f'Benchmarks: {record["harness"]}, zero-shot, with standard errors',
-    columns=('task', 'items', 'source', *(f'step {x:,}' for x in steps)),
+    columns=('task', 'items', first, *(f'step {x:,}' for x in steps)),
     rows=tuple(
       (
         f'{task}, {metric}',

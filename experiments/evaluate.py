@@ -84,11 +84,11 @@ def main(argv: list[str]) -> None:
 
   record = {'harness': harness.VERSION, 'rows': []}
   models = {}
-  source, flag = _MODEL.value, '--model'
+  source, flag, first = _MODEL.value, '--model', 'model'
   if _WORKDIR.value is not None:
     model, made = finished.read(_WORKDIR.value, _EVENT.value)
     models[made.step] = model
-    source = made.run.config['source']
+    source, first = made.run.config['source'], 'source'
     flag = f'source in {_WORKDIR.value}/config.json'
     # Figures of another version may be of other prompts.
     if made.run.benchmarks.get('harness') == harness.VERSION:
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
       with rich.progress.Progress(
         console=console, transient=True, disable=in_transformers
       ) as bars:
-        label = 'source' if step is None else f'step {step}'
+        label = first if step is None else f'step {step}'
         bar = bars.add_task(label, total=None)
         if not in_transformers:
           model = harness.Model(
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
         record = harness.added(record, step, rows)
       else:
         record = harness.keep(pathlib.Path(_WORKDIR.value), step, rows)
-  cli.tables().print(tables.benchmarks(record).rich())
+  cli.tables().print(tables.benchmarks(record, first=first).rich())
   if _WORKDIR.value is not None:
     path = pathlib.Path(_WORKDIR.value) / runlog.BENCHMARKS
     console.print(f'{path}', soft_wrap=True, highlight=False)

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import zipfile
 
 import jax
@@ -372,7 +373,8 @@ def test_the_command_in_pytorch(model, cache, tmp_path):
     '--backend=transformers',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  assert 'source: 4 items' in done.stderr and 'piqa, acc' in done.stdout
+  assert 'model: 4 items' in done.stderr and 'piqa, acc' in done.stdout
+  assert re.search(r'items +model', done.stdout)
 
 
 def test_folders_that_pytorch_cannot_ask(tmp_path):
