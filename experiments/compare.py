@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
   path = pathlib.Path(_STUDY.value)
   study = choices.load(path)
-  choice = same_budget.Choice(
+  choice = choices.Choice(
     arms=choices.arms(study, _ARMS.value),
     seeds=choices.seeds(_SEEDS.value),
     budgets=choices.budgets(_BUDGETS.value),

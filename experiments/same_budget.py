@@ -45,12 +45,12 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import sources
-from effllm_jax import structure
 from effllm_jax import tables
 from effllm_jax import train
 from effllm_jax import weights
 from effllm_jax import workdir as workdir_lib
 from experiments import arms as arms_lib
+from experiments import choices
 from experiments import pretraining
 
 _RESULTS = 'results.jsonl'
@@ -58,31 +58,12 @@ _RESULTS = 'results.jsonl'
 _BATCH_TOKENS = 2048
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """What of a study is to be run.
-
-  Attributes:
-    arms: in an order in which `ours_a` stands before what starts from it.
-    seeds: one run of every arm each.
-    budgets: of `comparison.BUDGETS`; equal FLOPs come after equal tokens.
-    tasks: public benchmarks that every model is asked.
-    limit: first items of each; 0: all.
-  """
-
-  arms: tuple[arms_lib.Arm, ...]
-  seeds: tuple[int, ...]
-  budgets: tuple[str, ...]
-  tasks: tuple[str, ...] = ()
-  limit: int = 100
-
-
 def run(
   study: arms_lib.Study,
   name: str,
   workdir: str | os.PathLike,
   cache: str | os.PathLike,
-  choice: Choice,
+  choice: choices.Choice,
 ) -> list[tables.Table]:
   """Runs what is not there yet; returns the tables of all that is.
 
@@ -101,11 +82,11 @@ def run(
   workdir = pathlib.Path(workdir)
   # Before a folder is made, or a source, which takes minutes. Another one
   # that is at work can only add rows.
-  _check_order(workdir / name, choice)
+  choices.check_order(comparison.read(workdir / name / _RESULTS), choice)
   if study.pretrained:
     # Of `ours_a`, and so of the shape made by hand.
     plan_lib.make(study.config, study.pretrained.cfg)
-    _check_plans(study, choice, study.pretrained.cfg)
+    choices.check_plans(study, choice, study.pretrained.cfg)
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
@@ -136,70 +117,6 @@ def run(
       runner.say(note, soft_wrap=True)
     with errors.writing(runner.folder), runner.results():
       return comparison.publish(runner.folder, arms_lib.OURS)
-
-
-def _check_order(folder: pathlib.Path, choice: Choice) -> None:
-  """Refuses runs that follow from others which are not there."""
-  there = {row.key for row in comparison.read(folder / _RESULTS)}
-  if 'tokens' in choice.budgets:
-    names = [arm.name for arm in choice.arms]
-    there.update(itertools.product(['tokens'], names, choice.seeds))
-  for arm in choice.arms:
-    for seed in choice.seeds:
-      ours = ('tokens', arms_lib.OURS, seed)
-      if arm.start == 'found' and ours not in there:
-        raise errors.InputError(
-          f'arm {arm.name} starts from what {arms_lib.OURS} of seed {seed} '
-          f'ended as, which has not been run; add {arms_lib.OURS} to --arms '
-          'and tokens to --budgets'
-        )
-      if ('tokens', arm.name, seed) not in there:
-        raise errors.InputError(
-          f'equal FLOPs of arm {arm.name}, seed {seed}, follow from its run '
-          'at equal tokens, which is missing; add tokens to --budgets'
-        )
-
-
-def _check_plans(
-  study: arms_lib.Study,
-  choice: Choice,
-  cfg: structure.ModelConfig,
-  masks: structure.Groups | None = None,
-) -> None:
-  """Refuses arms whose run would be refused, or would leave no row.
-
-  Args:
-    study: of the arms.
-    choice: arms and budgets; of arms that start from another shape, which is
-      not known yet, only the log is looked at.
-    cfg: architecture of the source.
-    masks: what is alive in it; None: everything.
-  """
-  for arm in choice.arms:
-    config = arms_lib.config(
-      arm, study.config, 0, dict.fromkeys(arms_lib.STARTS, '')
-    )
-    steps, every = plan_lib.num_steps(config), config.train.log_every
-    # `_row` takes the FLOPs of a token from the last two rows of the log.
-    before = (steps - 1) // every * every
-    if not before:
-      raise errors.InputError(
-        f'train.log_every {every} leaves one row of the {steps} steps of arm '
-        f'{arm.name}, and a comparison needs two; set it lower in the study'
-      )
-    if arm.start != 'source':
-      continue
-    try:
-      plan = plan_lib.make(config, cfg, masks)
-    except errors.InputError as e:
-      raise errors.InputError(f'arm {arm.name}: {e}') from e
-    if 'flops' in choice.budgets and plan.scores(before + 1):
-      raise errors.InputError(
-        f'arm {arm.name} still prunes after step {before} of {steps}, the last '
-        'but one in its log, from where on a step has to cost what it does in '
-        'a longer run; lower prune.end_tokens or train.log_every in the study, '
-        'or set --budgets=tokens'
-      )
 
 
 def _ask(manager, choice, model: weights.Source):
@@ -252,10 +169,10 @@ class Runner:
     """The dataset that all arms read."""
     return corpus.prepare(self.study.config.data.text, self.cache)
 
-  def check(self, choice: Choice) -> None:
+  def check(self, choice: choices.Choice) -> None:
     """Refuses what belongs to other settings, or would have no row."""
     names = [arm.name for arm in choice.arms]
-    _check_plans(self.study, choice, self.shape.cfg, self.shape.masks)
+    choices.check_plans(self.study, choice, self.shape.cfg, self.shape.masks)
     # Whatever is asked for, the table is of all of them.
     known = {arm.name: arm for arm in self.study.arms + self.study.sensitivity}
     known |= {arm.name: arm for arm in choice.arms}
@@ -294,7 +211,7 @@ class Runner:
       train.check_source(config, workdir, self.shape)
     train.check_text(config, workdir, self.text)
 
-  def run(self, choice: Choice) -> None:
+  def run(self, choice: choices.Choice) -> None:
     """All runs that have no row, those of other processes last."""
     self._tidy()
     for budget in choice.budgets:
@@ -304,7 +221,7 @@ class Runner:
       )
 
   def _attempt(
-    self, choice: Choice, budget: str, seed: int, arm: arms_lib.Arm
+    self, choice: choices.Choice, budget: str, seed: int, arm: arms_lib.Arm
   ) -> pathlib.Path | None:
     """Sees to a row; the lock of another process that is at it."""
     key, ours = (budget, arm.name, seed), ('tokens', arms_lib.OURS, seed)
@@ -357,7 +274,7 @@ class Runner:
       self._read()
       yield
 
-  def _pending(self, choice: Choice) -> set[tuple[str, str, int]]:
+  def _pending(self, choice: choices.Choice) -> set[tuple[str, str, int]]:
     """Keys without a row, or with one of FLOPs that are no longer the most."""
     stale = {x.key for x in comparison.unequal([*self.rows.values()])}
     return {

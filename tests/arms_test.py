@@ -138,7 +138,7 @@ def test_a_mistake_in_an_arm_is_told_before_anything_is_made(
   else:
     # A value that no run takes is told of by its plan, which needs the source.
     (arm,) = choices.load(path).sensitivity
-    choice = same_budget.Choice((arm,), (1,), ('tokens',))
+    choice = choices.Choice((arm,), (1,), ('tokens',))
     with pytest.raises(errors.InputError, match=r'arm x: prune\.floors'):
       same_budget.run(choices.load(path), 'm', tmp_path / 'w', tmp_path, choice)
   assert not (tmp_path / 'w').exists()

@@ -19,6 +19,7 @@ from effllm_jax import sources
 from effllm_jax import train
 from effllm_jax import workdir
 from experiments import arms
+from experiments import choices
 from experiments import pretraining
 from experiments import same_budget
 from experiments.studies import small
@@ -57,7 +58,7 @@ def study_of(root, **changes) -> arms.Study:
 
 def choose(*names, seeds=(0, 1), budgets=('tokens', 'flops')):
   chosen = tuple(x for x in ARMS if x.name in names)
-  return same_budget.Choice(chosen, seeds, budgets)
+  return choices.Choice(chosen, seeds, budgets)
 
 
 def compare(root, choice, **changes):
@@ -317,7 +318,7 @@ def test_a_seed_that_made_the_source_is_told(root, monkeypatch, capsys):
     same_budget.pretraining, 'make', lambda *_: study.config.source
   )
   monkeypatch.setattr(same_budget.Runner, 'run', lambda *_: None)
-  monkeypatch.setattr(same_budget, '_check_plans', lambda *_: None)
+  monkeypatch.setattr(choices, 'check_plans', lambda *_: None)
   for seeds, told in (((1, 2), False), ((0, 1), True)):
     choice = choose('dense', seeds=seeds)
     same_budget.run(made, 'mini', root / 'told', root / 'cache', choice)
@@ -388,7 +389,7 @@ def test_a_source_is_made_once(root, tmp_path, monkeypatch):
 
   monkeypatch.setattr(same_budget.pretraining, 'make', make)
   study = small.study(small.CFG.num_params() // 2, 256_000)
-  choice = same_budget.Choice(study.arms[:1], (1,), ('tokens',))
+  choice = choices.Choice(study.arms[:1], (1,), ('tokens',))
   with pytest.raises(errors.InputError, match='made'):
     same_budget.run(study, 'mini', tmp_path, root / 'cache', choice)
   assert held == [study.pretrained]
@@ -457,7 +458,7 @@ def test_benchmarks_of_models_that_are_gone_are_refused(root):
   runner = same_budget.Runner(
     study, folder, root / 'cache', study.config.source, None
   )
-  asked = same_budget.Choice(choice.arms, (0,), ('tokens',), ('piqa',))
+  asked = choices.Choice(choice.arms, (0,), ('tokens',), ('piqa',))
   with pytest.raises(errors.InputError, match='was not asked piqa with --limi'):
     runner.check(asked)
 
