@@ -142,7 +142,9 @@ def times(run: runlog.Run) -> tuple[colors.Colormap, colors.Normalize]:
   What is alive (inf) is drawn in ink, what was dead before (0) not at all.
   """
   shades = matplotlib.colormaps['YlOrRd'](np.linspace(0.08, 0.82, 256))
-  colormap = colors.ListedColormap(shades, bad=INK, over=INK, under='white')
+  colormap = colors.ListedColormap(shades).with_extremes(
+    bad=INK, over=INK, under='white'
+  )
   at = run.prune_tokens
   first, last = (at[0], at[-1]) if len(at) else (1.0, run.tokens[-1])
   # One prune only: its colour is the first one.
