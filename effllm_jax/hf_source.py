@@ -7,10 +7,8 @@ code it contains.
 
 import collections
 import contextlib
-import json
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ import ml_dtypes  # noqa: F401  Registers bfloat16, which safetensors asks for.
 import numpy as np
 import safetensors
 import tokenizers
+import yaml
 
 from effllm_jax import errors
 from effllm_jax import fetch
@@ -112,9 +111,10 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
   special_ids = [i for i in (bos_id, *eos_ids, pad_id) if i is not None]
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(folder))
   dtype = sizes.most_common(1)[0][0]
-  licence = _licence(folder)
+  front = _front_matter(folder)
+  licence = _words(front.get('license'))
   licence_name, licence_link = (
-    _front_text(folder, key) if licence == 'other' else None
+    _words(front.get(key)) if licence == 'other' else None
     for key in ('license_name', 'license_link')
   )
   name = _name(folder.resolve())
@@ -289,44 +289,24 @@ def _named_id(folder, key, tokenizer):
 
 
 def _front_matter(folder):
-  """Of README.md; empty where there is none."""
+  """Of README.md, every scalar as a text; empty where there is none."""
   readme = folder / 'README.md'
   text = readme.read_text('utf-8', 'replace') if readme.is_file() else ''
-  return text.split('\n---', 1)[0] if text.startswith('---') else ''
+  if not text.startswith('---'):
+    return {}
+  # A card that is no YAML says nothing; the model beside it can be read.
+  with contextlib.suppress(yaml.YAMLError, RecursionError):
+    # This loader makes no objects, dates or numbers.
+    front = yaml.load(text.split('\n---', 1)[0], yaml.BaseLoader)
+    return front if isinstance(front, dict) else {}
+  return {}
 
 
-def _front_text(folder, key):
-  """The text of a key in the front matter, or None."""
-  # The Hub writes a long one folded: after `>-`, on a line of its own.
-  match = re.search(
-    rf'^{key}:(?:[ \t]*[>|]-?[ \t]*\n[ \t])?(.*)',
-    _front_matter(folder),
-    re.MULTILINE,
-  )
-  value = match[1].strip() if match else ''
-  if value.startswith('"'):
-    # YAML reads it as JSON does, and a # in it begins no comment.
-    with contextlib.suppress(ValueError):
-      return json.JSONDecoder().raw_decode(value)[0] or None
-  # An address may have a #, before a comment there is a space.
-  return re.split(r'(?:^|\s)#', value)[0].strip().strip('"\'') or None
-
-
-def _licence(folder):
-  """The licence, or several, in the front matter of README.md, or None."""
-  match = re.search(
-    r'^license:(.*)((?:\n[ \t]*-[ \t].*)*)',
-    _front_matter(folder),
-    re.MULTILINE,
-  )
-  if not match:
-    return None
-  first, *listed = match[1].strip(), *match[2].split('\n')[1:]
-  values = first.split(',') if first.startswith('[') else [first]
-  values += [x.strip().removeprefix('-') for x in listed]
-  # Of each the first word, which a comment is not.
-  words = [word for x in values for word in x.partition('#')[0].split()[:1]]
-  return ', '.join(word.strip('"\'[],') for word in words) or None
+def _words(value):
+  """A text or a list of them on one line, or None."""
+  listed = value if isinstance(value, list) else [value]
+  texts = [' '.join(x.split()) for x in listed if isinstance(x, str)]
+  return ', '.join(filter(None, texts)) or None
 
 
 def _sha256(files):

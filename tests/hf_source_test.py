@@ -15,7 +15,6 @@ import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
-from effllm_jax import hf_source
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
@@ -161,14 +160,23 @@ def test_a_folder_of_the_hub_cache_is_called_by_its_model(tmp_path, path, name):
     ('license:\n- apache-2.0\n- mit\ntags:\n- x', 'apache-2.0, mit'),
     ("license:\n  - 'mit'", 'mit'),
     ('license: [apache-2.0, "mit"]', 'apache-2.0, mit'),
+    ('license: |\n  mit\nlanguage: en', 'mit'),
+    ('license: no', 'no'),
     ('license:\nlanguage: en', None),
     ('license: # none\nlanguage: en', None),
+    ('license: {mit: 1}', None),
     ('license_name: mit', None),
+    ('- license: mit', None),
+    ('license: "mit', None),
+    ('license: ' + '[' * 1_000, None),
   ],
+  ids=lambda x: x and x[:20],
 )
 def test_licence_in_the_front_matter(tmp_path, front, licence):
-  (tmp_path / 'README.md').write_text(f'---\n{front}\n---\nlicense: no\n')
-  assert hf_source._licence(tmp_path) == licence
+  folder = model_files.hugging_face(tmp_path / 'toy')
+  (folder / 'README.md').write_text(f'---\n{front}\n---\nlicense: no\n')
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert source.licence == licence
 
 
 @pytest.mark.parametrize(
@@ -193,9 +201,14 @@ def test_licence_in_the_front_matter(tmp_path, front, licence):
     ),
     # As our own cards quote it.
     (
-      'license: other\nlicense_name: "a \\"b\\" #1"\nlicense_link: "x#y',
+      'license: other\nlicense_name: "a \\"b\\" #1"\nlicense_link: "x#y"',
       'a "b" #1',
       'x#y',
+    ),
+    (
+      "license: other\nlicense_name: >\n  it's\n  mine\nlicense_link: 'it''s'",
+      "it's mine",
+      "it's",
     ),
     ('license: mit\nlicense_name: x\nlicense_link: y', None, None),
   ],

@@ -9,7 +9,6 @@ import pytest
 from effllm_jax import agreement
 from effllm_jax import benchmark_items
 from effllm_jax import finished
-from effllm_jax import hf_source
 from effllm_jax import model_card
 from effllm_jax import runlog
 from effllm_jax import sources
@@ -197,10 +196,12 @@ def test_average_of_benchmarks():
   ],
 )
 def test_front_matter(card, tmp_path, licence, front):
-  (tmp_path / 'README.md').write_text(card(licence=licence))
-  assert hf_source._licence(tmp_path) == front
+  folder = model_files.hugging_face(tmp_path / 'toy')
+  (folder / 'README.md').write_text(card(licence=licence))
+  again = sources.load(folder, model_files.CACHE, params=False)
+  assert again.licence == front
   hub = pytest.importorskip('huggingface_hub')
-  data = hub.ModelCard.load(tmp_path / 'README.md').data
+  data = hub.ModelCard.load(folder / 'README.md').data
   assert data.license == front and data.pipeline_tag == 'text-generation'
   assert 'pruning' in data.tags
 
