@@ -19,10 +19,13 @@ def learning_rate(
     kind: `cosine` (warm-up, then half a cosine down to `end`) or `wsd`
       (warm-up, stable, then linear decay to `end` over the last `decay` steps).
     peak: highest rate.
-    end: rate at the last step.
+    end: rate at the last step, at most `peak`, where `wsd` without decay ends.
     warmup: steps of warm-up.
-    decay: steps of decay of `wsd`.
+    decay: steps of decay of `wsd`; 0: none.
     total: steps of the run.
+
+  Raises:
+    ValueError: an unknown kind.
   """
   rise = optax.linear_schedule(0.0, peak, warmup)
   if kind == 'cosine':

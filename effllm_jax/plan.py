@@ -381,7 +381,8 @@ def _check_ranges(config):
               'data.timeout'):  # fmt: skip
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
-    _require(config, key, lambda v: 0 <= v < 1, 'in [0, 1)')
+    # As they are used: in float32 1 - 1e-8 is 1.
+    _require(config, key, lambda v: 0 <= np.float32(v) < 1, 'in [0, 1)')
   for key in ('distill.weight', 'optimizer.embedding'):
     _require(config, key, lambda v: 0 <= v <= 1, 'in [0, 1]')
   for key in ('optimizer.end', 'optimizer.weight_decay', 'repair.damping'):
@@ -413,11 +414,17 @@ def _check_ranges(config):
       'several, and repair.batches 1 with train.accumulate 1 leaves none; set '
       '--config.repair.batches=2, or a damping'
     )
-  ramps = config.optimizer.warmup_tokens + config.optimizer.decay_tokens
-  if ramps > config.train.tokens:
+  rate = config.optimizer
+  if rate.end > rate.peak:
     raise errors.InputError(
-      f'optimizer.warmup_tokens + decay_tokens {ramps:,} exceed train.tokens '
-      f'{config.train.tokens:,}; lower them'
+      f'optimizer.end {rate.end:g} is above optimizer.peak {rate.peak:g}, and '
+      'the rate would rise to the end; lower --config.optimizer.end too'
+    )
+  decay = rate.decay_tokens if rate.schedule == 'wsd' else 0
+  if rate.warmup_tokens + decay > tokens:
+    raise errors.InputError(
+      f'optimizer.warmup_tokens {rate.warmup_tokens:,} and decay_tokens '
+      f'{decay:,} exceed train.tokens {tokens:,}; lower them'
     )
 
 

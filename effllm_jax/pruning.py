@@ -157,7 +157,9 @@ class Exchange:
       if name in self.broken:
         change, score = _MOST, self.broken[name]
         extra[name] = np.float32(_MOST)
-      rate = max(change, _LEAST) / score if score > 0 else 0.0
+      # What was taken may have a score of 0, as the zeros that fill a layer up
+      # have. The scores stay as they are then: others are worth more.
+      rate = max(change, _LEAST) / score if score > 0 else 1.0
       rates[name] = np.float32(min(rate, _HIGHEST))
     scores = _scaled(
       prune.scores, structure.Groups(**rates), structure.Groups(**extra)

@@ -122,7 +122,8 @@ def repair(
   fit = Fit(
     damping=jnp.where(good, damping, jnp.inf),
     error_without=without,
-    error_with=without - gained,
+    # A difference: rounding may leave it below 0.
+    error_with=jnp.maximum(without - gained, 0),
   )
   return (kept_w_IO + change_IO).astype(w_IO.dtype), fit
 
@@ -190,6 +191,7 @@ def _solved(lost_IO, gram_II, keep_I, damping):
 
 
 def _mean_square(gram_II):
-  """Of an input that is not always 0."""
+  """Of an input that is not always 0; 1 where all are."""
   squares_I = jnp.diagonal(gram_II)
-  return squares_I.sum() / jnp.maximum((squares_I > 0).sum(), 1)
+  count = (squares_I > 0).sum()
+  return jnp.where(count > 0, squares_I.sum() / jnp.maximum(count, 1), 1.0)

@@ -289,7 +289,9 @@ def _all_moves(scores, masks, rules):
     if rules.policy == 'ragged' and name != 'stem':
       kept = smallest[i] // multiple[i]
       moves.append(_ragged(score_NX, mask_NX, multiple[i], kept))
-      smallest[i], multiple[i] = len(mask_NX) * kept, 1
+      # A layer that has fewer, of a source pruned before, protects no more.
+      live_N = mask_NX.sum(-1) // multiple[i]
+      smallest[i], multiple[i] = jnp.minimum(live_N, kept).sum(), 1
     else:
       moves.append(_uniform(score_NX, mask_NX))
   return moves, jnp.array(smallest), jnp.array(multiple)

@@ -199,6 +199,33 @@ def test_a_type_keeps_its_order_whatever_its_trial_said(policy, changes):
     assert (np.diff(alive, axis=-1) <= 0).all()
 
 
+@pytest.mark.parametrize('policy', ['uniform', 'ragged'])
+def test_what_is_worth_nothing_goes_first_by_a_trial_of_it_too(policy):
+  """The zeros that fill a layer up stand at its end, and score exactly 0."""
+  drawn = conftest.make_scores(CFG)
+  scores = drawn.replace(ffn=drawn.ffn.at[:, -4:].set(0.0))
+  prune = state_lib.PruneState(
+    masks=structure.all_alive(CFG), scores=scores,
+    origin=structure.all_alive(CFG), count=jnp.int32(1),
+  )  # fmt: skip
+  exchange = pruning.Exchange(0.5)
+  exchange.add(
+    {
+      t: {'groups': 4, 'change': c, 'score': s}
+      for t, c, s in zip(
+        structure.TYPES, (0.5, 0.0, 0.5), (2.0, 0.0, 2.0), strict=True
+      )
+    }
+  )
+  cost = budgets.params(CFG)
+  target = CFG.num_params() - 4 * CFG.N * cost.form.savings(
+    *(jnp.int32(x) for x in (CFG.N * CFG.K, CFG.N * CFG.F, CFG.D))
+  )[1]  # fmt: skip
+  masks = pruning.select(exchange.scaled(prune), plan(policy), int(target))
+  assert masks.heads.all() and masks.stem.all()
+  np.testing.assert_array_equal(masks.ffn, np.asarray(scores.ffn) > 0)
+
+
 def test_rates_are_averages_over_the_prunes():
   """One trial is noisy; one that broke the model counts until the next."""
   scores, exchange = conftest.make_scores(CFG), pruning.Exchange(0.5)

@@ -79,6 +79,16 @@ def test_nothing_removed_changes_nothing():
   assert float(fit.error_without) == float(fit.error_with) == 0
 
 
+def test_inputs_that_are_always_zero_need_no_other_damping():
+  """A block of zeros: there is nothing to repair, and no failure to report."""
+  x, w, keep = make_layer(0)
+  w = jnp.asarray(w, jnp.float32)
+  got, fit = REPAIR(w, repair.gram(jnp.zeros(x.shape)), keep, 1e-2)
+  np.testing.assert_array_equal(got, w * keep[:, None])
+  assert float(fit.error_without) == float(fit.error_with) == 0
+  assert float(fit.damping) == np.float32(1e-2)
+
+
 def test_everything_removed_leaves_zeros_and_the_whole_error():
   x, w, keep = make_layer(0)
   got, fit = REPAIR(w, repair.gram(jnp.asarray(x)), np.zeros_like(keep), 1e-2)

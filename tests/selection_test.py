@@ -46,7 +46,7 @@ def greedy(scores, masks, target, final, rules, cost):
   """`select` as a person would write it: lists, Python integers, no rank."""
   plan = _Lists(scores, masks, final, rules, cost)
   least = zip(rules.smallest(), plan.masks, strict=True)
-  plan.take(final, [n * len(m) for n, m in least])
+  plan.take(final, [np.minimum(m.sum(-1), n).sum() for n, m in least])
   plan.take_back()
   made = _Lists(scores, masks, final, rules, cost)
   made.take(target, plan.counts())
@@ -409,7 +409,7 @@ def test_ragged_goes_on_where_a_layer_is_below_its_floor():
   scores = conftest.make_scores(cfg, 1)
   scores = scores.replace(stem=1e3 * scores.stem, heads=1e3 * scores.heads)
   block = 4 * 3 * cfg.D
-  for blocks, want in ((0, [4, 16]), (1, [4, 12])):
+  for blocks, want in ((0, [4, 16]), (1, [4, 12]), (2, [4, 8])):
     target = cost.live(masks) - blocks * block
     after = selection.select(scores, masks, target, 0, rules, cost)
     wanted = greedy(scores, masks, target, 0, rules, cost)
