@@ -44,10 +44,10 @@ def masked_attention(
     wk, wv: [D, K, H], likewise.
     wo: [K, G, H, D], likewise.
     keep: bool [K].
-    cos_sin: float32 [2, T, H/2], cosines and sines of the angle by which the
-      rotary embedding turns channel i with channel i + H/2, by position. Not
-      the angles: XLA would take the cosine again for every head of every layer,
-      3 % of a training step on a CPU.
+    cos_sin: float32 [2, T, H/2], cosines and sines, which have no gradient, of
+      the angle by which the rotary embedding turns channel i with channel i +
+      H/2, by position. Not the angles: XLA would take the cosine again for
+      every head of every layer, 3 % of a training step on a CPU.
     bq: [K, G, H], added to the queries; None: nothing.
     bk, bv: [K, H], likewise to keys and values.
     q_norm, k_norm: [H], scales of an RMSNorm of the queries and keys of each
@@ -64,11 +64,13 @@ def masked_attention(
     ValueError: as `masked_matmul`.
   """
   name = dispatch.resolve(implementation)
+  dispatch.check_floating(x, wq, wk, wv, wo)
   dispatch.check_keep('keep', keep, wk.shape[1])
   if keep.shape != wk.shape[1:2]:
     raise ValueError(
       f'keep has shape {list(keep.shape)} for {wk.shape[1]} key/value heads'
     )
+  cos_sin = jax.lax.stop_gradient(cos_sin)
   weights = wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm
   if name == 'bucket':
     y, heads = _attention(hidden, norm_eps, keep, cos_sin, x, *weights)
@@ -110,8 +112,10 @@ def _attention(hidden, eps, keep, cos_sin, x, *weights):
 
 def _attention_forward(hidden, eps, keep, cos_sin, x, *weights):
   def block(name, keep, x, wq, wk, wv, wo, bq, bk, bv, q_norm, k_norm):
+    # A dead head in the bucket may have any finite weight: what it comes to can
+    # be infinite, and a gradient of zero times that is none.
     q, k, v = (
-      _plus(_einsum('btd,dk...->btk...', x, w), b)
+      _alive(keep, _plus(_einsum('btd,dk...->btk...', x, w), b))
       for w, b in ((wq, bq), (wk, bk), (wv, bv))
     )
     heads = _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm)
@@ -187,7 +191,12 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm):
     _rotate(_rms_norm(k, k_norm, eps), cos_sin),
     v,
   )
-  return jnp.where(keep[:, None, None], out.reshape(q.shape), 0)
+  return _alive(keep, out.reshape(q.shape))
+
+
+def _alive(keep, x):
+  """Zeros, also in place of NaN, in dead heads of [B, T, K, ..., H]."""
+  return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 3)), x, 0)
 
 
 # Fewer rows in a block gain 3 % of a step at 256 tokens; eight blocks take as

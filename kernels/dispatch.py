@@ -135,11 +135,22 @@ def extent(keep: Array | None, size: int) -> int | Array:
   return (last * (size // keep.size)).astype(jnp.int32)
 
 
+def check_floating(*operands: Array) -> None:
+  """Raises ValueError for integers, to which weights would be rounded."""
+  for x in operands:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f'an operand is {x.dtype}{list(x.shape)}; masked ops take '
+        'floating-point numbers'
+      )
+
+
 def check_keep(name: str, keep: Array | None, size: int) -> None:
   """Raises ValueError where `keep` is no mask over an axis of `size`."""
   if keep is None:
     return
-  if keep.dtype != bool or keep.ndim != 1 or size % keep.size:
+  fits = keep.ndim == 1 and keep.size and size % keep.size == 0
+  if keep.dtype != bool or not fits:
     raise ValueError(
       f'{name} is {keep.dtype}{list(keep.shape)}; it takes bool of a length '
       f'that divides {size}'

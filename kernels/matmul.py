@@ -1,6 +1,7 @@
 """x @ w over the live channels, and its gradient."""
 
 import functools
+import math
 
 import jax
 
@@ -34,11 +35,16 @@ def masked_matmul(
     ValueError: shapes or masks that do not fit, or what the implementation
       cannot take.
   """
+  dispatch.check_floating(x, w)
+  if w.ndim != 2 or x.shape[-1:] != w.shape[:1]:
+    raise ValueError(
+      f'x, w are {list(x.shape)}, {list(w.shape)}; they take [..., I], [I, O]'
+    )
   dispatch.check_keep('keep_in', keep_in, x.shape[-1])
   dispatch.check_keep('keep_out', keep_out, w.shape[1])
   y = _matmul(
     dispatch.resolve(implementation),
-    x.reshape(-1, x.shape[-1]),
+    x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
     w,
     keep_in,
     keep_out,

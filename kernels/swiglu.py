@@ -1,6 +1,7 @@
 """The feed-forward block of Llama over the live channels."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,12 @@ def masked_swiglu(
       f'x, w_gate, w_up, w_down are {shapes}; they take [..., D], [D, F], '
       '[D, F], [F, D]'
     )
+  dispatch.check_floating(x, w_gate, w_up, w_down)
   dispatch.check_keep('keep', keep, w_gate.shape[1])
   y, h = _swiglu(
     dispatch.resolve(implementation),
     hidden,
-    x.reshape(-1, x.shape[-1]),
+    x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
     w_gate,
     w_up,
     w_down,

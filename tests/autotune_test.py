@@ -1,3 +1,5 @@
+import concurrent.futures
+import dataclasses
 import json
 
 import jax
@@ -53,16 +55,26 @@ def test_the_fastest_is_stored_and_used(tmp_path, monkeypatch):
   assert seen == [best]
 
 
-def test_what_is_timed_is_three_quarters_of_the_masked_axis():
-  widths = []
+def test_what_is_timed_are_extents_at_which_chunks_do_not_end():
+  """So that long chunks show what they waste."""
+  chunks, widths = set(), []
 
   def timer(call):
-    # A loop leaves zeros beyond the extent; every candidate's chunks end at it.
+    # A loop leaves zeros beyond the last chunk that it works on.
     widths.append(np.asarray(call()).any(axis=0).sum())
-    return 1.0
+    return widths[-1] / 1e3
 
-  autotune.tune('xla_loop', 'nn', 32, 256, 64, 'float32', 'n', timer=timer)
-  assert set(widths) == {192}
+  row = autotune.tune('xla_loop', 'nn', 32, 256, 64, 'float32', 'n', timer)
+  chunks = [
+    blocks.n for blocks in xla_loop.candidates('nn', 32, 256, 64, 'float32')
+  ]
+  assert len({*chunks}) > 1
+  want = [-(-x // c) * c for c in chunks for x in (77, 141, 205)]
+  assert widths == want
+  # Where time goes by width the shortest chunk is the best, by its mean.
+  assert row['blocks']['n'] == min(chunks)
+  least = [-(-x // min(chunks)) * min(chunks) for x in (77, 141, 205)]
+  assert row['seconds'] == pytest.approx(np.mean(least) / 1e3)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +117,34 @@ def test_a_newer_row_replaces_an_older_one(tmp_path):
   assert len(rows) == 2
   assert rows[0]['blocks'] == {'m': 1, 'n': 2, 'k': 3}
   assert not [p for p in tmp_path.iterdir() if p != path]
+
+
+def test_rows_of_several_writers_are_all_kept(tmp_path):
+  path = tmp_path / 'blocks.json'
+  row = autotune.tune('bucket', 'nn', 32, 64, 32, 'float32', 'n')
+
+  def write(m):
+    autotune.store(path, [row | {'m': m}])
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(write, range(1, 41)))
+  rows = json.loads(path.read_text())
+  assert sorted(x['m'] for x in rows) == [*range(1, 41)]
+  assert [x.name for x in tmp_path.iterdir()] == ['blocks.json']
+
+
+def test_lengths_are_integers_and_a_refused_file_leaves_nothing(tmp_path):
+  path = tmp_path / 'blocks.json'
+  row = autotune.tune('xla_loop', 'nn', 32, 64, 32, 'float32', 'n')
+  floats = row | {'blocks': {x: float(y) for x, y in row['blocks'].items()}}
+  autotune.store(path, [floats])
+  assert autotune.use(path) == 1
+  blocks = autotune.choice('xla_loop', 'nn', 32, 64, 32, 'float32')
+  assert {type(x) for x in dataclasses.asdict(blocks).values()} == {int}
+  autotune.store(path, [row | {'m': 64, 'blocks': {'m': 1, 'n': 2, 'k': 3}}])
+  with pytest.raises(ValueError, match='is no use here'):
+    autotune.use(path)
+  assert autotune.choice('xla_loop', 'nn', 32, 64, 32, 'float32') is None
 
 
 def test_another_device_decides_nothing_here(tmp_path):

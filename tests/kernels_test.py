@@ -216,9 +216,46 @@ def test_nan_beyond_the_extent_does_no_harm(op, name):
     np.testing.assert_array_equal(grad, want)
 
 
-@pytest.mark.parametrize(
-  'name', [x for x in ON_CPU if x != 'bucket'], indirect=True
-)
+def test_overflow_in_a_dead_head_does_no_harm(name):
+  """Its weights are finite, what they come to is not."""
+  arrays = [np.asarray(x, np.float32) for x in LLAMA]
+  keep = np.array([False, True, False])
+  large = [np.array(x) for x in arrays]
+  for w in large[1:4]:
+    w[:, 0] *= 1e20
+  run = graded('attention', name)
+  (_, want), wants = run(arrays, (keep,))
+  (_, y), grads = run(large, (keep,))
+  np.testing.assert_array_equal(y, want)
+  for grad, expected in zip(grads, wants, strict=True):
+    np.testing.assert_array_equal(grad, expected)
+
+
+def test_angles_have_no_gradient(name):
+  """In no implementation: most would have to be asked for it."""
+  arrays = [jnp.asarray(x, jnp.float32) for x in LLAMA]
+
+  def loss(cos_sin):
+    return kernels.masked_attention(
+      *arrays, jnp.ones(K, bool), cos_sin, implementation=name
+    ).sum()
+
+  assert not np.any(jax.grad(loss)(jnp.asarray(turns(T), jnp.float32)))
+
+
+def test_two_masks_make_no_branch_for_every_pair_of_widths():
+  x, w = jnp.ones((32, 768)), jnp.ones((768, 768))
+  keep = jnp.arange(768) < 500
+
+  def dots(keep_in, keep_out):
+    run = functools.partial(kernels.masked_matmul, implementation='bucket')
+    text = str(jax.make_jaxpr(run)(x, w, keep_in, keep_out))
+    return text.count('dot_general')
+
+  assert dots(keep, None) == 12
+  assert dots(keep, keep) <= 16
+
+
 def test_nan_in_the_bias_of_a_dead_head_does_no_harm(name):
   """Also of one before the last that lives, up to which a bucket reads."""
   op = 'attention with biases and norms'
@@ -474,6 +511,23 @@ def test_bad_arguments():
     kernels.masked_matmul(x, w, keep_out=jnp.ones(7, bool))
   with pytest.raises(ValueError, match='keep_in is float32'):
     kernels.masked_matmul(x, w, keep_in=jnp.ones(D))
+  with pytest.raises(ValueError, match=r'keep_out is bool\[0\]; it takes'):
+    kernels.masked_matmul(x, w, keep_out=jnp.ones(0, bool))
+  for a, b in ((x[:, 1:], w), (x[0, 0], w), (x, w[0])):
+    with pytest.raises(ValueError, match=r'they take \[..., I\], \[I, O\]'):
+      kernels.masked_matmul(a, b)
+  assert kernels.masked_matmul(x[:, :0], w[:0]).shape == (2, F)
+
+
+def test_integers_are_refused(name):
+  """To their type the weights would be rounded."""
+  whole = lambda x: jnp.asarray(x).astype(jnp.int32)
+  keeps = lambda op: [np.ones(size, bool) for _, size in OPS[op][2]]
+  for op, (run, (x, *weights), _) in OPS.items():
+    with pytest.raises(ValueError, match='masked ops take floating-point'):
+      run(whole(x), *weights, *keeps(op), implementation=name)
+    with pytest.raises(ValueError, match='masked ops take floating-point'):
+      run(x, whole(weights[0]), *weights[1:], *keeps(op), implementation=name)
 
 
 @pytest.mark.parametrize('name', ['pallas_tpu', 'pallas_hopper'])
