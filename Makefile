@@ -11,7 +11,7 @@ REQUIREMENTS ?= requirements.txt requirements-torch.txt requirements-edge.txt \
 JOBS ?= 2
 CONFIG ?= experiments/configs/smollm2_135m.py
 RUN ?= runs/quickstart
-OUT ?= out/quickstart
+OUT ?= out/$(notdir $(RUN))
 FORMATS ?= hf,gguf-f16,gguf-q8_0
 PY = $(VENV)/bin/python
 # The compiler for Hopper comes with a jax that needs it.
@@ -24,9 +24,12 @@ PYTHON_CUDA ?= python3.13
 quickstart test: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.ready
 	$(PY) -m experiments.main --workdir=$(RUN) --config=$(CONFIG)
-	@[ -e $(OUT)/config.json ] || \
+	@if [ -e $(OUT)/config.json ]; then \
+	  echo "kept:   $(OUT), which was exported before; delete it for another"; \
+	else \
 	  $(PY) -m experiments.export --workdir=$(RUN) --out=$(OUT) \
-	    --formats=$(FORMATS)
+	    --formats=$(FORMATS); \
+	fi
 	$(PY) -m experiments.report --workdir=$(RUN)
 	@echo "model:  $(OUT)  (opens in transformers; *.gguf in llama.cpp)"
 

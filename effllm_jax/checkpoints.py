@@ -5,12 +5,12 @@ Layout of a workdir, one folder per moment, each complete in itself:
     checkpoints/<step>/   rolling, asynchronous; the newest `keep` stay
     events/<index>/       permanent, one per shrink
 
-Each folder holds `arch` (JSON: architecture, step, events, FLOPs), `params`,
-`prune`, `optimizer` and `data` (the position of the input pipeline), an event
-also `event` (JSON). A resume takes the newest moment of either kind, so nothing
-is written twice at a shrink. Reading goes in two steps, architecture first:
-nobody has to know a shape. Orbax commits a folder by a rename, so a killed
-process leaves no half of one.
+Each folder holds `arch` (JSON: architecture, step and other counts, FLOPs,
+trials), `params`, `prune`, `optimizer` and `data` (the position of the input
+pipeline), an event also `event` (JSON). A resume takes the newest moment of
+either kind, so nothing is written twice at a shrink. Reading goes in two steps,
+architecture first: nobody has to know a shape. Orbax commits a folder by a
+rename, so a killed process leaves no half of one.
 
 `digests.json` is written last, just before that rename. A file is checked
 against it before it is read.
@@ -41,6 +41,7 @@ from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
 from effllm_jax import untrusted
+from effllm_jax import workdir as workdir_lib
 
 _ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
 _REMEDY = 'choose another one'
@@ -64,8 +65,8 @@ class Moment:
   num_events: int
   cfg: structure.ModelConfig
   flops: dict[str, int]
-  # `pruning.Exchange.record`; None: written before there was one.
-  trials: dict[str, Any] | None
+  # `pruning.Exchange.record`.
+  trials: dict[str, Any]
 
 
 class Writer:
@@ -84,9 +85,21 @@ class Writer:
     data: Iterator,
     num_events: int,
     flops: dict[str, int],
-    trials: Mapping[str, Any] | None = None,
+    trials: Mapping[str, Any],
   ) -> None:
-    """Starts a rolling checkpoint; returns once the arrays may be reused."""
+    """Starts a rolling checkpoint; returns once the arrays may be reused.
+
+    Args:
+      state: after the update that it is named by.
+      cfg: the shape of its arrays.
+      data: the batches, at the one that comes next.
+      num_events: shrinks so far.
+      flops: spent so far, by purpose (`accounting.Meter.spent`).
+      trials: so far (`pruning.Exchange.record`).
+
+    Raises:
+      errors.InputError: there is no room for it, or an earlier one failed.
+    """
     step = int(state.step)
     self._check_space(state)
     items = _items(state, cfg, data, num_events, flops, trials)
@@ -98,9 +111,17 @@ class Writer:
     state: state_lib.TrainState,
     data: Iterator,
     flops: dict[str, int],
-    trials: Mapping[str, Any] | None = None,
+    trials: Mapping[str, Any],
   ) -> None:
-    """Starts the permanent record of a shrink and of the state after it."""
+    """Starts the permanent record of a shrink and of the state after it.
+
+    Args:
+      event: the shrink.
+      state: of the shape after it; the others as in `save`.
+
+    Raises:
+      errors.InputError: as `save`.
+    """
     self._check_space(state)
     items = _items(state, event.after, data, event.index + 1, flops, trials)
     items['event'] = ocp.args.JsonSave(event.to_json())
@@ -141,9 +162,14 @@ class Writer:
 
   def _save(self, manager, index, items):
     try:
-      manager.save(index, args=ocp.args.Composite(**items))
+      saved = manager.save(index, args=ocp.args.Composite(**items))
     except (OSError, ValueError) as e:
       raise write_error(e) from e
+    if not saved:
+      raise RuntimeError(
+        f'{manager.directory}/{index} was not written: there is a newer one, '
+        'which this run did not go on from; please report this'
+      )
 
 
 class _Manager(ocp.CheckpointManager):
@@ -197,9 +223,15 @@ def _handlers() -> ocp.DefaultCheckpointHandlerRegistry:
 
 
 def _write_digests(folder: pathlib.Path) -> None:
-  """Writes the digests of the one moment of `folder` that is being saved."""
+  """Writes the digests of the one moment of `folder` that is being saved.
+
+  All of it is on the disk afterwards: the moment before it goes next. Orbax
+  sees to that for arrays only.
+  """
   (moment,) = folder.glob('*.orbax-checkpoint-tmp*')
   digests.write(moment, but=_UNREAD)
+  for path in (*moment.rglob('*'), moment):
+    workdir_lib.sync(path)
 
 
 def _items(state, cfg, data, num_events, flops, trials) -> dict[str, Any]:
@@ -248,6 +280,11 @@ def moments(workdir: str | os.PathLike) -> list[Moment]:
   return _moments(workdir, _leave_out)
 
 
+def any_left(workdir: str | os.PathLike) -> bool:
+  """Whether a run in `workdir` has saved anything, readable or not."""
+  return any(_committed(workdir, kind) for kind in (_ROLLING, _EVENTS))
+
+
 def _moments(
   workdir: str | os.PathLike, refuse: Callable[[pathlib.Path, Exception], None]
 ) -> list[Moment]:
@@ -286,7 +323,7 @@ def _moment(path: pathlib.Path) -> Moment:
     path=path,
     cfg=structure.ModelConfig.from_dict(arch['model']),
     flops=flops,
-    trials=untrusted.shaped((_TRIALS, None), arch.get('trials'), 'trials'),
+    trials=untrusted.shaped(_TRIALS, arch['trials'], 'trials'),
     **counts,
   )
 
@@ -307,10 +344,10 @@ def restore_latest(
   """The newest readable state of a run; moves `data` to its position.
 
   A damaged moment is set aside into `damaged/`, with a warning, and the one
-  before it is taken. One that is whole and cannot be read here, where there is
-  no room for it or its disk is slow to answer, stays. Events of a future that
-  the restored state has not seen yet are deleted: the run will write them
-  again.
+  before it is taken. One that cannot be read here, where there is no room for
+  it or its disk does not answer, stays, and nothing older is taken. Events of a
+  future that the restored state has not seen yet are deleted: the run will
+  write them again.
 
   The arrays are read straight into their shards on `mesh`, whatever devices
   they were saved from; without one, onto one device.
@@ -322,11 +359,7 @@ def restore_latest(
     errors.InputError: the input pipeline is not the one that was saved, the
       newest moment cannot be read here, or nothing in a used workdir can be.
   """
-  # One process reads all files and moves folders; then all see the same ones.
-  if jax.process_index() == 0:
-    _set_damaged_aside(workdir)
-  sharding.wait('verified')
-  for moment in moments(workdir):
+  while moment := _agreed(workdir):
     try:
       state = _restore(moment, tx, mesh)
       data.set_state(_read_json(moment.path, 'data'))
@@ -339,12 +372,7 @@ def restore_latest(
           _set_aside(moment.path, e)
         sharding.wait('set aside')
         continue
-      raise errors.InputError(
-        f'{moment.path} is as it was saved, and cannot be read here '
-        f'({_brief(e)}); nothing of the run is lost: free memory of the '
-        'machine and its devices, or set --config.mesh to more of them, and '
-        'run the same command again'
-      ) from e
+      raise _not_here(moment.path, e) from e
     if jax.process_index() == 0:
       for path in _committed(workdir, _EVENTS):
         if int(path.name) >= moment.num_events:
@@ -369,15 +397,62 @@ def _contradicts_itself(error: Exception) -> bool:
   return mismatch and not re.match('[A-Z_]+: ', str(error))
 
 
-def _set_damaged_aside(workdir) -> None:
-  """Moves away what is newer than the newest moment that is as it was saved."""
+def _not_here(path: pathlib.Path, error: Exception) -> errors.InputError:
+  return errors.InputError(
+    f'{path} cannot be read here ({_brief(error)}); nothing of the run is '
+    'lost: run the same command again, with more free memory of the machine '
+    'and its devices, or with --config.mesh of more of them'
+  )
+
+
+def _refuses_to_read(error: Exception) -> bool:
+  """Whether a disk or the memory failed, which says nothing about a file."""
+  # What `untrusted` has told in one line.
+  cause = error.__cause__ if isinstance(error, errors.InputError) else error
+  gone = isinstance(cause, (FileNotFoundError, NotADirectoryError))
+  return isinstance(cause, (MemoryError, OSError)) and not gone
+
+
+def _agreed(workdir) -> Moment | None:
+  """The newest moment that is as it was saved, the same for all processes.
+
+  The first process reads all files, and moves away what is newer.
+  """
+  found, refusal, choice = None, None, -1
+  if jax.process_index() == 0:
+    try:
+      found = _newest_sound(workdir)
+    except errors.InputError as e:
+      refusal, choice = e, -2
+    else:
+      if found:
+        is_event = found.path.parent.name == _EVENTS
+        choice = 2 * int(found.path.name) + is_event
+  # The others would wait for it for ever.
+  choice = sharding.of_the_first(choice)
+  if choice == -2:
+    raise refusal or errors.InputError(
+      f'the first process cannot go on in {workdir}; see what it says'
+    )
+  if choice == -1 or found:
+    return found
+  number, is_event = divmod(choice, 2)
+  path = pathlib.Path(workdir).absolute() / (_EVENTS if is_event else _ROLLING)
+  try:
+    return _moment(path / str(number))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise _not_here(path / str(number), e) from e
+
+
+def _newest_sound(workdir) -> Moment | None:
   for moment in _moments(workdir, _set_aside):
     try:
       digests.verify(moment.path)
     except (KeyError, OSError, TypeError, ValueError) as e:
       _set_aside(moment.path, e)
     else:
-      return
+      return moment
+  return None
 
 
 def _restore(moment: Moment, tx, mesh) -> state_lib.TrainState:
@@ -452,7 +527,13 @@ def _leave_out(path: pathlib.Path, error: Exception) -> None:
 
 
 def _set_aside(path: pathlib.Path, error: Exception) -> None:
-  """Only for the run itself: nobody else may move what it writes."""
+  """Only for the run itself: nobody else may move what it writes.
+
+  Raises:
+    errors.InputError: it may be whole, and stays where it is.
+  """
+  if _refuses_to_read(error):
+    raise _not_here(path, error) from error
   target = path.parents[1] / _DAMAGED / f'{path.parent.name}-{path.name}'
   target.parent.mkdir(exist_ok=True)
   if target.exists():

@@ -97,11 +97,6 @@ class Loop:
       moment.flops if restored else None,
     )
     trials = moment.trials if restored else None
-    if restored and plan.calibrate and trials is None:
-      raise errors.InputError(
-        f'{moment.path} is of an older commit, and lacks the trials of '
-        'prune.calibrate; start in a new --workdir'
-      )
     self.exchange = pruning.Exchange(plan.trial_decay(), trials)
     # Of `train`, while it is at work.
     self.progress = self.requests = None
@@ -230,6 +225,9 @@ class Loop:
   def _save(self, step: int, event: events.ShrinkEvent | None) -> None:
     """Saves the state as that of an event, or else as a rolling checkpoint."""
     start = time.perf_counter()
+    # No moment may be newer than its rows.
+    self.metrics.sync()
+    self.trace.sync()
     spent, trials = self.meter.spent, self.exchange.record
     if event:
       self.writer.save_event(event, self.state, self.batches, spent, trials)

@@ -382,7 +382,7 @@ def _check_ranges(config):
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
     # As they are used: in float32 1 - 1e-8 is 1.
-    _require(config, key, lambda v: 0 <= np.float32(v) < 1, 'in [0, 1)')
+    _require(config, key, lambda v: 0 <= v < 1 != np.float32(v), 'in [0, 1)')
   for key in ('distill.weight', 'optimizer.embedding'):
     _require(config, key, lambda v: 0 <= v <= 1, 'in [0, 1]')
   for key in ('optimizer.end', 'optimizer.weight_decay', 'repair.damping'):

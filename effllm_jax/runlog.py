@@ -73,7 +73,7 @@ _TEXT = {
 }
 _EDGE = {
   'step': (int, None),
-  'pad': (int, None),
+  'pad': int,
   'machine': str,
   'rows': [
     {
@@ -337,10 +337,6 @@ def read(folder: str | os.PathLike) -> Run:
       at[tuple(index.T)] = prune_tokens[-1]
 
   _each(folder / 'trace.jsonl', prune)
-  edge = _found(folder / EDGE, _EDGE)
-  if edge:
-    # A file from before it was recorded.
-    edge['pad'] = edge['pad'] or 1
   return Run(
     workdir=folder.resolve(),
     config=untrusted.read_json(folder / 'config.json', 'restore it'),
@@ -352,7 +348,7 @@ def read(folder: str | os.PathLike) -> Run:
     save_seconds=math.fsum(saves),
     removed=removed,
     text=_found(folder / TEXT, _TEXT),
-    edge=edge,
+    edge=_found(folder / EDGE, _EDGE),
     benchmarks=benchmarks(folder),
   )
 

@@ -160,11 +160,11 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def of_the_first(word: bool) -> bool:
+def of_the_first(number: int) -> int:
   """What the first process says, once every process has come here."""
   if jax.process_count() == 1:
-    return word
-  return bool(multihost_utils.broadcast_one_to_all(np.int32(word)))
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

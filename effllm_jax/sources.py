@@ -286,18 +286,14 @@ def load_saved(folder: str | os.PathLike) -> Source:
   with untrusted.parsing(f'{folder} does not hold a saved source', remedy):
     about['cfg'] = structure.ModelConfig.from_dict(about['cfg'])
     about['eos_ids'] = tuple(about['eos_ids'])
-    # Of an older run, which has none of these.
-    for name in ('tokenizer_eos_id', 'licence_name', 'licence_link', 'saved'):
-      about.setdefault(name, None)
     about['generation'] = hf_source.generation_settings(
-      about.get('generation', {}), str(folder / 'source.json')
+      about['generation'], str(folder / 'source.json')
     )
     for name, kind in _SAVED.items():
       if not isinstance(about[name], kind):
         raise TypeError(f'{name} = {about[name]!r}')
     shapes = structure.group_shapes(about['cfg'])
-    # A run from before the masks were written has none.
-    if about.get('masks') is not None:
+    if about['masks'] is not None:
       about['masks'] = structure.masks_from_json(about['masks'], shapes)
     if about['origin'] is not None:
       about['origin'] = structure.Groups(

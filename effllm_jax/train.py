@@ -55,7 +55,7 @@ def run(
   workdir = pathlib.Path(workdir)
   # Everything that can be refused is checked before anything is written.
   workdir_lib.check(workdir, config.to_dict())
-  begun = bool(checkpoints.moments(workdir))
+  begun = checkpoints.any_left(workdir)
   source = sources.load(config.source, cache, params=False)
   if begun:
     check_source(config, workdir, source)
@@ -68,8 +68,9 @@ def run(
     )
   _use_blocks(
     config.model.blocks,
-    plan.recipe.compute.kernels,
+    plan.recipe.compute,
     plan_lib.device_tokens(config, mesh),
+    source.cfg,
   )
   text = corpus.prepare(config.data.text, cache)
   if begun:
@@ -117,12 +118,12 @@ def check_source(
 
   Args:
     config: of the run; what never reads the weights may have others.
-    workdir: of the run. Of a workdir without a record of its source, as an
-      older commit wrote it, nothing is compared.
+    workdir: of the run.
     source: the model that lies now where the config says.
 
   Raises:
-    errors.InputError: it has other weights or another shape.
+    errors.InputError: it has other weights or another shape, or the workdir's
+      record of it is missing.
   """
   known = _record(source)
   if config.init == 'random' and (
@@ -142,20 +143,18 @@ def check_text(
 
   Args:
     config: of the run.
-    workdir: of the run; without a record, nothing is compared.
+    workdir: of the run.
     text: of `corpus.prepare`, of what lies now where the config says.
 
   Raises:
-    errors.InputError: it is another text.
+    errors.InputError: it is another text, or the workdir's record is missing.
   """
   path = pathlib.Path(workdir, runlog.TEXT)
-  if not path.exists():
-    return
-  shape = {'digest': (str, None)}
+  shape = {'digest': str}
   remedy = 'restore it or choose another --workdir'
   then = untrusted.read_shaped(path, shape, remedy)['digest']
   now = corpus.manifest(text)['digest']
-  if then and then != now:
+  if then != now:
     raise errors.InputError(
       f'data.text {config.data.text!r} is not the text that the run was '
       f'started with: digest={then[:12]!r} there, {now[:12]!r} now; put the '
@@ -178,16 +177,14 @@ def _check_same(path: pathlib.Path, now: dict[str, Any], key: str) -> None:
   """Checks that a run goes on with the model that it was started with.
 
   Args:
-    path: where its `_record` is; without one, as in a workdir that an older
-      commit wrote, nothing is compared.
+    path: where its `_record` is.
     now: of the model as it is now; a digest that is None does not count.
     key: of the config that names the model.
 
   Raises:
-    errors.InputError: it has other weights or another shape.
+    errors.InputError: it has other weights or another shape, or there is no
+      record.
   """
-  if not path.exists():
-    return
   remedy = 'restore it or choose another --workdir'
   known = untrusted.read_json(path, remedy)
   with untrusted.parsing(f'{path} does not describe a model', remedy):
@@ -215,20 +212,13 @@ def _claimed(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
   If the first process is refused, all processes stop.
 
   Raises:
-    errors.InputError: as `workdir.claim`, or another run is at work there.
+    errors.InputError: as `workdir.claimed`.
   """
   refusal = None
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
-        workdir_lib.claim(workdir, config)
-        stack.enter_context(
-          workdir_lib.locked(
-            workdir / 'lock',
-            f'another run is at work in {workdir}; wait for its end or choose '
-            'another --workdir',
-          )
-        )
+        stack.enter_context(workdir_lib.claimed(workdir, config))
       except errors.InputError as e:
         refusal = e
     # The others would wait for it for ever.
@@ -290,8 +280,19 @@ def _random(cfg: structure.ModelConfig, seed: int) -> structure.Params:
   return jax.tree.map(np.asarray, model.init(jax.random.key(seed), cfg))
 
 
-def _use_blocks(path: str, name: str, tokens: int) -> None:
-  """Has a file's blocks used; says where this run will find none in it."""
+def _use_blocks(
+  path: str, compute: model.Compute, tokens: int, cfg: structure.ModelConfig
+) -> None:
+  """Has a file's blocks used; says where a run begins without any of them.
+
+  Args:
+    path: a file of `experiments.bench_kernels`; '': none.
+    compute: of the run.
+    tokens: of a micro-batch on one device.
+    cfg: what the arrays are before the first shrink; narrower ones are other
+      products, for which the default blocks hold.
+  """
+  name, dtype = compute.kernels, compute.dtype
   try:
     kernels.autotune.use(path or None)
   except (OSError, ValueError) as e:
@@ -303,11 +304,13 @@ def _use_blocks(path: str, name: str, tokens: int) -> None:
     return
   if name in ('xla', 'bucket'):
     why = f'model.kernels {name} has no blocks in a model'
-  elif tokens not in kernels.autotune.tokens(name):
+  elif not kernels.autotune.choice(name, 'nn', tokens, cfg.F, cfg.D, dtype):
     why = (
-      f'it has no row for {name}, {tokens:,} tokens of a micro-batch on one '
-      f'device, and {jax.devices()[0].device_kind}; make them with '
-      f'experiments.bench_kernels --tokens={tokens} --tune={path}'
+      f'it has no row for {name}, {cfg.D} x {cfg.F} in {dtype}, {tokens:,} '
+      'tokens of a micro-batch on one device, and '
+      f'{jax.devices()[0].device_kind}; make them with '
+      f'experiments.bench_kernels --tokens={tokens} --dtype={dtype} '
+      f'--tune={path}'
     )
   else:
     return

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import tempfile
+import time
 from typing import Any
 from typing import TypeVar
 
@@ -24,8 +26,14 @@ _T = TypeVar('_T')
 _PATHS = ('source', 'distill.teacher', 'data.text')
 # Keys of a config, or how they begin, that a run may go on with otherwise.
 _FREE = ('mesh.', 'data.timeout', 'checkpoint.')
+# How the names of folders begin that are there while something is made.
+_SCRATCH = '.new-'
 # For a config.json that cannot be read.
 _REMEDY = 'restore it or choose another --workdir'
+
+
+# Of a workdir, held by the run that is at work in it.
+LOCK = 'lock'
 
 
 class HeldError(errors.InputError):
@@ -46,6 +54,50 @@ def write_text(path: pathlib.Path, text: str) -> None:
   scratch.replace(path)
 
 
+def sync(path: pathlib.Path) -> None:
+  """Returns when a file's bytes, or a folder's names, survive a power cut."""
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  except OSError:
+    # Not all file systems do this for folders.
+    if not path.is_dir():
+      raise
+  finally:
+    os.close(file)
+
+
+@contextlib.contextmanager
+def scratch(above: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder in `above`, which is gone afterwards.
+
+  So are those that killed processes have left there, where locks are to be had.
+  """
+  for stale in above.glob(f'{_SCRATCH}*'):
+    with contextlib.suppress(OSError), _alone(stale):
+      # In its first moment nobody holds it.
+      if stale.stat().st_mtime < time.time() - 60:
+        shutil.rmtree(stale)
+  with (
+    tempfile.TemporaryDirectory(dir=above, prefix=_SCRATCH) as made,
+    contextlib.ExitStack() as stack,
+  ):
+    with contextlib.suppress(OSError):
+      stack.enter_context(_alone(made))
+    yield pathlib.Path(made)
+
+
+@contextlib.contextmanager
+def _alone(folder) -> Iterator[None]:
+  """Holds a lock on a folder; OSError: another process does."""
+  file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(file)
+
+
 def once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
   """Makes a folder that is there only when all of it is; else leaves it.
 
@@ -55,8 +107,8 @@ def once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
   """
   if target.exists():
     return
-  with tempfile.TemporaryDirectory(dir=target.parent, prefix='.new-') as tmp:
-    new = pathlib.Path(tmp, 'new')
+  with scratch(target.parent) as made:
+    new = made / 'new'
     new.mkdir()
     write(new)
     try:
@@ -84,7 +136,9 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
       'choose another --workdir'
     )
   if not path.exists():
-    if folder.exists() and any(p.suffix != '.tmp' for p in folder.iterdir()):
+    if folder.exists() and any(
+      p.suffix != '.tmp' and p.name != LOCK for p in folder.iterdir()
+    ):
       raise errors.InputError(
         f'{workdir} holds other files and no config.json; choose an empty or '
         'new --workdir'
@@ -121,22 +175,41 @@ def _are_paths(key, *values) -> bool:
   return key in _PATHS and all(isinstance(x, str) and '/' in x for x in values)
 
 
-def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
-  """Creates the workdir and writes its config, where that is still to do.
+@contextlib.contextmanager
+def claimed(
+  workdir: str | os.PathLike, config: Mapping[str, Any]
+) -> Iterator[None]:
+  """Holds a workdir for one run, whose config it writes where there is none.
 
-  Of one that is there the paths become those of now.
+  Of one that is there the paths become those of now. A folder that is refused
+  is not made, and not written to.
 
   Raises:
     errors.InputError: as `check`, or the disk refuses.
+    HeldError: another run is at work there.
   """
   check(workdir, config)
-  path, known = pathlib.Path(workdir, 'config.json'), None
+  folder = pathlib.Path(workdir)
+  with errors.writing(workdir, 'choose another --workdir'):
+    folder.mkdir(parents=True, exist_ok=True)
+  refusal = (
+    f'another run is at work in {workdir}; wait for its end or choose another '
+    '--workdir'
+  )
+  with locked(folder / LOCK, refusal):
+    # Another run may have come and gone meanwhile.
+    check(workdir, config)
+    _write_config(folder, config)
+    yield
+
+
+def _write_config(workdir, config) -> None:
+  path, known = workdir / 'config.json', None
   if path.exists():
     known = untrusted.read_json(path, _REMEDY)
     config = _with_paths_of(config, known)
-  with errors.writing(workdir, 'choose another --workdir'):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if config != known:
+  if config != known:
+    with errors.writing(workdir, 'choose another --workdir'):
       write_json(path, config)
 
 
@@ -278,6 +351,10 @@ class Log:
     """Appends one row, which must have a `step`."""
     self._file.write(json.dumps(row) + '\n')
 
+  def sync(self) -> None:
+    """Returns when every row survives a power cut."""
+    os.fsync(self._file.fileno())
+
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
@@ -291,6 +368,9 @@ class NoLog(Log):
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Writes nothing."""
+
+  def sync(self) -> None:
+    """Has nothing to wait for."""
 
   def close(self) -> None:
     """Closes nothing."""

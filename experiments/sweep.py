@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     try:
       train.run(config, folder, cli.CACHE.value)
     except workdir.HeldError:
-      return folder / 'lock'
+      return folder / workdir.LOCK
     done.add(name)
     return None
 

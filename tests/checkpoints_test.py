@@ -1,4 +1,7 @@
 import dataclasses
+import errno
+import hashlib
+import itertools
 import json
 import logging
 import os
@@ -16,6 +19,7 @@ from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import optimizers
+from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
 from tests import conftest
@@ -98,7 +102,7 @@ def test_what_the_run_counts_on_is_saved_as_it_was(tmp_path, tx, monkeypatch):
     checkpoints.ocp.args, 'JsonSave', lambda x: given.append(x) or save(x)
   )
   writer = checkpoints.Writer(tmp_path, keep=2)
-  writer.save(make_state(tx, 1), CFG, data, 0, live['flops'])
+  writer.save(make_state(tx, 1), CFG, data, 0, live['flops'], TRIALS)
   live['flops']['train'] += 1
   live['data']['read'].append(2)
   writer.close()
@@ -137,8 +141,8 @@ def test_a_save_does_not_ask_whether_to_stop(tmp_path, tx, monkeypatch):
   )
   writer = checkpoints.Writer(tmp_path, keep=2)
   event, state, data = make_event(CFG), make_state(tx, 4), make_data()
-  writer.save(state, CFG, data, 0, FLOPS)
-  writer.save_event(event, state, data, FLOPS)
+  writer.save(state, CFG, data, 0, FLOPS, TRIALS)
+  writer.save_event(event, state, data, FLOPS, TRIALS)
   writer.close()
   assert len(checkpoints.moments(tmp_path)) == 2 and asked == []
 
@@ -149,7 +153,7 @@ def test_events_of_a_lost_future_are_removed(tmp_path, tx):
   writer = checkpoints.Writer(tmp_path, keep=2)
   for index, step in ((0, 4), (1, 6)):
     event = make_event(CFG, index, step)
-    writer.save_event(event, make_state(tx, step), make_data(), FLOPS)
+    writer.save_event(event, make_state(tx, step), make_data(), FLOPS, TRIALS)
   writer.close()
   spoil(tmp_path / 'events' / '0')
   spoil(tmp_path / 'events' / '1')
@@ -260,11 +264,86 @@ def test_what_does_not_fit_here_is_not_damaged(
     return read(path, abstract)
 
   monkeypatch.setattr(checkpoints, '_read', full)
-  with pytest.raises(errors.InputError, match=r'3 is as it was saved.*nothing'):
+  with pytest.raises(
+    errors.InputError, match=r'3 cannot be read here.*nothing of'
+  ):
     restore(tmp_path, tx)
   assert sorted(tmp_path.rglob('*')) == before
   monkeypatch.undo()
   assert int(restore(tmp_path, tx)[0].step) == 3
+
+
+@pytest.mark.parametrize(
+  'error', [OSError(errno.ESTALE, 'Stale'), MemoryError()]
+)
+@pytest.mark.parametrize('count', [0, 1, 3, 6])
+def test_a_disk_that_does_not_answer_damages_nothing(
+  tmp_path, tx, monkeypatch, error, count
+):
+  """Whichever file it is: the first ones, or one of the arrays."""
+  write(tmp_path, tx, [1, 3])
+  before = sorted(tmp_path.rglob('*'))
+  good, calls = hashlib.file_digest, itertools.count()
+
+  def file_digest(*args):
+    if next(calls) == count:
+      raise error
+    return good(*args)
+
+  monkeypatch.setattr(hashlib, 'file_digest', file_digest)
+  with pytest.raises(errors.InputError, match='cannot be read here'):
+    restore(tmp_path, tx)
+  assert sorted(tmp_path.rglob('*')) == before
+  assert checkpoints.any_left(tmp_path)
+  assert int(restore(tmp_path, tx)[0].step) == 3
+
+
+def test_other_processes_go_on_from_what_the_first_has_chosen(
+  tmp_path, tx, monkeypatch
+):
+  write(tmp_path, tx, [1, 3])
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  said = {'restore': 2 * 1, 'nothing': -1, 'refused': -2}
+  first = lambda name: monkeypatch.setattr(
+    sharding, 'of_the_first', lambda _: said[name]
+  )
+  first('restore')
+  assert int(restore(tmp_path, tx)[0].step) == 1
+  first('nothing')
+  assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
+  first('refused')
+  with pytest.raises(errors.InputError, match='the first process cannot go on'):
+    restore(tmp_path, tx)
+  (tmp_path / 'checkpoints' / '1' / 'arch' / 'metadata').unlink()
+  first('restore')
+  with pytest.raises(errors.InputError, match='1 cannot be read here'):
+    restore(tmp_path, tx)
+
+
+def test_nothing_is_saved_before_what_is_there(tmp_path, tx):
+  write(tmp_path, tx, [5])
+  writer = checkpoints.Writer(tmp_path, keep=2)
+  with pytest.raises(RuntimeError, match='3 was not written: there is a newer'):
+    writer.save(make_state(tx, 3), CFG, make_data(), 0, FLOPS, TRIALS)
+  writer.close()
+
+
+def test_a_moment_is_on_the_disk_before_it_has_its_name(
+  tmp_path, tx, monkeypatch
+):
+  synced, fsync = set(), os.fsync
+
+  def record(file):
+    synced.add(os.readlink(f'/proc/self/fd/{file}'))
+    fsync(file)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  write(tmp_path, tx, [1])
+  moment = tmp_path / 'checkpoints' / '1'
+  names = [p.relative_to(moment).as_posix() for p in moment.rglob('*')]
+  for name in ('digests.json', 'arch', 'arch/metadata', 'data/metadata'):
+    assert name in names
+    assert any(x.endswith(f'tmp/{name}') for x in synced), name
 
 
 def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
@@ -315,8 +394,10 @@ def flip(path, bit):
 def test_a_flipped_bit_anywhere_is_refused(tmp_path, tx):
   """One random bit of every file of a rolling checkpoint and of an event."""
   writer = checkpoints.Writer(tmp_path, keep=2)
-  writer.save(make_state(tx, 3), CFG, make_data(), 0, FLOPS)
-  writer.save_event(make_event(CFG), make_state(tx, 4), make_data(), FLOPS)
+  writer.save(make_state(tx, 3), CFG, make_data(), 0, FLOPS, TRIALS)
+  writer.save_event(
+    make_event(CFG), make_state(tx, 4), make_data(), FLOPS, TRIALS
+  )
   writer.close()
   rng = np.random.default_rng(0)
   for folder in ('checkpoints/3', 'events/0'):
@@ -354,7 +435,9 @@ def test_a_flipped_bit_is_set_aside(tmp_path, tx, caplog):
 @pytest.mark.parametrize('part', ['params', 'prune', 'arch', 'event'])
 def test_every_reader_refuses_a_damaged_part(tmp_path, tx, part):
   writer = checkpoints.Writer(tmp_path, keep=2)
-  writer.save_event(make_event(CFG), make_state(tx, 4), make_data(), FLOPS)
+  writer.save_event(
+    make_event(CFG), make_state(tx, 4), make_data(), FLOPS, TRIALS
+  )
   writer.close()
   path = tmp_path / 'events' / '0'
   files = [p for p in (path / part).rglob('*') if p.is_file()]

@@ -26,6 +26,7 @@ from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import model_card
 from effllm_jax import optimizers
+from effllm_jax import pruning
 from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import state as state_lib
@@ -563,7 +564,7 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   state = state.replace(step=jax.numpy.int32(5), prune=prune)
   writer = checkpoints.Writer(workdir, keep=1)
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
-  writer.save(state, CFG, data, 0, {})
+  writer.save(state, CFG, data, 0, {}, pruning.Exchange(0.5).record)
   writer.close()
   per_type = dict.fromkeys(structure.TYPES, 0.5)
   row = dict.fromkeys(

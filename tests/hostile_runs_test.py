@@ -67,6 +67,7 @@ def _run(place):
     checkpoints_test.make_state(tx, 4),
     checkpoints_test.make_data(),
     {'train': 1},
+    checkpoints_test.TRIALS,
   )
   writer.close()
   return folder

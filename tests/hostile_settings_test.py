@@ -14,6 +14,7 @@ import pytest
 
 from effllm_jax import budgets
 from effllm_jax import errors
+from effllm_jax import model
 from effllm_jax import plan
 from effllm_jax import structure
 from effllm_jax import train
@@ -56,6 +57,8 @@ def test_latency_tables(place):
 def test_blocks(place):
   path = place / 'blocks.json'
   sizes = (32, 256, 64)
+  cfg = conftest.make_config(F=256, D=64)
+  compute = model.Compute(kernels='xla_loop')
   rows = [
     autotune.tune(name, 'nn', *sizes, 'float32', 'n', timer=lambda _: 1.0)
     for name in ('bucket', 'xla_loop')
@@ -65,7 +68,7 @@ def test_blocks(place):
   @hypothesis.given(data=hostile.changed(rows))
   def check(data):
     path.write_bytes(data)
-    hostile.answer(lambda: train._use_blocks(str(path), 'xla_loop', 32), path)
+    hostile.answer(lambda: train._use_blocks(str(path), compute, 32, cfg), path)
     for name in ('bucket', 'xla_loop'):
       module = importlib.import_module(f'kernels.{name}')
       blocks = autotune.choice(name, 'nn', *sizes, 'float32')
@@ -79,7 +82,7 @@ def test_blocks(place):
       path.unlink() if path.is_file() else None
       hostile.THINGS[thing](path)
       assert hostile.answer(
-        lambda: train._use_blocks(str(path), 'xla_loop', 32), path
+        lambda: train._use_blocks(str(path), compute, 32, cfg), path
       )
       with pytest.raises(ValueError, match='is not a file of tuned blocks'):
         autotune.store(path, [])

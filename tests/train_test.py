@@ -15,6 +15,7 @@ from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import loop
+from effllm_jax import model
 from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import train
@@ -151,12 +152,9 @@ def _swapped(setting, tmp_path, monkeypatch):
     )
     train.run(config, tmp_path / 'run', root / 'cache')
 
-  def moments(workdir):
-    return begun
-
   begun = []
   monkeypatch.setattr(loop, 'Loop', Begun)
-  monkeypatch.setattr(checkpoints, 'moments', moments)
+  monkeypatch.setattr(checkpoints, 'any_left', lambda workdir: bool(begun))
   return run, models, tmp_path / 'run'
 
 
@@ -235,15 +233,19 @@ def test_a_model_and_a_text_that_have_moved_are_the_same(swapped, setting):
   assert config()['source'] == str(moved)
 
 
-@pytest.mark.parametrize('lost', ['teacher.json', 'source/source.json'])
-def test_a_workdir_without_a_record_goes_on(swapped, lost):
-  """As one of an older commit, which recorded no teacher."""
+@pytest.mark.parametrize(
+  'lost', ['teacher.json', 'source/source.json', 'text.json']
+)
+def test_a_workdir_without_a_record_is_refused(swapped, lost):
+  """Nobody could say whether the run goes on with what it began with."""
   run, models, workdir = swapped
   changes = {'distill.weight': 0.5, 'distill.teacher': str(models['teacher'])}
   run(**changes)
   (workdir / lost).unlink()
-  other_weights(models[lost.split('.')[0].split('/')[0]])
-  run(**changes)
+  with pytest.raises(
+    errors.InputError, match=f'{lost}: .*restore it or choose'
+  ):
+    run(**changes)
 
 
 def test_all_processes_are_refused_with_the_first(tmp_path, monkeypatch):
@@ -356,18 +358,24 @@ def test_another_event_of_the_same_root_is_another_model(tmp_path):
 
 
 def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
-  """Another number of tokens, another device, and kernels without blocks."""
+  """Other tokens, widths, types, another device, kernels without blocks."""
   path = tmp_path / 'blocks.json'
-  row = autotune.tune('xla_loop', 'tn', 64, 64, 32, 'float32', 'm')
+  cfg = conftest.make_config(F=64, D=48)
+  row = autotune.tune('xla_loop', 'nn', 32, 64, 48, 'float32', 'n')
   autotune.store(path, [row])
 
-  def said(*run):
-    train._use_blocks(str(path), *run)
+  def said(name, tokens, dtype='float32', **changes):
+    compute = model.Compute(dtype=dtype, kernels=name)
+    other = dataclasses.replace(cfg, **changes)
+    train._use_blocks(str(path), compute, tokens, other)
     return capsys.readouterr().err
 
   try:
     assert said('xla_loop', 32) == ''
-    assert 'no row for xla_loop, 64 tokens' in said('xla_loop', 64)
+    none = 'no row for xla_loop, 48 x 64 in float32, 64 tokens'
+    assert none in said('xla_loop', 64)
+    assert 'xla_loop, 48 x 64 in bfloat16' in said('xla_loop', 32, 'bfloat16')
+    assert 'xla_loop, 48 x 96 in float32' in said('xla_loop', 32, F=96)
     assert 'bucket has no blocks in a model' in said('bucket', 32)
     path.unlink()
     autotune.store(path, [row | {'device': 'NVIDIA H100'}])

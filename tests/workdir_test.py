@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -14,15 +15,20 @@ from effllm_jax import workdir
 CONFIG = {'seed': 0, 'prune': {'every': 2, 'floors': {'ffn': 1}}}
 
 
+def claim(folder, config):
+  with workdir.claimed(folder, config):
+    pass
+
+
 def test_a_workdir_belongs_to_one_config(tmp_path):
   folder = tmp_path / 'a' / 'b'
-  workdir.claim(folder, CONFIG)
-  workdir.claim(folder, CONFIG)
+  claim(folder, CONFIG)
+  claim(folder, CONFIG)
   other = {'seed': 0, 'prune': {'every': 4, 'floors': {'ffn': 1}}}
   with pytest.raises(
     errors.InputError, match=r'prune\.every=2 there, 4 now; use the same'
   ):
-    workdir.claim(folder, other)
+    claim(folder, other)
   assert json.loads((folder / 'config.json').read_text()) == CONFIG
 
 
@@ -30,11 +36,11 @@ def test_what_no_weight_depends_on_may_change(tmp_path):
   config = CONFIG | {
     'mesh': {'data': 1}, 'checkpoint': {'keep': 2}, 'data': {'timeout': 300.0}
   }  # fmt: skip
-  workdir.claim(tmp_path, config)
+  claim(tmp_path, config)
   other = {
     'mesh': {'data': 8}, 'checkpoint': {'keep': 5}, 'data': {'timeout': 600.0}
   }  # fmt: skip
-  workdir.claim(tmp_path, config | other)
+  claim(tmp_path, config | other)
   assert json.loads((tmp_path / 'config.json').read_text()) == config
   with pytest.raises(errors.InputError, match=r"data\.text='absent' there"):
     workdir.check(tmp_path, config | other | {'data': {'text': 'pypi'}})
@@ -45,10 +51,10 @@ def test_a_model_and_a_text_may_lie_elsewhere(tmp_path):
   config = lambda source, text, rest='a/b': {
     'source': source, 'data': {'text': text, 'seed': 0}, 'rest': rest
   }  # fmt: skip
-  workdir.claim(tmp_path, config('runs/a/events/3', 'texts/a'))
-  workdir.claim(tmp_path, config('/mnt/a/events/3', 'texts/a'))
+  claim(tmp_path, config('runs/a/events/3', 'texts/a'))
+  claim(tmp_path, config('/mnt/a/events/3', 'texts/a'))
   moved = config('/mnt/a/events/3', 'text/../a')
-  workdir.claim(tmp_path, moved)
+  claim(tmp_path, moved)
   known = json.loads((tmp_path / 'config.json').read_text())
   assert known == moved
   for other in (
@@ -58,7 +64,7 @@ def test_a_model_and_a_text_may_lie_elsewhere(tmp_path):
     config('runs/a/events/3', 'texts/a', 'a//b'),
   ):
     with pytest.raises(errors.InputError, match='another config'):
-      workdir.claim(tmp_path, other)
+      claim(tmp_path, other)
   assert json.loads((tmp_path / 'config.json').read_text()) == moved
 
 
@@ -70,20 +76,58 @@ def test_a_check_writes_nothing(tmp_path):
 def test_a_folder_with_other_files_is_refused(tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
   with pytest.raises(errors.InputError, match='holds other files'):
-    workdir.claim(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG)
   assert sorted(os.listdir(tmp_path)) == ['thesis.tex']
+
+
+def test_a_run_at_work_keeps_its_config(tmp_path):
+  """Whoever is refused has written nothing, also where only paths differ."""
+  config = lambda source: {'source': source, 'seed': 0}
+  with workdir.claimed(tmp_path / 'a', config('runs/a')):
+    with pytest.raises(workdir.HeldError, match='another run is at work in'):
+      claim(tmp_path / 'a', config('runs/b'))
+    known = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    assert known == config('runs/a')
+  claim(tmp_path / 'a', config('runs/b'))
+
+
+def test_a_claim_that_went_no_further_than_its_lock_is_made_again(tmp_path):
+  (tmp_path / workdir.LOCK).touch()
+  claim(tmp_path, CONFIG)
+  assert json.loads((tmp_path / 'config.json').read_text()) == CONFIG
+
+
+def test_many_claim_a_new_workdir_at_once(tmp_path):
+  """One gets it, and the others hear of a lock, whatever is there by then."""
+  several = 8
+  barrier = threading.Barrier(several)
+
+  def attempt(folder):
+    barrier.wait()
+    try:
+      with workdir.claimed(folder, CONFIG):
+        barrier.wait()
+        return 'held'
+    except workdir.HeldError:
+      barrier.wait()
+      return 'refused'
+
+  with concurrent.futures.ThreadPoolExecutor(several) as pool:
+    for i in range(20):
+      found = [*pool.map(attempt, [tmp_path / str(i)] * several)]
+      assert sorted(found) == ['held'] + ['refused'] * (several - 1)
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
   (tmp_path / 'file').write_text('x')
   with pytest.raises(errors.InputError, match='choose another --workdir'):
-    workdir.claim(tmp_path / 'file' / 'run', CONFIG)
+    claim(tmp_path / 'file' / 'run', CONFIG)
 
 
 def test_a_broken_config_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(errors.InputError, match=r'config\.json is not JSON'):
-    workdir.claim(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG)
 
 
 def test_rows_of_a_lost_future_are_dropped(tmp_path):
@@ -195,6 +239,21 @@ def test_a_folder_that_cannot_be_made_is_not_there(tmp_path):
   with pytest.raises(FileNotFoundError):
     workdir.once(tmp_path / 'model', os.rmdir)
   assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_has_left_goes(tmp_path):
+  """But not what another one is at, or has made this moment."""
+  for name in ('.new-killed', '.new-young', 'model'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'half').write_text('x')
+  with workdir.scratch(tmp_path) as held:
+    for name in (held, tmp_path / '.new-killed', tmp_path / 'model'):
+      os.utime(name, (0, 0))
+    with workdir.scratch(tmp_path) as mine:
+      assert mine.is_dir()
+      left = {*os.listdir(tmp_path)} - {mine.name}
+    assert left == {'.new-young', 'model', held.name}
+  assert {*os.listdir(tmp_path)} == {'.new-young', 'model'}
 
 
 def test_a_turn_comes_to_one_at_a_time(tmp_path):
