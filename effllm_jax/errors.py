@@ -53,3 +53,23 @@ def writing(
   except OSError as e:
     reason = e.strerror or e
     raise InputError(f'cannot write {what}: {reason}; {remedy}') from e
+
+
+@contextlib.contextmanager
+def installed(purpose: str, *requirements: str) -> Iterator[None]:
+  """Tells an import of an optional package that fails in one line.
+
+  Args:
+    purpose: what needs it.
+    requirements: what pip installs, as on its command line.
+
+  Raises:
+    InputError: instead of an ImportError.
+  """
+  try:
+    yield
+  except ImportError as e:
+    raise InputError(
+      f'{purpose} needs {e.name or e}, which is missing or too old; '
+      f'pip install {" ".join(requirements)}'
+    ) from e

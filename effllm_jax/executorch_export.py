@@ -6,7 +6,6 @@ It is the same function of the same tensors as in `onnx_export`, for a batch of
 1. Memory is planned for the longest input, which therefore is bounded.
 """
 
-import contextlib
 import os
 import pathlib
 
@@ -18,6 +17,8 @@ from effllm_jax import hf_trimmed
 from effllm_jax import onnx_export
 from effllm_jax import weights
 
+# What pip installs.
+_PACKAGES = ('-r requirements-torch.txt', 'executorch')
 # Tokens of one call: their logits have a place in memory. Longer prompts are
 # read in pieces.
 CHUNK = 128
@@ -41,7 +42,7 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   Raises:
     errors.InputError: a package is missing, or the file cannot be written.
   """
-  with _installed():
+  with errors.installed('ExecuTorch', *_PACKAGES):
     from executorch import exir
     from executorch.backends.xnnpack.partition import xnnpack_partitioner
     import torch
@@ -85,7 +86,7 @@ def check(
     errors.InputError: executorch is missing.
     RuntimeError: it is further away than float32 allows.
   """
-  with _installed():
+  with errors.installed('ExecuTorch', *_PACKAGES):
     from executorch import runtime
     import torch
   from effllm_jax import modeling_effllm
@@ -133,18 +134,6 @@ def _cache(config, past):
 
 def require() -> None:
   """Raises InputError where a package that runs or writes files is missing."""
-  with _installed():
+  with errors.installed('ExecuTorch', *_PACKAGES):
     import executorch  # noqa: F401
     import torch  # noqa: F401
-
-
-@contextlib.contextmanager
-def _installed():
-  """A missing package, told in one line."""
-  try:
-    yield
-  except ImportError as e:
-    raise errors.InputError(
-      f'ExecuTorch is optional and {e.name} is missing; '
-      'pip install -r requirements-torch.txt executorch'
-    ) from e

@@ -121,6 +121,16 @@ def sha256(path: str | os.PathLike) -> str:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
+def digest(files: Mapping[str, bytes]) -> str:
+  """The `listing` of contents, in the order of their names."""
+  return listing(
+    {
+      name: hashlib.sha256(data).hexdigest()
+      for name, data in sorted(files.items())
+    }
+  )
+
+
 def listing(digests: Mapping[str, str]) -> str:
   """SHA-256 of what `sha256sum` says of files, given theirs by their names."""
   lines = (f'{digest}  {name}\n' for name, digest in digests.items())

@@ -57,12 +57,19 @@ def tight(
 
 
 def read(
-  workdir: str | os.PathLike, event: int | None
+  workdir: str | os.PathLike, event: int | None = None
 ) -> tuple[weights.Source, model_card.Made]:
   """The model as it was last saved, or right after one shrink.
 
   What is masked but still in the arrays is taken out, as far as the widest
   layer allows.
+
+  Args:
+    workdir: of a run.
+    event: the number of a shrink; None: as it was last saved.
+
+  Returns:
+    The model, and how it came to be, for its card.
 
   Raises:
     errors.InputError: there is no such run or event, or it cannot be read.

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from effllm_jax import widths
 from effllm_jax import workdir
 import kernels
 
-try:
+with errors.installed('lm-eval', '-r requirements-eval.txt'):
   # Read on import: nothing goes online, no bars but our own, and no fork of a
   # process with threads of XLA (for the standard error of a perplexity).
   for _name in (
@@ -46,11 +45,6 @@ try:
   from lm_eval import tasks as lm_eval_tasks
   from lm_eval import utils
   from lm_eval.api import model as lm_eval_model
-except ImportError as e:
-  raise errors.InputError(
-    f'benchmarks need lm-eval, but {e.name} is missing; '
-    'pip install -r requirements-eval.txt'
-  ) from e
 
 VERSION = f'lm-eval {lm_eval.__version__}'
 _FOLDER = pathlib.Path(lm_eval_tasks.__file__).parent
@@ -169,13 +163,10 @@ def in_transformers(folder: str | os.PathLike) -> lm_eval_model.LM:
       'with experiments.export --formats=hf'
     )
   hf_export.import_transformers()
-  try:
+  with errors.installed(
+    "lm-eval's backend for transformers", '-r requirements-torch.txt'
+  ):
     from lm_eval.models import huggingface
-  except ImportError as e:
-    raise errors.InputError(
-      f'lm-eval asks PyTorch through accelerate, but {e.name} is missing; '
-      'pip install -r requirements-torch.txt'
-    ) from e
   try:
     lm = huggingface.HFLM(
       pretrained=str(path), device='cpu', dtype='float32', batch_size=8,
@@ -217,8 +208,7 @@ def prepared(
   with contextlib.ExitStack() as stack:
     with errors.writing(f'the cache {cache}', 'set --cache'):
       cache.mkdir(parents=True, exist_ok=True)
-      scratch = tempfile.TemporaryDirectory(dir=cache, prefix='.items-')
-      folder = pathlib.Path(stack.enter_context(scratch))
+      folder = stack.enter_context(workdir.scratch(cache))
       for name in names:
         for task, path in benchmark_items.write(name, cache, folder).items():
           config = json.dumps(_config(task, path))

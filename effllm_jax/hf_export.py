@@ -118,14 +118,11 @@ def import_transformers() -> types.ModuleType:
   """
   # Read at import; every path is a folder on this machine anyway.
   os.environ.setdefault('HF_HUB_OFFLINE', '1')
-  try:
+  with errors.installed(
+    'to open a Hugging Face folder in PyTorch', '-r requirements-torch.txt'
+  ):
     import torch  # noqa: F401
     import transformers
-  except ImportError as e:
-    raise errors.InputError(
-      f'a Hugging Face folder is checked in PyTorch, but {e.name} is missing; '
-      'pip install -r requirements-torch.txt'
-    ) from e
   # Its bars would break into the caller's own.
   transformers.utils.logging.disable_progress_bar()
   return transformers

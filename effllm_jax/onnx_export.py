@@ -22,6 +22,9 @@ from effllm_jax import errors
 from effllm_jax import hf_trimmed
 from effllm_jax import weights
 
+# What pip installs.
+_PACKAGES = ('-r requirements-torch.txt', '-r requirements-edge.txt')
+
 
 def write(model: weights.Source, path: str | os.PathLike) -> None:
   """Exports a model in float32.
@@ -39,7 +42,7 @@ def write(model: weights.Source, path: str | os.PathLike) -> None:
   Raises:
     errors.InputError: a package is missing, or the file cannot be written.
   """
-  with _installed():
+  with errors.installed('ONNX', *_PACKAGES):
     import onnxscript  # noqa: F401  What torch.onnx writes with.
     import torch
   with errors.writing(path):
@@ -124,7 +127,7 @@ def opened(
 
 def require() -> None:
   """Raises InputError where a package that runs or writes files is missing."""
-  with _installed():
+  with errors.installed('ONNX', *_PACKAGES):
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch  # noqa: F401
@@ -190,7 +193,7 @@ class _Decoder:
   """One sequence in onnxruntime; its cache stays there."""
 
   def __init__(self, path, threads=0):
-    with _installed():
+    with errors.installed('ONNX', *_PACKAGES):
       import onnxruntime
     self._value = onnxruntime.OrtValue.ortvalue_from_numpy
     options = onnxruntime.SessionOptions()
@@ -222,18 +225,6 @@ class _Decoder:
       self._outputs, feed
     )
     return logits.numpy()[0]
-
-
-@contextlib.contextmanager
-def _installed():
-  """A missing package, told in one line."""
-  try:
-    yield
-  except ImportError as e:
-    raise errors.InputError(
-      f'ONNX needs {e.name}, which is missing; '
-      'pip install -r requirements-torch.txt -r requirements-edge.txt'
-    ) from e
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from effllm_jax import untrusted
 class Package(NamedTuple):
   """One package and the text in it.
 
-  `sha256` is of the files read (`digest`), not of the archive: gensim's wheel
-  has another name and hash on every platform, its data are the same.
+  `sha256` is of the files read (`fetch.digest`), not of the archive: gensim's
+  wheel has another name and hash on every platform, its data are the same.
   """
 
   name: str
@@ -100,11 +100,6 @@ def sha256(data: bytes) -> str:
   return hashlib.sha256(data).hexdigest()
 
 
-def digest(files: dict[str, bytes]) -> str:
-  """SHA-256 over the names and contents of files."""
-  return fetch.listing({name: sha256(data) for name, data in files.items()})
-
-
 def read(
   package: Package, cache: str | os.PathLike
 ) -> tuple[list[documents.Document], dict]:
@@ -127,12 +122,12 @@ def read(
       "another text than 'debian'" if debian else
       f'{archive} holds no {package.files}; delete it and run again'
     )  # fmt: skip
-  found_digest = digest(files)
-  if found_digest != package.sha256:
+  digest = fetch.digest(files)
+  if digest != package.sha256:
     logging.warning(
       '%s %s has other text than the %s this code was written against '
       '(sha256 %s, not %s); results will differ a little',
-      package.name, version, package.version, found_digest, package.sha256,
+      package.name, version, package.version, digest, package.sha256,
     )  # fmt: skip
   with untrusted.parsing(
     f'{archive} holds other text than expected',
@@ -145,7 +140,7 @@ def read(
     ]
   return found, {
     'name': package.name, 'version': version, 'domain': package.domain,
-    'licence': package.licence, 'files': package.files, 'sha256': found_digest,
+    'licence': package.licence, 'files': package.files, 'sha256': digest,
     'archive': archive.name, 'archive_sha256': fetch.sha256(archive),
   }  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""Commands and configs; everything they do is in `effllm_jax`."""
+"""Commands, configs and studies, and what only they need."""

@@ -22,12 +22,8 @@ def main(argv: list[str]) -> None:
   import pkgutil
   import warnings
 
-  try:
+  with errors.installed('to make API pages', '-r requirements-dev.txt'):
     import pdoc
-  except ImportError as e:
-    raise errors.InputError(
-      f'API pages need pdoc ({e}); pip install -r requirements-dev.txt'
-    ) from e
   import effllm_jax
   import kernels
 

