@@ -106,7 +106,7 @@ def answers(model: weights.Source) -> Reference:
     model.params,
     model.masks,
     model.cfg,
-    prompt[: model.cfg.context - NEW_TOKENS],
+    prompt[: max(model.cfg.context - NEW_TOKENS, 1)],
   )
 
 

@@ -102,6 +102,9 @@ def write(
     params, masks, cfg = widths.padded(model.params, masks, model.cfg, pad)
     model = dataclasses.replace(model, params=params, cfg=cfg)
   model = dataclasses.replace(model, masks=masks)
+  # A file that holds a name and a description has those of this model.
+  name, how = model_card.story(model, made)
+  named = dataclasses.replace(model, name=name, description=how)
   with errors.writing(out):
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(
@@ -113,8 +116,8 @@ def write(
     folder.mkdir()
     for name in names:
       say(f'{name}: {formats.FORMATS[name].about}')
-      notes += formats.write(model, name, folder)
-      agreements[name] = formats.check(model, name, folder, want)
+      notes += formats.write(named, name, folder)
+      agreements[name] = formats.check(named, name, folder, want)
       if agreements[name] is None:
         notes.append(
           f'{formats.FORMATS[name].file}: every tensor was read back, but '

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from effllm_jax import checkpoints
+from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import model_card
 from effllm_jax import runlog
@@ -109,6 +110,35 @@ def read(
     pruning=pruning,
     run=run,
   )
+
+
+def source(
+  workdir: str | os.PathLike,
+  model: weights.Source,
+  made: model_card.Made,
+  cache: str | os.PathLike,
+) -> weights.Source:
+  """What a run was made from, to be measured beside its own model.
+
+  Args:
+    workdir: of the run.
+    model, made: of `read`.
+    cache: as in `sources.load`.
+
+  Raises:
+    errors.InputError: as `sources.load`, or another model lies there now.
+  """
+  path = made.run.config['source']
+  flag = f'source in {workdir}/config.json'
+  found = sources.load(path, cache, flag=flag)
+  for name in ('sha256', 'saved'):
+    then, now = getattr(model, name), getattr(found, name)
+    if then and now and then != now:
+      raise errors.InputError(
+        f'{path} is not the model that {workdir} was started with: '
+        f'{name}={then[:12]!r} there, {now[:12]!r} now; put the old one back'
+      )
+  return tight(found)
 
 
 def shrinks(run: runlog.Run, step: int) -> list[dict[str, Any]]:

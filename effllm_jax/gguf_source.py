@@ -361,8 +361,11 @@ def _config(meta, tensors):
     qk_norm=arch == 'qwen3',
   )
   for key, value in meta.fields.items():
-    off = value in (0, False, 'none')
-    off = off or key.removeprefix(f'{arch}.') in _NEUTRAL
+    setting = key.removeprefix(f'{arch}.')
+    # Of one setting the other value is that of every model without it.
+    causal = setting == 'attention.causal'
+    off = value in ((True,) if causal else (0, False, 'none'))
+    off = off or setting in _NEUTRAL
     if key.startswith(f'{arch}.') and key not in meta.used and not off:
       raise meta.refused(key, value)
   # llama.cpp reads this tensor for `llama`; elsewhere nothing has a use for it.
@@ -430,6 +433,9 @@ def read_tokenizer(
       "BPE) is read; use the model's Hugging Face folder"
     )
   pre = meta.get('tokenizer.ggml.pre', str)
+  key = 'tokenizer.ggml.add_eos_token'
+  if meta.fields.get(key):
+    raise meta.refused(key, True)
   # llama.cpp's default for Llama 3, whose files may leave the key out.
   bos = meta.fields.get('tokenizer.ggml.add_bos_token', pre == 'llama-bpe')
   return bpe.tokenizer(

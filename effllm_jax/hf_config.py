@@ -44,6 +44,7 @@ _NEUTRAL = {
   'sliding_window': (None,),
   'partial_rotary_factor': (1, None),
   'rope_interleaved': (False, None),
+  'is_causal': (True, None),
   'quantization_config': (None,),
   'per_layer_config': (None,),
   'block_configs': (None,),

@@ -30,12 +30,17 @@ _USE = {
     program = runtime.Runtime.get().load_program('{file}')""",
 }
 _PRUNED = (
-  'Pruned from {} by pruning-aware pretraining (EfficientLLM, arXiv '
+  '{} by pruning-aware pretraining (EfficientLLM, arXiv '
   '2502.06663) with effllm_jax: trained on text, while the least salient '
   'heads, feed-forward channels and channels of the residual stream were taken '
   'out.'
 )
 _TRAINED = 'Trained on text with effllm_jax, nothing pruned: {}.'
+_SAFETY = (
+  'Not instruction-tuned again, and not evaluated for safety: what its source '
+  'may say, it may say.',
+  'Not evaluated for safety.',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,28 @@ class Made:
   params: int
   pruning: dict[str, Any]
   run: runlog.Run
+
+  @property
+  def pruned(self) -> bool:
+    """Whether anything is gone."""
+    return not (self.run.only_trains or self.params == self.run.source_params())
+
+  @property
+  def new(self) -> bool:
+    """Whether the run began with new weights, in the shape of its source."""
+    return self.run.config.get('init') == 'random'
+
+
+def story(model: weights.Source, made: Made) -> tuple[str, str]:
+  """What the model may be called, and a sentence on how it came to be."""
+  size = amounts.si(made.params)
+  if made.pruned:
+    begun = 'Trained {}, and pruned' if made.new else 'Pruned from {}'
+    name = f'{model.name}, pruned to {size} parameters'
+    return name, _PRUNED.format(begun.format(model.description))
+  how = 'from scratch' if made.new else 'further'
+  name = f'{model.name}, {size} parameters, trained {how}'
+  return name, _TRAINED.format(model.description)
 
 
 def text(
@@ -74,16 +101,11 @@ def text(
   """
   plain = tables.markdown_text
   run = made.run
-  size = amounts.si(made.params)
-  name, how = f'{model.name}, pruned to {size} parameters', _PRUNED
-  if run.only_trains or made.params == run.source_params():
-    name, how = f'{model.name}, {size} parameters, trained further', _TRAINED
+  name, how = story(model, made)
   parts = [
-    _front_matter(model),
+    _front_matter(model, made, agreements),
     f'# {plain(name)}\n',
-    how.format(plain(model.description))
-    + ' Not instruction-tuned again, and not evaluated for safety: what its '
-    'source may say, it may say.\n',
+    f'{plain(how)} {_SAFETY[made.new]}\n',
     _facts(model, made, pad).markdown(),
     _quality(run, made).markdown(),
     _text(made).markdown(),
@@ -98,7 +120,7 @@ def text(
   return '\n'.join(parts)
 
 
-def _front_matter(model) -> str:
+def _front_matter(model, made, names) -> str:
   licence = model.licence or 'unknown'
   lines = [f'license: {licence}'] if _is_word(licence) else ['license: other']
   lines += [
@@ -112,10 +134,10 @@ def _front_matter(model) -> str:
     [
       '---',
       *lines,
-      'library_name: transformers',
+      *['library_name: transformers'] * any(x.startswith('hf') for x in names),
       'pipeline_tag: text-generation',
       'tags:',
-      '- pruning',
+      *['- pruning'] * made.pruned,
       '- effllm_jax',
       '---',
       '',
@@ -150,7 +172,10 @@ def _facts(model, made, pad) -> tables.Table:
     columns=('', ''),
     rows=(
       ('source', f'{model.name}: {model.description}'),
-      ('its weights, sha256', model.sha256),
+      (
+        'its weights, sha256',
+        'not used: new ones' if made.new else model.sha256,
+      ),
       ('its licence', ', '.join(filter(None, licence)) or 'not stated'),
       (
         'budget',

@@ -230,7 +230,8 @@ class EffllmModel(nn.Module):
       # A model without any attention has nothing in its cache to count.
       past = attention_mask.shape[1] - length
     else:
-      past = 0 if cache is None else cache.get_seq_length()
+      # A tensor in some versions, of a static cache.
+      past = 0 if cache is None else int(cache.get_seq_length())
     if rows is None:
       rows = past + torch.arange(length, device=x.device)
     queries = rows[:, None]
@@ -353,6 +354,12 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
       **{_CACHE: cache},
     )
 
+  def tie_weights(self, *args, **kwargs):
+    """Also where transformers (5.3) believes that the file had both."""
+    super().tie_weights(*args, **kwargs)
+    if self.config.tie_word_embeddings:
+      self.lm_head.weight = self.model.embed_tokens.weight
+
   def _get_cache(self, *args, **kwargs):
     """A new static cache for each call, in transformers up to 5.0.
 
@@ -361,6 +368,11 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
     """
     self.__dict__.pop('_cache', None)
     return super()._get_cache(*args, **kwargs)
+
+  def _prepare_static_cache(self, *args, **kwargs):
+    """The same, as versions from 5.1 on call it."""
+    self.__dict__.pop('_cache', None)
+    return super()._prepare_static_cache(*args, **kwargs)
 
   def _get_static_cache_init_shape(self):
     """No one shape: each layer of a cache takes that of what it is given.

@@ -55,20 +55,13 @@ def main(argv: list[str]) -> None:
   from effllm_jax import formats
   from effllm_jax import heldout as heldout_lib
   from effllm_jax import runlog
-  from effllm_jax import sources
   from effllm_jax import tables
   from effllm_jax import widths
   from effllm_jax import workdir
 
   formats.check_runtimes(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
-  source = finished.tight(
-    sources.load(
-      made.run.config['source'],
-      cli.CACHE.value,
-      flag=f'source in {_WORKDIR.value}/config.json',
-    )
-  )
+  source = finished.source(_WORKDIR.value, model, made, cli.CACHE.value)
   if _PREFILL.value + _DECODE.value > model.cfg.context:
     raise errors.InputError(
       f'--prefill {_PREFILL.value} and --decode {_DECODE.value} exceed the '

@@ -84,12 +84,11 @@ def main(argv: list[str]) -> None:
 
   record = {'harness': harness.VERSION, 'rows': []}
   models = {}
-  source, flag, first = _MODEL.value, '--model', 'model'
+  first = 'model'
   if _WORKDIR.value is not None:
     model, made = finished.read(_WORKDIR.value, _EVENT.value)
     models[made.step] = model
-    source, first = made.run.config['source'], 'source'
-    flag = f'source in {_WORKDIR.value}/config.json'
+    first = 'source'
     # Figures of another version may be of other prompts.
     if made.run.benchmarks.get('harness') == harness.VERSION:
       record = dict(made.run.benchmarks)
@@ -99,12 +98,14 @@ def main(argv: list[str]) -> None:
     if x['step'] is None and x['limit'] == _LIMIT.value
   }
   if in_transformers:
-    models = {None: harness.in_transformers(source)}
+    models = {None: harness.in_transformers(_MODEL.value)}
+  elif _WORKDIR.value is None:
+    found = sources.load(_MODEL.value, cli.CACHE.value, flag='--model')
+    models = {None: finished.tight(found)}
   elif not known.issuperset(names):
-    models = {
-      None: finished.tight(sources.load(source, cli.CACHE.value, flag=flag)),
-      **models,
-    }
+    cache = cli.CACHE.value
+    found = finished.source(_WORKDIR.value, model, made, cache)
+    models = {None: found, **models}
   console = console_lib.plain(stderr=True)
   with harness.prepared(names, cli.CACHE.value) as manager:
     for step, model in models.items():

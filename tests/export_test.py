@@ -21,6 +21,7 @@ from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import export
 from effllm_jax import formats
+from effllm_jax import gguf_source
 from effllm_jax import hf_config
 from effllm_jax import llama_cpp
 from effllm_jax import model
@@ -105,6 +106,23 @@ def refuse(kind, match, tmp_path, folder, out=None):
     run(tmp_path / 'out' if out is None else out, folder)
   assert '\n' not in str(caught.value)
   assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_file_has_the_name_of_what_is_in_it(tmp_path, tokenizer_folder):
+  run(tmp_path / 'out', tokenizer_folder, formats=('gguf-f32',))
+  fields = gguf_source.contents(tmp_path / 'out' / 'model-f32.gguf')[0]
+  source = sources.load_saved(tokenizer_folder)
+  assert fields['general.name'] == f'{source.name}, pruned to 900 parameters'
+  about = f'Pruned from {source.description} by pruning-aware pretraining'
+  assert fields['general.description'].startswith(about)
+
+
+@pytest.mark.parametrize('context', [agreement.NEW_TOKENS, 8])
+def test_a_context_may_be_short(tmp_path, tokenizer_folder, context):
+  """No longer than the tokens that a check goes on with."""
+  cfg = dataclasses.replace(CFG, context=context)
+  report = run(tmp_path / 'out', tokenizer_folder, cfg)
+  assert report.agreements['hf'].greedy
 
 
 @pytest.mark.parametrize('architecture', SHAPES)

@@ -241,6 +241,8 @@ def test_rows_that_no_token_has_are_no_tokens(tmp_path):
     ('llama.rope.scaling.type', 'yarn', ('llama.rope.scaling.type = yarn',)),
     ('llama.expert_count', 8, ('llama.expert_count = 8',)),
     ('llama.attention.sliding_window', 4096, ('sliding_window = 4096',)),
+    ('llama.attention.causal', False, ('llama.attention.causal = False',)),
+    ('tokenizer.ggml.add_eos_token', True, ('add_eos_token = True',)),
     ('llama.attention.head_count_kv', [2, 2], ('head_count_kv = [2, 2]',)),
     ('llama.attention.head_count_kv', 3, ('3 of 4',)),
     ('llama.attention.value_length', 8, ('= 8 (head width 16)',)),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import types
 
 import gguf
 import jax
@@ -14,6 +15,7 @@ from safetensors import numpy as safetensors_numpy
 import tokenizers
 
 from effllm_jax import errors
+from effllm_jax import finished
 from effllm_jax import hf_config
 from effllm_jax import llama_cpp
 from effllm_jax import model
@@ -150,6 +152,21 @@ def test_a_folder_of_the_hub_cache_is_called_by_its_model(tmp_path, path, name):
   folder = model_files.hugging_face(tmp_path / path)
   source = sources.load(folder, model_files.CACHE, params=False)
   assert (source.name, source.description) == (name, f'{name}, F32 safetensors')
+
+
+def test_a_source_that_is_another_one_now_is_not_measured(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'toy')
+  model = sources.load(folder, model_files.CACHE)
+  made = types.SimpleNamespace(
+    run=types.SimpleNamespace(config={'source': str(folder)})
+  )
+  find = lambda: finished.source('runs/a', model, made, model_files.CACHE)
+  assert find().sha256 == model.sha256
+  tensors = safetensors_numpy.load_file(folder / 'model.safetensors')
+  tensors['model.norm.weight'] += 1
+  safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(errors.InputError, match=r"with: sha256='\w+' there, '\w"):
+    find()
 
 
 @pytest.mark.parametrize(
@@ -469,6 +486,7 @@ def test_settings_that_no_generation_takes(tmp_path, key, value):
     ('auto_map', {'AutoModel': 'modeling.Mine'}),
     ('layer_types', ['full_attention', 'sliding_attention']),
     ('partial_rotary_factor', 0.5),
+    ('is_causal', False),
     ('rope_scaling', {'rope_type': 'linear', 'factor': 2.0}),
     ('rope_scaling', {'type': 'dynamic', 'factor': 2.0}),
     ('rope_parameters', {'rope_type': 'yarn', 'rope_theta': 50000.0}),

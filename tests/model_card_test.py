@@ -20,6 +20,7 @@ from tests import report_test
 FILES = {'config.json': 700, 'model.safetensors': 5_000_000}
 SPEEDS = {
   'step': 60,
+  'pad': 1,
   'machine': 'a phone',
   'rows': [
     {'format': 'gguf-f16', 'model': 'pruned', 'bytes': 2e8, 'prefill': 475.25,
@@ -138,9 +139,28 @@ def test_a_run_that_pruned_nothing_does_not_claim_it(card, tmp_path):
   # Nor does one that has not pruned yet.
   early = card(step=1, params=134_515_008)
   assert 'nothing pruned' in early and 'Pruned from' not in early
+  assert '- pruning\n' in card() and '- pruning\n' not in early
   text = card(config=config)
   assert rows(text)['budget'] == ['none: training only']
   assert 'nothing pruned' in text and 'Pruned from' not in text
+
+
+def test_a_run_from_new_weights_claims_none_of_its_source(card, tmp_path):
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  config['init'] = 'random'
+  names = {'description': 'from scratch, in the shape of Toy'}
+  text = card(config=config, names=names)
+  assert 'Trained from scratch, in the shape of Toy, and pruned by' in text
+  assert rows(text)['its weights, sha256'] == ['not used: new ones']
+  assert 'what its source may say' not in text
+  text = card(config=config, names=names, step=1, params=134_515_008)
+  assert 'parameters, trained from scratch' in text
+
+
+def test_a_library_is_named_where_it_opens_the_folder(card):
+  named = 'library_name: transformers\n'
+  assert named in card(formats=('gguf-f16', 'hf-trimmed'))
+  assert named not in card(formats=('gguf-f16', 'onnx'))
 
 
 def test_what_was_not_measured_is_not_claimed(card):
