@@ -401,7 +401,8 @@ def _not_here(path: pathlib.Path, error: Exception) -> errors.InputError:
   return errors.InputError(
     f'{path} cannot be read here ({_brief(error)}); nothing of the run is '
     'lost: run the same command again, with more free memory of the machine '
-    'and its devices, or with --config.mesh of more of them'
+    'and its devices, or with --config.mesh of more of them; where it stays '
+    'so, delete that folder, to go on from the moment before'
   )
 
 

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import math
 import multiprocessing
+from multiprocessing import connection
 import os
 import pathlib
 import threading
@@ -216,6 +217,22 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
   return answer.result(timeout=seconds)
 
 
+def _end_with_parent(index: int, count: int) -> None:
+  """Has a worker process end when the one that reads is gone.
+
+  A process that is killed tells nobody, and Grain's workers would wait for it
+  for ever.
+  """
+  del index, count
+  parent = multiprocessing.parent_process()
+
+  def watch():
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 def train_iterator(
   data_dir: str | os.PathLike,
   tokenizer: tokenizers.Tokenizer,
@@ -296,7 +313,8 @@ def train_iterator(
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(workers, per_worker_buffer_size=8)
+      grain.MultiprocessingOptions(workers, per_worker_buffer_size=8),
+      worker_init_fn=_end_with_parent,
     )
   stream = {
     'dataset': manifest['digest'],

@@ -1,10 +1,12 @@
 """Batches: what is in them, in which order, and how a stream goes on."""
 
 import collections
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import threading
@@ -336,6 +338,35 @@ def test_a_lock_that_a_lost_worker_held_hangs_nothing(monkeypatch):
   # As when it is deleted, where a new thread may no longer be had.
   monkeypatch.setattr(threading, 'Thread', None)
   iterator.close()
+
+
+def test_a_worker_ends_with_the_process_that_reads():
+  """Which is killed, and can see to nothing."""
+  context = multiprocessing.get_context('fork')
+  here, there = context.Pipe()
+
+  def work():
+    data._end_with_parent(0, 1)
+    there.send(os.getpid())
+    time.sleep(600)
+
+  def read():
+    context.Process(target=work).start()
+    time.sleep(600)
+
+  reader = context.Process(target=read)
+  reader.start()
+  assert here.poll(60)
+  worker = pathlib.Path('/proc', str(here.recv()), 'cmdline')
+  assert worker.read_bytes()
+  reader.kill()
+  reader.join()
+  start = time.monotonic()
+  # Of one that has ended it is empty, and then it is not there.
+  with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    while worker.read_bytes():
+      assert time.monotonic() - start < 60
+      time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
