@@ -206,6 +206,9 @@ class Runner:
         'another --workdir'
       )
     workdir = self._workdir(key, config.train.tokens)
+    # A row is all that the table needs: its run may have been deleted.
+    if not workdir.exists():
+      return
     workdir_lib.check(workdir, config.to_dict())
     if arm.start == 'source':
       train.check_source(config, workdir, self.shape)

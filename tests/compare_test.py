@@ -179,7 +179,9 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   row = next(x for x in rows if x.key == ('tokens', 'ours_a', 0))
   comparison.write(tmp_path / 'results.jsonl', [row])
   monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
-  shutil.copy(ours / 'config.json', run)
+  for name in ('config.json', 'text.json'):
+    shutil.copy(ours / name, run)
+  shutil.copytree(ours / 'source', run / 'source')
   study = study_of(root)
   runner = same_budget.Runner(
     study, tmp_path, root / 'cache', study.config.source, None
