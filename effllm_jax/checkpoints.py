@@ -594,8 +594,10 @@ def choose(workdir: str | os.PathLike, event: int | None = None) -> Moment:
   """
   known = moments(workdir)
   if not known:
+    begun = pathlib.Path(workdir, 'config.json').is_file()
     raise errors.InputError(
-      f'no checkpoint in {workdir}; give the --workdir of a run'
+      f'no checkpoint in {workdir}; '
+      + ('go on with the run first' if begun else 'give the --workdir of a run')
     )
   if event is None:
     return known[0]

@@ -21,6 +21,7 @@ import multiprocessing
 from multiprocessing import connection
 import os
 import pathlib
+import signal
 import threading
 from typing import Any
 
@@ -218,12 +219,13 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-  """Has a worker process end when the one that reads is gone.
+  """Has a worker process end with the one that reads, and not before.
 
   A process that is killed tells nobody, and Grain's workers would wait for it
-  for ever.
+  for ever. Ctrl-C reaches them too, and is for the other one to answer.
   """
   del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
   def watch():

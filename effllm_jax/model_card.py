@@ -68,7 +68,8 @@ class Made:
   @property
   def new(self) -> bool:
     """Whether the run began with new weights, in the shape of its source."""
-    return self.run.config.get('init') == 'random'
+    config = self.run.config
+    return 'init' in config and config['init'] == 'random'
 
 
 def story(model: weights.Source, made: Made) -> tuple[str, str]:

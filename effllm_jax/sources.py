@@ -90,6 +90,12 @@ def load(
   # Unlike pathlib's, False also for a name that no path can have.
   if os.path.isdir(path / 'arch'):
     return _pruned(path, params)
+  for run in (path, path.parent):
+    if os.path.isdir(path) and (run / 'metrics.jsonl').is_file():
+      raise errors.InputError(
+        f'{path} is of a run, and no model; set {flag} to one of the folders '
+        f'{run}/events/<index> or {run}/checkpoints/<step>'
+      )
   if os.path.isdir(path):
     return hf_source.read(path, params)
   if path.suffix.lower() == '.gguf' and os.path.isfile(path):

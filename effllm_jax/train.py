@@ -107,6 +107,15 @@ def run(
       ).train(profiled)
     except OSError as e:
       raise checkpoints.write_error(e) from e
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+      if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
+        raise errors.InputError(
+          f'out of memory with micro-batches of {config.data.batch_size} x '
+          f'{config.data.seq_len} tokens ({str(e)[:200]}); lower '
+          '--config.data.batch_size and raise --config.train.accumulate, or '
+          'set --config.model.remat=full'
+        ) from e
+      raise
 
 
 def check_source(

@@ -16,6 +16,7 @@ import pathlib
 from absl import flags
 import rich.table
 
+from effllm_jax import errors
 from experiments import cli
 
 _CONFIG = flags.DEFINE_string('config', None, 'A file with a sweep().')
@@ -28,7 +29,9 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import jax
 
+  from effllm_jax import plan
   from effllm_jax import runlog
+  from effllm_jax import sources
   from effllm_jax import train
   from effllm_jax import workdir
   from experiments import choices
@@ -53,6 +56,12 @@ def main(argv: list[str]) -> None:
   for overrides, config in choices.sweep(_CONFIG.value):
     name = ','.join(f'{k}={v}' for k, v in overrides.items()) or 'base'
     variants.append((name, root / _folder_name(name), config))
+  for name, _, config in variants:
+    try:
+      source = sources.load(config.source, cli.CACHE.value, params=False)
+      plan.make(config, source.cfg, source.masks)
+    except errors.InputError as e:
+      raise errors.InputError(f'variant {name}: {e}') from e
   workdir.share(variants, attempt)
   table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
   for name, folder, _ in variants:

@@ -44,19 +44,18 @@ def product(
     ValueError: a distance below 1.
   """
   m, n, k = forms.sizes(a, b, form)
-  blocks = blocks or default_blocks(form, m, n, k, a.dtype)
+  if blocks is None:
+    blocks = default_blocks(form, m, n, k, a.dtype)
+    if len(forms.masked(extents, blocks)) > 1:
+      # Every pair of widths is a branch: a dozen by a dozen compile for 48 s
+      # with their gradients, four by four for 5.
+      (blocks,) = forms.in_parts(_step, m, n, k, 4)
   for axis in 'mnk':
     if getattr(blocks, axis) < 1:
       raise ValueError(
         f'{axis}: widths {getattr(blocks, axis)} apart; take at least 1'
       )
-  axes = forms.masked(extents, blocks)
-  if len(axes) > 1:
-    # Every pair of widths is a branch: a dozen by a dozen compile for 48 s with
-    # their gradients, four by four for 5.
-    few = forms.in_parts(_step, m, n, k, 4)[0]
-    axes = [(x, max(step, getattr(few, x)), extent) for x, step, extent in axes]
-  return _narrow(a, b, form, axes, dtype)
+  return _narrow(a, b, form, forms.masked(extents, blocks), dtype)
 
 
 def step(size: int, unit: int = 1) -> int:

@@ -120,6 +120,7 @@ def test_a_file_has_the_name_of_what_is_in_it(tmp_path, tokenizer_folder):
 @pytest.mark.parametrize('context', [agreement.NEW_TOKENS, 8])
 def test_a_context_may_be_short(tmp_path, tokenizer_folder, context):
   """No longer than the tokens that a check goes on with."""
+  pytest.importorskip('torch', reason='requirements-torch.txt')
   cfg = dataclasses.replace(CFG, context=context)
   report = run(tmp_path / 'out', tokenizer_folder, cfg)
   assert report.agreements['hf'].greedy

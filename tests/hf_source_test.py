@@ -154,6 +154,16 @@ def test_a_folder_of_the_hub_cache_is_called_by_its_model(tmp_path, path, name):
   assert (source.name, source.description) == (name, f'{name}, F32 safetensors')
 
 
+def test_a_run_is_no_source(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'metrics.jsonl').touch()
+  for folder in (tmp_path, tmp_path / 'checkpoints'):
+    with pytest.raises(
+      errors.InputError, match=r'is of a run.*/events/<index>'
+    ):
+      sources.load(folder, model_files.CACHE)
+
+
 def test_a_source_that_is_another_one_now_is_not_measured(tmp_path):
   folder = model_files.hugging_face(tmp_path / 'toy')
   model = sources.load(folder, model_files.CACHE)

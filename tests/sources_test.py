@@ -64,14 +64,14 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
     'tokenizer.json',
     'tokenizer_config.json',
   ]
-  # Of a run from before they were written.
   file = folder / 'source.json'
   about = json.loads(file.read_text())
-  del about['licence_name'], about['licence_link']
-  file.write_text(json.dumps(about))
-  assert sources.load_saved(folder).licence_link is None
   file.write_text(json.dumps(about | {'licence_link': 1}))
   with pytest.raises(errors.InputError, match='licence_link = 1'):
+    sources.load_saved(folder)
+  del about['licence_link']
+  file.write_text(json.dumps(about))
+  with pytest.raises(errors.InputError, match=r"saved source .'licence_link'"):
     sources.load_saved(folder)
   file.write_text('{')
   with pytest.raises(errors.InputError, match=r'source\.json is not JSON'):
@@ -79,7 +79,6 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
 
 
 def test_what_is_dead_in_a_source_is_saved_with_it(tmp_path):
-  """And a folder from before that was reads as if nothing were."""
   source = sources.load(
     model_files.write_gguf(tmp_path / 'a.gguf'), model_files.CACHE
   )
@@ -95,7 +94,8 @@ def test_what_is_dead_in_a_source_is_saved_with_it(tmp_path):
     sources.load_saved(folder)
   del record['masks']
   path.write_text(json.dumps(record))
-  assert sources.load_saved(folder).masks is None
+  with pytest.raises(errors.InputError, match=r"saved source .'masks'"):
+    sources.load_saved(folder)
 
 
 def test_dead_groups_are_not_measured_as_if_they_were_alive(

@@ -133,3 +133,15 @@ def test_what_is_no_sweep_is_refused(tmp_path, name, text, message):
     choices.sweep(path)
   with pytest.raises(errors.InputError, match='is not a file; set --config'):
     choices.sweep(tmp_path)
+
+
+def test_a_value_that_no_run_takes_is_told_before_the_first(tmp_path):
+  model = conftest.write_model_folder(tmp_path / 'model')
+  config = tmp_path / 'swept.py'
+  wrong = {'optimizer.peak': -1.0}
+  config.write_text(CONFIG.format(model=str(model), text='text', long=wrong))
+  done = conftest.command(
+    'sweep', f'--config={config}', f'--workdir={tmp_path / "sweep"}'
+  )
+  runs.refused(done, 'variant optimizer.peak=-1.0', 'is not positive')
+  assert not (tmp_path / 'sweep').exists()

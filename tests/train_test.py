@@ -248,6 +248,25 @@ def test_a_workdir_without_a_record_is_refused(swapped, lost):
     run(**changes)
 
 
+@pytest.mark.parametrize(
+  'error',
+  [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of')],
+  ids=lambda x: type(x).__name__,
+)
+def test_out_of_memory_is_told_in_one_line(swapped, monkeypatch, error):
+  run, _, _ = swapped
+
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(loop.Loop, 'train', fail)
+  with pytest.raises(errors.InputError, match='micro-batches of 2 x 32 tokens'):
+    run()
+  error = jax.errors.JaxRuntimeError('INTERNAL: another one')
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    run()
+
+
 def test_all_processes_are_refused_with_the_first(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   monkeypatch.setattr(sharding, 'of_the_first', lambda _: False)
