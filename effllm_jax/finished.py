@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from effllm_jax import checkpoints
-from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import model_card
 from effllm_jax import runlog
@@ -114,7 +113,6 @@ def read(
 
 def source(
   workdir: str | os.PathLike,
-  model: weights.Source,
   made: model_card.Made,
   cache: str | os.PathLike,
 ) -> weights.Source:
@@ -122,22 +120,20 @@ def source(
 
   Args:
     workdir: of the run.
-    model, made: of `read`.
+    made: of `read`.
     cache: as in `sources.load`.
 
   Raises:
     errors.InputError: as `sources.load`, or another model lies there now.
   """
-  path = made.run.config['source']
   flag = f'source in {workdir}/config.json'
-  found = sources.load(path, cache, flag=flag)
-  for name in ('sha256', 'saved'):
-    then, now = getattr(model, name), getattr(found, name)
-    if then and now and then != now:
-      raise errors.InputError(
-        f'{path} is not the model that {workdir} was started with: '
-        f'{name}={then[:12]!r} there, {now[:12]!r} now; put the old one back'
-      )
+  found = sources.load(made.run.config['source'], cache, flag=flag)
+  now = sources.record(found)
+  if made.new:
+    # The run has taken nothing but its shape.
+    now |= {'sha256': None, 'saved': None}
+  path = pathlib.Path(workdir, 'source', 'source.json')
+  sources.check_same(path, now, 'source')
   return tight(found)
 
 

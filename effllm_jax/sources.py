@@ -90,12 +90,13 @@ def load(
   # Unlike pathlib's, False also for a name that no path can have.
   if os.path.isdir(path / 'arch'):
     return _pruned(path, params)
-  for run in (path, path.parent):
-    if os.path.isdir(path) and (run / 'metrics.jsonl').is_file():
-      raise errors.InputError(
-        f'{path} is of a run, and no model; set {flag} to one of the folders '
-        f'{run}/events/<index> or {run}/checkpoints/<step>'
-      )
+  above = path.name in ('events', 'checkpoints')
+  run = path.parent if above else path
+  if os.path.isdir(path) and os.path.isfile(run / 'metrics.jsonl'):
+    raise errors.InputError(
+      f'{path} is of a run, and no model; set {flag} to one of the folders '
+      f'{run}/events/<index> or {run}/checkpoints/<step>'
+    )
   if os.path.isdir(path):
     return hf_source.read(path, params)
   if path.suffix.lower() == '.gguf' and os.path.isfile(path):
@@ -277,6 +278,49 @@ def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
     write_tokenizer(source, folder)
     workdir.write_json(folder / 'source.json', about)
   return folder
+
+
+def record(model: Source) -> dict[str, Any]:
+  """What tells a model from another one; source.json has it, too."""
+  return {
+    'name': model.name,
+    'description': model.description,
+    'sha256': model.sha256,
+    'saved': model.saved,
+    'cfg': dataclasses.asdict(model.cfg),
+  }
+
+
+def check_same(path: pathlib.Path, now: dict[str, Any], key: str) -> None:
+  """Checks that a run goes on with the model that it was started with.
+
+  Args:
+    path: where its `record` is.
+    now: of the model as it is now; a digest that is None does not count.
+    key: of the config that names the model.
+
+  Raises:
+    errors.InputError: it has other weights or another shape, or there is no
+      record.
+  """
+  remedy = 'restore it or choose another --workdir'
+  known = untrusted.read_json(path, remedy)
+  with untrusted.parsing(f'{path} does not describe a model', remedy):
+    then = structure.ModelConfig.from_dict(known['cfg'])
+    digests = {
+      x: untrusted.shaped((str, None), known.get(x), x)
+      for x in ('sha256', 'saved')
+    }
+  then, here = dataclasses.asdict(then), dict(now['cfg'])
+  for name, digest in digests.items():
+    if digest and now[name]:
+      then[name], here[name] = digest[:12], now[name][:12]
+  changed = workdir.changes(then, here)
+  if changed:
+    raise errors.InputError(
+      f'{key} {now["name"]} is not the model that the run was started with: '
+      f'{changed}; put the old one back, or choose another --workdir'
+    )
 
 
 def load_saved(folder: str | os.PathLike) -> Source:

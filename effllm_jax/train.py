@@ -82,9 +82,9 @@ def run(
     named, flag = config.distill.teacher, '--config.distill.teacher'
     teacher = sources.load(named or config.source, cache, flag=flag)
     if named:
-      other = _record(teacher)
+      other = sources.record(teacher)
       if begun:
-        _check_same(workdir / _TEACHER, other, 'distill.teacher')
+        sources.check_same(workdir / _TEACHER, other, 'distill.teacher')
     teacher = teacher_lib.fitted(teacher, source, config.data.seq_len)
     teacher = teacher_lib.Teacher(teacher, plan.recipe)
   if config.init == 'random':
@@ -134,13 +134,13 @@ def check_source(
     errors.InputError: it has other weights or another shape, or the workdir's
       record of it is missing.
   """
-  known = _record(source)
+  known = sources.record(source)
   if config.init == 'random' and (
     config.distill.teacher or not config.distill.weight
   ):
     known |= {'sha256': None, 'saved': None}
   path = pathlib.Path(workdir, 'source', 'source.json')
-  _check_same(path, known, 'source')
+  sources.check_same(path, known, 'source')
 
 
 def check_text(
@@ -168,49 +168,6 @@ def check_text(
       f'data.text {config.data.text!r} is not the text that the run was '
       f'started with: digest={then[:12]!r} there, {now[:12]!r} now; put the '
       'old one back, or choose another --workdir'
-    )
-
-
-def _record(model: sources.Source) -> dict[str, Any]:
-  """What tells a model from another one; source.json has it, too."""
-  return {
-    'name': model.name,
-    'description': model.description,
-    'sha256': model.sha256,
-    'saved': model.saved,
-    'cfg': dataclasses.asdict(model.cfg),
-  }
-
-
-def _check_same(path: pathlib.Path, now: dict[str, Any], key: str) -> None:
-  """Checks that a run goes on with the model that it was started with.
-
-  Args:
-    path: where its `_record` is.
-    now: of the model as it is now; a digest that is None does not count.
-    key: of the config that names the model.
-
-  Raises:
-    errors.InputError: it has other weights or another shape, or there is no
-      record.
-  """
-  remedy = 'restore it or choose another --workdir'
-  known = untrusted.read_json(path, remedy)
-  with untrusted.parsing(f'{path} does not describe a model', remedy):
-    then = structure.ModelConfig.from_dict(known['cfg'])
-    digests = {
-      x: untrusted.shaped((str, None), known.get(x), x)
-      for x in ('sha256', 'saved')
-    }
-  then, here = dataclasses.asdict(then), dict(now['cfg'])
-  for name, digest in digests.items():
-    if digest and now[name]:
-      then[name], here[name] = digest[:12], now[name][:12]
-  changed = workdir_lib.changes(then, here)
-  if changed:
-    raise errors.InputError(
-      f'{key} {now["name"]} is not the model that the run was started with: '
-      f'{changed}; put the old one back, or choose another --workdir'
     )
 
 

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
   formats.check_runtimes(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
-  source = finished.source(_WORKDIR.value, model, made, cli.CACHE.value)
+  source = finished.source(_WORKDIR.value, made, cli.CACHE.value)
   if _PREFILL.value + _DECODE.value > model.cfg.context:
     raise errors.InputError(
       f'--prefill {_PREFILL.value} and --decode {_DECODE.value} exceed the '

@@ -103,8 +103,7 @@ def main(argv: list[str]) -> None:
     found = sources.load(_MODEL.value, cli.CACHE.value, flag='--model')
     models = {None: finished.tight(found)}
   elif not known.issuperset(names):
-    cache = cli.CACHE.value
-    found = finished.source(_WORKDIR.value, model, made, cache)
+    found = finished.source(_WORKDIR.value, made, cli.CACHE.value)
     models = {None: found, **models}
   console = console_lib.plain(stderr=True)
   with harness.prepared(names, cli.CACHE.value) as manager:

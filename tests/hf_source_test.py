@@ -162,21 +162,26 @@ def test_a_run_is_no_source(tmp_path):
       errors.InputError, match=r'is of a run.*/events/<index>'
     ):
       sources.load(folder, model_files.CACHE)
+  # What was exported into a workdir is a model.
+  sources.load(model_files.hugging_face(tmp_path / 'out'), model_files.CACHE)
 
 
 def test_a_source_that_is_another_one_now_is_not_measured(tmp_path):
   folder = model_files.hugging_face(tmp_path / 'toy')
   model = sources.load(folder, model_files.CACHE)
-  made = types.SimpleNamespace(
-    run=types.SimpleNamespace(config={'source': str(folder)})
-  )
-  find = lambda: finished.source('runs/a', model, made, model_files.CACHE)
+  sources.save(model, tmp_path / 'run' / 'source')
+  run = types.SimpleNamespace(config={'source': str(folder)})
+  made = types.SimpleNamespace(run=run, new=False)
+  find = lambda: finished.source(tmp_path / 'run', made, model_files.CACHE)
   assert find().sha256 == model.sha256
   tensors = safetensors_numpy.load_file(folder / 'model.safetensors')
   tensors['model.norm.weight'] += 1
   safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
   with pytest.raises(errors.InputError, match=r"with: sha256='\w+' there, '\w"):
     find()
+  # Of which the run has taken the shape alone.
+  made.new = True
+  assert find().sha256 != model.sha256
 
 
 @pytest.mark.parametrize(

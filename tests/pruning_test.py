@@ -37,6 +37,14 @@ def plan(policy) -> plan_lib.Plan:
   return plan_lib.make(config, CFG, mesh=sharding.make(1, 1, 1))
 
 
+def whole(scores) -> state_lib.PruneState:
+  """Of a model that has lost nothing."""
+  return state_lib.PruneState(
+    masks=structure.all_alive(CFG), scores=scores,
+    origin=structure.all_alive(CFG), count=jnp.int32(1),
+  )  # fmt: skip
+
+
 def test_trials_fade_step_by_step():
   """As scores do, however many steps lie between two prunes."""
   made = plan('uniform')
@@ -177,10 +185,7 @@ def test_a_type_keeps_its_order_whatever_its_trial_said(policy, changes):
   """Also after a shrink, which leaves the dearest at the lowest index."""
   drawn = conftest.make_scores(CFG)
   scores = jax.tree.map(lambda x: -jnp.sort(-x, axis=-1), drawn)
-  prune = state_lib.PruneState(
-    masks=structure.all_alive(CFG), scores=scores,
-    origin=structure.all_alive(CFG), count=jnp.int32(1),
-  )  # fmt: skip
+  prune = whole(scores)
   exchange = pruning.Exchange(0.5)
   exchange.add(
     {
@@ -204,10 +209,6 @@ def test_what_is_worth_nothing_goes_first_by_a_trial_of_it_too(policy):
   """The zeros that fill a layer up stand at its end, and score exactly 0."""
   drawn = conftest.make_scores(CFG)
   scores = drawn.replace(ffn=drawn.ffn.at[:, -4:].set(0.0))
-  prune = state_lib.PruneState(
-    masks=structure.all_alive(CFG), scores=scores,
-    origin=structure.all_alive(CFG), count=jnp.int32(1),
-  )  # fmt: skip
   exchange = pruning.Exchange(0.5)
   exchange.add(
     {
@@ -217,11 +218,9 @@ def test_what_is_worth_nothing_goes_first_by_a_trial_of_it_too(policy):
       )
     }
   )
-  cost = budgets.params(CFG)
-  target = CFG.num_params() - 4 * CFG.N * cost.form.savings(
-    *(jnp.int32(x) for x in (CFG.N * CFG.K, CFG.N * CFG.F, CFG.D))
-  )[1]  # fmt: skip
-  masks = pruning.select(exchange.scaled(prune), plan(policy), int(target))
+  # A channel is a column of gate and of up, and a row of down.
+  target = CFG.num_params() - 4 * CFG.N * 3 * CFG.D
+  masks = pruning.select(exchange.scaled(whole(scores)), plan(policy), target)
   assert masks.heads.all() and masks.stem.all()
   np.testing.assert_array_equal(masks.ffn, np.asarray(scores.ffn) > 0)
 
@@ -229,10 +228,7 @@ def test_what_is_worth_nothing_goes_first_by_a_trial_of_it_too(policy):
 def test_rates_are_averages_over_the_prunes():
   """One trial is noisy; one that broke the model counts until the next."""
   scores, exchange = conftest.make_scores(CFG), pruning.Exchange(0.5)
-  prune = state_lib.PruneState(
-    masks=structure.all_alive(CFG), scores=scores,
-    origin=structure.all_alive(CFG), count=jnp.int32(1),
-  )  # fmt: skip
+  prune = whole(scores)
   says = lambda *changes: {
     t: {'groups': 1, 'change': c, 'score': 2.0}
     for t, c in zip(structure.TYPES, changes, strict=True)

@@ -17,6 +17,7 @@ from effllm_jax import errors
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import sharding
+from effllm_jax import sources
 from effllm_jax import steps
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
@@ -370,10 +371,10 @@ def test_another_event_of_the_same_root_is_another_model(tmp_path):
   path.write_text(json.dumps(record(sha256=64 * 'a', saved=64 * 'b')))
   for now in ({'sha256': 64 * 'a', 'saved': 64 * 'b'},
               {'sha256': None, 'saved': None}):  # fmt: skip
-    train._check_same(path, record(**now), 'source')
+    sources.check_same(path, record(**now), 'source')
   now = record(sha256=64 * 'a', saved=64 * 'c')
   with pytest.raises(errors.InputError, match=r"saved='b{12}' there, 'c{12}'"):
-    train._check_same(path, now, 'source')
+    sources.check_same(path, now, 'source')
 
 
 def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
