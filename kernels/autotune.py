@@ -7,6 +7,7 @@ the order in which float32 sums are formed, so a run keeps its file.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -130,8 +131,9 @@ def store(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
   with tempfile.TemporaryDirectory(dir=path.parent, prefix='.blocks-') as made:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-      # Others may add theirs to what is there by now.
-      fcntl.flock(folder, fcntl.LOCK_EX)
+      # Others may add theirs to what is there by now. Some disks have no locks.
+      with contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX)
       old = _parse(path) if path.exists() else []
       kept = {tuple(row[x] for x in _KEY): row for row in [*old, *rows]}
       partial = pathlib.Path(made, path.name)
