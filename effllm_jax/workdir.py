@@ -135,10 +135,13 @@ def check(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
       f'cannot write {workdir}: {above} is not a folder that you may write; '
       'choose another --workdir'
     )
+  # Looked for first: a run that begins meanwhile writes its config before all
+  # else.
+  other = folder.exists() and any(
+    p.suffix != '.tmp' and p.name != LOCK for p in folder.iterdir()
+  )
   if not path.exists():
-    if folder.exists() and any(
-      p.suffix != '.tmp' and p.name != LOCK for p in folder.iterdir()
-    ):
+    if other:
       raise errors.InputError(
         f'{workdir} holds other files and no config.json; choose an empty or '
         'new --workdir'

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import threading
 import time
 
@@ -100,7 +101,7 @@ def test_a_claim_that_went_no_further_than_its_lock_is_made_again(tmp_path):
 def test_many_claim_a_new_workdir_at_once(tmp_path):
   """One gets it, and the others hear of a lock, whatever is there by then."""
   several = 8
-  barrier = threading.Barrier(several)
+  barrier = threading.Barrier(several, timeout=60)
 
   def attempt(folder):
     barrier.wait()
@@ -116,6 +117,18 @@ def test_many_claim_a_new_workdir_at_once(tmp_path):
     for i in range(20):
       found = [*pool.map(attempt, [tmp_path / str(i)] * several)]
       assert sorted(found) == ['held'] + ['refused'] * (several - 1)
+
+
+def test_a_config_that_comes_while_the_folder_is_listed(tmp_path, monkeypatch):
+  """That of a run which begins meanwhile: nothing else is there yet."""
+  listed = pathlib.Path.iterdir
+
+  def late(folder):
+    workdir.write_json(tmp_path / 'config.json', CONFIG)
+    return listed(folder)
+
+  monkeypatch.setattr(pathlib.Path, 'iterdir', late)
+  workdir.check(tmp_path, CONFIG)
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
