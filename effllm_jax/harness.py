@@ -106,6 +106,7 @@ class Model(lm_eval_model.TemplateLM):
 
   def loglikelihood(self, requests, disable_tqdm=True):
     """As lm-eval has it, without a bar beside our own."""
+    self._tasks = [request.task_name for request in requests]
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests, **kwargs):
@@ -117,13 +118,14 @@ class Model(lm_eval_model.TemplateLM):
       [(context, continuation) for _, context, continuation in requests],
       compute=model_lib.Compute(remat='none', kernels=kernels.resolve(None)),
       batch_tokens=self._batch_tokens,
+      tasks=self._tasks,
       say=self._say,
     )
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
     """Log-probability of whole texts, nats, in windows as long as the model."""
     del disable_tqdm
-    windows, owners = [], []
+    windows, owners, self._tasks = [], [], []
     for i, request in enumerate(requests):
       for pair in utils.get_rolling_token_windows(
         token_list=self.tok_encode(request.args[0]),
@@ -133,6 +135,7 @@ class Model(lm_eval_model.TemplateLM):
       ):
         windows.append((None, *utils.make_disjoint_window(pair)))
         owners.append(i)
+        self._tasks.append(request.task_name)
     totals = [0.0] * len(requests)
     found = self._loglikelihood_tokens(windows)
     for i, (nats, _) in zip(owners, found, strict=True):

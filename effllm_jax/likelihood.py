@@ -35,6 +35,7 @@ def score(
   *,
   compute: model.Compute,
   batch_tokens: int,
+  tasks: Sequence[str] = (),
   say: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[float, bool]]:
   """How likely each continuation is after its context.
@@ -48,6 +49,7 @@ def score(
     requests: token ids of a context and of its continuation; neither is empty.
     compute: how the arithmetic is done.
     batch_tokens: tokens of one batch, padding included.
+    tasks: which one each request belongs to, for an error; may be none.
     say: told how many sequences have been read, of how many.
 
   Returns:
@@ -62,8 +64,9 @@ def score(
   for i, (context, continuation) in enumerate(requests):
     if len(continuation) > cfg.context:
       raise errors.InputError(
-        f'an answer has {len(continuation):,} tokens, the context of the model '
-        f'is {cfg.context:,}; leave this task out'
+        f'an answer{f" of {tasks[i]}" if tasks else ""} has '
+        f'{len(continuation):,} tokens, the context of the model is '
+        f'{cfg.context:,}; leave this task out'
       )
     # The last token is predicted, and never read.
     tokens = (*context, *continuation)[-cfg.context - 1 : -1]

@@ -242,6 +242,16 @@ def test_whole_texts(model):
     lm.generate_until([])
 
 
+def test_a_task_that_is_too_long_is_named(model):
+  """Questions of several tasks are asked at once."""
+  requests = [
+    instance.Instance('loglikelihood', {}, (LONG, answer), 0, (task, 0, 1))
+    for task, answer in (('piqa', ' salt'), ('boolq', f' {LONG}'))
+  ]
+  with pytest.raises(errors.InputError, match='an answer of boolq has'):
+    harness.Model(model, 256).loglikelihood(requests)
+
+
 def test_what_is_measured_anew_takes_the_place_of_what_was():
   """Of the same step, task and number of items; of another version, of all."""
   row = lambda step, task, limit, value: {

@@ -116,8 +116,13 @@ def test_refused():
     params, masks, cfg, [([1], [2] * length)], compute=COMPUTE, batch_tokens=8
   )
   ask(params, 8)
-  with pytest.raises(errors.InputError, match='9 tokens, the context'):
+  with pytest.raises(errors.InputError, match='an answer has 9 tokens, the co'):
     ask(params, 9)
+  with pytest.raises(errors.InputError, match='answer of piqa has 9 tokens'):
+    likelihood.score(
+      params, masks, cfg, [([1], [2]), ([1], [2] * 9)],
+      compute=COMPUTE, batch_tokens=8, tasks=['boolq', 'piqa'],
+    )  # fmt: skip
   broken = jax.tree.map(lambda x: x * np.nan, params)
   with pytest.raises(errors.InputError, match='not finite'):
     ask(broken, 2)
