@@ -90,8 +90,12 @@ def open_runs(workdirs: Sequence[str | os.PathLike] = ()) -> list[Run]:
   """Opens several runs; without names all of $EFFLLM_RUN, or three small ones.
 
   Raises:
-    errors.InputError: as `open_run`.
+    errors.InputError: as `open_run`, or one workdir stands for several.
   """
+  if isinstance(workdirs, (str, os.PathLike)):
+    raise errors.InputError(
+      f'{workdirs} is one workdir; open it by open_run, or give a list'
+    )
   named = list(workdirs) or _named()
   if named:
     return [_open(x) for x in named]
@@ -240,8 +244,12 @@ def report_figure(run: Run, name: str) -> figures.Figure:
 
 
 def figure_2c(runs: Sequence[Run]) -> figures.Figure:
-  """Live parameters against training tokens: the paper's Figure 2(c)."""
-  return pictures.sizes([x.log for x in runs])
+  """Live parameters against training tokens: the paper's Figure 2(c).
+
+  Raises:
+    errors.InputError: there is no run.
+  """
+  return pictures.sizes([x.log for x in _some(runs)])
 
 
 def figure_a0(run: Run) -> figures.Figure:
@@ -250,8 +258,12 @@ def figure_a0(run: Run) -> figures.Figure:
 
 
 def quality(runs: Sequence[Run]) -> figures.Figure:
-  """Held-out bits per byte against live parameters."""
-  return pictures.quality([x.log for x in runs])
+  """Held-out bits per byte against live parameters.
+
+  Raises:
+    errors.InputError: there is no run.
+  """
+  return pictures.quality([x.log for x in _some(runs)])
 
 
 def overlap(
@@ -265,10 +277,19 @@ def overlap(
     part: 'alive', or 'removed' for the groups that went.
 
   Raises:
-    errors.InputError: the runs are of different sources, see `overlap.compare`.
+    errors.InputError: the runs are of different sources, see `overlap.compare`,
+      or there is none, or no such part.
   """
-  found = [overlap_lib.read(x.workdir, event) for x in runs]
+  if part not in ('alive', 'removed'):
+    raise errors.InputError(f"there is no part {part!r}; 'alive' or 'removed'")
+  found = [overlap_lib.read(x.workdir, event) for x in _some(runs)]
   return overlap_lib.table(overlap_lib.compare(found), part)
+
+
+def _some(runs: Sequence[Run]) -> Sequence[Run]:
+  if not runs:
+    raise errors.InputError('no run is given; open one by open_run')
+  return runs
 
 
 def _named() -> list[str]:

@@ -58,6 +58,11 @@ class Study:
   sensitivity: tuple[Arm, ...] = ()
   pretrained: pretraining.Recipe | None = None
 
+  def __post_init__(self):
+    # Of a user's file they may be lists.
+    for name in ('arms', 'sensitivity'):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 # What others start from, or are measured by.
 OURS = 'ours_a'

@@ -59,6 +59,10 @@ def load(path: str | os.PathLike) -> arms_lib.Study:
     cli.check(study.pretrained.config, path)
   starts = dict.fromkeys(arms_lib.STARTS, '')
   for arm in study.arms + study.sensitivity:
+    if not isinstance(arm, arms_lib.Arm):
+      raise errors.InputError(
+        f'{path}: {arm!r} is no Arm of the study; see experiments/studies'
+      )
     with cli.reading(path, f'a study, its arm {arm.name}'):
       made = arms_lib.config(arm, study.config, 0, starts)
     cli.check(made, path)

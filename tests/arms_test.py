@@ -144,6 +144,21 @@ def test_a_mistake_in_an_arm_is_told_before_anything_is_made(
   assert not (tmp_path / 'w').exists()
 
 
+def test_the_arms_of_a_file_may_be_a_list(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from experiments import arms\n'
+    'from experiments.studies import small\n'
+    'def get_study():\n'
+    '  made = [arms.Arm("ours_a", {}), arms.Arm("x", {"seed": 2})]\n'
+    '  return arms.Study(small.get_study().config, made)\n'
+  )
+  assert [arm.name for arm in choices.load(path).arms] == ['ours_a', 'x']
+  path.write_text(path.read_text().replace('arms.Arm("x", {"seed": 2})', '"x"'))
+  with pytest.raises(errors.InputError, match="'x' is no Arm of the study"):
+    choices.load(path)
+
+
 @pytest.mark.parametrize(
   ('call', 'message'),
   [

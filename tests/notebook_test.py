@@ -381,3 +381,18 @@ def test_a_run_that_does_not_exist_is_one_line(tmp_path, monkeypatch):
       opened()
     (line,) = e.value._render_traceback_()
     assert line.startswith('error: workdir')
+
+
+@pytest.mark.parametrize(
+  ('call', 'words'),
+  [
+    (lambda: notebook.open_runs('runs/a'), 'runs/a is one workdir; open it by'),
+    (lambda: notebook.figure_2c([]), 'no run is given'),
+    (lambda: notebook.quality([]), 'no run is given'),
+    (lambda: notebook.overlap([]), 'no run is given'),
+    (lambda: notebook.overlap([None], part='dead'), "no part 'dead'; 'alive'"),
+  ],
+)
+def test_calls_that_make_no_sense_are_one_line(call, words):
+  with pytest.raises(errors.InputError, match=words):
+    call()
