@@ -33,6 +33,8 @@ class Stopped(Exception):
 class Terminated(KeyboardInterrupt):
   """SIGTERM came where no loop grants it; see `unwind_on_sigterm`."""
 
+  signum = signal.SIGTERM
+
 
 def unwind_on_sigterm() -> None:
   """Lets SIGTERM raise `Terminated` in the main thread, as Ctrl-C would raise.

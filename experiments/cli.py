@@ -74,23 +74,24 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def guarded(argv):
     if argv[1:]:
       _fail(f'unexpected argument {argv[1]!r}; flags start with --')
-    # After the flags have been parsed: this imports jax, which takes a second.
-    from effllm_jax import interrupts
-
     # Orbax, TFDS and jax report their own progress at INFO.
     logging.set_verbosity(logging.WARNING)
-    interrupts.unwind_on_sigterm()
     try:
+      # After the flags have been parsed: this imports jax, which takes a
+      # second.
+      from effllm_jax import interrupts
+
+      interrupts.unwind_on_sigterm()
       compiled.keep(CACHE.value)
       main(argv)
     except errors.InputError as e:
       _fail(e)
+    # Before what the import that it interrupts would have given.
+    except KeyboardInterrupt as e:
+      signum = getattr(e, 'signum', signal.SIGINT)
+      _end('stopped; run the same command again to resume', 128 + signum)
     except interrupts.Stopped as e:
       _end(str(e), 128 + e.signum)
-    except KeyboardInterrupt as e:
-      terminated = isinstance(e, interrupts.Terminated)
-      signum = signal.SIGTERM if terminated else signal.SIGINT
-      _end('stopped; run the same command again to resume', 128 + signum)
 
   app.run(guarded, flags_parser=parse)
 

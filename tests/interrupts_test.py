@@ -96,3 +96,27 @@ def test_a_command_that_is_stopped_leaves_nothing_unfinished(
   assert process.returncode == 128 + signum, said
   assert said.splitlines() == ['stopped; run the same command again to resume']
   assert not folder.exists()
+
+
+# Its first import takes a second, in which a user may think better of it.
+IMPORTING = """
+import sys
+from experiments import cli
+
+class Finder:
+  def find_spec(self, name, path=None, target=None):
+    if name == 'effllm_jax.interrupts':
+      raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+cli.run(print)
+"""
+
+
+def test_a_command_that_is_stopped_while_it_begins():
+  done = subprocess.run(
+    [sys.executable, '-c', IMPORTING],
+    cwd=conftest.ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stdout) == (128 + signal.SIGINT, '')
+  assert done.stderr == 'stopped; run the same command again to resume\n'
