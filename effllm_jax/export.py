@@ -75,8 +75,7 @@ def write(
     RuntimeError: a runtime computes something else. Nothing is left behind.
   """
   formats.check_names(names)
-  if pad < 1:
-    raise errors.InputError(f'pad {pad} is not at least 1; set --pad')
+  widths.check_multiple(pad, model.cfg)
   masks = widths.whole(model.masks, model.cfg)
   # A stock class has no width of 0: one slot stays where all layers lost all.
   if any(

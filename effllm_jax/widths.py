@@ -14,10 +14,13 @@ import math
 import jax
 import numpy as np
 
+from effllm_jax import errors
 from effllm_jax import structure
 
 # GGUF quantizes rows in blocks of 32, and llama.cpp decodes F16 best at 64.
 MULTIPLE = 64
+# The largest one that a runtime asks for: llama.cpp's k-quants.
+_LARGEST = 256
 
 
 def of_layers(masks: structure.Groups) -> dict[str, list[int]]:
@@ -101,6 +104,21 @@ def trimmed(
 
   layers = structure.Params(embed=None, layers=params.layers, final_norm=None)
   return structure.map_axes(leaf, layers)
+
+
+def check_multiple(multiple: int, cfg: structure.ModelConfig) -> None:
+  """Checks a multiple that widths are to be filled up to.
+
+  Raises:
+    errors.InputError: it is less than 1; or more than the widths are, and than
+      any runtime asks for, so that most of the model would be zeros.
+  """
+  most = max(_LARGEST, cfg.D, cfg.F)
+  if not 1 <= multiple <= most:
+    raise errors.InputError(
+      f'pad {multiple} is not in 1 to {most} (the stem is {cfg.D} wide, a '
+      f'feed-forward block {cfg.F}); set --pad'
+    )
 
 
 def padded_shape(

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from effllm_jax import errors
 from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
@@ -104,3 +105,14 @@ def test_odd_names_the_widths():
   masks.ffn[1, 128:] = False
   assert widths.odd(masks, cfg, 64) == {'stem': [60], 'ffn': [130]}
   assert widths.odd(masks, cfg, 2) == {}
+
+
+@pytest.mark.parametrize('multiple', [-1, 0, 257, 100_000_000])
+def test_a_model_of_zeros_is_refused(multiple):
+  cfg = conftest.make_config(D=60, F=130, N=2)
+  for fits in (1, 64, 256):
+    widths.check_multiple(fits, cfg)
+  # As wide as it is.
+  widths.check_multiple(512, dataclasses.replace(cfg, F=512))
+  with pytest.raises(errors.InputError, match=rf'pad {multiple} is not .* 256'):
+    widths.check_multiple(multiple, cfg)
