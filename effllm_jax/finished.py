@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from effllm_jax import checkpoints
+from effllm_jax import corpus
 from effllm_jax import events
 from effllm_jax import model_card
 from effllm_jax import runlog
@@ -135,6 +136,26 @@ def source(
   path = pathlib.Path(workdir, 'source', 'source.json')
   sources.check_same(path, now, 'source')
   return tight(found)
+
+
+def text(
+  workdir: str | os.PathLike, made: model_card.Made, cache: str | os.PathLike
+) -> pathlib.Path:
+  """The dataset that a run was trained on, whose other split is held out.
+
+  Args:
+    workdir: of the run.
+    made: of `read`.
+    cache: as in `corpus.prepare`.
+
+  Raises:
+    errors.InputError: as `corpus.prepare`, or another text lies there now.
+  """
+  named = made.run.config['data']['text']
+  remedy = 'put the folder that the run was trained on back'
+  found = corpus.prepare(named, cache, remedy)
+  corpus.check_same(pathlib.Path(workdir, runlog.TEXT), found, named)
+  return found
 
 
 def shrinks(run: runlog.Run, step: int) -> list[dict[str, Any]]:

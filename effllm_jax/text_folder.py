@@ -17,8 +17,14 @@ Document = documents.Document
 UNREADABLE = 'make it readable or move it away'
 
 
-def listed(text: str) -> tuple[str, dict[str, pathlib.Path], list[str]]:
+def listed(
+  text: str, remedy: str = 'set --config.data.text'
+) -> tuple[str, dict[str, pathlib.Path], list[str]]:
   """A user's folder.
+
+  Args:
+    text: its path.
+    remedy: what to do where there is none.
 
   Returns:
     Its name, the files to read by path within it, and the paths of other files
@@ -34,7 +40,7 @@ def listed(text: str) -> tuple[str, dict[str, pathlib.Path], list[str]]:
   if not text or not os.path.isdir(folder):
     raise errors.InputError(
       f"data.text {text!r} is neither 'pypi', 'debian' nor a folder of .txt, "
-      '.jsonl or .parquet files; set --config.data.text'
+      f'.jsonl or .parquet files; {remedy}'
     )
   files, others = {}, []
   for path in sorted(folder.rglob('*')):

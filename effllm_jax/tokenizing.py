@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import tokenizers
 
+from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
@@ -78,7 +79,13 @@ def _build(
 
   def write(new):
     paths = {domain: _token_file(new, domain, domains) for domain in domains}
-    every = corpus.documents(data_dir, 'train')
+    facts = corpus.manifest(data_dir)
+    every = console.passing(
+      f'tokenising {facts["text"]}',
+      corpus.documents(data_dir, 'train'),
+      lambda document: document.size,
+      sum(x['train']['bytes'] for x in facts['domains'].values()),
+    )
     for documents in documents_lib.in_blocks(every, _CHUNK, _CHUNK_BYTES):
       texts = [document.text for document in documents]
       pieces = {}

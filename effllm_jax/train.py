@@ -25,7 +25,6 @@ from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
-from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
 import kernels
 
@@ -74,7 +73,7 @@ def run(
   )
   text = corpus.prepare(config.data.text, cache)
   if begun:
-    check_text(config, workdir, text)
+    corpus.check_same(workdir / runlog.TEXT, text, config.data.text)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, text, source)
   teacher = other = None
@@ -141,34 +140,6 @@ def check_source(
     known |= {'sha256': None, 'saved': None}
   path = pathlib.Path(workdir, 'source', 'source.json')
   sources.check_same(path, known, 'source')
-
-
-def check_text(
-  config: ml_collections.ConfigDict,
-  workdir: str | os.PathLike,
-  text: pathlib.Path,
-) -> None:
-  """Checks that `text` is what a run was started with.
-
-  Args:
-    config: of the run.
-    workdir: of the run.
-    text: of `corpus.prepare`, of what lies now where the config says.
-
-  Raises:
-    errors.InputError: it is another text, or the workdir's record is missing.
-  """
-  path = pathlib.Path(workdir, runlog.TEXT)
-  shape = {'digest': str}
-  remedy = 'restore it or choose another --workdir'
-  then = untrusted.read_shaped(path, shape, remedy)['digest']
-  now = corpus.manifest(text)['digest']
-  if then != now:
-    raise errors.InputError(
-      f'data.text {config.data.text!r} is not the text that the run was '
-      f'started with: digest={then[:12]!r} there, {now[:12]!r} now; put the '
-      'old one back, or choose another --workdir'
-    )
 
 
 @contextlib.contextmanager

@@ -23,9 +23,8 @@ _FORMATS = flags.DEFINE_list(
   'Some of gguf-f32, gguf-f16, gguf-q8_0, gguf-q4_0, onnx.',
 )
 _PAD = flags.DEFINE_integer(
-  'pad', 1, 'Fill stem and ffn of the pruned model up to multiples of this.',
-  lower_bound=1,
-)  # fmt: skip
+  'pad', 1, 'Fill stem and ffn of the pruned model up to multiples of this.'
+)
 _THREADS = flags.DEFINE_integer('threads', 1, 'Threads.', lower_bound=1)
 _PREFILL = flags.DEFINE_integer(
   'prefill', 512, 'Tokens that are read at once.', lower_bound=1
@@ -49,7 +48,6 @@ def main(argv: list[str]) -> None:
   import platform
 
   from effllm_jax import console as console_lib
-  from effllm_jax import corpus
   from effllm_jax import edge
   from effllm_jax import finished
   from effllm_jax import formats
@@ -67,10 +65,11 @@ def main(argv: list[str]) -> None:
       f'--prefill {_PREFILL.value} and --decode {_DECODE.value} exceed the '
       f"model's context {model.cfg.context}; set --prefill"
     )
+  widths.check_multiple(_PAD.value, model.cfg)
   heldout = {}
   if _TOKENS.value:
     heldout = heldout_lib.windows(
-      corpus.prepare(made.run.config['data']['text'], cli.CACHE.value),
+      finished.text(_WORKDIR.value, made, cli.CACHE.value),
       model.tokenizer,
       model.separator_id,
       seq_len=made.run.config['data']['seq_len'],

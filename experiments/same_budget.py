@@ -212,7 +212,7 @@ class Runner:
     workdir_lib.check(workdir, config.to_dict())
     if arm.start == 'source':
       train.check_source(config, workdir, self.shape)
-    train.check_text(config, workdir, self.text)
+    corpus.check_same(workdir / runlog.TEXT, self.text, config.data.text)
 
   def run(self, choice: choices.Choice) -> None:
     """All runs that have no row, those of other processes last."""

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     batches=_BATCHES.value or sizes.batches,
     heldout_tokens=_TOKENS.value or sizes.heldout_tokens,
   )
-  text = corpus.prepare(_TEXT.value, cache)
+  text = corpus.prepare(_TEXT.value, cache, 'set --text')
   if small:
     tokenizer, separator_id = bpe.of_bytes('<|endoftext|>')
     cfg = brute_force.SMALL

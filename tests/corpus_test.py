@@ -22,6 +22,8 @@ import pytest
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import gcs_utils
 
+from effllm_jax import amounts
+from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
@@ -752,7 +754,7 @@ def test_a_cache_below_a_home(monkeypatch, tmp_path):
   'tag',
   ['cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64', 'py3-none-any'],
 )
-def test_a_wheel_of_another_python(monkeypatch, tmp_path, tag):
+def test_a_wheel_of_another_python(monkeypatch, tmp_path, capsys, tag):
   """It is only read: there may be none for the one that runs here."""
   name = f'thing-1.0-{tag}.whl'
   (tmp_path / 'have').mkdir()
@@ -763,6 +765,9 @@ def test_a_wheel_of_another_python(monkeypatch, tmp_path, tag):
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'have'))
   assert fetch.wheel('thing==1.0', tmp_path).name == name
+  assert fetch.wheel('thing==1.0', tmp_path).name == name
+  # Once, what takes minutes.
+  assert capsys.readouterr().err == 'downloading thing==1.0\n'
 
 
 def test_debian_needs_apt(pypi, monkeypatch, tmp_path):
@@ -848,6 +853,20 @@ def test_unusable_files(tmp_path, monkeypatch, name, content, message):
 def test_unknown_text(tmp_path, text):
   with pytest.raises(errors.InputError, match="neither 'pypi', 'debian'"):
     corpus.prepare(text, tmp_path)
+
+
+def test_a_long_text_is_shown_as_it_is_read(tmp_path, capsys, monkeypatch):
+  """Every time it is read, and how much of it there is once that is known."""
+  monkeypatch.setattr(console, '_LINE_INTERVAL', 0.0)
+  user = folder(
+    tmp_path / 'tales', **{f'a{i}_txt': prose(100 * i) for i in range(40)}
+  )
+  corpus.prepare(str(user), tmp_path / 'cache')
+  lines = capsys.readouterr().err.splitlines()
+  whole = amounts.size(sum(p.stat().st_size for p in user.iterdir()))
+  assert f'reading tales, pass 1: {whole}' in lines
+  assert f'reading tales, pass 2: {whole} of {whole}' in lines
+  assert f'reading tales, pass 3: {whole} of {whole}' in lines
 
 
 def test_unwritable_cache(tmp_path):

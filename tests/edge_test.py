@@ -16,6 +16,7 @@ from effllm_jax import formats
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import llama_cpp
 from effllm_jax import model
+from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import sources
 from effllm_jax import widths
@@ -154,11 +155,18 @@ def test_command(tmp_path, text):
     'data': {'text': str(text), 'seq_len': 48},
   }
   (workdir / 'config.json').write_text(json.dumps(config))
-  done = conftest.command(
+  manifest = corpus.manifest(corpus.prepare(str(text), tmp_path / 'cache'))
+  record = workdir / runlog.TEXT
+  record.write_text(json.dumps(manifest | {'digest': 'of another'}))
+  measure = lambda: conftest.command(
     'edge', f'--workdir={workdir}', '--formats=gguf-f16,gguf-q8_0',
     '--prefill=40', '--decode=8', '--rounds=1', '--tokens=40',
     f'--cache={tmp_path / "cache"}',
   )  # fmt: skip
+  # Quality on other text would stand beside that of the run.
+  runs.refused(measure(), 'is not the text that the run was started with')
+  record.write_text(json.dumps(manifest))
+  done = measure()
   assert done.returncode == 0, done.stderr
   assert 'gguf-q8_0' in done.stdout and 'bits/byte' in done.stdout
   record = json.loads((workdir / 'edge.json').read_text())

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
-  'errors', 'amounts', 'untrusted', 'structure', 'sharding', 'model',
+  'errors', 'amounts', 'untrusted', 'console', 'structure', 'sharding', 'model',
   'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
   'optimizers', 'repair', 'model_repair', 'state', 'shrink', 'events', 'steps',
   'accounting', 'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
@@ -23,7 +23,7 @@ ORDER = [
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'overlap', 'edge', 'plan', 'pruning', 'evaluate',
   'likelihood', 'harness', 'plots', 'figures', 'report', 'comparison',
-  'console', 'interrupts', 'profiling', 'advice', 'loop', 'train',
+  'interrupts', 'profiling', 'advice', 'loop', 'train',
   'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
