@@ -107,7 +107,9 @@ class TrainIterator(grain.DatasetIterator):
     """
     if self._before.maxlen:
       self._before.append(copy.deepcopy(self._parent.get_state()))
-    batch = self._read()
+    # A copy: a worker's array is shared memory, and would be left over at the
+    # end of the process.
+    batch = np.array(self._read())
     self._recent.append(batch)
     return batch
 
