@@ -1,4 +1,4 @@
-"""Orbax: rolling checkpoints, permanent shrink events, and the way back.
+"""A run's moments that Orbax has saved: what there is, and the way back.
 
 Layout of a workdir, one folder per moment, each complete in itself:
 
@@ -9,18 +9,12 @@ Each folder holds `arch` (JSON: architecture, step and other counts, FLOPs,
 trials), `params`, `prune`, `optimizer` and `data` (the position of the input
 pipeline), an event also `event` (JSON). A resume takes the newest moment of
 either kind, so nothing is written twice at a shrink. Reading goes in two steps,
-architecture first: nobody has to know a shape. Orbax commits a folder by a
-rename, so a killed process leaves no half of one.
-
-`digests.json` is written last, just before that rename. A file is checked
-against it before it is read.
+architecture first: nobody has to know a shape. Each file is checked against
+`digests.json` before it is read. `checkpoint_writer` writes all of this.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
-import contextlib
-import copy
 import dataclasses
 import logging
 import os
@@ -41,17 +35,11 @@ from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
 from effllm_jax import untrusted
-from effllm_jax import workdir as workdir_lib
 
-_ROLLING, _EVENTS, _DAMAGED = 'checkpoints', 'events', 'damaged'
+ROLLING, EVENTS = 'checkpoints', 'events'
+_DAMAGED = 'damaged'
 _REMEDY = 'choose another one'
-# What Orbax writes after everything else: dates, which nothing here reads.
-_UNREAD = ('_CHECKPOINT_METADATA', 'commit_success.txt')
-
 _TRIALS = {'sums': {str: [float]}, 'broken': {str: float}}
-
-# Bytes that take about as long to write as a program to compile.
-_LARGE = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,208 +57,6 @@ class Moment:
   trials: dict[str, Any]
 
 
-class Writer:
-  """Writes the checkpoints of one run; `close` waits for the last one."""
-
-  def __init__(self, workdir: str | os.PathLike, keep: int):
-    """Opens both folders of `workdir`; `keep` rolling checkpoints stay."""
-    self._workdir = workdir = pathlib.Path(workdir).absolute()
-    self._rolling = _manager(workdir / _ROLLING, keep)
-    self._events = _manager(workdir / _EVENTS, None)
-
-  def save(
-    self,
-    state: state_lib.TrainState,
-    cfg: structure.ModelConfig,
-    data: Iterator,
-    num_events: int,
-    flops: dict[str, int],
-    trials: Mapping[str, Any],
-  ) -> None:
-    """Starts a rolling checkpoint; returns once the arrays may be reused.
-
-    Args:
-      state: after the update that it is named by.
-      cfg: the shape of its arrays.
-      data: the batches, at the one that comes next.
-      num_events: shrinks so far.
-      flops: spent so far, by purpose (`accounting.Meter.spent`).
-      trials: so far (`pruning.Exchange.record`).
-
-    Raises:
-      errors.InputError: there is no room for it, or an earlier one failed.
-    """
-    step = int(state.step)
-    self._check_space(state)
-    items = _items(state, cfg, data, num_events, flops, trials)
-    self._save(self._rolling, step, items)
-
-  def save_event(
-    self,
-    event: events_lib.ShrinkEvent,
-    state: state_lib.TrainState,
-    data: Iterator,
-    flops: dict[str, int],
-    trials: Mapping[str, Any],
-  ) -> None:
-    """Starts the permanent record of a shrink and of the state after it.
-
-    Args:
-      event: the shrink.
-      state: of the shape after it; the others as in `save`.
-
-    Raises:
-      errors.InputError: as `save`.
-    """
-    self._check_space(state)
-    items = _items(state, event.after, data, event.index + 1, flops, trials)
-    items['event'] = ocp.args.JsonSave(event.to_json())
-    self._save(self._events, event.index, items)
-
-  def wait(self) -> None:
-    """Returns when everything that was started is on disk.
-
-    Raises:
-      errors.InputError: the disk is full or the folder cannot be written.
-    """
-    try:
-      self._rolling.wait_until_finished()
-      self._events.wait_until_finished()
-    except (OSError, ValueError) as e:
-      raise write_error(e) from e
-
-  def close(self) -> None:
-    """Waits, then releases the background threads, also after an error."""
-    with contextlib.ExitStack() as stack:
-      stack.callback(self._rolling.close)
-      stack.callback(self._events.close)
-      self.wait()
-
-  def _check_space(self, state) -> None:
-    # Before the first byte: when a disk fills up in the middle of a save, the
-    # threads of Orbax that still write do not end quietly.
-    self.wait()
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
-    needed = 1.1 * size + 2**20
-    free = shutil.disk_usage(self._workdir).free
-    if free < needed:
-      raise errors.InputError(
-        f'the disk is full: a checkpoint needs {needed / 1e6:,.1f} MB, '
-        f'{self._workdir} has {free / 1e6:,.1f} MB; free space or move the '
-        'workdir, then run the same command again: it resumes'
-      )
-
-  def _save(self, manager, index, items):
-    try:
-      saved = manager.save(index, args=ocp.args.Composite(**items))
-    except (OSError, ValueError) as e:
-      raise write_error(e) from e
-    if not saved:
-      raise RuntimeError(
-        f'{manager.directory}/{index} was not written: there is a newer one, '
-        'which this run did not go on from; please report this'
-      )
-
-
-class _Manager(ocp.CheckpointManager):
-  """Never asks jax whether the processes of a run are to stop.
-
-  Orbax asks with the number of what it saves, an event's index or, from its
-  thread, a step that is long past; jax takes the last number for the step that
-  the run is at, and stops it after the next one: never. The loop asks.
-  """
-
-  def reached_preemption(self, step: int) -> bool:
-    """No: see above."""
-    del step
-    return False
-
-
-def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
-  return _Manager(
-    folder,
-    handler_registry=_handlers(),
-    options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
-      cleanup_tmp_directories=True,
-      # In the thread that saves: after the last array, before the rename.
-      async_options=ocp.AsyncOptions(
-        post_finalization_callback=lambda: _write_digests(folder)
-      ),
-    ),
-  )
-
-
-def _handlers() -> ocp.DefaultCheckpointHandlerRegistry:
-  """Cuts up only what is large.
-
-  Of an array that several devices hold, each writes a piece, and cuts it out by
-  a program of its own: Orbax expects shapes that stay. Here every shrink would
-  compile a hundred of them on eight devices before it is saved.
-  """
-  arrays = ocp.type_handlers.ArrayHandler(
-    min_slice_bytes_for_replica_parallel=_LARGE
-  )
-  handler = ocp.PyTreeCheckpointHandler(
-    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (jax.Array, arrays)
-    )
-  )
-  registry = ocp.DefaultCheckpointHandlerRegistry()
-  for item in ('params', 'prune', 'optimizer'):
-    registry.add(item, ocp.args.PyTreeSave, handler)
-  return registry
-
-
-def _write_digests(folder: pathlib.Path) -> None:
-  """Writes the digests of the one moment of `folder` that is being saved.
-
-  All of it is on the disk afterwards: the moment before it goes next. Orbax
-  sees to that for arrays only.
-  """
-  (moment,) = folder.glob('*.orbax-checkpoint-tmp*')
-  digests.write(moment, but=_UNREAD)
-  for path in (*moment.rglob('*'), moment):
-    workdir_lib.sync(path)
-
-
-def _items(state, cfg, data, num_events, flops, trials) -> dict[str, Any]:
-  arch = {
-    'model': dataclasses.asdict(cfg),
-    'step': int(state.step),
-    'skipped': int(state.skipped),
-    'in_a_row': int(state.in_a_row),
-    'num_events': num_events,
-    # Copies: a thread writes them, while the run goes on counting.
-    'flops': dict(flops),
-    'trials': trials,
-  }
-  return {
-    'arch': ocp.args.JsonSave(arch),
-    'params': ocp.args.PyTreeSave(_on_disk(state.params)),
-    'prune': ocp.args.PyTreeSave(state.prune),
-    'optimizer': ocp.args.PyTreeSave(_on_disk(state.opt_state)),
-    # What one process has read, all others have: it is one number.
-    'data': ocp.args.JsonSave(copy.deepcopy(data.get_state())),
-  }
-
-
-def write_error(error: Exception) -> Exception:
-  """What to tell a user about a failed write; other errors as they are."""
-  text = ' '.join(str(error).split())
-  for sign in ('No space left', 'ENOSPC', 'RESOURCE_EXHAUSTED', 'Disk quota'):
-    if sign in text:
-      return errors.InputError(
-        'the disk is full; free space or move the workdir, then run the same '
-        'command again: it resumes from the last complete checkpoint'
-      )
-  if 'Permission denied' in text or 'Read-only file system' in text:
-    return errors.InputError(
-      f'cannot write the workdir: {text[:200]}; choose another --workdir'
-    )
-  return error
-
-
 def moments(workdir: str | os.PathLike) -> list[Moment]:
   """Everything that a run in `workdir` can go on from, newest first.
 
@@ -282,7 +68,7 @@ def moments(workdir: str | os.PathLike) -> list[Moment]:
 
 def any_left(workdir: str | os.PathLike) -> bool:
   """Whether a run in `workdir` has saved anything, readable or not."""
-  return any(_committed(workdir, kind) for kind in (_ROLLING, _EVENTS))
+  return any(_committed(workdir, kind) for kind in (ROLLING, EVENTS))
 
 
 def _moments(
@@ -290,7 +76,7 @@ def _moments(
 ) -> list[Moment]:
   """As `moments`; `refuse` is told of each folder that cannot be read."""
   found = []
-  for kind in (_ROLLING, _EVENTS):
+  for kind in (ROLLING, EVENTS):
     for path in _committed(workdir, kind):
       try:
         found.append(_moment(path))
@@ -374,7 +160,7 @@ def restore_latest(
         continue
       raise _not_here(moment.path, e) from e
     if jax.process_index() == 0:
-      for path in _committed(workdir, _EVENTS):
+      for path in _committed(workdir, EVENTS):
         if int(path.name) >= moment.num_events:
           shutil.rmtree(path)
     sharding.wait('restored')
@@ -427,7 +213,7 @@ def _agreed(workdir) -> Moment | None:
       refusal, choice = e, -2
     else:
       if found:
-        is_event = found.path.parent.name == _EVENTS
+        is_event = found.path.parent.name == EVENTS
         choice = 2 * int(found.path.name) + is_event
   # The others would wait for it for ever.
   choice = sharding.of_the_first(choice)
@@ -438,7 +224,7 @@ def _agreed(workdir) -> Moment | None:
   if choice == -1 or found:
     return found
   number, is_event = divmod(choice, 2)
-  path = pathlib.Path(workdir).absolute() / (_EVENTS if is_event else _ROLLING)
+  path = pathlib.Path(workdir).absolute() / (EVENTS if is_event else ROLLING)
   try:
     return _moment(path / str(number))
   except (OSError, ValueError, KeyError, TypeError) as e:
@@ -479,13 +265,13 @@ def _read(path: pathlib.Path, abstract: Any) -> Any:
     abstract,
   )
   with ocp.StandardCheckpointer() as reader:
-    tree = _in_memory(reader.restore(path, _on_disk(abstract)), abstract)
+    tree = _in_memory(reader.restore(path, on_disk(abstract)), abstract)
   # Orbax can pad or cut an array to a wanted shape; never here.
   jax.tree.map(_same_shape, tree, abstract)
   return tree
 
 
-def _on_disk(tree: Any) -> Any:
+def on_disk(tree: Any) -> Any:
   """Layers as a dict without what their block does not have.
 
   So a checkpoint does not change when this project learns another block.
@@ -503,7 +289,7 @@ def _on_disk(tree: Any) -> Any:
 
 
 def _in_memory(saved: Any, like: Any) -> Any:
-  """The inverse of `_on_disk`, for a tree that looks like another one."""
+  """The inverse of `on_disk`, for a tree that looks like another one."""
   is_layers = lambda x: isinstance(x, structure.Layers)
   return jax.tree.map(
     lambda node, found: node.replace(**found) if is_layers(node) else found,
@@ -558,7 +344,7 @@ def read_events(workdir: str | os.PathLike) -> list[events_lib.ShrinkEvent]:
   Raises:
     errors.InputError: one of them is damaged.
   """
-  return [_read_event(path) for path in _committed(workdir, _EVENTS)]
+  return [_read_event(path) for path in _committed(workdir, EVENTS)]
 
 
 def _read_event(path: pathlib.Path) -> events_lib.ShrinkEvent:
@@ -602,7 +388,7 @@ def choose(workdir: str | os.PathLike, event: int | None = None) -> Moment:
   if event is None:
     return known[0]
   by_index = {
-    int(m.path.name): m for m in known if m.path.parent.name == _EVENTS
+    int(m.path.name): m for m in known if m.path.parent.name == EVENTS
   }
   if event not in by_index:
     names = ', '.join(map(str, sorted(by_index))) or 'none yet'

@@ -12,6 +12,7 @@ import numpy as np
 
 from effllm_jax import accounting
 from effllm_jax import advice
+from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import data
@@ -89,7 +90,7 @@ class Loop:
     log = workdir_lib.Log if jax.process_index() == 0 else workdir_lib.NoLog
     self.metrics = log(workdir / 'metrics.jsonl', resume)
     self.trace = log(workdir / 'trace.jsonl', resume)
-    self.writer = checkpoints.Writer(workdir, config.checkpoint.keep)
+    self.writer = checkpoint_writer.Writer(workdir, config.checkpoint.keep)
     self.meter = accounting.Meter(
       config.data.seq_len,
       plan.tokens_per_step,

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
@@ -105,7 +106,7 @@ def run(
         config, workdir, plan, source, initial, teacher, batches, heldout
       ).train(profiled)
     except OSError as e:
-      raise checkpoints.write_error(e) from e
+      raise checkpoint_writer.write_error(e) from e
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
       if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
         raise errors.InputError(

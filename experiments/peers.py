@@ -55,7 +55,7 @@ _SCORING = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
   """Runs the arms that are not there yet, then prints all."""
   del argv
-  from effllm_jax import checkpoints
+  from effllm_jax import checkpoint_writer
   from effllm_jax import workdir as workdir_lib
 
   config, folder = cli.config(_CONFIG), pathlib.Path(_WORKDIR.value)
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
   try:
     _print(bench.results(_ARMS.value))
   except OSError as e:
-    raise checkpoints.write_error(e) from e
+    raise checkpoint_writer.write_error(e) from e
 
 
 def _print(rows) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import digests
 from effllm_jax import errors
@@ -58,7 +59,7 @@ def equal(a, b):
 
 
 def write(workdir, tx, saved_steps, cfg=CFG):
-  writer, data = checkpoints.Writer(workdir, keep=2), make_data()
+  writer, data = checkpoint_writer.Writer(workdir, keep=2), make_data()
   for step in range(max(saved_steps) + 1):
     if step in saved_steps:
       writer.save(make_state(tx, step, cfg), cfg, data, 0, FLOPS, TRIALS)
@@ -97,11 +98,11 @@ def test_what_the_run_counts_on_is_saved_as_it_was(tmp_path, tx, monkeypatch):
   """Files are written in a thread, at times after the next step."""
   data = types.SimpleNamespace(get_state=lambda: live['data'])
   live = {'data': {'read': [1]}, 'flops': dict(FLOPS)}
-  given, save = [], checkpoints.ocp.args.JsonSave
+  given, save = [], checkpoint_writer.ocp.args.JsonSave
   monkeypatch.setattr(
-    checkpoints.ocp.args, 'JsonSave', lambda x: given.append(x) or save(x)
+    checkpoint_writer.ocp.args, 'JsonSave', lambda x: given.append(x) or save(x)
   )
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   writer.save(make_state(tx, 1), CFG, data, 0, live['flops'], TRIALS)
   live['flops']['train'] += 1
   live['data']['read'].append(2)
@@ -118,7 +119,7 @@ def test_a_fresh_workdir_has_nothing(tmp_path, tx):
 
 def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
   write(tmp_path, tx, [1, 3])
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   event = make_event(CFG)
   writer.save_event(event, make_state(tx, 4), make_data(), FLOPS, TRIALS)
   writer.close()
@@ -139,7 +140,7 @@ def test_a_save_does_not_ask_whether_to_stop(tmp_path, tx, monkeypatch):
   monkeypatch.setattr(
     multihost_utils, 'reached_preemption_sync_point', asked.append
   )
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   event, state, data = make_event(CFG), make_state(tx, 4), make_data()
   writer.save(state, CFG, data, 0, FLOPS, TRIALS)
   writer.save_event(event, state, data, FLOPS, TRIALS)
@@ -150,7 +151,7 @@ def test_a_save_does_not_ask_whether_to_stop(tmp_path, tx, monkeypatch):
 def test_events_of_a_lost_future_are_removed(tmp_path, tx):
   """An event whose checkpoint is damaged must not stay in the lineage."""
   write(tmp_path, tx, [1, 3])
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   for index, step in ((0, 4), (1, 6)):
     event = make_event(CFG, index, step)
     writer.save_event(event, make_state(tx, step), make_data(), FLOPS, TRIALS)
@@ -323,7 +324,7 @@ def test_other_processes_go_on_from_what_the_first_has_chosen(
 
 def test_nothing_is_saved_before_what_is_there(tmp_path, tx):
   write(tmp_path, tx, [5])
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   with pytest.raises(RuntimeError, match='3 was not written: there is a newer'):
     writer.save(make_state(tx, 3), CFG, make_data(), 0, FLOPS, TRIALS)
   writer.close()
@@ -355,7 +356,7 @@ def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
   other = make_state(tx, 8)
   overwrite(other)  # Compiles, so that Orbax still writes at the next call.
   assert all(x.is_deleted() for x in jax.tree.leaves(other.params))
-  writer, data = checkpoints.Writer(tmp_path, keep=2), make_data()
+  writer, data = checkpoint_writer.Writer(tmp_path, keep=2), make_data()
   state = make_state(tx, 7)
   writer.save(state, CFG, data, 0, FLOPS, TRIALS)
   overwrite(state)
@@ -397,7 +398,7 @@ def flip(path, bit):
 
 def test_a_flipped_bit_anywhere_is_refused(tmp_path, tx):
   """One random bit of every file of a rolling checkpoint and of an event."""
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   writer.save(make_state(tx, 3), CFG, make_data(), 0, FLOPS, TRIALS)
   writer.save_event(
     make_event(CFG), make_state(tx, 4), make_data(), FLOPS, TRIALS
@@ -411,7 +412,7 @@ def test_a_flipped_bit_anywhere_is_refused(tmp_path, tx):
     for path in files:
       bit = int(rng.integers(8 * path.stat().st_size))
       flip(path, bit)
-      if path.parent == moment and path.name in checkpoints._UNREAD:
+      if path.parent == moment and path.name in checkpoint_writer._UNREAD:
         digests.verify(moment)
       else:
         with pytest.raises((ValueError, OSError)):
@@ -438,7 +439,7 @@ def test_a_flipped_bit_is_set_aside(tmp_path, tx, caplog):
 
 @pytest.mark.parametrize('part', ['params', 'prune', 'arch', 'event'])
 def test_every_reader_refuses_a_damaged_part(tmp_path, tx, part):
-  writer = checkpoints.Writer(tmp_path, keep=2)
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
   writer.save_event(
     make_event(CFG), make_state(tx, 4), make_data(), FLOPS, TRIALS
   )

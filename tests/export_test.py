@@ -17,7 +17,7 @@ import tokenizers
 
 from effllm_jax import accounting
 from effllm_jax import agreement
-from effllm_jax import checkpoints
+from effllm_jax import checkpoint_writer
 from effllm_jax import errors
 from effllm_jax import export
 from effllm_jax import formats
@@ -581,7 +581,7 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   masks = edit(state.prune.masks)
   prune = state.prune.replace(masks=masks)
   state = state.replace(step=jax.numpy.int32(5), prune=prune)
-  writer = checkpoints.Writer(workdir, keep=1)
+  writer = checkpoint_writer.Writer(workdir, keep=1)
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
   writer.save(state, CFG, data, 0, {}, pruning.Exchange(0.5).record)
   writer.close()

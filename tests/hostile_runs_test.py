@@ -9,6 +9,7 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 
+from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import digests
 from effllm_jax import errors
@@ -61,7 +62,7 @@ def _run(place):
   folder = place / 'arrays'
   tx = optimizers.optimizer(lambda _: 1e-2, 0.9, 0.95, 0.1, 1.0)
   cfg = checkpoints_test.CFG
-  writer = checkpoints.Writer(folder, keep=2)
+  writer = checkpoint_writer.Writer(folder, keep=2)
   writer.save_event(
     checkpoints_test.make_event(cfg),
     checkpoints_test.make_state(tx, 4),

@@ -15,6 +15,7 @@ ORDER = [
   'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
   'optimizers', 'repair', 'model_repair', 'state', 'shrink', 'events', 'steps',
   'accounting', 'fetch', 'benchmark_items', 'workdir', 'digests', 'checkpoints',
+  'checkpoint_writer',
   'documents', 'packages', 'text_files', 'text_folder', 'splitting', 'corpus',
   'tokenizing', 'data', 'heldout',
   'hf_config', 'bpe', 'weights', 'widths', 'hf_trimmed', 'gguf_source',
@@ -32,7 +33,7 @@ KERNELS = [
 ]  # fmt: skip
 # Package -> the only modules of effllm_jax that may import it.
 ONLY = {
-  'orbax': {'checkpoints'},
+  'orbax': {'checkpoints', 'checkpoint_writer'},
   'grain': {'data'},
   'tensorflow_datasets': {'corpus'},
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import errors
 from effllm_jax import sharding
@@ -150,10 +151,10 @@ def on_eight_devices(root):
   repair._COLUMNS = (48,)
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(np.asarray, conftest.make_params(CFG))
-  large = checkpoints._LARGE
+  large = checkpoint_writer._LARGE
   for name, (sizes, kernels) in MESHES.items():
     # Some arrays are written in pieces, as those of a large model are.
-    checkpoints._LARGE = 2**14 if name == '2-2-2' else large
+    checkpoint_writer._LARGE = 2**14 if name == '2-2-2' else large
     with (
       conftest.counted_programs() as programs,
       training_steps() as (made[name], compiled),
@@ -171,7 +172,7 @@ def on_eight_devices(root):
       'gathers': {x: n for x, n in gathers.items()},
       'programs': dict(programs),
     }
-  checkpoints._LARGE = large
+  checkpoint_writer._LARGE = large
   rewound(root, 'one', 'one-then-eight')
   with training_steps() as (made['one-then-eight'], _):
     run(root, 'one-then-eight', (2, 2, 2))
