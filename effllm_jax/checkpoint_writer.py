@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from effllm_jax import atomic
 from effllm_jax import checkpoints
 from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events as events_lib
 from effllm_jax import state as state_lib
 from effllm_jax import structure
-from effllm_jax import workdir as workdir_lib
 
 # What Orbax writes after everything else: dates, which nothing here reads.
 _UNREAD = ('_CHECKPOINT_METADATA', 'commit_success.txt')
@@ -193,7 +193,7 @@ def _write_digests(folder: pathlib.Path) -> None:
   (moment,) = folder.glob('*.orbax-checkpoint-tmp*')
   digests.write(moment, but=_UNREAD)
   for path in (*moment.rglob('*'), moment):
-    workdir_lib.sync(path)
+    atomic.sync(path)
 
 
 def _items(state, cfg, data, num_events, flops, trials) -> dict[str, Any]:

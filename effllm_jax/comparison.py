@@ -21,6 +21,7 @@ from matplotlib import ticker
 
 from effllm_jax import accounting
 from effllm_jax import amounts
+from effllm_jax import atomic
 from effllm_jax import plots
 from effllm_jax import tables
 from effllm_jax import untrusted
@@ -152,7 +153,7 @@ def read(path: pathlib.Path) -> list[Row]:
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
   """Replaces a file by these rows, at once."""
   lines = (json.dumps(dataclasses.asdict(row)) for row in rows)
-  workdir.write_text(path, ''.join(f'{line}\n' for line in lines))
+  atomic.write_text(path, ''.join(f'{line}\n' for line in lines))
 
 
 def most_flops(rows: Iterable[Row]) -> int:
@@ -389,5 +390,5 @@ def publish(folder: pathlib.Path, reference: str) -> list[tables.Table]:
       *pictures,
     ]
   )
-  workdir.write_text(folder / 'summary.md', text)
+  atomic.write_text(folder / 'summary.md', text)
   return made

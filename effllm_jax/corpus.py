@@ -20,6 +20,7 @@ import time
 
 import tensorflow_datasets as tfds
 
+from effllm_jax import atomic
 from effllm_jax import console
 from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
@@ -29,7 +30,6 @@ from effllm_jax import splitting
 from effllm_jax import text_files
 from effllm_jax import text_folder
 from effllm_jax import untrusted
-from effllm_jax import workdir as workdir_lib
 
 Document = documents_lib.Document
 
@@ -178,7 +178,7 @@ def _turn(root: pathlib.Path, label: str) -> Iterator[None]:
   remedy = 'free some space, or set --cache'
   with errors.writing(f'the dataset to {root}', remedy):
     root.mkdir(parents=True, exist_ok=True)
-    with workdir_lib.in_turn(root / f'.{_slug(label)}.lock'):
+    with atomic.in_turn(root / f'.{_slug(label)}.lock'):
       yield
 
 
@@ -211,7 +211,7 @@ def _build(
     except RuntimeError as e:  # So ArrayRecord says that a disk is full.
       raise OSError(str(e).splitlines()[0]) from e
 
-  workdir_lib.once(final, write)
+  atomic.once(final, write)
   if not _is_built(final):
     raise errors.InputError(
       f'{final} has lost its manifest.json; delete the folder, and it is built '

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from effllm_jax import atomic
 from effllm_jax import benchmark_items
 from effllm_jax import errors
 from effllm_jax import hf_export
@@ -28,7 +29,6 @@ from effllm_jax import model as model_lib
 from effllm_jax import runlog
 from effllm_jax import weights
 from effllm_jax import widths
-from effllm_jax import workdir
 import kernels
 
 with errors.installed('lm-eval', '-r requirements-eval.txt'):
@@ -211,7 +211,7 @@ def prepared(
   with contextlib.ExitStack() as stack:
     with errors.writing(f'the cache {cache}', 'set --cache'):
       cache.mkdir(parents=True, exist_ok=True)
-      folder = stack.enter_context(workdir.scratch(cache))
+      folder = stack.enter_context(atomic.scratch(cache))
       for name in names:
         for task, path in benchmark_items.write(name, cache, folder).items():
           config = json.dumps(_config(task, path))
@@ -332,9 +332,9 @@ def keep(
   """
   path = folder / runlog.BENCHMARKS
   with (
-    workdir.locked(path.with_name(f'{path.name}.lock')),
+    atomic.locked(path.with_name(f'{path.name}.lock')),
     errors.writing(path),
   ):
     record = added(runlog.benchmarks(folder), step, rows)
-    workdir.write_json(path, record)
+    atomic.write_json(path, record)
   return record

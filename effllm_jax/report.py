@@ -18,11 +18,11 @@ import tempfile
 import time
 
 from effllm_jax import amounts
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import figures
 from effllm_jax import runlog
 from effllm_jax import tables
-from effllm_jax import workdir as workdir_lib
 
 _SHIPPED = 'experiments/configs/smollm2_135m.py'
 # Seconds that no build takes.
@@ -57,7 +57,7 @@ def build(
   folder = workdir / 'report'
   remedy = f'make room or make {workdir} writable'
   with (
-    workdir_lib.locked(workdir / 'report.lock'),
+    atomic.locked(workdir / 'report.lock'),
     errors.writing(folder, remedy),
   ):
     _replace(folder, files)

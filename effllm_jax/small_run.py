@@ -15,13 +15,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from effllm_jax import atomic
 from effllm_jax import bpe
 from effllm_jax import errors
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import weights
-from effllm_jax import workdir
 
 # Bytes and a separator.
 CFG = structure.ModelConfig(
@@ -71,8 +71,8 @@ def write_inputs(folder: pathlib.Path) -> None:
   """Writes the model and the text of all runs: `model`, `text`."""
   with errors.writing(folder, 'free some space or choose another folder'):
     folder.mkdir(parents=True, exist_ok=True)
-    workdir.once(folder / 'model', _write_model)
-    workdir.once(folder / 'text', _write_text)
+    atomic.once(folder / 'model', _write_model)
+    atomic.once(folder / 'text', _write_text)
 
 
 def config(

@@ -18,6 +18,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 import tokenizers
 
+from effllm_jax import atomic
 from effllm_jax import checkpoints
 from effllm_jax import digests
 from effllm_jax import errors
@@ -209,12 +210,12 @@ def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
     'pad_token': token(source.pad_id),
     'chat_template': source.chat_template,
   }
-  workdir.write_text(folder / 'tokenizer.json', source.tokenizer.to_str())
+  atomic.write_text(folder / 'tokenizer.json', source.tokenizer.to_str())
   for name, content in (
     ('tokenizer_config.json', config),
     ('generation_config.json', generation),
   ):
-    workdir.write_json(folder / name, _set(content))
+    atomic.write_json(folder / name, _set(content))
 
 
 def write_tensors(
@@ -248,7 +249,7 @@ def write_model(source: Source, folder: pathlib.Path) -> None:
     'eos_token_id': list(source.eos_ids) or None,
     'pad_token_id': source.pad_id,
   }
-  workdir.write_json(
+  atomic.write_json(
     folder / 'config.json', hf_config.write(source.cfg) | special
   )
 
@@ -276,7 +277,7 @@ def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   with errors.writing(folder, 'choose another folder'):
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(source, folder)
-    workdir.write_json(folder / 'source.json', about)
+    atomic.write_json(folder / 'source.json', about)
   return folder
 
 

@@ -8,11 +8,11 @@ import pathlib
 import numpy as np
 import tokenizers
 
+from effllm_jax import atomic
 from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
-from effllm_jax import workdir as workdir_lib
 
 # Documents that are tokenised at a time, on all cores, and bytes of them unless
 # one alone has more: while it is, a byte takes a hundred bytes of memory.
@@ -58,7 +58,7 @@ def tokenize(
   folder = data_dir / f'tokens-{key.hexdigest()[:16]}'
   domains = corpus.domains(data_dir)
   if not folder.is_dir():
-    with workdir_lib.in_turn(data_dir / '.lock'):
+    with atomic.in_turn(data_dir / '.lock'):
       if not folder.is_dir():
         _build(folder, data_dir, domains, encoder(tokenizer), separator_id)
   return {d: _token_file(folder, d, domains) for d in domains}
@@ -101,7 +101,7 @@ def _build(
 
   remedy = 'free some space, or set --cache'
   with errors.writing(f'tokens to {data_dir}', remedy):
-    workdir_lib.once(folder, write)
+    atomic.once(folder, write)
 
 
 def _append(path: pathlib.Path, ids: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from effllm_jax import atomic
 from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import console
@@ -99,9 +100,9 @@ def run(
     try:
       if jax.process_index() == 0 and not begun:
         sources.save(source, workdir / 'source')
-        workdir_lib.write_json(workdir / runlog.TEXT, corpus.manifest(text))
+        atomic.write_json(workdir / runlog.TEXT, corpus.manifest(text))
         if other:
-          workdir_lib.write_json(workdir / _TEACHER, other)
+          atomic.write_json(workdir / _TEACHER, other)
       loop.Loop(
         config, workdir, plan, source, initial, teacher, batches, heldout
       ).train(profiled)

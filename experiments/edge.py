@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
   import pathlib
   import platform
 
+  from effllm_jax import atomic
   from effllm_jax import console as console_lib
   from effllm_jax import edge
   from effllm_jax import finished
@@ -55,7 +56,6 @@ def main(argv: list[str]) -> None:
   from effllm_jax import runlog
   from effllm_jax import tables
   from effllm_jax import widths
-  from effllm_jax import workdir
 
   formats.check_runtimes(_FORMATS.value)
   model, made = finished.read(_WORKDIR.value, _EVENT.value)
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     f'{_DECODE.value} tokens, medians of {_ROUNDS.value}'
   )
   with errors.writing(path):
-    workdir.write_json(
+    atomic.write_json(
       path,
       {
         'step': made.step,

@@ -53,11 +53,11 @@ def main(argv: list[str]) -> None:
   import jax
   import rich.table
 
+  from effllm_jax import atomic
   from effllm_jax import budgets
   from effllm_jax import model
   from effllm_jax import sources
   from effllm_jax import structure
-  from effllm_jax import workdir
 
   config = cli.config(_CONFIG)
   source = sources.load(config.source, cli.CACHE.value, params=False)
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     ],
   }
   with errors.writing(out):
-    workdir.write_json(out, record)
+    atomic.write_json(out, record)
 
   cost = budgets.milliseconds(cfg, out)
   table = rich.table.Table(

@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
     )
   out = _OUT.value and cli.out_file(_OUT.value)
   # After the flags have been checked: these imports take seconds.
+  from effllm_jax import atomic
   from effllm_jax import overlap
-  from effllm_jax import workdir
 
   record = overlap.compare(
     [overlap.read(x, _EVENT.value) for x in _WORKDIRS.value]
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     console.print(overlap.table(record, part).rich())
   if out:
     with errors.writing(out):
-      workdir.write_json(out, record)
+      atomic.write_json(out, record)
     console.print(f'{out}', soft_wrap=True, highlight=False)
 
 

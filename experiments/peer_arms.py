@@ -128,6 +128,7 @@ class Bench:
       errors.InputError: an arm prunes more often than there are steps for it,
         another comparison is at work, or as `run`.
     """
+    from effllm_jax import atomic
     from effllm_jax import workdir as workdir_lib
 
     begin, end = self._window()
@@ -145,7 +146,7 @@ class Bench:
     )
     path = self.workdir / 'results.jsonl'
     with contextlib.ExitStack() as stack:
-      stack.enter_context(workdir_lib.locked(self.workdir / 'lock', refusal))
+      stack.enter_context(atomic.locked(self.workdir / 'lock', refusal))
       log = workdir_lib.Log(path, self.plan.steps)
       stack.callback(log.close)
       done = {row['arm']: row for row in workdir_lib.read(path)}
@@ -245,16 +246,16 @@ class Bench:
 
   def folder(self) -> pathlib.Path:
     """The source for transformers, written once."""
+    from effllm_jax import atomic
     from effllm_jax import hf_export
     from effllm_jax import sources
-    from effllm_jax import workdir as workdir_lib
 
     def write(new):
       model = sources.load(self.config.source, self.cache)
       hf_export.write(model, new, trimmed=False)
 
     folder = self.workdir / 'source'
-    workdir_lib.once(folder, write)
+    atomic.once(folder, write)
     return folder
 
   def _row(self, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import tokenizers
 
+from effllm_jax import atomic
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
@@ -63,7 +64,7 @@ def make(
   text = corpus.prepare(recipe.config.data.text, cache)
   with errors.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    workdir_lib.once(
+    atomic.once(
       folder / 'shape', lambda new: _write_shape(recipe.cfg, text, new)
     )
   there = sources.load(str(folder / 'shape'), cache, params=False).cfg
@@ -88,7 +89,7 @@ def make(
       'bits_per_byte': runlog.read(run).last_eval('final')['bits_per_byte'],
       'unigram_bits_per_byte': _unigram(config, text, cache),
     }
-    workdir_lib.write_json(facts, found)
+    atomic.write_json(facts, found)
     console.plain(stderr=True).print(f'{recipe.name}: {found}')
   return checkpoints.moments(run)[0].path
 

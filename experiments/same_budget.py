@@ -34,6 +34,7 @@ import ml_collections
 import numpy as np
 
 from effllm_jax import accounting
+from effllm_jax import atomic
 from effllm_jax import checkpoints
 from effllm_jax import comparison
 from effllm_jax import console
@@ -95,7 +96,7 @@ def run(
       waiting = (
         f'waiting for the source, which another process makes in {workdir}'
       )
-      with workdir_lib.locked(workdir / 'lock', waiting=waiting):
+      with atomic.locked(workdir / 'lock', waiting=waiting):
         source = pretraining.make(study.pretrained, workdir, cache)
     ask = None
     if choice.tasks:
@@ -218,7 +219,7 @@ class Runner:
     """All runs that have no row, those of other processes last."""
     self._tidy()
     for budget in choice.budgets:
-      workdir_lib.share(
+      atomic.share(
         itertools.product(choice.seeds, choice.arms),
         lambda run, budget=budget: self._attempt(choice, budget, *run),
       )
@@ -235,8 +236,8 @@ class Runner:
       return self._lock(ours)
     with contextlib.ExitStack() as stack:
       try:
-        stack.enter_context(workdir_lib.locked(self._lock(key), 'held'))
-      except workdir_lib.HeldError:
+        stack.enter_context(atomic.locked(self._lock(key), 'held'))
+      except atomic.HeldError:
         return self._lock(key)
       # It may have been finished before the lock was free.
       self._read()
@@ -273,7 +274,7 @@ class Runner:
   @contextlib.contextmanager
   def results(self) -> Iterator[None]:
     """Nobody else writes rows or tables meanwhile."""
-    with workdir_lib.locked(self.path.with_suffix('.lock')):
+    with atomic.locked(self.path.with_suffix('.lock')):
       self._read()
       yield
 
@@ -407,7 +408,7 @@ class Runner:
         f'{cfg.num_params():,} parameters'
       )
 
-    workdir_lib.once(folder, write)
+    atomic.once(folder, write)
     return folder
 
 

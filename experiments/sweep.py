@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import jax
 
+  from effllm_jax import atomic
   from effllm_jax import plan
   from effllm_jax import runlog
   from effllm_jax import sources
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     jax.clear_caches()
     try:
       train.run(config, folder, cli.CACHE.value)
-    except workdir.HeldError:
+    except atomic.HeldError:
       return folder / workdir.LOCK
     done.add(name)
     return None
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
       plan.make(config, source.cfg, source.masks)
     except errors.InputError as e:
       raise errors.InputError(f'variant {name}: {e}') from e
-  workdir.share(variants, attempt)
+  atomic.share(variants, attempt)
   table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
   for name, folder, _ in variants:
     run = runlog.read(folder)

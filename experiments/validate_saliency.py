@@ -50,11 +50,11 @@ def main(argv: list[str]) -> None:
   import jax
   import jax.numpy as jnp
 
+  from effllm_jax import atomic
   from effllm_jax import bpe
   from effllm_jax import corpus
   from effllm_jax import sources
   from effllm_jax import structure
-  from effllm_jax import workdir
   from experiments import brute_force
 
   out = cli.out_file(_OUT.value)
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     'seconds': time.perf_counter() - started,
   }
   with errors.writing(out, 'set --out'):
-    workdir.write_json(out, result)
+    atomic.write_json(out, result)
   console.print(
     f'{name}: held-out loss {result["loss"]:.3f} nats per token on '
     f'{result["heldout_tokens"]} tokens (unigram entropy {entropy:.3f}); '

@@ -9,6 +9,7 @@ import shutil
 import jax
 import pytest
 
+from effllm_jax import atomic
 from effllm_jax import checkpoints
 from effllm_jax import comparison
 from effllm_jax import errors
@@ -17,7 +18,6 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import small_run
 from effllm_jax import sources
 from effllm_jax import train
-from effllm_jax import workdir
 from experiments import arms
 from experiments import choices
 from experiments import pretraining
@@ -339,14 +339,14 @@ def test_processes_share_the_runs_of_a_workdir(
   )
   at_work = contextlib.ExitStack()
   key = ('tokens', 'ours_a', 0)
-  at_work.enter_context(workdir.locked(runner._lock(key), 'held'))
+  at_work.enter_context(atomic.locked(runner._lock(key), 'held'))
   ran, waited = [], []
 
   def one(budget, arm, seed):
     # Nobody else can take it.
-    with pytest.raises(workdir.HeldError):
+    with pytest.raises(atomic.HeldError):
       at_work.enter_context(
-        workdir.locked(runner._lock((budget, arm.name, seed)), 'held')
+        atomic.locked(runner._lock((budget, arm.name, seed)), 'held')
       )
     ran.append((budget, arm.name, seed))
     runner._keep(comparison_test.row(arm.name, seed, 2.0, budget))
@@ -358,7 +358,7 @@ def test_processes_share_the_runs_of_a_workdir(
     at_work.close()
 
   monkeypatch.setattr(runner, '_one', one)
-  monkeypatch.setattr(workdir.logging, 'warning', warning)
+  monkeypatch.setattr(atomic.logging, 'warning', warning)
   runner.run(choose('dense', 'ours_a', 'scratch_found'))
   tokens = [
     *(('tokens', x, s) for s in (0, 1) for x in ('dense', 'ours_a')),
@@ -383,9 +383,9 @@ def test_a_source_is_made_once(root, tmp_path, monkeypatch):
   held = []
 
   def make(recipe, folder, cache):
-    with pytest.raises(workdir.HeldError):
+    with pytest.raises(atomic.HeldError):
       stack = contextlib.ExitStack()
-      stack.enter_context(workdir.locked(folder / 'lock', 'held'))
+      stack.enter_context(atomic.locked(folder / 'lock', 'held'))
     held.append(recipe)
     raise errors.InputError('made')
 

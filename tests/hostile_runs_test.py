@@ -9,6 +9,7 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 
+from effllm_jax import atomic
 from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import digests
@@ -251,8 +252,8 @@ def test_links_do_not_lead_out_of_a_workdir(tmp_path):
     (folder / name).symlink_to(outside)
   (folder / 'config.json').unlink()
   (folder / 'metrics.jsonl').unlink()
-  workdir.write_json(folder / 'config.json', {})
-  workdir.write_json(folder / 'text.json', {})
+  atomic.write_json(folder / 'config.json', {})
+  atomic.write_json(folder / 'text.json', {})
   workdir.Log(folder / 'metrics.jsonl', -1).close()
   assert outside.read_text() == 'of the user'
   assert not (folder / 'text.json').is_symlink()

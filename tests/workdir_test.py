@@ -1,15 +1,12 @@
 import concurrent.futures
-import contextlib
-import errno
-import fcntl
 import json
 import os
 import pathlib
 import threading
-import time
 
 import pytest
 
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import workdir
 
@@ -85,7 +82,7 @@ def test_a_run_at_work_keeps_its_config(tmp_path):
   """Whoever is refused has written nothing, also where only paths differ."""
   config = lambda source: {'source': source, 'seed': 0}
   with workdir.claimed(tmp_path / 'a', config('runs/a')):
-    with pytest.raises(workdir.HeldError, match='another run is at work in'):
+    with pytest.raises(atomic.HeldError, match='another run is at work in'):
       claim(tmp_path / 'a', config('runs/b'))
     known = json.loads((tmp_path / 'a' / 'config.json').read_text())
     assert known == config('runs/a')
@@ -109,7 +106,7 @@ def test_many_claim_a_new_workdir_at_once(tmp_path):
       with workdir.claimed(folder, CONFIG):
         barrier.wait()
         return 'held'
-    except workdir.HeldError:
+    except atomic.HeldError:
       barrier.wait()
       return 'refused'
 
@@ -124,7 +121,7 @@ def test_a_config_that_comes_while_the_folder_is_listed(tmp_path, monkeypatch):
   listed = pathlib.Path.iterdir
 
   def late(folder):
-    workdir.write_json(tmp_path / 'config.json', CONFIG)
+    atomic.write_json(tmp_path / 'config.json', CONFIG)
     return listed(folder)
 
   monkeypatch.setattr(pathlib.Path, 'iterdir', late)
@@ -163,155 +160,3 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
   path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
   with pytest.raises(errors.InputError, match='line 2 is not JSON'):
     list(workdir.read(path))
-
-
-def test_what_another_process_is_at_comes_last(tmp_path, monkeypatch):
-  lock, other, order = tmp_path / 'lock', contextlib.ExitStack(), []
-  other.enter_context(workdir.locked(lock, 'taken'))
-  done = {}
-
-  def attempt(task):
-    order.append(task)
-    if task == 'b' and 'other has ended' not in done:
-      return lock
-    done[task] = True
-    return None
-
-  def wait(message):
-    assert message.endswith(f'holds {lock}')
-    done['other has ended'] = True
-    other.close()
-
-  monkeypatch.setattr(workdir.logging, 'warning', wait)
-  workdir.share(iter('abc'), attempt)
-  assert order == [*'abc', *'abc']
-  assert [*done] == ['a', 'c', 'other has ended', 'b']
-
-
-def test_a_lock_is_held_once(tmp_path):
-  path = tmp_path / 'lock'
-  with (
-    workdir.locked(path, 'taken'),
-    pytest.raises(errors.InputError, match='taken'),
-    workdir.locked(path, 'taken'),
-  ):
-    pass
-  # Also an error lets go of it.
-  with pytest.raises(ZeroDivisionError), workdir.locked(path, 'taken'):
-    raise ZeroDivisionError
-  with workdir.locked(path):
-    pass
-
-
-def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
-  def flock(*_):
-    raise OSError(errno.ENOLCK, 'No locks available')
-
-  monkeypatch.setattr(fcntl, 'flock', flock)
-  with workdir.locked(tmp_path / 'lock', 'taken'):
-    assert os.listdir(tmp_path) == ['lock']
-
-
-@pytest.mark.parametrize('make', [os.mkdir, lambda x: os.symlink('other', x)])
-def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
-  make(tmp_path / 'lock')
-  with (
-    pytest.raises(errors.InputError, match=r'cannot write .* another --wo'),
-    workdir.locked(tmp_path / 'lock'),
-  ):
-    pass
-  assert os.listdir(tmp_path) == ['lock']
-
-
-@pytest.mark.parametrize('faster', [False, True])
-def test_a_folder_is_made_once(tmp_path, faster):
-  """By whoever is first; the other leaves it, and nothing of its own."""
-  target = tmp_path / 'model'
-
-  def write(new):
-    (new / 'config.json').write_text('ours')
-    if faster:
-      target.mkdir()
-      (target / 'config.json').write_text('theirs')
-
-  workdir.once(target, write)
-  workdir.once(target, lambda _: pytest.fail('it is there'))
-  said = 'theirs' if faster else 'ours'
-  assert (target / 'config.json').read_text() == said
-  assert os.listdir(tmp_path) == ['model']
-
-
-def test_a_folder_that_cannot_be_made_is_not_there(tmp_path):
-  def write(new):
-    (new / 'config.json').write_text('half of it')
-    raise OSError(errno.ENOSPC, 'No space left on device')
-
-  with pytest.raises(OSError, match='No space left'):
-    workdir.once(tmp_path / 'model', write)
-  # Nobody was faster.
-  with pytest.raises(FileNotFoundError):
-    workdir.once(tmp_path / 'model', os.rmdir)
-  assert os.listdir(tmp_path) == []
-
-
-def test_what_a_killed_process_has_left_goes(tmp_path):
-  """But not what another one is at, or has made this moment."""
-  for name in ('.new-killed', '.new-young', 'model'):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / 'half').write_text('x')
-  with workdir.scratch(tmp_path) as held:
-    for name in (held, tmp_path / '.new-killed', tmp_path / 'model'):
-      os.utime(name, (0, 0))
-    with workdir.scratch(tmp_path) as mine:
-      assert mine.is_dir()
-      left = {*os.listdir(tmp_path)} - {mine.name}
-    assert left == {'.new-young', 'model', held.name}
-  assert {*os.listdir(tmp_path)} == {'.new-young', 'model'}
-
-
-def test_a_turn_comes_to_one_at_a_time(tmp_path):
-  """Also where the one before has removed the file that others wait for."""
-  path, inside, most = tmp_path / 'lock', [], []
-
-  def take(i):
-    with workdir.in_turn(path):
-      inside.append(i)
-      most.append(len(inside))
-      time.sleep(0.001)
-      inside.remove(i)
-
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    list(pool.map(take, range(80)))
-  assert most == [1] * 80 and not path.exists()
-
-
-def test_who_waits_for_a_turn_says_so(tmp_path, caplog):
-  path = tmp_path / 'lock'
-
-  def take():
-    with workdir.in_turn(path):
-      return 'through'
-
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with workdir.in_turn(path):
-      assert not caplog.messages
-      waits = pool.submit(take)
-      while not caplog.messages:
-        assert not waits.done()
-        time.sleep(0.001)
-    assert waits.result() == 'through'
-  (message,) = caplog.messages
-  assert message == f'waiting for another process, which holds {path}'
-
-
-def test_a_turn_without_a_lock_is_everyones(tmp_path):
-  (tmp_path / 'lock').mkdir()
-  with workdir.in_turn(tmp_path / 'lock'), workdir.in_turn(tmp_path / 'lock'):
-    pass
-  # An error is the user's, and not of the lock.
-  with (
-    pytest.raises(errors.InputError, match='mine'),
-    workdir.in_turn(tmp_path / 'turn'),
-  ):
-    raise errors.InputError('mine')
-  assert os.listdir(tmp_path) == ['lock']
