@@ -96,24 +96,9 @@ def repair_model(
     grams_of_parts = sharding.over_batch(lambda x: repair.gram(x)[None], mesh)
 
   def body(x_ABTD, scanned):
-    w, heads_K, ffn_F, new_heads_K, new_ffn_F = scanned
-    # The inputs of wo are the K G H channels of all heads.
-    wide = lambda keep_K: jnp.repeat(keep_K, cfg.G * cfg.H)
-    inputs = {
-      'attn_in': (masks.stem, new_masks.stem),
-      'heads': (wide(heads_K), wide(new_heads_K)),
-      'ffn_in': (masks.stem, new_masks.stem),
-      'ffn': (ffn_F, new_ffn_F),
-    }
+    w, heads_K, ffn_F, *_ = scanned
+    inputs, read = _ends(masks, new_masks, scanned[1:], cfg)
     removed = {name: (a & ~b).any() for name, (a, b) in inputs.items()}
-
-    # Which outputs are read afterwards.
-    read = {
-      'attn_in': (wide(new_heads_K), *[jnp.repeat(new_heads_K, cfg.H)] * 2),
-      'heads': (new_masks.stem,),
-      'ffn_in': (new_ffn_F, new_ffn_F),
-      'ffn': (new_masks.stem,),
-    }
 
     def add(carry, scanned):
       (sums, overlaps), (before_BTD, side) = carry, scanned
@@ -155,30 +140,11 @@ def repair_model(
       add, (zeros, jnp.zeros((2, 2))), (x_ABTD, side_A)
     )
     grams = {name: _shared(s.mean(1), mesh) for name, s in sums.items()}
-    fits = {}
-
-    def fixed(name, *matrices):
-      """Matrices that read the same inputs share one solve."""
-      flat = [m.reshape(len(inputs[name][0]), -1) for m in matrices]
-      joined, fits[name] = _repaired(
-        jnp.concatenate(flat, axis=1), grams[name], *inputs[name],
-        jnp.concatenate(read[name]), damping, mesh,
-      )  # fmt: skip
-      ends = np.cumsum([m.shape[1] for m in flat])[:-1]
-      parts = jnp.split(joined, ends, axis=1)
-      return [
-        part.reshape(m.shape) for part, m in zip(parts, matrices, strict=True)
-      ]
-
-    wq, wk, wv = fixed('attn_in', w.wq, w.wk, w.wv)
-    (wo,) = fixed('heads', w.wo)
-    w_gate, w_up = fixed('ffn_in', w.w_gate, w.w_up)
-    (w_down,) = fixed('ffn', w.w_down)
+    w, fits = _refitted(w, inputs, read, grams, damping, mesh)
     w = w.replace(
-      wq=wq, wk=wk, wv=wv, wo=wo, w_gate=w_gate, w_up=w_up, w_down=w_down,
       attn_norm=w.attn_norm * _factor(overlaps[0]),
       ffn_norm=w.ffn_norm * _factor(overlaps[1]),
-    )  # fmt: skip
+    )
     return x_ABTD, (w, fits)
 
   embed = lambda tokens_BT: model.embed(params, masks, tokens_BT, compute)
@@ -212,6 +178,64 @@ def repair_model(
     )  # fmt: skip
     repaired = repaired.replace(unembed=unembed)
   return repaired, fits
+
+
+def _ends(masks, new_masks, layer, cfg):
+  """What goes in at each matrix of a layer, and what is read of what comes out.
+
+  Args:
+    masks, new_masks: of which the stem is looked at.
+    layer: heads [K] and ffn [F] before a prune, then both after it.
+    cfg: the architecture.
+
+  Returns:
+    By the names of `repair_model`'s fits: the inputs that are alive before and
+    after, bool [I]; for each matrix that reads them, the outputs of it that
+    something reads afterwards, bool [O].
+  """
+  heads_K, ffn_F, new_heads_K, new_ffn_F = layer
+  # The inputs of wo are the K G H channels of all heads.
+  wide = lambda keep_K: jnp.repeat(keep_K, cfg.G * cfg.H)
+  inputs = {
+    'attn_in': (masks.stem, new_masks.stem),
+    'heads': (wide(heads_K), wide(new_heads_K)),
+    'ffn_in': (masks.stem, new_masks.stem),
+    'ffn': (ffn_F, new_ffn_F),
+  }
+  read = {
+    'attn_in': (wide(new_heads_K), *[jnp.repeat(new_heads_K, cfg.H)] * 2),
+    'heads': (new_masks.stem,),
+    'ffn_in': (new_ffn_F, new_ffn_F),
+    'ffn': (new_masks.stem,),
+  }
+  return inputs, read
+
+
+def _refitted(w, inputs, read, grams, damping, mesh):
+  """A layer whose matrices are refitted, and the fits; grams are [S, I, I]."""
+  fits = {}
+
+  def fixed(name, *matrices):
+    """Matrices that read the same inputs share one solve."""
+    flat = [m.reshape(len(inputs[name][0]), -1) for m in matrices]
+    joined, fits[name] = _repaired(
+      jnp.concatenate(flat, axis=1), grams[name], *inputs[name],
+      jnp.concatenate(read[name]), damping, mesh,
+    )  # fmt: skip
+    ends = np.cumsum([m.shape[1] for m in flat])[:-1]
+    parts = jnp.split(joined, ends, axis=1)
+    return [
+      part.reshape(m.shape) for part, m in zip(parts, matrices, strict=True)
+    ]
+
+  wq, wk, wv = fixed('attn_in', w.wq, w.wk, w.wv)
+  (wo,) = fixed('heads', w.wo)
+  w_gate, w_up = fixed('ffn_in', w.w_gate, w.w_up)
+  (w_down,) = fixed('ffn', w.w_down)
+  w = w.replace(
+    wq=wq, wk=wk, wv=wv, wo=wo, w_gate=w_gate, w_up=w_up, w_down=w_down
+  )
+  return w, fits
 
 
 def _overlap(x, scale_D, masks, new_masks, cfg):
