@@ -61,28 +61,12 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     cfg = hf_config.read(raw, file)
   files = _weight_files(folder)
   with contextlib.ExitStack() as stack:
-    tensors = {}
-    for path in files:
-      try:
-        opened = stack.enter_context(safetensors.safe_open(path, 'numpy'))
-      except (OSError, safetensors.SafetensorError) as e:
-        raise errors.InputError(
-          f'{path} is not a complete safetensors file ({e}); fetch it again'
-        ) from e
-      tensors |= {name: opened for name in opened.keys()}  # noqa: SIM118
-    found, sizes = {}, collections.Counter()
-    for name, opened in tensors.items():
-      # Tables of angles that old conversions of Llama still carry.
-      if name.endswith('.rotary_emb.inv_freq'):
-        continue
-      part = opened.get_slice(name)
-      if part.get_dtype() not in _DTYPES:
-        raise errors.InputError(
-          f'{folder}: tensor {name} has type {part.get_dtype()}, only '
-          f'{", ".join(_DTYPES)} are read; use unquantised weights'
-        )
-      found[name] = tuple(part.get_shape())
-      sizes[part.get_dtype()] += 1
+    tensors = {
+      name: opened
+      for opened in [stack.enter_context(_opened(path)) for path in files]
+      for name in opened.keys()  # noqa: SIM118
+    }
+    found, dtype = _shapes(tensors, folder)
     if _has_tied_copy(cfg, tensors, found):
       del found[weights.HUGGING_FACE.unembed]
     expected = weights.file_shapes(cfg, weights.HUGGING_FACE, live)
@@ -110,7 +94,6 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     pad_id = _named_id(folder, 'pad_token', tokenizer)
   special_ids = [i for i in (bos_id, *eos_ids, pad_id) if i is not None]
   weights.check_tokenizer(tokenizer, special_ids, cfg.V, str(folder))
-  dtype = sizes.most_common(1)[0][0]
   front = _front_matter(folder)
   licence = _words(front.get('license'))
   licence_name, licence_link = (
@@ -223,6 +206,39 @@ def _weight_files(folder):
     f'{folder} has no model.safetensors; give a folder with config.json, '
     'model.safetensors and tokenizer.json'
   )
+
+
+def _opened(path):
+  """A safetensors file, to be read tensor by tensor."""
+  try:
+    return safetensors.safe_open(path, 'numpy')
+  except (OSError, safetensors.SafetensorError) as e:
+    raise errors.InputError(
+      f'{path} is not a complete safetensors file ({e}); fetch it again'
+    ) from e
+
+
+def _shapes(tensors, folder):
+  """Shapes of what is to be read, by name; the type that most tensors have.
+
+  Args:
+    tensors: the open file that holds each.
+    folder: named in errors.
+  """
+  found, sizes = {}, collections.Counter()
+  for name, opened in tensors.items():
+    # Tables of angles that old conversions of Llama still carry.
+    if name.endswith('.rotary_emb.inv_freq'):
+      continue
+    part = opened.get_slice(name)
+    if part.get_dtype() not in _DTYPES:
+      raise errors.InputError(
+        f'{folder}: tensor {name} has type {part.get_dtype()}, only '
+        f'{", ".join(_DTYPES)} are read; use unquantised weights'
+      )
+    found[name] = tuple(part.get_shape())
+    sizes[part.get_dtype()] += 1
+  return found, max(sizes, key=sizes.get, default='')
 
 
 def _tokenizer(folder):

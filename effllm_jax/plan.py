@@ -172,31 +172,7 @@ def make(
     errors.InputError: a value that cannot work, with the key to change.
   """
   _check_ranges(config)
-  if config.data.seq_len > source.context:
-    raise errors.InputError(
-      f"data.seq_len {config.data.seq_len} exceeds the source model's context "
-      f'{source.context}; set --config.data.seq_len'
-    )
-  if config.init == 'random' and not config.optimizer.embedding:
-    raise errors.InputError(
-      f'optimizer.embedding {config.optimizer.embedding} would leave the '
-      "embedding as init 'random' draws it; set --config.optimizer.embedding=1"
-    )
-  if config.distill.teacher and not config.distill.weight:
-    raise errors.InputError(
-      f'distill.teacher {config.distill.teacher!r} would not be asked: set '
-      '--config.distill.weight above 0, or no teacher'
-    )
-  if config.budget.table and config.budget.kind != 'ms':
-    raise errors.InputError(
-      f'budget.table {config.budget.table!r} would not be read: set '
-      '--config.budget.kind=ms, or no table'
-    )
-  if config.distill.weight and config.distill.top_k > source.V:
-    raise errors.InputError(
-      f'distill.top_k {config.distill.top_k} exceeds the {source.V} tokens of '
-      'the vocabulary; set --config.distill.top_k'
-    )
+  _check_pairs(config, source)
   rules = rules_lib.Rules.of(
     config.prune.policy,
     config.prune.floors,
@@ -425,6 +401,35 @@ def _check_ranges(config):
     raise errors.InputError(
       f'optimizer.warmup_tokens {rate.warmup_tokens:,} and decay_tokens '
       f'{decay:,} exceed train.tokens {tokens:,}; lower them'
+    )
+
+
+def _check_pairs(config, source):
+  """What one value makes of another, or of the source."""
+  if config.data.seq_len > source.context:
+    raise errors.InputError(
+      f"data.seq_len {config.data.seq_len} exceeds the source model's context "
+      f'{source.context}; set --config.data.seq_len'
+    )
+  if config.init == 'random' and not config.optimizer.embedding:
+    raise errors.InputError(
+      f'optimizer.embedding {config.optimizer.embedding} would leave the '
+      "embedding as init 'random' draws it; set --config.optimizer.embedding=1"
+    )
+  if config.distill.teacher and not config.distill.weight:
+    raise errors.InputError(
+      f'distill.teacher {config.distill.teacher!r} would not be asked: set '
+      '--config.distill.weight above 0, or no teacher'
+    )
+  if config.budget.table and config.budget.kind != 'ms':
+    raise errors.InputError(
+      f'budget.table {config.budget.table!r} would not be read: set '
+      '--config.budget.kind=ms, or no table'
+    )
+  if config.distill.weight and config.distill.top_k > source.V:
+    raise errors.InputError(
+      f'distill.top_k {config.distill.top_k} exceeds the {source.V} tokens of '
+      'the vocabulary; set --config.distill.top_k'
     )
 
 

@@ -592,6 +592,12 @@ def test_safetensors_that_do_not_fit(tmp_path, edit, parts):
   model_files.refused(folder, K_PROJ.removesuffix('weight'), *parts)
 
 
+def test_safetensors_without_a_tensor(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  edit_tensors(folder, dict.clear)
+  model_files.refused(folder, 'missing')
+
+
 def test_leftovers_that_transformers_ignores_are_ignored(tmp_path):
   folder = model_files.hugging_face(tmp_path / 'a')
   angles = 'model.layers.0.self_attn.rotary_emb.inv_freq'
