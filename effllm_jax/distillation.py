@@ -42,7 +42,15 @@ def targets(
   temperature: float,
   top_k: int,
 ) -> Targets:
-  """The teacher's `top_k` most likely next tokens at every position."""
+  """The teacher's `top_k` most likely next tokens at every position.
+
+  Args:
+    params, masks, cfg: the teacher.
+    tokens_BT: int32.
+    compute: how the arithmetic is done, and the devices that hold the arrays.
+    temperature: that its logits are divided by, above 0.
+    top_k: of them, at most V.
+  """
 
   def likeliest(logits_BTV):
     scaled_BTV = logits_BTV / temperature
@@ -58,7 +66,13 @@ def targets(
 def divergence(
   logits_BTV: Array, teacher: Targets, temperature: float
 ) -> Array:
-  """temperature^2 KL(teacher || student) per position, nats, [B, T]."""
+  """temperature^2 KL(teacher || student) per position, nats, [B, T].
+
+  Args:
+    logits_BTV: the student's, float32.
+    teacher: of `targets`, with the same temperature.
+    temperature: above 0.
+  """
   scaled_BTV = logits_BTV / temperature
   normaliser_BT = jax.nn.logsumexp(scaled_BTV, axis=-1)
   top_BTk = jnp.take_along_axis(scaled_BTV, teacher.index, axis=-1)

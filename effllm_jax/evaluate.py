@@ -28,6 +28,12 @@ def bits_per_byte(
   Documents are read in windows of the training length; a window's first token
   has no context but the one token before it.
 
+  Args:
+    params, masks, cfg: the model; params float32, on the mesh of `compute`.
+    heldout: by domain; windows int32 [n, T + 1] and weights [n, T] of targets.
+    compute: how the arithmetic is done.
+    batch_size: windows of a batch, of all devices together.
+
   Returns:
     `bits_per_byte` over all text, `domains` (the same by domain),
     `nats_per_token`, `heldout_bytes`, `heldout_tokens` and `seconds`.
@@ -58,7 +64,15 @@ def bits_per_byte(
 def summary(
   nats: Mapping[str, float], heldout: Mapping[str, heldout_lib.HeldOut]
 ) -> dict[str, Any]:
-  """What a cross-entropy in nats by domain is, per byte and per token."""
+  """What a cross-entropy in nats by domain is, per byte and per token.
+
+  Args:
+    nats: summed over the targets of a domain.
+    heldout: the text, by the same domains.
+
+  Returns:
+    As `bits_per_byte`, without `seconds`.
+  """
   num_bytes = {d: h.num_bytes for d, h in heldout.items()}
   tokens = sum(float(h.weight.sum()) for h in heldout.values())
   total_nats, total_bytes = sum(nats.values()), sum(num_bytes.values())

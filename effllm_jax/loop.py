@@ -52,7 +52,19 @@ class Loop:
   ):
     """Restores the newest checkpoint of `workdir`, or takes `initial()`.
 
-    `source` is without its parameters, which `initial` loads.
+    Args:
+      config: as in `experiments/configs`, checked by `plan.make`.
+      workdir: of the run, which this process holds (`workdir.claimed`).
+      plan: of `config`.
+      source: what is pruned, without its parameters.
+      initial: loads these, float32 on the host; not called after a restore.
+      teacher: None: there is none.
+      batches: int32 [accumulate * rows, seq_len + 1] each; moved to where the
+        checkpoint was saved.
+      heldout: by domain.
+
+    Raises:
+      errors.InputError: as `checkpoints.restore_latest`, or a log is damaged.
     """
     self.config, self.workdir, self.plan = config, workdir, plan
     self.mesh = plan.recipe.compute.mesh

@@ -234,7 +234,15 @@ def sizes(
   step: int,
   source_widths: dict[str, float],
 ) -> dict[str, Any]:
-  """Live size, widths and pruned shares, for the metrics."""
+  """Live size, widths and pruned shares, for the metrics.
+
+  Args:
+    prune: whose masks count.
+    cfg: the shape of the arrays.
+    plan: of the run.
+    step: the last one that was finished.
+    source_widths: mean live width of a layer of the source, by type.
+  """
   widths = {
     t: float(w.mean()) for t, w in selection.live_widths(prune.masks).items()
   }
@@ -296,6 +304,15 @@ def shrink(
   index: int,
 ) -> tuple[state_lib.TrainState, events.ShrinkEvent]:
   """Gathers the survivors into arrays of `new`; `state` is used up.
+
+  Args:
+    state: with dead groups, in arrays of `cfg`.
+    windows_BT: int32, a micro-batch on which both models must agree.
+    cfg: the architecture of the arrays.
+    new: of `shrunk`; no narrower than any layer's survivors.
+    plan: of the run.
+    tx: the optimizer, whose state is gathered too.
+    index: of the event.
 
   Returns:
     The smaller state, and the record of shrink number `index`.

@@ -310,7 +310,13 @@ def batch_loss(
   cfg: structure.ModelConfig,
   compute: model.Compute,
 ) -> Array:
-  """Mean loss of one batch without training on it, nats per token."""
+  """Mean loss of one batch without training on it, nats per token.
+
+  Args:
+    params, masks, cfg: the model.
+    windows_BT: int32, of seq_len + 1 tokens.
+    compute: how the arithmetic is done.
+  """
   return model.loss(params, masks, windows_BT, cfg, compute)
 
 
