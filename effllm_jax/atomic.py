@@ -23,7 +23,7 @@ from effllm_jax import errors
 _T = TypeVar('_T')
 
 # How the names of folders begin that are there while something is made.
-_SCRATCH = '.new-'
+_SCRATCH = '.effllm-'
 
 
 class HeldError(errors.InputError):

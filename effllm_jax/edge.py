@@ -8,17 +8,18 @@ arithmetic of a format is part of what a user gets.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import math
 import os
 import pathlib
 import statistics
-import tempfile
 import types
 from typing import Any
 
 import numpy as np
 import optax
 
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import formats
 from effllm_jax import heldout as heldout_lib
@@ -64,13 +65,13 @@ def measure(
   rows = []
   for name in names:
     runtime, file = formats.FORMATS[name].runtime, formats.FORMATS[name].file
-    with errors.writing(scratch):
-      made = tempfile.TemporaryDirectory(dir=scratch, prefix='.edge-')
-    with made as tmp:
+    with contextlib.ExitStack() as stack:
+      with errors.writing(scratch):
+        made = stack.enter_context(atomic.scratch(pathlib.Path(scratch)))
       files = {}
       for label, model in models.items():
         say(f'{name}: writing {label}')
-        folder = pathlib.Path(tmp) / str(len(files))
+        folder = made / str(len(files))
         folder.mkdir()
         formats.write(model, name, folder)
         files[label] = folder / file

@@ -10,9 +10,9 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
 
 from effllm_jax import agreement
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import formats
 from effllm_jax import model_card
@@ -106,12 +106,9 @@ def write(
   named = dataclasses.replace(model, name=name, description=how)
   with errors.writing(out):
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(
-      dir=out.parent, prefix=f'.{out.name}-'
-    )
   agreements = {}
-  with scratch as tmp, errors.writing(out):
-    folder = pathlib.Path(tmp) / out.name
+  with errors.writing(out), atomic.scratch(out.parent) as scratch:
+    folder = scratch / out.name
     folder.mkdir()
     for name in names:
       say(f'{name}: {formats.FORMATS[name].about}')

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import contextlib
 import hashlib
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 
+from effllm_jax import atomic
 from effllm_jax import console
 from effllm_jax import errors
 
@@ -45,19 +46,19 @@ def wheel(requirement: str, cache: str | os.PathLike) -> pathlib.Path:
   found = sorted(folder.glob(f'{stem}*.whl'))
   if found:
     return found[0]
-  with errors.writing(f'the cache {folder}', 'set --cache'):
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(dir=folder)
-  # A model takes minutes.
-  console.plain(stderr=True).print(f'downloading {requirement}')
-  with scratch as tmp:
+  with contextlib.ExitStack() as stack:
+    with errors.writing(f'the cache {folder}', 'set --cache'):
+      folder.mkdir(parents=True, exist_ok=True)
+      scratch = stack.enter_context(atomic.scratch(folder))
+    # A model takes minutes.
+    console.plain(stderr=True).print(f'downloading {requirement}')
     done = subprocess.run(
       [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet',
        '--disable-pip-version-check', '--only-binary=:all:', *_READ,
-       '--dest', tmp, requirement],
+       '--dest', scratch, requirement],
       capture_output=True, text=True, check=False,
     )  # fmt: skip
-    got = sorted(pathlib.Path(tmp).glob('*.whl'))
+    got = sorted(scratch.glob('*.whl'))
     if done.returncode or not got:
       last = (done.stderr.strip().splitlines() or ['no output'])[-1]
       raise errors.InputError(

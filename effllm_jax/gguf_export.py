@@ -5,12 +5,12 @@ import dataclasses
 import math
 import os
 import pathlib
-import tempfile
 
 import gguf
 import numpy as np
 
 from effllm_jax import agreement
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import gguf_layout
 from effllm_jax import gguf_source
@@ -71,12 +71,9 @@ def write(
   layout = gguf_layout.Layout(model, format)
   with errors.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      dir=path.parent, prefix=f'.{path.name}-'
-    ) as tmp:
-      scratch = pathlib.Path(tmp) / path.name
-      _fill(scratch, layout)
-      os.replace(scratch, path)
+    with atomic.scratch(path.parent) as scratch:
+      _fill(scratch / path.name, layout)
+      os.replace(scratch / path.name, path)
   kinds = {name: layout.kind(name, x) for name, x in layout.shapes.items()}
   half = gguf.GGMLQuantizationType.F16
   return Written(

@@ -9,9 +9,9 @@ import os
 import pathlib
 import shutil
 import subprocess
-import tempfile
 from typing import NamedTuple
 
+from effllm_jax import atomic
 from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import fetch
@@ -157,14 +157,14 @@ def _read_deb(
       )
   folder = pathlib.Path(cache).expanduser() / 'debs'
   folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder) as tmp:
+  with atomic.scratch(folder) as tmp:
     found = sorted(folder.glob(f'{package.name}_*.deb'))
     if not found:
       done = subprocess.run(
         ['apt-get', 'download', '--quiet', package.name],
         capture_output=True, text=True, check=False, cwd=tmp,
       )  # fmt: skip
-      got = sorted(pathlib.Path(tmp).glob('*.deb'))
+      got = sorted(tmp.glob('*.deb'))
       if done.returncode or not got:
         last = (done.stderr.strip().splitlines() or ['no output'])[-1]
         raise errors.InputError(
@@ -172,7 +172,7 @@ def _read_deb(
           '--config.data.text=pypi'
         )
       found = [got[0].replace(folder / got[0].name)]
-    unpacked = pathlib.Path(tmp) / 'unpacked'
+    unpacked = tmp / 'unpacked'
     done = subprocess.run(
       ['dpkg-deb', '--extract', found[-1], unpacked],
       capture_output=True, text=True, check=False,

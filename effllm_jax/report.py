@@ -7,15 +7,11 @@ bytes: no dates, no versions.
 import base64
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import html
 import os
 import pathlib
 import shlex
-import shutil
 import string
-import tempfile
-import time
 
 from effllm_jax import amounts
 from effllm_jax import atomic
@@ -25,8 +21,6 @@ from effllm_jax import runlog
 from effllm_jax import tables
 
 _SHIPPED = 'experiments/configs/smollm2_135m.py'
-# Seconds that no build takes.
-_STALE = 3600
 
 
 def build(
@@ -65,15 +59,8 @@ def build(
 
 
 def _replace(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
-  prefix = f'.{folder.name}-'
-  # Of a process that was killed. A younger one may be at work, where there are
-  # no locks.
-  for stale in folder.parent.glob(f'{prefix}*'):
-    with contextlib.suppress(OSError):
-      if stale.stat().st_mtime < time.time() - _STALE:
-        shutil.rmtree(stale)
-  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
-    new, old = pathlib.Path(scratch, 'new'), pathlib.Path(scratch, 'old')
+  with atomic.scratch(folder.parent) as scratch:
+    new, old = scratch / 'new', scratch / 'old'
     new.mkdir()
     for name, content in files.items():
       (new / name).write_bytes(content)

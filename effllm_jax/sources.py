@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import dataclasses
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -373,9 +372,9 @@ def _default_gguf(cache):
     )
   with errors.writing(f'the cache {path.parent}', 'set --cache'):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-      (pathlib.Path(tmp) / path.name).write_bytes(content)
-      os.replace(pathlib.Path(tmp) / path.name, path)
+    with atomic.scratch(path.parent) as scratch:
+      (scratch / path.name).write_bytes(content)
+      os.replace(scratch / path.name, path)
   return path
 
 

@@ -204,23 +204,24 @@ def _file_times(
   cut, shapes, source, folder
 ) -> dict[tuple[int, int, int], list[float]]:
   """Milliseconds of each round of exported models, by shape."""
+  import contextlib
   import dataclasses
   import pathlib
-  import tempfile
 
   import jax
   import numpy as np
   import rich.progress
 
+  from effllm_jax import atomic
   from effllm_jax import formats
   from effllm_jax import timing
 
   formats.check_runtimes([_FORMAT.value])
   file = formats.FORMATS[_FORMAT.value].file
   runtime = formats.FORMATS[_FORMAT.value].runtime.__name__
-  with errors.writing(folder):
-    scratch = tempfile.TemporaryDirectory(dir=folder, prefix='.latency-')
-  with scratch as tmp:
+  with contextlib.ExitStack() as stack:
+    with errors.writing(folder):
+      scratch = stack.enter_context(atomic.scratch(pathlib.Path(folder)))
     files, times = {}, {shape: [] for shape in shapes}
     for shape in rich.progress.track(shapes, 'writing', transient=True):
       cfg, params = cut(shape)
@@ -232,7 +233,7 @@ def _file_times(
         masks=None,
         origin=None,
       )
-      place = pathlib.Path(tmp) / str(len(files))
+      place = scratch / str(len(files))
       place.mkdir()
       formats.write(model, _FORMAT.value, place)
       files[shape] = place / file

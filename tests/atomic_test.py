@@ -104,17 +104,17 @@ def test_a_folder_that_cannot_be_made_is_not_there(tmp_path):
 
 def test_what_a_killed_process_has_left_goes(tmp_path):
   """But not what another one is at, or has made this moment."""
-  for name in ('.new-killed', '.new-young', 'model'):
+  for name in ('.effllm-killed', '.effllm-young', 'model'):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'half').write_text('x')
   with atomic.scratch(tmp_path) as held:
-    for name in (held, tmp_path / '.new-killed', tmp_path / 'model'):
+    for name in (held, tmp_path / '.effllm-killed', tmp_path / 'model'):
       os.utime(name, (0, 0))
     with atomic.scratch(tmp_path) as mine:
       assert mine.is_dir()
       left = {*os.listdir(tmp_path)} - {mine.name}
-    assert left == {'.new-young', 'model', held.name}
-  assert {*os.listdir(tmp_path)} == {'.new-young', 'model'}
+    assert left == {'.effllm-young', 'model', held.name}
+  assert {*os.listdir(tmp_path)} == {'.effllm-young', 'model'}
 
 
 def test_a_turn_comes_to_one_at_a_time(tmp_path):

@@ -79,7 +79,7 @@ def test_measures_what_we_measure(source, text, tmp_path, name):
   assert rows[0]['bits_per_byte'] != rows[1]['bits_per_byte']
   assert rows[1]['bytes'] < rows[0]['bytes']
   assert any('round 2 of 2' in line for line in said)
-  assert not list(tmp_path.glob('.edge-*'))
+  assert not list(tmp_path.glob('.effllm-*'))
 
 
 def test_weights_beside_the_graph_count(source, tmp_path, monkeypatch):

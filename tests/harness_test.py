@@ -178,7 +178,7 @@ def test_same_as_transformers(model, cache, tmp_path, trimmed):
     have = harness.run(ours, manager, names, 0)
     want = harness.run(theirs, manager, names, 0)
     limited = harness.run(ours, manager, ['hellaswag'], 1)
-  assert not list(cache.glob('.items-*'))
+  assert not list(cache.glob('.effllm-*'))
   assert len(asked['theirs']) == 47
   assert len(asked['ours']) == 47 + 4
   longest = 0
@@ -297,7 +297,7 @@ def test_items_of_another_hand(cache, monkeypatch, tmp_path):
   with pytest.raises(errors.InputError, match='is damaged'):
     benchmark_items.write('arc_easy', cache, tmp_path)
   assert not list(tmp_path.glob('*.jsonl'))
-  assert not list(cache.glob('.items-*'))
+  assert not list(cache.glob('.effllm-*'))
 
 
 # The command, with the benchmarks of the wheel above.

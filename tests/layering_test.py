@@ -14,7 +14,7 @@ ORDER = [
   'errors', 'amounts', 'untrusted', 'console', 'structure', 'sharding', 'model',
   'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
   'optimizers', 'repair', 'model_repair', 'state', 'shrink', 'events', 'steps',
-  'accounting', 'fetch', 'benchmark_items', 'atomic', 'workdir', 'digests',
+  'accounting', 'atomic', 'fetch', 'benchmark_items', 'workdir', 'digests',
   'checkpoints', 'checkpoint_writer',
   'documents', 'packages', 'text_files', 'text_folder', 'splitting', 'corpus',
   'tokenizing', 'data', 'heldout',

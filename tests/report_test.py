@@ -867,7 +867,7 @@ def test_same_run_same_bytes_and_nothing_left_behind(tmp_path, ragged):
   (tmp_path / 'a/report/stale.png').touch()
   report.build(tmp_path / 'a')
   assert digest() == first
-  assert not list((tmp_path / 'a').glob('.report*'))
+  assert not list((tmp_path / 'a').glob('.effllm*'))
 
 
 @pytest.fixture(name='undrawn')
@@ -896,7 +896,7 @@ def test_a_report_stays_where_its_successor_fails(tmp_path, monkeypatch):
     ):
       report.build(folder)
   assert (out / 'index.html').read_bytes() == before
-  assert not list(folder.glob('.report*'))
+  assert not list(folder.glob('.effllm*'))
 
 
 @pytest.mark.usefixtures('undrawn')
@@ -904,11 +904,11 @@ def test_what_a_killed_build_left_is_taken_away(tmp_path):
   folder = tmp_path / 'a'
   write_run(folder, until=3)
   for name in ('killed', 'at-work'):
-    (folder / f'.report-{name}' / 'new').mkdir(parents=True)
-  os.utime(folder / '.report-killed', (0, 0))
+    (folder / f'.effllm-{name}' / 'new').mkdir(parents=True)
+  os.utime(folder / '.effllm-killed', (0, 0))
   report.build(folder)
   # Where there are no locks, another build may be at work.
-  assert [x.name for x in folder.glob('.report*')] == ['.report-at-work']
+  assert [x.name for x in folder.glob('.effllm*')] == ['.effllm-at-work']
 
 
 @pytest.mark.usefixtures('undrawn')
