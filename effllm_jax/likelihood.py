@@ -59,9 +59,12 @@ def score(
   Raises:
     errors.InputError: a continuation is longer than the context, or the model
       answers with something that is not finite.
+    ValueError: a context or a continuation is empty.
   """
   users = {}
   for i, (context, continuation) in enumerate(requests):
+    if not (context and continuation):
+      raise ValueError(f'request {i} has an empty context or continuation')
     if len(continuation) > cfg.context:
       raise errors.InputError(
         f'an answer{f" of {tasks[i]}" if tasks else ""} has '

@@ -123,6 +123,13 @@ def test_refused():
       params, masks, cfg, [([1], [2]), ([1], [2] * 9)],
       compute=COMPUTE, batch_tokens=8, tasks=['boolq', 'piqa'],
     )  # fmt: skip
+  # There is no token before the first one that it could be predicted from.
+  for request in (([], [2]), ([1], [])):
+    with pytest.raises(ValueError, match='request 1 has an empty context or'):
+      likelihood.score(
+        params, masks, cfg, [([1], [2]), request],
+        compute=COMPUTE, batch_tokens=8,
+      )  # fmt: skip
   broken = jax.tree.map(lambda x: x * np.nan, params)
   with pytest.raises(errors.InputError, match='not finite'):
     ask(broken, 2)
