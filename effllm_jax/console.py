@@ -1,8 +1,8 @@
 """What a person sees of a run in progress."""
 
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
 import logging
 import math
@@ -32,7 +32,7 @@ def plain(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
 
 def passing(
   what: str, items: Iterable[_T], size: Callable[[_T], int], total: int = 0
-) -> Iterator[_T]:
+) -> Generator[_T, None, int]:
   """Gives items on, and shows how many bytes of them have gone by.
 
   By a bar that goes at the end; without a terminal, by a line now and then.
@@ -42,6 +42,9 @@ def passing(
     items: to give on.
     size: bytes of one.
     total: bytes of all; 0: not known.
+
+  Returns:
+    Bytes of all, when they have gone by.
   """
   shown = plain(stderr=True)
   columns = (
@@ -69,6 +72,7 @@ def passing(
         shown.print(
           f'{what}: {amounts.size(done)}{of}', highlight=False, soft_wrap=True
         )
+  return done
 
 
 class Progress:

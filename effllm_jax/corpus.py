@@ -229,12 +229,9 @@ class _Shown:
   def __iter__(self) -> Iterator[Document]:
     self._passes += 1
     what = f'reading {self._label}, pass {self._passes}'
-    size = lambda document: document.size
-    done = 0
-    for document in console.passing(what, self._documents, size, self._bytes):
-      yield document
-      done += document.size
-    self._bytes = done
+    self._bytes = yield from console.passing(
+      what, self._documents, lambda document: document.size, self._bytes
+    )
 
 
 def _known(
