@@ -1,9 +1,8 @@
-"""Real text as a TFDS dataset: read, cleaned, split, written once.
+"""Real text, read, cleaned, split and written once as a dataset.
 
 Documents stay whole and keep their domain. A share of each domain's documents,
 picked by the hash of their ids, is held out; what the two splits have in
-common is removed. The files are ArrayRecord, written without TensorFlow, and
-nothing that was downloaded is ever imported or run.
+common is removed. Nothing that was downloaded is ever imported or run.
 """
 
 from collections.abc import Callable
@@ -18,10 +17,9 @@ import pathlib
 import re
 import time
 
-import tensorflow_datasets as tfds
-
 from effllm_jax import atomic
 from effllm_jax import console
+from effllm_jax import dataset
 from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
@@ -44,11 +42,6 @@ _LARGE_RECIPE, _LARGE = 5, 2**28
 # Seconds in which a file may be written twice and have one time: file systems
 # count them in steps of up to so many.
 _SETTLED = 2.0
-_NAME, _VERSION = 'text', tfds.core.Version('1.0.0')
-# Documents of a file.
-_SHARD = 2**18
-# Bytes of text that are read at a time, or about as many.
-_BLOCK = 2**18
 
 
 def prepare(
@@ -101,7 +94,7 @@ def prepare(
     return documents, {'packages': [entry for _, entry in found]}
 
   final = _final(root, recipe, text, made_of)
-  if not _is_built(final):
+  if not dataset.is_built(final):
     with _turn(root, text):
       _build(final, text, read)
   return final
@@ -168,10 +161,6 @@ def _slug(label: str) -> str:
   return re.sub(r'[^a-z0-9]+', '-', label.lower())
 
 
-def _is_built(final: pathlib.Path) -> bool:
-  return (final / 'manifest.json').is_file()
-
-
 @contextlib.contextmanager
 def _turn(root: pathlib.Path, label: str) -> Iterator[None]:
   """Alone at work on a text; what the cache refuses to be written is told."""
@@ -204,15 +193,10 @@ def _build(
     splits, notes = splitting.split(_Shown(label, documents))
     if not large:
       splits = {name: _sorted(name, found) for name, found in splits.items()}
-    # What is dropped is known when the documents have been written, which is
-    # before the manifest is.
-    try:
-      _write(folder, splits, {'text': label, **origin, **notes})
-    except RuntimeError as e:  # So ArrayRecord says that a disk is full.
-      raise OSError(str(e).splitlines()[0]) from e
+    dataset.write(folder, splits, {'text': label, **origin, **notes})
 
   atomic.once(final, write)
-  if not _is_built(final):
+  if not dataset.is_built(final):
     raise errors.InputError(
       f'{final} has lost its manifest.json; delete the folder, and it is built '
       'again'
@@ -239,7 +223,9 @@ def _known(
 ) -> pathlib.Path | None:
   """The dataset that was made of files of this stamp, if there is one."""
   marks = root.glob(f'{_slug(label)}-*/of-{stamp}') if stamp else ()
-  return next((mark.parent for mark in marks if _is_built(mark.parent)), None)
+  return next(
+    (mark.parent for mark in marks if dataset.is_built(mark.parent)), None
+  )
 
 
 def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
@@ -257,114 +243,3 @@ def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
   if newest > time.time() - _SETTLED:
     return None
   return packages_lib.sha256(json.dumps([RECIPE, label, rows]).encode())[:16]
-
-
-def _write(
-  folder: pathlib.Path, splits: dict[str, Iterable[Document]], notes: dict
-) -> None:
-  """Writes the records, and then the manifest of a dataset.
-
-  One after another: TFDS's builder sorts them, in memory or, from 1 GB on, with
-  TensorFlow, which is not installed.
-  """
-  place = _records(folder)
-  place.mkdir(parents=True)
-  identity = tfds.core.DatasetIdentity(
-    name=_NAME, version=_VERSION, data_dir=str(place), module_name=__name__
-  )
-  features = {name: tfds.features.Text() for name in Document._fields}
-  info = tfds.core.DatasetInfo(
-    builder=identity, features=tfds.features.FeaturesDict(features)
-  )
-  writer = tfds.core.SequentialWriter(
-    info, _SHARD, file_format=tfds.core.FileFormat.ARRAY_RECORD
-  )
-  writer.initialize_splits([*splits])
-  for split, found in splits.items():
-    for block in documents_lib.in_blocks(found, 4096, 2**22):
-      writer.add_examples({split: [document._asdict() for document in block]})
-  writer.close_all()
-  counts, content = {}, hashlib.sha256()
-  for split in splits:
-    for row in documents(folder, split):
-      content.update(json.dumps([split, *row]).encode())
-      of_domain = counts.setdefault(row.domain, {}).setdefault(
-        split, {'documents': 0, 'bytes': 0}
-      )
-      of_domain['documents'] += 1
-      of_domain['bytes'] += row.size
-  by_domain = dict(sorted(counts.items()))
-  facts = {'digest': content.hexdigest(), 'domains': by_domain, **notes}
-  (folder / 'manifest.json').write_text(
-    json.dumps(facts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
-  )
-
-
-def manifest(data_dir: str | os.PathLike) -> dict:
-  """What a built dataset holds and where it comes from.
-
-  `digest` names its exact content; two builds of the same text share it.
-  """
-  path = pathlib.Path(data_dir) / 'manifest.json'
-  if not path.is_file():
-    raise errors.InputError(
-      f'{data_dir} is not a dataset of this project; build one with '
-      'corpus.prepare'
-    )
-  return untrusted.read_json(path, 'delete the folder, it is built again')
-
-
-def check_same(path: pathlib.Path, data_dir: pathlib.Path, text: str) -> None:
-  """Checks that a dataset is of the text that a run was started with.
-
-  Args:
-    path: of the run's copy of its manifest.
-    data_dir: folder of `prepare`, of what lies now where the config says.
-    text: what the config says.
-
-  Raises:
-    errors.InputError: it is another text, or the record is missing.
-  """
-  remedy = 'restore it or choose another --workdir'
-  then = untrusted.read_shaped(path, {'digest': str}, remedy)['digest']
-  now = manifest(data_dir)['digest']
-  if then != now:
-    raise errors.InputError(
-      f'data.text {text!r} is not the text that the run was started with: '
-      f'digest={then[:12]!r} there, {now[:12]!r} now; put the old one back, or '
-      'choose another --workdir'
-    )
-
-
-def domains(data_dir: str | os.PathLike) -> list[str]:
-  """Names of the domains, sorted."""
-  return list(manifest(data_dir)['domains'])
-
-
-def source(data_dir: str | os.PathLike, split: str):
-  """Random access to the records of a split, through TFDS."""
-  builder = tfds.builder_from_directory(_records(data_dir))
-  return builder.as_data_source(split=split)
-
-
-def _records(data_dir: str | os.PathLike) -> pathlib.Path:
-  """Where TFDS has the records of a dataset."""
-  return pathlib.Path(data_dir, _NAME, str(_VERSION))
-
-
-def documents(data_dir: str | os.PathLike, split: str) -> Iterator[Document]:
-  """All documents of a split in their order, of which some are in memory."""
-  records = source(data_dir, split)
-  start, count = 0, 1
-  while start < len(records):
-    # Read one by one they take five times as long.
-    stop = min(start + count, len(records))
-    block = records.__getitems__([*range(start, stop)])
-    yield from map(as_document, block)
-    size = sum(len(record['text']) for record in block)
-    start, count = stop, min(2 * count, 256) if size < _BLOCK else 1
-
-
-def as_document(record: dict[str, bytes]) -> Document:
-  """A record as TFDS gives it, which is in bytes."""
-  return Document(**{name: record[name].decode() for name in Document._fields})

@@ -30,7 +30,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import tokenizing
 
@@ -279,7 +279,7 @@ def train_iterator(
     errors.InputError: a weight or a number that makes no sense, or too little
       text.
   """
-  manifest = corpus.manifest(data_dir)
+  manifest = dataset.manifest(data_dir)
   weights = _check_weights(weights, list(manifest['domains']))
   for name, value, least in (
     ('data.seq_len', seq_len, 1), ('data.batch_size', batch_size, 1),

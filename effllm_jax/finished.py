@@ -10,6 +10,7 @@ import numpy as np
 
 from effllm_jax import checkpoints
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import events
 from effllm_jax import model_card
 from effllm_jax import runlog
@@ -154,7 +155,7 @@ def text(
   named = made.run.config['data']['text']
   remedy = 'put the folder that the run was trained on back'
   found = corpus.prepare(named, cache, remedy)
-  corpus.check_same(pathlib.Path(workdir, runlog.TEXT), found, named)
+  dataset.check_same(pathlib.Path(workdir, runlog.TEXT), found, named)
   return found
 
 

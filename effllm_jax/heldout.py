@@ -9,7 +9,7 @@ import os
 import numpy as np
 import tokenizers
 
-from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import tokenizing
@@ -61,11 +61,11 @@ def windows(
         f'held-out {name} {value} is too small; set a positive number'
       )
   encoder = tokenizing.encoder(tokenizer)
-  source = corpus.source(data_dir, 'heldout')
-  read = lambda i: corpus.as_document(source[i])
+  source = dataset.source(data_dir, 'heldout')
+  read = lambda i: dataset.as_document(source[i])
   # Not the documents: they would be in the memory of every process.
-  ranks = {domain: [] for domain in corpus.domains(data_dir)}
-  for i, document in enumerate(corpus.documents(data_dir, 'heldout')):
+  ranks = {domain: [] for domain in dataset.domains(data_dir)}
+  for i, document in enumerate(dataset.documents(data_dir, 'heldout')):
     ranks[document.domain].append((_rank(document), i))
   return {
     domain: _score_windows(

@@ -10,7 +10,7 @@ import tokenizers
 
 from effllm_jax import atomic
 from effllm_jax import console
-from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 
@@ -56,7 +56,7 @@ def tokenize(
   data_dir = pathlib.Path(data_dir)
   key = hashlib.sha256(f'{separator_id} {_plain(tokenizer)}'.encode())
   folder = data_dir / f'tokens-{key.hexdigest()[:16]}'
-  domains = corpus.domains(data_dir)
+  domains = dataset.domains(data_dir)
   if not folder.is_dir():
     with atomic.in_turn(data_dir / '.lock'):
       if not folder.is_dir():
@@ -79,10 +79,10 @@ def _build(
 
   def write(new):
     paths = {domain: _token_file(new, domain, domains) for domain in domains}
-    facts = corpus.manifest(data_dir)
+    facts = dataset.manifest(data_dir)
     every = console.passing(
       f'tokenising {facts["text"]}',
-      corpus.documents(data_dir, 'train'),
+      dataset.documents(data_dir, 'train'),
       lambda document: document.size,
       sum(x['train']['bytes'] for x in facts['domains'].values()),
     )

@@ -17,6 +17,7 @@ from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import data
+from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import loop
@@ -75,7 +76,7 @@ def run(
   )
   text = corpus.prepare(config.data.text, cache)
   if begun:
-    corpus.check_same(workdir / runlog.TEXT, text, config.data.text)
+    dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, text, source)
   teacher = other = None
@@ -100,7 +101,7 @@ def run(
     try:
       if jax.process_index() == 0 and not begun:
         sources.save(source, workdir / 'source')
-        atomic.write_json(workdir / runlog.TEXT, corpus.manifest(text))
+        atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
         if other:
           atomic.write_json(workdir / _TEACHER, other)
       loop.Loop(

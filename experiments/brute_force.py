@@ -24,8 +24,8 @@ import rich.table
 import scipy.stats
 import tokenizers
 
-from effllm_jax import corpus
 from effllm_jax import data
+from effllm_jax import dataset
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import model
 from effllm_jax import optimizers
@@ -87,7 +87,9 @@ def heldout_windows(
   domains = heldout_lib.windows(
     text, tokenizer, separator_id, seq_len=sizes.seq_len,
     # At least one: 0 would be all of them.
-    tokens_per_domain=max(sizes.heldout_tokens // len(corpus.domains(text)), 1),
+    tokens_per_domain=max(
+      sizes.heldout_tokens // len(dataset.domains(text)), 1
+    ),
   )  # fmt: skip
   held = domains.values()
   windows = np.concatenate([h.windows for h in held])

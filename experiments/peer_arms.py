@@ -113,12 +113,13 @@ class Bench:
   def made_of(self) -> dict[str, str | None]:
     """What tells its model and its text from others of the same path."""
     from effllm_jax import corpus
+    from effllm_jax import dataset
 
     text = corpus.prepare(self.config.data.text, self.cache)
     return {
       'source': self.source.sha256,
       'saved': self.source.saved,
-      'text': corpus.manifest(text)['digest'],
+      'text': dataset.manifest(text)['digest'],
     }
 
   def results(self, names: list[str]) -> list[dict[str, Any]]:

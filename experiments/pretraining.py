@@ -13,6 +13,7 @@ from effllm_jax import atomic
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import model
@@ -143,7 +144,7 @@ def _train_tokenizer(vocab, text) -> tokenizers.Tokenizer:
   bpe.pre_tokenizer = byte_level(add_prefix_space=False)
   bpe.decoder = tokenizers.decoders.ByteLevel()
   bpe.train_from_iterator(
-    (document.text for document in corpus.documents(text, 'train')),
+    (document.text for document in dataset.documents(text, 'train')),
     tokenizers.trainers.BpeTrainer(
       vocab_size=vocab,
       special_tokens=[_SEPARATOR],

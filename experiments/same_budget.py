@@ -39,6 +39,7 @@ from effllm_jax import checkpoints
 from effllm_jax import comparison
 from effllm_jax import console
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import finished
 from effllm_jax import model
@@ -213,7 +214,7 @@ class Runner:
     workdir_lib.check(workdir, config.to_dict())
     if arm.start == 'source':
       train.check_source(config, workdir, self.shape)
-    corpus.check_same(workdir / runlog.TEXT, self.text, config.data.text)
+    dataset.check_same(workdir / runlog.TEXT, self.text, config.data.text)
 
   def run(self, choice: choices.Choice) -> None:
     """All runs that have no row, those of other processes last."""

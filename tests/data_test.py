@@ -18,6 +18,7 @@ import pytest
 
 from effllm_jax import corpus
 from effllm_jax import data
+from effllm_jax import dataset
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
@@ -61,9 +62,9 @@ def take(iterator, count):
 
 def training_windows(built, bpe):
   """What an epoch must hold, made without `data`."""
-  by_domain = {domain: [] for domain in corpus.domains(built)}
-  for record in corpus.source(built, 'train'):
-    document = corpus.as_document(record)
+  by_domain = {domain: [] for domain in dataset.domains(built)}
+  for record in dataset.source(built, 'train'):
+    document = dataset.as_document(record)
     by_domain[document.domain] += [
       SEPARATOR, *bpe.encode(document.text).ids
     ]  # fmt: skip
@@ -101,8 +102,8 @@ def test_documents_are_tokenised_some_at_a_time(
   want = tokenizing.tokenize(built, bpe, SEPARATOR)
   monkeypatch.setattr(tokenizing, '_CHUNK', count)
   monkeypatch.setattr(tokenizing, '_CHUNK_BYTES', size)
-  source = corpus.source(built, 'train')
-  documents = [corpus.as_document(source[i]) for i in range(len(source))]
+  source = dataset.source(built, 'train')
+  documents = [dataset.as_document(source[i]) for i in range(len(source))]
   chunks = [*documents_lib.in_blocks(documents, count, size)]
   assert [d for chunk in chunks for d in chunk] == documents
   assert len(chunks) > 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import edge
 from effllm_jax import errors
 from effllm_jax import evaluate
@@ -155,7 +156,7 @@ def test_command(tmp_path, text):
     'data': {'text': str(text), 'seq_len': 48},
   }
   (workdir / 'config.json').write_text(json.dumps(config))
-  manifest = corpus.manifest(corpus.prepare(str(text), tmp_path / 'cache'))
+  manifest = dataset.manifest(corpus.prepare(str(text), tmp_path / 'cache'))
   record = workdir / runlog.TEXT
   record.write_text(json.dumps(manifest | {'digest': 'of another'}))
   measure = lambda: conftest.command(

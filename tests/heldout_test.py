@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
@@ -32,7 +33,7 @@ def make_heldout(tmp_path, texts, bpe, **changes):
   document = documents_lib.Document
   held = [document('d', str(i), t) for i, t in enumerate(texts)]
   settings = dict(seq_len=8, tokens_per_domain=0) | changes
-  corpus._write(
+  dataset.write(
     tmp_path,
     {'train': [document('d', 'x', 'train')], 'heldout': held}, {},
   )  # fmt: skip
@@ -55,8 +56,8 @@ def test_no_more_is_in_memory_than_is_scored(monkeypatch, bpe):
     def __getitems__(self, indices):
       return [self[i] for i in indices]
 
-  monkeypatch.setattr(corpus, 'domains', lambda _: ['d'])
-  monkeypatch.setattr(corpus, 'source', lambda *_: Records())
+  monkeypatch.setattr(dataset, 'domains', lambda _: ['d'])
+  monkeypatch.setattr(dataset, 'source', lambda *_: Records())
   tracemalloc.start()
   try:
     held = heldout_lib.windows('', bpe, 0, seq_len=8, tokens_per_domain=64)['d']
@@ -158,8 +159,10 @@ def test_real_text_on_real_bytes():
   held = heldout_lib.windows(
     built, _SMALL, SEPARATOR, seq_len=64, tokens_per_domain=2000
   )
-  assert list(held) == corpus.domains(built)
-  texts = {corpus.as_document(r).text for r in corpus.source(built, 'heldout')}
+  assert list(held) == dataset.domains(built)
+  texts = {
+    dataset.as_document(r).text for r in dataset.source(built, 'heldout')
+  }
   for of_domain in held.values():
     text = _SMALL.decode(scored(of_domain))
     assert len(text.encode()) == of_domain.num_bytes

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import documents
 from effllm_jax import fetch
 from effllm_jax import packages
@@ -58,7 +59,7 @@ def _built(monkeypatch):
     for found in splits.values():
       assert all(x.rank and x.size for x in found)
 
-  monkeypatch.setattr(corpus, '_write', write)
+  monkeypatch.setattr(dataset, 'write', write)
 
 
 def test_rows_of_a_text(place, built):
@@ -205,7 +206,7 @@ def test_domains_that_look_like_paths(tmp_path):
   (folder / 'b' / 'a.jsonl').write_text('\n'.join(more))
   with unchanged(folder):
     built = corpus.prepare(str(folder), cache)
-  assert set(corpus.domains(built)) == {*names, 'a'}
+  assert set(dataset.domains(built)) == {*names, 'a'}
   found = {p.relative_to(cache).parts[0] for p in cache.rglob('*')}
   assert found == {'corpus'}
   assert {p.name for p in tmp_path.iterdir()} == {'text', 'cache'}
