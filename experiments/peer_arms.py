@@ -110,7 +110,7 @@ class Bench:
         f'{self.plan.steps - self._window()[1]}; lower it'
       )
 
-  def made_of(self) -> dict[str, str | None]:
+  def _made_of(self) -> dict[str, str | None]:
     """What tells its model and its text from others of the same path."""
     from effllm_jax import corpus
     from effllm_jax import dataset
@@ -127,27 +127,30 @@ class Bench:
 
     Raises:
       errors.InputError: an arm prunes more often than there are steps for it,
-        another comparison is at work, or as `run`.
+        as `width`, `workdir.claimed` or `run`.
+      atomic.HeldError: another comparison is at work in the workdir.
     """
-    from effllm_jax import atomic
     from effllm_jax import workdir as workdir_lib
 
     begin, end = self._window()
     for name in names:
       recipe = OTHERS.get(name)
-      if recipe and end - begin < recipe.times - 1:
+      if recipe is None:
+        continue
+      self.width(recipe)
+      if end - begin < recipe.times - 1:
         raise errors.InputError(
           f'{name} prunes {recipe.times} times, and from prune.begin_tokens to '
           f'prune.end_tokens are {end - begin} steps; set '
           '--config.prune.end_tokens, or leave the arm out of --arms'
         )
-    refusal = (
-      f'another comparison is at work in {self.workdir}; wait for its end or '
-      'set another --workdir'
-    )
+    claim = self.config.to_dict() | {
+      'scoring_batches': self.scoring,
+      'made_of': self._made_of(),
+    }
     path = self.workdir / 'results.jsonl'
     with contextlib.ExitStack() as stack:
-      stack.enter_context(atomic.locked(self.workdir / 'lock', refusal))
+      stack.enter_context(workdir_lib.claimed(self.workdir, claim))
       log = workdir_lib.Log(path, self.plan.steps)
       stack.callback(log.close)
       done = {row['arm']: row for row in workdir_lib.read(path)}

@@ -56,17 +56,10 @@ def main(argv: list[str]) -> None:
   """Runs the arms that are not there yet, then prints all."""
   del argv
   from effllm_jax import checkpoint_writer
-  from effllm_jax import workdir as workdir_lib
 
   config, folder = cli.config(_CONFIG), pathlib.Path(_WORKDIR.value)
   peer_arms.check(_ARMS.value)
-  cache = cli.CACHE.value
-  bench = peer_arms.Bench(config, folder, cache, _SCORING.value)
-  for name in _ARMS.value:
-    if recipe := peer_arms.OTHERS.get(name):
-      bench.width(recipe)
-  claim = {'scoring_batches': _SCORING.value, 'made_of': bench.made_of()}
-  workdir_lib.claim(folder, config.to_dict() | claim)
+  bench = peer_arms.Bench(config, folder, cli.CACHE.value, _SCORING.value)
   try:
     _print(bench.results(_ARMS.value))
   except OSError as e:

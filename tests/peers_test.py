@@ -1,5 +1,6 @@
 """The same work in PyTorch, and what others prune there."""
 
+import json
 import math
 import os
 import sys
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import hf_export
@@ -24,6 +26,7 @@ from experiments import peer_arms
 from experiments import torch_peers
 from experiments.configs import efficientllm_a
 from tests import conftest
+from tests import runs
 
 torch = pytest.importorskip('torch')
 hf_export.import_transformers()
@@ -231,11 +234,12 @@ def test_several_goes_end_where_one_does(bench, monkeypatch):
   assert row['losses'][first] != dense['losses'][first]
 
 
-def test_a_finished_arm_is_not_run_again(bench, monkeypatch):
+def test_a_finished_arm_is_not_run_again(bench, monkeypatch, tmp_path):
   bench, calls = bench(), []
+  bench.workdir = tmp_path / 'work'
 
   def run(name):
-    with pytest.raises(errors.InputError, match='another comparison is at w'):
+    with pytest.raises(atomic.HeldError, match='another run is at work in'):
       bench.results(['ours'])
     calls.append(name)
     if len(calls) == 2:
@@ -254,6 +258,10 @@ def test_a_finished_arm_is_not_run_again(bench, monkeypatch):
       ('ours', 1),
     ]
   assert calls == ['ours', 'torch_dense', 'torch_dense']
+  bench.scoring += 1
+  with pytest.raises(errors.InputError, match=r'scoring_batches=2 there, 3'):
+    bench.results(['torch_dense', 'ours'])
+  assert len(calls) == 3
 
 
 def test_an_arm_has_a_process_of_its_own():
@@ -281,6 +289,32 @@ def test_our_own_arm_is_a_run(bench, monkeypatch):
   assert [*row['bits_per_byte']] == ['source', 'pruned', 'final']
 
 
+def test_the_command_prints_every_arm(root, tmp_path):
+  work = tmp_path / 'work'
+
+  def peers(*flags, **changes):
+    small = conftest.small_run(root / 'model', root / 'text')
+    return conftest.command(
+      'peers', conftest.CONFIG_FILE, f'--workdir={work}',
+      f'--cache={root / "cache"}', *flags,
+      *conftest.flags_of(small | changes),
+    )  # fmt: skip
+
+  done = peers('--arms=torch_dense', '--scoring_batches=2')
+  assert done.returncode == 0, done.stderr
+  (row,) = map(json.loads, (work / 'results.jsonl').read_text().splitlines())
+  said, line = (x for x in done.stdout.splitlines() if 'torch_dense' in x)
+  assert said == 'torch_dense: 24 steps'
+  assert f'{row["params"]:,}' in line
+  assert f'{row["bits_per_byte"]["final"]:.4f}' in line
+  # There already: it is printed, and not run.
+  again = peers('--arms=torch_dense', '--scoring_batches=2')
+  assert [x for x in again.stdout.splitlines() if 'torch_dense' in x] == [line]
+  # In a folder of another config.
+  other = peers('--arms=torch_dense', '--scoring_batches=3')
+  runs.refused(other, 'scoring_batches=2 there, 3 now')
+
+
 def test_a_mistake_is_one_line(bench):
   for names in ([], ['ours', 'ours'], ['wanda']):
     with pytest.raises(errors.InputError, match=r'set --arms'):
@@ -294,7 +328,8 @@ def test_a_mistake_is_one_line(bench):
   ):
     with pytest.raises(errors.InputError, match=rf'--config\.{remedy}'):
       bench(**change)
-  narrow = bench(**{'prune.begin_tokens': 64, 'prune.end_tokens': 4 * 64})
+  narrow = {'prune.begin_tokens': 64, 'prune.end_tokens': 4 * 64}
+  narrow = bench(**narrow | {'budget.target': 28_000.0})
   with pytest.raises(errors.InputError, match=r'5 times, .* are 3 steps'):
     narrow.results(['torch_pruning_iterative'])
   with pytest.raises(errors.InputError, match=r'--scoring_batches 99'):
