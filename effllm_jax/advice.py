@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 import statistics
 from typing import Any
@@ -55,6 +56,23 @@ def epochs(tokens: int, new_tokens: int) -> list[str]:
   return [
     f'{tokens:,} tokens read {new_tokens:,} of text {tokens / new_tokens:.0f} '
     'times over; consider more text: --config.data.text'
+  ]
+
+
+def unread(domains: Sequence[str], seq_len: int) -> list[str]:
+  """Of domains that are too short for one window, and not trained on.
+
+  Args:
+    domains: their names.
+    seq_len: targets of a window.
+  """
+  if not domains:
+    return []
+  some = ', '.join(repr(d) for d in domains[:3])
+  more = f' and {len(domains) - 3} more' if len(domains) > 3 else ''
+  return [
+    f'nothing is trained on of what has no window of {seq_len} tokens: {some}'
+    f'{more}; consider fewer, larger domains or a lower --config.data.seq_len'
   ]
 
 

@@ -41,8 +41,9 @@ _CLOSING_SECONDS = 5.0
 class _Windows:
   """Random access to all windows of some token files, int32 [seq_len + 1].
 
-  Neighbours overlap by one token, the context of the first target, so every
-  token of the text is a target exactly once per epoch.
+  Neighbours overlap by one token, the context of the first target: no token is
+  a target twice in an epoch. A window is whole and of one file, so what is left
+  at the end of a file, up to `seq_len` tokens, is never read.
   """
 
   def __init__(self, paths: Sequence[pathlib.Path], seq_len: int):
@@ -79,6 +80,7 @@ class TrainIterator(grain.DatasetIterator):
 
   Attributes:
     new_tokens: targets, of all processes, until some text comes again.
+    unread: domains that are too short for one window.
   """
 
   def __init__(
@@ -88,10 +90,11 @@ class TrainIterator(grain.DatasetIterator):
     timeout: float,
     recent: int,
     new_tokens: int,
+    unread: Sequence[str],
   ):
     """Reads `parent`; `timeout` is in seconds, 0 waits for ever."""
     super().__init__(parent)
-    self.new_tokens = new_tokens
+    self.new_tokens, self.unread = new_tokens, tuple(unread)
     self._stream, self._timeout = stream, timeout
     self._lost = False
     self._recent = collections.deque(maxlen=recent)
@@ -254,8 +257,9 @@ def train_iterator(
 ) -> TrainIterator:
   """Endless batches of packed training text, int32 [rows, seq_len + 1].
 
-  Inputs are `[:, :-1]`, targets `[:, 1:]`. Documents are joined by separators
-  and cut into windows, which are drawn in a new order every epoch. The batches
+  Inputs are `[:, :-1]`, targets `[:, 1:]`. Documents of a domain are joined by
+  separators and cut into windows, which are drawn in a new order every epoch;
+  what is left at the end of a domain is never read. The batches
   depend on every argument and on nothing else; a state refuses to load into
   another stream.
 
@@ -290,14 +294,16 @@ def train_iterator(
         f'{name} {value} is below {least}; set --config.{name}'
       )
   files = tokenizing.tokenize(data_dir, tokenizer, separator_id)
+  unread = [d for d, f in files.items() if not len(_Windows([f], seq_len))]
   groups = {d: [files[d]] for d in weights} or {'text': [*files.values()]}
   streams, new_tokens = [], []
   for name, paths in groups.items():
     windows = _Windows(paths, seq_len)
     if not len(windows):
+      what = f'{name} is not' if weights else 'no domain is'
       raise errors.InputError(
-        f'{name} has no training window of {seq_len} tokens; add text or lower '
-        '--config.data.seq_len'
+        f'{what} long enough for a window of {seq_len} tokens; add text, put '
+        'more of it into one domain, or lower --config.data.seq_len'
       )
     share = weights[name] / sum(weights.values()) if weights else 1
     new_tokens.append(int(len(windows) * seq_len / share))
@@ -332,8 +338,9 @@ def train_iterator(
     'recent': recent,
   }
   return TrainIterator(
-    iter(batches), stream, timeout if workers else 0, recent, min(new_tokens)
-  )
+    iter(batches), stream, timeout if workers else 0, recent, min(new_tokens),
+    [] if weights else unread,
+  )  # fmt: skip
 
 
 def _check_weights(

@@ -17,6 +17,14 @@ def test_text_that_is_read_often_is_told():
   assert line.startswith('1,000 tokens read 100 of text 10 times over')
 
 
+def test_text_that_is_not_read_is_told():
+  assert advice.unread([], 64) == []
+  (line,) = advice.unread(['a', 'b c'], 64)
+  assert "no window of 64 tokens: 'a', 'b c'; consider" in line
+  (line,) = advice.unread(list('abcde'), 64)
+  assert "tokens: 'a', 'b', 'c' and 2 more; consider" in line
+
+
 def test_text_that_comes_again_in_the_same_order_is_told():
   reads = lambda seed, text, **weights: {
     'init': 'source', 'seed': seed, 'data': {'text': text, 'weights': weights},

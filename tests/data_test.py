@@ -83,6 +83,16 @@ def test_batches_are_windows_of_the_text(built, bpe):
   rows = np.concatenate([batch, *take(iterator, -(-total // 4) - 1)])[:total]
   assert collections.Counter(map(tuple, rows.tolist())) == expected
   assert iterator.new_tokens == total * SEQ
+  assert iterator.unread == ()
+
+
+def test_a_domain_that_has_no_window_is_named(built, bpe):
+  files = tokenizing.tokenize(built, bpe, SEPARATOR)
+  sizes = {d: len(np.load(x)) for d, x in files.items()}
+  short = min(sizes, key=sizes.get)
+  # A window has one token more than targets.
+  assert batches(built, bpe, seq_len=sizes[short]).unread == (short,)
+  assert batches(built, bpe, seq_len=sizes[short] - 1).unread == ()
 
 
 def test_text_is_new_until_a_domain_is_through(built, bpe):
@@ -287,7 +297,14 @@ def test_a_state_of_another_text_or_tokenizer_is_refused(built, bpe, tmp_path):
     ({'seq_len': 0}, 'data.seq_len 0 is below 1'),
     ({'batch_size': 0}, 'data.batch_size 0 is below 1'),
     ({'seed': -1}, 'seed -1 is below 0'),
-    ({'seq_len': 10**6}, 'text has no training window of 1000000 tokens'),
+    (
+      {'seq_len': 10**6},
+      'no domain is long enough for a window of 1000000 tok',
+    ),
+    (
+      {'seq_len': 10**6, 'weights': {'UP': 1}},
+      'UP is not long enough for a window of 1000000 tokens',
+    ),
   ],
 )
 def test_bad_settings(built, bpe, changes, message):
