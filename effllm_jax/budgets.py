@@ -230,9 +230,10 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
 
   Raises:
     errors.InputError: no such file, not such a table, measured on another
-      architecture, or of too few different shapes to fit.
+      architecture, of too few different shapes to fit, or of times whose femto-
+      seconds do not fit into 64 bits.
   """
-  path = pathlib.Path(table)
+  path = pathlib.Path(table).expanduser()
   remedy = (
     'write one with python -m experiments.latency and set --config.budget.table'
   )
@@ -278,13 +279,20 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
   head, ffn, stem, head_fixed, ffn_fixed, fixed = (
     round(float(c)) for c in solution / scale * per_unit
   )
-  return Cost(
+  cost = Cost(
     kind='ms',
     unit='ms',
     per_unit=per_unit,
     form=Form(head, ffn, stem, head_fixed, ffn_fixed, fixed, stem),
     fit_error=float(np.abs(terms / scale @ solution / ms - 1).max()),
   )
+  if cost.of_config(cfg) >= 2**63:
+    raise errors.InputError(
+      f'budget.table {path} gives the source model '
+      f'{cost.text(cost.of_config(cfg))}, which is more than can be counted; '
+      f'{remedy}'
+    )
+  return cost
 
 
 def make(

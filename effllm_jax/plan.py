@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 
 import ml_collections
 import numpy as np
@@ -188,21 +189,20 @@ def make(
   )
   start = cost.of_config(source) if masks is None else cost.live(masks)
   widths = {} if masks is None else selection.live_widths(masks)
-  ragged = [t for t, w in widths.items() if np.ptp(w)]
+  uneven = [t for t, w in widths.items() if np.ptp(w)]
+  if uneven and rules.policy == 'uniform':
+    raise errors.InputError(
+      f"prune.policy 'uniform' cannot go on from a source whose layers differ "
+      f'in width ({", ".join(uneven)}); set --config.prune.policy=ragged'
+    )
   per_step = tokens_per_step(config)
   length = num_steps(config)
   if rules.policy == 'none':
     schedule = schedules.constant(start, after=length * per_step)
   else:
     schedule = _schedule(config.prune, start, cost.units(config.budget.target))
-    even = {t: int(np.min(w)) for t, w in widths.items() if t not in ragged}
     target = schedule.target
-    rules_lib.check_target(source, rules, cost, target, even, start)
-  if ragged and rules.policy == 'uniform':
-    raise errors.InputError(
-      f"prune.policy 'uniform' cannot go on from a source whose layers differ "
-      f'in width ({", ".join(ragged)}); set --config.prune.policy=ragged'
-    )
+    rules_lib.check_target(source, rules, cost, target, widths, start)
   if rules.policy == 'ragged':
     _check_blocks(rules, widths)
   parts = 1 if mesh is None else sharding.batch_parts(mesh)
@@ -315,7 +315,10 @@ def _kernels(config, source, mesh) -> str:
 
 
 def _check_hopper(config, source, mesh):
-  """Each axis of each product is a multiple of 64, also after a shrink."""
+  """Each axis of each product is a multiple of 64, also after a shrink.
+
+  The last one goes by the multiples of the prune alone.
+  """
   rest = 'pallas_hopper takes multiples of 64; set --config.'
   tokens = device_tokens(config, mesh)
   if tokens % 64:
@@ -323,13 +326,15 @@ def _check_hopper(config, source, mesh):
       f'data.batch_size x data.seq_len are {tokens} tokens of a micro-batch on '
       f'one device; {rest}data.seq_len, or --config.model.kernels=bucket'
     )
-  heads = config.shrink.quantum.heads
-  if heads * source.H % 64:
-    raise errors.InputError(
-      f'shrink.quantum.heads {heads} of {source.H} channels leave '
-      f'{heads * source.H}; {rest}shrink.quantum.heads='
-      f'{64 // math.gcd(source.H, 64)}'
-    )
+  for key, heads in (
+    ('shrink.quantum.heads', config.shrink.quantum.heads),
+    ('prune.multiple_of.heads', config.prune.multiple_of.heads),
+  ):
+    if heads * source.H % 64:
+      raise errors.InputError(
+        f'{key} {heads} of {source.H} channels leave {heads * source.H}; '
+        f'{rest}{key}={64 // math.gcd(source.H, 64)}'
+      )
   widths = {
     'stem': source.D, 'ffn': source.F, 'key/value head': source.K * source.H
   }  # fmt: skip
@@ -353,9 +358,14 @@ def _check_ranges(config):
   for key in ('data.workers', 'optimizer.warmup_tokens',
               'optimizer.decay_tokens', 'eval.tokens_per_domain'):  # fmt: skip
     _require(config, key, lambda v: v >= 0, 'at least 0')
-  for key in ('optimizer.peak', 'optimizer.clip', 'distill.temperature',
-              'data.timeout'):  # fmt: skip
+  for key in ('optimizer.peak', 'optimizer.clip', 'distill.temperature'):
     _require(config, key, lambda v: 0 < v < math.inf, 'positive')
+  # A thread waits no longer.
+  longest = threading.TIMEOUT_MAX
+  _require(config, 'data.timeout', lambda v: 0 < v <= longest,
+           f'positive and at most {longest:g}')  # fmt: skip
+  # Of more bits jax takes the lower ones, and two seeds would be one.
+  _require(config, 'seed', lambda v: 0 <= v < 2**32, 'from 0 to 4294967295')
   for key in ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'):
     # As they are used: in float32 1 - 1e-8 is 1.
     _require(config, key, lambda v: 0 <= v < 1 != np.float32(v), 'in [0, 1)')

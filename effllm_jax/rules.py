@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 import dataclasses
 
+import numpy as np
+
 from effllm_jax import budgets
 from effllm_jax import errors
 from effllm_jax import structure
@@ -61,7 +63,7 @@ def check_target(
   rules: Rules,
   cost: budgets.Cost,
   target: int,
-  live: Mapping[str, int] | None = None,
+  live: Mapping[str, np.ndarray] | None = None,
   start: int | None = None,
 ) -> None:
   """Checks that a model of `cfg` can be pruned to `target`, in budget units.
@@ -71,13 +73,14 @@ def check_target(
     rules: of the run.
     cost: of the budget.
     target: of the budget.
-    live: what is alive of every layer, by type, where that is less; a type
-      whose layers differ is not in it.
+    live: what is alive of every layer, by type (heads [N], ffn [N], stem []),
+      of a source that was pruned before; None: everything.
     start: size of what is alive, in units of the budget, where that is less.
 
   Raises:
     errors.InputError: it cannot; the message has the config's key to change.
   """
+  smallest = []
   for i, name in enumerate(structure.TYPES):
     width = cfg.widths()[name]
     floor, multiple = rules.floors[i], rules.multiple_of[i]
@@ -100,16 +103,21 @@ def check_target(
     rounded = -(-floor // multiple) * multiple
     # A width that lies below it, off a multiple, would be a block begun that
     # no prune may finish, and none would open another.
-    alive = (live or {}).get(name, width)
-    if rounded > alive:
+    alive = np.asarray(live[name] if live else width)
+    # Layers that differ go on from where they are.
+    if rounded > alive.min() == alive.max():
       raise errors.InputError(
         f'prune.floors.{name} {floor}, rounded up to a multiple of {multiple}, '
-        f"is {rounded}, above the source model's {alive}; set "
+        f"is {rounded}, above the source model's {alive.min()}; set "
         f'--config.prune.floors.{name}'
       )
+    # A layer that has fewer loses nothing.
+    layers = 1 if name == 'stem' else cfg.N
+    kept = np.minimum(np.broadcast_to(alive, layers), rounded)
+    smallest.append(int(kept.sum()))
   start = cost.of_config(cfg) if start is None else start
   heads, ffn, stem = rules.smallest()
-  least = cost.of_config(dataclasses.replace(cfg, K=heads, F=ffn, D=stem))
+  least = cost.size(*smallest)
   if target >= start:
     raise errors.InputError(
       f"budget.target {cost.text(target)} is not below the source model's "

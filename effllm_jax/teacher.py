@@ -27,6 +27,9 @@ class Teacher:
     dtype, self._mesh = jnp.dtype(recipe.compute.dtype), recipe.compute.mesh
     # Never differentiated: there is nothing to recompute.
     compute = dataclasses.replace(recipe.compute, remat='none')
+    if compute.kernels == 'pallas_hopper':
+      # Which takes multiples of 64, as the student's widths are.
+      compute = dataclasses.replace(compute, kernels='xla')
     self.cfg = teacher.cfg
     # As a student casts them: norm scales and biases stay float32.
     params = structure.map_axes(

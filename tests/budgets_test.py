@@ -224,6 +224,10 @@ def test_a_fit_has_the_least_relative_errors(tmp_path):
       ),
       'has 9 shapes, which settle 1 of 6 coefficients',
     ),
+    (
+      lambda p: write_table(p, conftest.make_config(), lambda *_: 9.9e6),
+      'gives the source model 9,9.* ms, which is more than can be counted',
+    ),
   ],
 )
 def test_tables_that_cannot_serve_are_refused(tmp_path, spoil, message):
@@ -236,7 +240,7 @@ def test_tables_that_cannot_serve_are_refused(tmp_path, spoil, message):
   assert '\n' not in str(e.value) and '--config.budget.table' in str(e.value)
 
 
-def test_make_reads_what_the_kind_needs(tmp_path):
+def test_make_reads_what_the_kind_needs(tmp_path, monkeypatch):
   cfg = conftest.make_config()
   table = write_table(tmp_path / 'table.json', cfg, lambda *_: 1.0)
   settings = dict(format='q8_0', context=7, table=table)
@@ -246,6 +250,9 @@ def test_make_reads_what_the_kind_needs(tmp_path):
     budgets.flops(cfg, 7),
     budgets.milliseconds(cfg, table),
   ]
+  with monkeypatch.context() as patch:
+    patch.setenv('HOME', str(tmp_path))
+    budgets.milliseconds(cfg, '~/table.json')
   # An empty table, as shipped, only matters to the kind that reads it.
   budgets.make(cfg, 'params', **settings | {'table': ''})
 

@@ -125,6 +125,11 @@ def test_no_key_has_a_hidden_default():
   [
     ({'data.seq_len': 10_000}, "seq_len 10000 exceeds the source model's"),
     ({'data.batch_size': 0}, 'data.batch_size 0 is not at least 1'),
+    (
+      {'data.timeout': 1e10},
+      r'timeout 10000000000\.0 is not positive and at m',
+    ),
+    ({'seed': 2**32}, 'seed 4294967296 is not from 0 to 4294967295'),
     ({'train.max_skipped': 0}, 'train.max_skipped 0 is not at least 1'),
     ({'prune.ema': 1.0}, r'prune.ema 1.0 is not in \[0, 1\)'),
     ({'init': 'zeros'}, "init 'zeros' is not one of source, random"),
@@ -215,7 +220,10 @@ def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
 @pytest.mark.parametrize(
   ('sizes', 'message'),
   [
-    ({'H': 32, 'K': 6}, 'heads 1 of 32 channels leave 32; .*heads=2'),
+    (
+      {'H': 32, 'K': 6},
+      r'quantum\.heads 1 of 32 channels leave 32; .*quantum\.heads=2',
+    ),
     ({'F': 1540}, 'the source has 1540 ffn channels'),
     ({'H': 64, 'D': 600}, 'the source has 600 stem channels'),
     ({}, None),
@@ -247,12 +255,18 @@ def test_the_hopper_kernel_takes_the_tokens_of_one_device(monkeypatch):
 
 
 def test_heads_that_the_hopper_kernel_cannot_take(monkeypatch):
-  """As many as the quantum after a shrink, and not before it."""
+  """As many as the quantum after a shrink, and not before it, or at the end."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  config = small(**HOPPER | {'shrink.quantum.heads': 2})
-  source = dataclasses.replace(SMOLLM2, H=32, K=5)
+  changes = HOPPER | {'shrink.quantum.heads': 2, 'prune.policy': 'uniform'}
+  source = dataclasses.replace(SMOLLM2, H=32, K=6)
+  message = r'prune\.multiple_of\.heads 1 of 32 .*=2'
+  with pytest.raises(errors.InputError, match=message):
+    plan.make(small(**changes), source)
+  changes |= {'prune.multiple_of.heads': 2}
+  plan.make(small(**changes), source)
+  source = dataclasses.replace(source, K=5)
   with pytest.raises(errors.InputError, match='has 160 key/value head chan'):
-    plan.make(config, source)
+    plan.make(small(**changes), source)
 
 
 def test_a_gpu_that_cannot_run_the_hopper_kernel(monkeypatch):

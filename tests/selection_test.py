@@ -416,6 +416,14 @@ def test_ragged_goes_on_where_a_layer_is_below_its_floor():
     jax.tree.map(np.testing.assert_array_equal, after, wanted)
     assert cost.live(after) == target
     assert selection.live_widths(after)['ffn'].tolist() == want
+  # The least that it can have is what is left of a prune to nothing.
+  after = selection.select(scores, masks, 0, 0, rules, cost)
+  least, live = cost.live(after), selection.live_widths(masks)
+  assert selection.live_widths(after)['ffn'].tolist() == [4, 8]
+  start = cost.live(masks)
+  rules_lib.check_target(cfg, rules, cost, least, live, start)
+  with pytest.raises(errors.InputError, match=rf'below {least:,} param'):
+    rules_lib.check_target(cfg, rules, cost, least - 1, live, start)
 
 
 @pytest.mark.parametrize('policy', rules_lib.POLICIES)
@@ -620,7 +628,7 @@ def test_a_floor_above_what_is_alive_is_refused():
   cfg = conftest.make_config(K=2, G=1, N=2, F=32, D=16)
   cost, alive = budgets.params(cfg), structure.all_alive(cfg)
   masks = alive.replace(ffn=alive.ffn.at[:, 20:].set(False))
-  live = {'heads': 2, 'ffn': 20, 'stem': 16}
+  live = selection.live_widths(masks)
   scores = conftest.make_scores(cfg, 1)
   for floor in (1, 15, 16, 17, 20, 25):
     rules = rules_lib.Rules('uniform', (1, floor, 8), (1, 16, 8), True)
