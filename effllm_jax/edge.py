@@ -114,9 +114,11 @@ def bits_per_byte(
   cut = []
   for held in heldout.values():
     for window, weight in zip(held.windows, held.weight, strict=True):
-      # What follows the last scored token need not be read.
-      end = int(np.flatnonzero(weight)[-1]) + 1
-      cut.append((window[:end].tolist(), window[1 : end + 1], weight[:end]))
+      # What follows the last scored token need not be read. None is scored
+      # where a window is a separator.
+      end = int(np.flatnonzero(weight).max(initial=-1)) + 1
+      if end:
+        cut.append((window[:end].tolist(), window[1 : end + 1], weight[:end]))
   if not cut:
     return None
   nats = 0.0

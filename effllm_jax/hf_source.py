@@ -277,8 +277,8 @@ def _special_ids(stated, folder):
     stated.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
   )
   eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-  for i in (bos, *eos, pad):
-    if i is not None and (isinstance(i, bool) or not isinstance(i, int)):
+  for i in (*eos, *(x for x in (bos, pad) if x is not None)):
+    if isinstance(i, bool) or not isinstance(i, int):
       raise errors.InputError(
         f'{folder}: token id {i} is not an integer; correct the ids of bos, '
         'eos and pad in generation_config.json or config.json'

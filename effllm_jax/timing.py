@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -96,22 +97,23 @@ def _measure(runtime, path, threads, prefill, decode) -> Speed:
   return Speed(
     prefill=prefill / (middle - start),
     decode=decode / (end - middle),
-    peak_bytes=None if peak is None else peak - before,
+    peak_bytes=None if None in (before, peak) else peak - before,
   )
 
 
 def memory(key: str) -> int | None:
   """Bytes that Linux reports for this process under a key of its status.
 
-  `VmRSS` is what it has now, `VmHWM` the most it ever had; None elsewhere.
+  `VmRSS` is what it has now, `VmHWM` the most it ever had; None elsewhere, or
+  where it has no such line, as in a sandbox that is not Linux itself (gVisor).
   Not `ru_maxrss`: a child inherits that from a larger parent.
   """
   try:
     status = pathlib.Path('/proc/self/status').read_text('utf-8')
   except OSError:
     return None
-  (line,) = [x for x in status.splitlines() if x.startswith(f'{key}:')]
-  return 1024 * int(line.split()[1])
+  found = re.search(rf'^{key}:\s*(\d+)', status, re.MULTILINE)
+  return found and 1024 * int(found[1])
 
 
 if __name__ == '__main__':

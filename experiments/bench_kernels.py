@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
       )
       runs = {name: _masked(name, form, size, masked, out) for name in names}
       for share in live:
-        width = round(size[masked] * share)
+        width = max(round(size[masked] * share), 1)
         cut = [
           jnp.asarray(
             x[tuple(slice(width if y == masked else None) for y in letters)]

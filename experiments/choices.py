@@ -127,6 +127,8 @@ def arms(
       raise errors.InputError(
         f'arm {name!r} is not one of {", ".join([*groups, *known])}; set --arms'
       )
+    if name in groups and not groups[name]:
+      raise errors.InputError(f'the study has no arms for {name!r}; set --arms')
     wanted |= {arm.name for arm in groups.get(name, ())} or {name}
   if not wanted:
     raise errors.InputError('no arm is named; set --arms')

@@ -25,7 +25,7 @@ from experiments.configs import smollm2_135m
 # What ml_collections says of a key with a dot.
 _DOTS = re.compile(r'ConfigDict does not accept dots .* key (.*) contains.*')
 # Flags whose values are files or folders.
-_PATHS = ('cache', 'out', 'study', 'workdir', 'workdirs')
+_PATHS = ('cache', 'out', 'study', 'tune', 'workdir', 'workdirs')
 CACHE = flags.DEFINE_string(
   'cache',
   os.path.join('~', '.cache', 'effllm_jax'),

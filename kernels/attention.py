@@ -34,8 +34,8 @@ def masked_attention(
   Causal softmax attention with rotary embeddings. A key/value head that is dead
   takes its query heads along. The attention itself needs no kernel of ours: it
   is the library's, a block of rows at a time, and every implementation but
-  `xla` runs it on the heads up to the extent, one branch for each number of
-  heads. None keeps a probability for the backward pass.
+  `xla` runs it on the heads up to the extent, one branch for each of about a
+  dozen numbers of heads. None keeps a probability for the backward pass.
 
   Args:
     x: [B, T, D], floating point; the arithmetic is done in its dtype, up to

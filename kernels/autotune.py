@@ -158,7 +158,7 @@ def use(path: str | os.PathLike | None) -> int:
   if path is None:
     return 0
   found = {}
-  for row in _parse(pathlib.Path(path)):
+  for row in _parse(pathlib.Path(path).expanduser()):
     if row['device'] == jax.devices()[0].device_kind:
       try:
         found[tuple(row[x] for x in _KEY)] = _blocks(row)

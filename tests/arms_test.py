@@ -108,6 +108,11 @@ def test_arms_are_chosen_by_name_and_run_in_the_order_of_the_study():
   assert [x.name for x in found] == ['ours_a', 'scratch_found']
   assert choices.arms(study, ['all']) == study.arms
   assert choices.arms(study, ['sensitivity']) == study.sensitivity
+  plain = dataclasses.replace(study, sensitivity=())
+  with pytest.raises(
+    errors.InputError, match=r"no arms for 'sensitivity'; set"
+  ):
+    choices.arms(plain, ['ours_a', 'sensitivity'])
   assert choices.seeds(['2', '0', '2']) == (2, 0)
   assert choices.budgets(['flops', 'tokens']) == ('tokens', 'flops')
 

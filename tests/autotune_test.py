@@ -36,7 +36,8 @@ def test_the_fastest_is_stored_and_used(tmp_path, monkeypatch):
   assert best != xla_loop.default_blocks('nn', *sizes, 'float32')
   path = tmp_path / 'deep' / 'blocks.json'
   autotune.store(path, [row])
-  assert autotune.use(path) == 1
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert autotune.use('~/deep/blocks.json') == autotune.use(path) == 1
   assert autotune.choice('xla_loop', 'nn', *sizes, 'float32') == best
   assert autotune.choice('xla_loop', 'nn', *sizes, 'bfloat16') is None
   assert autotune.choice('xla_loop', 'nt', *sizes, 'float32') is None

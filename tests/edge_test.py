@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import types
 
 import jax
 import numpy as np
@@ -81,6 +83,23 @@ def test_measures_what_we_measure(source, text, tmp_path, name):
   assert rows[1]['bytes'] < rows[0]['bytes']
   assert any('round 2 of 2' in line for line in said)
   assert not list(tmp_path.glob('.effllm-*'))
+
+
+def test_a_window_in_which_nothing_counts_is_not_read():
+  """As one that ends a document, of one target a window."""
+  windows = np.array([[1, 2], [2, 0], [0, 3]], np.int32)
+  weight = np.array([[1], [0], [1]], np.float32)
+  held = {'d': heldout_lib.HeldOut(windows, weight, 4)}
+  read = []
+
+  def logits(path, texts):
+    read.extend(texts)
+    return [np.zeros((len(text), 8), np.float32) for text in texts]
+
+  runtime = types.SimpleNamespace(logits=logits)
+  found = edge.bits_per_byte(runtime, pathlib.Path('file'), held)
+  assert read == [[1], [0]]
+  assert found == pytest.approx(2 * math.log2(8) / 4)
 
 
 def test_weights_beside_the_graph_count(source, tmp_path, monkeypatch):

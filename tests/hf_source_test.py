@@ -517,12 +517,14 @@ def test_settings_that_no_generation_takes(tmp_path, key, value):
     ('hidden_size', '64'),
     ('rms_norm_eps', -1.0),
     ('eos_token_id', '<|im_end|>'),
+    ('eos_token_id', [1, None]),
   ],
 )
 def test_config_that_the_block_cannot_represent(tmp_path, key, value):
   folder = model_files.hugging_face(tmp_path / 'a', **{key: value})
   if key == 'eos_token_id':
-    model_files.refused(folder, value, 'eos')
+    wrong = value[-1] if isinstance(value, list) else value
+    model_files.refused(folder, f'token id {wrong} is not an integer', 'eos')
   else:
     model_files.refused(folder, key, json.dumps(value))
 

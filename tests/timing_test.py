@@ -1,6 +1,7 @@
 """The clock: what it counts, and what it says of a file it cannot open."""
 
 import contextlib
+import pathlib
 import types
 
 import pytest
@@ -44,6 +45,22 @@ def test_the_round_after_the_first_is_counted(monkeypatch):
   assert found.prefill == 8 / (2 + 4) and found.decode == 2 / (2 * 2.5)
   assert clock.calls == 2 * ['clear', 8, 1, 1]
   assert found.peak_bytes is None or found.peak_bytes >= 0
+
+
+def test_memory_is_what_linux_says_of_it(monkeypatch):
+  now, most = timing.memory('VmRSS'), timing.memory('VmHWM')
+  assert now is None or 0 < now <= most
+  status = 'Name:\tpython\nVmRSS:\t    1024 kB\nThreads:\t1\n'
+  monkeypatch.setattr(pathlib.Path, 'read_text', lambda *_: status)
+  # A sandbox may have the one and not the other.
+  assert timing.memory('VmRSS') == 2**20
+  assert timing.memory('VmHWM') is None
+
+  def missing(*_):
+    raise FileNotFoundError
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', missing)
+  assert timing.memory('VmRSS') is None
 
 
 def test_in_a_process_of_its_own(tmp_path):
