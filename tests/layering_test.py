@@ -1,6 +1,7 @@
 """Dependencies go one way; heavy packages stay behind one module."""
 
 import ast
+import functools
 import os
 import pathlib
 import subprocess
@@ -107,6 +108,69 @@ def test_kernels_know_nothing_of_the_method():
     assert not any(
       i.startswith(('effllm_jax', 'experiments')) for i in imports(path)
     ), path
+
+
+@functools.cache
+def names_of(path: pathlib.Path) -> set[str]:
+  """What a module has: of its own, imported, and the modules below it."""
+  tree, names = ast.parse(path.read_text()), {'__name__', '__file__', '__doc__'}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+      names.add(node.name)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      names.add(node.id)
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+      names |= {alias.asname or alias.name for alias in node.names}
+  if path.stem == '__init__':
+    names |= {p.stem for p in path.parent.iterdir()}
+  return names
+
+
+def missing(path: pathlib.Path) -> list[str]:
+  """What a file asks our modules for and they do not have.
+
+  A command imports within its main, which no test may run: a function that was
+  renamed there is an error of a user. Names that stand for something else, too,
+  in a file are left out.
+  """
+  tree = ast.parse(path.read_text())
+  modules, others = {}, set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      for alias in node.names:
+        name = f'{getattr(node, "module", "")}.{alias.name}'.strip('.')
+        file = ROOT / name.replace('.', '/')
+        file = (
+          file / '__init__.py' if file.is_dir() else file.with_suffix('.py')
+        )
+        if file.is_file():
+          modules[alias.asname or alias.name] = file
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      others.add(node.id)
+    elif isinstance(node, ast.arg):
+      others.add(node.arg)
+  return [
+    f'{path.name}:{node.lineno} {node.value.id}.{node.attr}'
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute)
+    and isinstance(node.value, ast.Name)
+    and node.value.id in modules.keys() - others
+    and node.attr not in names_of(modules[node.value.id])
+  ]
+
+
+def test_what_is_asked_of_a_module_is_there(tmp_path):
+  for package in ('effllm_jax', 'experiments', 'kernels', 'tests'):
+    for path in (ROOT / package).rglob('*.py'):
+      assert missing(path) == []
+  wrong = tmp_path / 'wrong.py'
+  wrong.write_text(
+    'def main():\n'
+    '  from effllm_jax import workdir as workdir_lib\n'
+    '  workdir_lib.claim()\n'
+    '  workdir_lib.claimed()\n'
+  )
+  assert missing(wrong) == ['wrong.py:3 workdir_lib.claim']
 
 
 def says_its_encoding(call: ast.Call) -> bool:
