@@ -88,6 +88,9 @@ def manifest(data_dir: str | os.PathLike) -> dict:
   """What a built dataset holds and where it comes from.
 
   `digest` names its exact content; two builds of the same text share it.
+
+  Raises:
+    errors.InputError: there is no dataset, or its manifest cannot be read.
   """
   folder = pathlib.Path(data_dir)
   if not is_built(folder):

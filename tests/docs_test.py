@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from effllm_jax import inspection
 from effllm_jax import selection
 from effllm_jax import small_run
 from effllm_jax import sources
@@ -46,20 +45,22 @@ def test_the_run_of_the_readme(tmp_path, monkeypatch):
     code = code.replace(before, after)
   exec(code, found)
   assert found['made'].params <= 18e3
-  assert found['model'].cfg.num_params() < small_run.CFG.num_params()
+  assert found['pruned'].cfg.num_params() < small_run.CFG.num_params()
   assert (tmp_path / 'out' / 'b' / 'README.md').is_file()
 
 
-def test_the_parts_of_the_readme(monkeypatch):
-  source = inspection.small_model()
-  window_BT = np.arange(32, dtype=np.int32).reshape(2, 16)
+def test_the_parts_of_the_readme(tmp_path, monkeypatch):
+  small_run.write_inputs(tmp_path)
+  source = sources.load(tmp_path / 'model', tmp_path)
   monkeypatch.setattr(sources, 'load', lambda name, cache: source)
-  found = {'window_BT': window_BT}
+  found = {'text': 'It was a dark and stormy night.'}
   exec(_block('take_params'), found)
   masks, small = found['masks'], found['small']
   left = selection.live_params(masks, small)
   assert 0.7 < left / source.cfg.num_params() <= 0.8
-  assert found['logits_BTV'].shape == (2, 16, 256)
+  tokens = found['window_BT'].shape
+  assert tokens[0] == 1 < tokens[1]
+  assert found['logits_BTV'].shape == (*tokens, small.V)
   structure.check_shapes(found['params'], small)
 
 
