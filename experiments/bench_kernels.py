@@ -180,13 +180,15 @@ def _names() -> list[str]:
 
   here = jax.default_backend()
   runs = kernels.runnable()
-  if _DTYPE.value == 'float32':
+  # It takes bfloat16, and multiples of 64.
+  if _DTYPE.value == 'float32' or _TOKENS.value % 64:
     runs = [x for x in runs if x != 'pallas_hopper']
   for name in _IMPLEMENTATIONS.value:
     if name not in runs:
       raise errors.InputError(
-        f'{name!r} does not run on this {here} in {_DTYPE.value}; set '
-        f'--implementations to some of {", ".join(runs)}'
+        f'{name!r} does not run on this {here} in {_DTYPE.value} on '
+        f'{_TOKENS.value} tokens; set --implementations to some of '
+        f'{", ".join(runs)}'
       )
   return _IMPLEMENTATIONS.value or runs
 

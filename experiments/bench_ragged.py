@@ -57,7 +57,12 @@ def main(argv: list[str]) -> None:
         f'--implementations names {name!r}, which does not run on this '
         f'{jax.default_backend()}; those that do are {", ".join(runs)}'
       )
-  bench = bench_setup.make(cli.config(_CONFIG))
+  config = cli.config(_CONFIG)
+  bench = bench_setup.make(config)
+  for name in _IMPLEMENTATIONS.value:
+    # What it cannot take of dtype, tokens and widths is refused here.
+    config.model.kernels = name
+    bench_setup.make(config)
   cfg, plan = bench.cfg, bench.plan
   # A step donates its state, the masks in it too.
   states = {cfg: bench.fresh(cfg)}
