@@ -24,14 +24,14 @@ PYTHON_CUDA ?= python3.13
 quickstart test: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.ready
 	$(PY) -m experiments.main --workdir=$(RUN) --config=$(CONFIG)
-	@if [ -e $(OUT)/config.json ]; then \
+	@if [ -e $(OUT)/pruning.json ]; then \
 	  echo "kept:   $(OUT), which was exported before; delete it for another"; \
 	else \
 	  $(PY) -m experiments.export --workdir=$(RUN) --out=$(OUT) \
 	    --formats=$(FORMATS); \
 	fi
 	$(PY) -m experiments.report --workdir=$(RUN)
-	@echo "model:  $(OUT)  (opens in transformers; *.gguf in llama.cpp)"
+	@echo "model:  $(OUT)  (its README.md says what opens it)"
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -n $(JOBS) --dist loadfile

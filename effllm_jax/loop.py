@@ -123,7 +123,13 @@ class Loop:
     self.extents = self._extents()
 
   def train(self, profiled: range = range(0)) -> None:
-    """Runs every step that is left, then waits for the last checkpoint."""
+    """Runs every step that is left, then waits for the last checkpoint.
+
+    Raises:
+      errors.InputError: too many steps in a row were skipped.
+      interrupts.Stopped: a signal asked for it; also after the last step, as
+        more may come after this run.
+    """
     plan, first = self.plan, self.first_step
     quiet = jax.process_index() > 0
     with console.Progress(plan.steps, first, quiet) as progress:
@@ -155,6 +161,8 @@ class Loop:
         for step in range(first + 1, plan.steps + 1):
           with profile.step(step, lambda: self.state):
             self._one_step(step)
+      if self.requests.signum is not None:
+        raise interrupts.Stopped(self.requests.signum, plan.steps)
 
   def _one_step(self, step: int) -> None:
     """Everything that is due at a step, in this order."""

@@ -249,8 +249,8 @@ def _use_blocks(
       f'it has no row for {name}, {cfg.D} x {cfg.F} in {dtype}, {tokens:,} '
       'tokens of a micro-batch on one device, and '
       f'{jax.devices()[0].device_kind}; make them with '
-      f'experiments.bench_kernels --tokens={tokens} --dtype={dtype} '
-      f'--tune={path}'
+      f'experiments.bench_kernels --model={cfg.D}x{cfg.F} --tokens={tokens} '
+      f'--dtype={dtype} --tune={path}'
     )
   else:
     return

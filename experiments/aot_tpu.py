@@ -38,6 +38,8 @@ LAYERS = {
 # No chip is asked for, so none need be found; others may compile meanwhile.
 ENVIRONMENT = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  # What is compiled for a machine that is not here cannot be read back.
+  'JAX_ENABLE_COMPILATION_CACHE': 'false',
   'JAX_PLATFORMS': 'cpu',
   'TF_CPP_MIN_LOG_LEVEL': '3',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-4',

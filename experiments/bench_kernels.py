@@ -21,14 +21,18 @@ of mesh.data x mesh.fsdp. Those of `bucket` are for its products alone, as they
 are timed here: in a model it cuts whole blocks.
 """
 
+import re
+
 from absl import flags
 
 from effllm_jax import errors
 from experiments import cli
 
-_MODEL = flags.DEFINE_enum(
-  'model', '135m', ['135m', '1.7b'], 'Whose layer: SmolLM2-135M or -1.7B.'
-)
+_MODEL = flags.DEFINE_string(
+  'model', '135m',
+  'Whose layer: 135m or 1.7b, of SmolLM2, or its stem and feed-forward width, '
+  'as in 960x2560.',
+)  # fmt: skip
 _TOKENS = flags.DEFINE_integer(
   'tokens', 512, 'Tokens of a micro-batch on one device.', lower_bound=1
 )
@@ -67,9 +71,8 @@ def main(argv: list[str]) -> None:
   from kernels import autotune
   from kernels import forms
 
-  names, live = _names(), _shares()
+  names, live, (d, f) = _names(), _shares(), _shape()
   dtype = jnp.dtype(_DTYPE.value)
-  d, f = SHAPES[_MODEL.value]
   cases = _cases(d, f, _TOKENS.value)
   if _TUNE.value:
     try:
@@ -171,6 +174,19 @@ def _cases(d: int, f: int, tokens: int) -> list[tuple]:
       size = {'m': m, 'n': n, 'k': k}
       found.append((form, layer + gradient, size, masked[form]))
   return found
+
+
+def _shape() -> tuple[int, int]:
+  """Stem and feed-forward width."""
+  if _MODEL.value in SHAPES:
+    return SHAPES[_MODEL.value]
+  found = re.fullmatch(r'([1-9]\d{0,5})x([1-9]\d{0,5})', _MODEL.value)
+  if not found:
+    raise errors.InputError(
+      f'--model={_MODEL.value} is none of {", ".join(SHAPES)} and no stem and '
+      'feed-forward width; set it as in --model=960x2560'
+    )
+  return int(found[1]), int(found[2])
 
 
 def _names() -> list[str]:

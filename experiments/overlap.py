@@ -3,7 +3,9 @@ r"""Which groups runs have in common, beside what chance would give.
     python -m experiments.overlap --workdirs=runs/a,runs/b,runs/c \
       [--event=3] [--out=overlap.json]
 
-The runs must have started from one source, or from events of a run from it.
+The runs must have started from one source, or from events of a run from it. A
+folder that has a comma in its name, as of a sweep, stands in double quotes, as
+in --workdirs='"runs/sweep/a=1,b=2",runs/c'.
 Compared is every pair, as far as its record goes or, with --event, right after
 that shrink of each: does another seed, saliency or schedule find the same
 structure? The measures are defined in effllm_jax/overlap.py.

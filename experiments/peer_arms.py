@@ -176,9 +176,13 @@ class Bench:
       recipe = OTHERS[name]
       width = recipe and self.width(recipe)
       work, more = torch_peers.run, (self.task, recipe, width, threads)
+    resumed = name in OURS and (self.workdir / name / 'metrics.jsonl').exists()
     start = time.perf_counter()
     found = _alone(work, *more)
     total = time.perf_counter() - start
+    if resumed:
+      # What the process before took is not on record.
+      total = found['peak_bytes'] = None
     if name in OTHERS:
       found = self._row(found)
     tokens = self.plan.tokens(self.plan.steps)
@@ -309,6 +313,11 @@ def _alone(work: Callable, *arguments) -> Any:
   with futures.ProcessPoolExecutor(1, context) as pool:
     try:
       return pool.submit(_while_wanted, work, *arguments).result()
+    except KeyboardInterrupt:
+      # The pool waits for it. A run of ours saves first.
+      for child in multiprocessing.active_children():
+        child.terminate()
+      raise
     except futures.process.BrokenProcessPool as e:
       raise errors.InputError(
         'the process of an arm has ended without a word, as the system does to '
@@ -318,7 +327,11 @@ def _alone(work: Callable, *arguments) -> Any:
 
 
 def _while_wanted(work: Callable, *arguments) -> Any:
-  """Calls a function, and ends with the process that wants the answer."""
+  """Calls a function, and ends with the process that wants the answer.
+
+  A terminal's Ctrl-C does not reach it: that process hands it on, once.
+  """
+  os.setsid()
 
   def watch():
     multiprocessing.parent_process().join()

@@ -28,7 +28,8 @@ these passes are counted in the seconds, not in the tokens.
 
 Arms run one after another, each in a process of its own; a finished one has its
 row in `results.jsonl` and is not run again. One of ours that was stopped goes
-on, one of the others starts again.
+on (memory and the time in all are then left out), one of the others starts
+again.
 """
 
 import pathlib
@@ -76,7 +77,7 @@ def _print(rows) -> None:
   )  # fmt: skip
   for row in rows:
     bits = row['bits_per_byte']
-    peak = row['peak_bytes']
+    peak, total = row['peak_bytes'], row['total_seconds']
     table.add_row(
       row['arm'],
       f'{row["params"]:,}',
@@ -88,7 +89,7 @@ def _print(rows) -> None:
       *(f'{row["domains"][d]:.4f}' for d in domains),
       f'{row["tokens_per_second"]:.0f}',
       f'{row["seconds"]:.0f}',
-      f'{row["total_seconds"]:.0f}',
+      '' if total is None else f'{total:.0f}',
       '' if peak is None else f'{peak / 1e9:.2f}',
     )
   cli.tables().print(table)

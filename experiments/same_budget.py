@@ -84,6 +84,9 @@ def run(
   workdir = pathlib.Path(workdir)
   # Before a folder is made, or a source, which takes minutes. Another one
   # that is at work can only add rows.
+  if choice.tasks:
+    # Needs lm-eval, which no other part of a comparison does.
+    from effllm_jax import harness
   choices.check_order(comparison.read(workdir / name / _RESULTS), choice)
   if study.pretrained:
     # Of `ours_a`, and so of the shape made by hand.
@@ -101,9 +104,6 @@ def run(
         source = pretraining.make(study.pretrained, workdir, cache)
     ask = None
     if choice.tasks:
-      # Needs lm-eval, which no other part of a comparison does.
-      from effllm_jax import harness
-
       manager = stack.enter_context(harness.prepared(choice.tasks, cache))
       ask = functools.partial(_ask, manager, choice)
     runner = Runner(study, workdir / name, cache, source, ask)

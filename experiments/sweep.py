@@ -6,7 +6,8 @@ r"""Runs every variant that a config's `sweep()` yields; prints one table.
 `sweep()` yields dicts of overrides, as in `{'optimizer.peak': 1e-3}`; an empty
 one is the config as it is. Each variant has its own folder below --workdir and
 resumes there, so a sweep can be stopped, continued and extended. Several calls
-at once, on a core or a GPU each, share the variants.
+at once, on a core or a GPU each, share the variants. One that fails, as at a
+learning rate at which it diverges, does not keep the others from running.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import workdir
   from experiments import choices
 
-  root, done = pathlib.Path(_WORKDIR.value), set()
+  root, done, failed = pathlib.Path(_WORKDIR.value), set(), {}
 
   def attempt(variant):
     name, folder, config = variant
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
       train.run(config, folder, cli.CACHE.value)
     except atomic.HeldError:
       return folder / workdir.LOCK
+    except errors.InputError as e:
+      failed[name] = e
     done.add(name)
     return None
 
@@ -66,6 +69,8 @@ def main(argv: list[str]) -> None:
   atomic.share(variants, attempt)
   table = rich.table.Table('variant', 'parameters', 'bits per byte', 'seconds')
   for name, folder, _ in variants:
+    if name in failed:
+      continue
     run = runlog.read(folder)
     source, final = run.last_eval('source'), run.last_eval('final')
     table.add_row(
@@ -74,7 +79,12 @@ def main(argv: list[str]) -> None:
       f'{source["bits_per_byte"]:.4f} -> {final["bits_per_byte"]:.4f}',
       f'{run.step_seconds:.0f}',
     )
-  cli.tables().print(table)
+  if table.rows:
+    cli.tables().print(table)
+  if failed:
+    raise errors.InputError(
+      '; '.join(f'variant {name}: {e}' for name, e in failed.items())
+    )
 
 
 def _folder_name(name: str) -> str:

@@ -6,6 +6,8 @@ import pytest
 
 from effllm_jax import errors
 from experiments import bench_products
+from tests import conftest
+from tests import runs
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -20,6 +22,21 @@ def test_a_wrong_product_is_one_line(dtype):
   for wrong in (jnp.nan, want[7, 9] + 0.1):
     with pytest.raises(errors.InputError, match=r'^it differs .* 1 of 6,144'):
       compare(right.at[7, 9].set(wrong))
+
+
+@pytest.mark.parametrize('model', ['3b', '960x', '0x64', '64x64x64'])
+def test_a_layer_of_no_shape_is_one_line(model):
+  done = conftest.command('bench_kernels', f'--model={model}')
+  runs.refused(done, f'--model={model} is none of 135m, 1.7b')
+
+
+def test_the_command_times_a_layer_of_any_shape():
+  done = conftest.command(
+    'bench_kernels', '--model=16x48', '--tokens=8', '--live=1,0.01',
+    '--repeats=1', '--implementations=xla',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert '8 48 16' in done.stdout and '16 48 8' in done.stdout
 
 
 @pytest.mark.parametrize('letters', ['mk', 'km'])

@@ -9,6 +9,9 @@ import threading
 import pytest
 
 from effllm_jax import interrupts
+from effllm_jax import loop
+from effllm_jax import small_run
+from effllm_jax import train
 from tests import conftest
 
 
@@ -43,6 +46,29 @@ def test_another_thread_leaves_the_handlers_alone():
   thread.start()
   thread.join()
   assert found == [(before, None)]
+
+
+def test_a_stop_in_the_last_step_is_not_lost(tmp_path, monkeypatch):
+  """A sweep would go on with the next variant."""
+  small_run.write_inputs(tmp_path)
+  config = small_run.config(tmp_path / 'model', tmp_path / 'text')
+  config.prune.policy, config.train.tokens = 'none', 2 * 64
+  config.optimizer.warmup_tokens = config.optimizer.decay_tokens = 64
+  evaluate, last = loop.Loop._evaluate, []
+
+  def stopped(self, step, phase):
+    evaluate(self, step, phase)
+    if phase == 'final':
+      os.kill(os.getpid(), signal.SIGINT)
+      last.append(step)
+
+  monkeypatch.setattr(loop.Loop, '_evaluate', stopped)
+  run = lambda: train.run(config, tmp_path / 'run', tmp_path / 'cache')
+  with pytest.raises(interrupts.Stopped, match='after step 2;'):
+    run()
+  # It had finished, and is not asked again.
+  run()
+  assert last == [2]
 
 
 def test_a_stop_travels_to_another_process():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_the_table_is_a_budget(folder, tmp_path):
   machine = record['machine']
   assert (machine['tokens'], machine['batch']) == (32, 1)
   assert machine['device'] and machine['cpus'] and machine['jax']
+  assert machine['dtype'] == 'float32'
   widths = [(s['heads'], s['ffn'], s['stem']) for s in record['shapes']]
   assert widths[0] == (cfg.K, cfg.F, cfg.D)
   assert len(set(widths)) == len(widths) == 9
@@ -63,6 +65,9 @@ def test_the_time_of_a_token_in_llama_cpp(tmp_path):
   record = json.loads(out.read_text())
   machine = record['machine']
   assert (machine['format'], machine['decode']) == ('gguf-q8_0', True)
+  # The types of a file are its format's, and it runs on the processor.
+  assert 'dtype' not in machine
+  assert machine['device'] == platform.machine()
   assert len(record['shapes']) == 9
   assert all(s['ms'] > 0 for s in record['shapes'])
   assert {p.name for p in tmp_path.iterdir()} == {'toy.gguf', 'latency.json'}
@@ -80,7 +85,9 @@ def test_a_pruned_source_in_llama_cpp(tmp_path):
     sources.load(gguf, tmp_path, params=False), tmp_path / 'saved'
   )
   export_test.write_checkpoint(
-    tmp_path / 'run', saved, lambda m: m.replace(ffn=m.ffn.at[0, 64:].set(0))
+    tmp_path / 'run',
+    saved,
+    lambda m: m.replace(ffn=m.ffn.at[0, 64:].set(False)),
   )
   (source,) = (tmp_path / 'run' / 'checkpoints').iterdir()
   out = tmp_path / 'latency.json'

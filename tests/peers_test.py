@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 import types
 
@@ -270,9 +272,25 @@ def test_an_arm_has_a_process_of_its_own():
     peer_arms._alone(os._exit, 1)
 
 
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_an_arm_ends_with_a_signal_to_its_command(signum):
+  work = "print('ready', flush=True); import time; time.sleep(300)"
+  code = (
+    'from effllm_jax import interrupts; from experiments import peer_arms; '
+    f'interrupts.unwind_on_sigterm(); peer_arms._alone(exec, {work!r})'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', code],
+    cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+  ) as process:  # fmt: skip
+    assert process.stdout.readline() == b'ready\n'
+    process.send_signal(signum)
+    assert process.wait(timeout=60) != 0
+
+
 def test_our_own_arm_is_a_run(bench, monkeypatch):
   alone(monkeypatch)
-  row = bench(
+  bench = bench(
     **{
       'train.tokens': 6 * 64,
       'train.log_every': 2,
@@ -281,12 +299,17 @@ def test_our_own_arm_is_a_run(bench, monkeypatch):
       'prune.end_tokens': 4 * 64,
       'shrink.threshold': 0.9,
     }
-  ).run('ours')
+  )
+  row = bench.run('ours')
   assert row['params'] <= 22_000
   assert row['step'] == 6 and len(row['losses']) == 3
   assert row['tokens'] == 6 * 64
   assert row['seconds'] < row['total_seconds']
   assert [*row['bits_per_byte']] == ['source', 'pruned', 'final']
+  # What a process before took is not known; the run is the same.
+  again = bench.run('ours')
+  assert again['total_seconds'] is again['peak_bytes'] is None
+  assert again['losses'] == row['losses']
 
 
 def test_the_command_prints_every_arm(root, tmp_path):

@@ -74,6 +74,27 @@ def test_every_variant_runs_in_a_folder_of_its_own(tmp_path):
   assert all('...' in x.name for x in longer)
 
 
+def test_a_variant_that_diverges_keeps_no_other_from_running(tmp_path):
+  model = conftest.write_model_folder(tmp_path / 'model')
+  text = conftest.write_text_folder(tmp_path / 'text')
+  config = tmp_path / 'swept.py'
+  code = CONFIG.format(model=str(model), text=str(text), long={})
+  code = code.partition('def sweep')[0]
+  config.write_text(
+    f'{code}def sweep():\n'
+    "  yield {'optimizer.peak': 1e30, 'train.max_skipped': 1}\n"
+    "  yield {'optimizer.peak': 1e-3}\n"
+  )
+  done = conftest.command(
+    'sweep', f'--config={config}', f'--workdir={tmp_path / "sweep"}',
+    f'--cache={tmp_path / "cache"}',
+  )  # fmt: skip
+  name = 'variant optimizer.peak=1e+30,train.max_skipped=1: '
+  runs.refused(done, f'{name}1 steps in a row were skipped')
+  (row,) = [x for x in done.stdout.splitlines() if '->' in x]
+  assert row.split()[1] == 'optimizer.peak=0.001'
+
+
 def test_a_config_that_fails_is_refused_in_one_line(tmp_path):
   config = tmp_path / 'swept.py'
   config.write_text(

@@ -394,6 +394,8 @@ def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
     assert said('xla_loop', 32) == ''
     none = 'no row for xla_loop, 48 x 64 in float32, 64 tokens'
     assert none in said('xla_loop', 64)
+    made = '--model=48x64 --tokens=64 --dtype=float32 --tune='
+    assert made in said('xla_loop', 64)
     assert 'xla_loop, 48 x 64 in bfloat16' in said('xla_loop', 32, 'bfloat16')
     assert 'xla_loop, 48 x 96 in float32' in said('xla_loop', 32, F=96)
     assert 'bucket has no blocks in a model' in said('bucket', 32)
