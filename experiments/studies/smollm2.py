@@ -25,7 +25,6 @@ def get_study() -> arms.Study:
   config.prune.every = 4
   config.prune.end_tokens = 20_480
   config.repair.batches = 8
-  # As most figures were measured; what nearly all layers choose, too.
-  config.repair.damping = 1.0
+  config.repair.damping = 0.0  # chosen
   config.checkpoint.keep = 1
   return arms.Study(config, arms.ARMS, arms.sensitivity(config))
