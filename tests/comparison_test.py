@@ -172,3 +172,14 @@ def test_flops_that_are_no_longer_equal_are_left_out(tmp_path):
   again = row('dense', 0, 1.5, 'flops', flops=costly)
   comparison.write(tmp_path / 'results.jsonl', [*rows, again])
   assert comparison.publish(tmp_path, 'ours_a')[3].rows[0][0] == 'dense'
+
+
+def test_flops_are_unequal_above_and_below():
+  spent = lambda x: dict(
+    zip(accounting.PURPOSES, (x - 1e12, 1e12, 0, 0), strict=True)
+  )
+  more = [
+    row('dense', seed, 1.5, 'flops', flops=spent(x))
+    for seed, x in enumerate((10.3e12, 9.7e12, 9.9e12))
+  ]
+  assert [x.seed for x in comparison.unequal([*ROWS, *more])] == [0, 1]

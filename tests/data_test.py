@@ -347,7 +347,7 @@ class Stuck(grain.DatasetIterator):
 def test_a_lock_that_a_lost_worker_held_hangs_nothing(monkeypatch):
   monkeypatch.setattr(data, '_CLOSING_SECONDS', 0.1)
   iterator = data.TrainIterator(
-    Stuck(), {}, timeout=0.1, recent=1, new_tokens=1
+    Stuck(), {}, timeout=0.1, recent=1, new_tokens=1, unread=[]
   )
   start = time.monotonic()
   with pytest.raises(errors.InputError, match=r'gave no batch in 0\.1 s'):

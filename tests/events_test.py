@@ -52,3 +52,11 @@ def test_lineage_refuses_gaps():
     events.lineage([first, dataclasses.replace(second, before=first.before)])
   with pytest.raises(ValueError, match='no shrink events'):
     events.lineage([])
+
+
+@pytest.mark.parametrize('name', ['index', 'step', 'tokens'])
+def test_numbers_of_an_event_are_counts(name):
+  record = make_events()[0].to_json()
+  for value in (-1, 1.0, '1', True):
+    with pytest.raises(ValueError, match=name):
+      events.ShrinkEvent.from_json(record | {name: value})

@@ -17,7 +17,8 @@ from effllm_jax import heldout as heldout_lib
 from effllm_jax import tokenizing
 from tests import conftest
 
-SEPARATOR = 0
+# Not 0, which would also be what nobody has set.
+SEPARATOR = 7
 _SMALL = conftest.byte_bpe(
   ['hello world, hello there, the end of the world é ü 日本'], 300
 )

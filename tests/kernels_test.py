@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import attention as attention_lib
+from kernels import bucket
 from kernels import dispatch
+from kernels import swiglu as swiglu_lib
 from kernels import xla
 from tests import conftest
 
@@ -605,3 +608,49 @@ def test_bad_arguments_of_whole_blocks(name):
     swiglu(x[..., 1:], w_gate, w_up, w_down, keep, name)
   with pytest.raises(ValueError, match=r'keep is int32\[3\]; it takes bool'):
     attention(*LLAMA, np.ones(K, np.int32), implementation=name)
+
+
+def test_the_narrowest_bucket_that_holds_an_extent_is_taken():
+  chosen = [int(bucket.choose([0, 16, 32, 40], e)) for e in (0, 1, 16, 17, 40)]
+  assert chosen == [0, 1, 1, 2, 3]
+
+
+def test_many_heads_have_a_dozen_branches(monkeypatch):
+  seen = set()
+  attend = jax.nn.dot_product_attention
+
+  def recorded(q, k, v, **kwargs):
+    seen.add(k.shape[-2])
+    return attend(q, k, v, **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', recorded)
+  shapes = (1, 4, 8), (8, 30, 1, 4), (8, 30, 4), (8, 30, 4), (30, 1, 4, 8)
+  arrays = [jnp.ones(shape) for shape in shapes]
+  run = functools.partial(kernels.masked_attention, implementation='bucket')
+  jax.eval_shape(run, *arrays, jnp.ones(30, bool), jnp.ones((2, 4, 2)))
+  # One for the shape of nothing, too.
+  assert seen == {1, *range(3, 31, 3)}
+
+
+@pytest.mark.parametrize('name', ['xla', 'xla_loop', 'bucket'])
+def test_a_mask_of_groups_is_that_of_their_channels(name):
+  arrays = [jnp.asarray(x, jnp.float32) for x in OPS['swiglu'][1]]
+  loss = lambda arrays, keep: jnp.square(swiglu(*arrays, keep, name)).sum()
+  run = jax.jit(jax.value_and_grad(loss))
+  for live in (np.arange(F // 12) < 2, np.arange(F // 12) == 1):
+    few, many = run(arrays, live), run(arrays, live.repeat(12))
+    conftest.check_close(few, many, 1e-4, 1e-5)
+
+
+def test_silu_and_norm_of_bfloat16_are_rounded_once():
+  gate, up = (jnp.asarray(4 * draw(64, 64, seed=s), 'bfloat16') for s in (0, 1))
+  found = jax.jit(swiglu_lib._activation)(gate, up, np.ones(64, bool))
+  assert {x.dtype for x in found} == {jnp.dtype('float32')}
+  g, u = (np.asarray(x, np.float64) for x in (gate, up))
+  np.testing.assert_allclose(found[0], g / (1 + np.exp(-g)) * u, 1e-5, 1e-6)
+  x, scale = jnp.asarray(draw(2, 3, 2, 64), 'bfloat16'), jnp.ones(64)
+  got = jax.jit(attention_lib._rms_norm, static_argnums=2)(x, scale, 1e-6)
+  z = np.asarray(x, np.float64)
+  want = z / np.sqrt(np.square(z).mean(-1, keepdims=True) + 1e-6)
+  off = np.asarray(got) != want.astype(np.float32).astype(jnp.bfloat16)
+  assert off.mean() < 0.02

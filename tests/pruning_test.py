@@ -10,10 +10,12 @@ import pytest
 
 from effllm_jax import budgets
 from effllm_jax import model
+from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
 from effllm_jax import selection
 from effllm_jax import sharding
+from effllm_jax import shrink
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
@@ -332,3 +334,71 @@ def test_of_what_a_source_does_not_have_nothing_is_pruned():
   before = {'heads': 0.0, 'ffn': 2.0 * CFG.F, 'stem': float(CFG.D)}
   row = pruning.sizes(prune, CFG, plan('ragged'), 1, before)
   assert row['pruned'] == {'heads': 0.0, 'ffn': 0.5, 'stem': 0.0}
+
+
+def test_a_trial_takes_one_group_at_least():
+  """Also where a prune is already at its size, or below it."""
+  for share in (1.0, 1.2):
+    _, found, _ = calibrate(conftest.make_scores(CFG), share=share)
+    # One of every layer.
+    groups = [found[t]['groups'] for t in structure.TYPES]
+    assert groups == [CFG.N, CFG.N, 1]
+
+
+def test_rates_are_finite_and_go_on_after_a_resume():
+  change = lambda broken, score: {'groups': 1, 'change': broken, 'score': score}
+  rates = pruning.Exchange(0.5)
+  rates.add(
+    {
+      'heads': change(None, 1e-20),
+      'ffn': change(1.0, 2.0),
+      'stem': change(None, 0.0),
+    }
+  )
+  again = pruning.Exchange(0.5, rates.record)
+  assert again.record == rates.record
+  scores = conftest.make_scores(CFG)
+  scores = scores.replace(
+    heads=scores.heads.at[:, 0].set(0.0), stem=1e9 * scores.stem
+  )
+  found = again.scaled(whole(scores)).scores
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+  assert np.asarray(found.heads).min() >= 1e20
+
+
+def shrunken(monkeypatch, before, after):
+  """A shrink whose two losses are said to be these; what it asked them in."""
+  tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
+  state = state_lib.fresh_state(conftest.make_params(CFG), CFG, tx)
+  masks = conftest.make_masks(CFG)
+  state = state.replace(prune=state.prune.replace(masks=masks))
+  small = shrink.shrunk_config(masks, CFG, structure.Groups(1, 1, 1))
+  losses, precisions = iter((before, after)), []
+
+  def loss(*_, **__):
+    precisions.append(jax.config.jax_default_matmul_precision)
+    return next(losses)
+
+  monkeypatch.setattr(steps, 'batch_loss', loss)
+  tokens = conftest.make_tokens(CFG)
+  made = pruning.shrink(state, tokens, CFG, small, plan('uniform'), tx, 0)
+  return made, precisions
+
+
+@pytest.mark.parametrize('after', [2.001, 1.999, float('nan')])
+def test_a_shrink_that_changes_the_loss_ends_the_run(monkeypatch, after):
+  with pytest.raises(RuntimeError, match='shrink 0 changed the loss'):
+    shrunken(monkeypatch, 2.0, after)
+
+
+def test_a_shrink_may_round_the_loss(monkeypatch):
+  (_, event, *_), precisions = shrunken(monkeypatch, 2.0, 2.0001)
+  assert event.loss_after == 2.0001
+  # A tensor core would round more than that.
+  assert precisions == ['highest'] * 2
+
+
+def test_the_last_prune_of_nothing_is_no_shrink():
+  made = plan('uniform')
+  last = next(s for s in range(1, made.steps + 1) if made.last_prune(s))
+  assert pruning.shrunk(structure.all_alive(CFG), CFG, made, last) is None

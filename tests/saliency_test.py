@@ -283,3 +283,15 @@ def test_average_equals_the_weighted_mean(cfg):
 def test_average_without_decay_keeps_the_last_score(cfg):
   old, new = conftest.make_scores(cfg, 0), conftest.make_scores(cfg, 1)
   conftest.check_close(saliency.average(old, new, jnp.int32(7), 0.0), new)
+
+
+def test_random_scores_of_two_types_are_not_the_same_draw(cfg):
+  masks = structure.all_alive(cfg)
+  shapes = structure.shapes(cfg)
+  scores = saliency.random(jax.random.key(0), shapes, masks)
+  size = members(cfg, masks)
+  drawn = [np.ravel(getattr(scores, t)) / size[t] for t in structure.TYPES]
+  for i, first in enumerate(drawn):
+    for other in drawn[:i]:
+      n = min(len(first), len(other))
+      assert not np.isclose(first[:n], other[:n]).any()

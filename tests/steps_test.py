@@ -734,3 +734,46 @@ def test_a_step_that_is_not_finite_changes_nothing(tx, cause, score):
     never, _ = step(never, batch)
   same = lambda s: bits((s.params, s.opt_state, s.prune))
   assert same(after) == same(never)
+
+
+def test_what_a_step_gets_is_not_kept_beside_what_it_gives(tx):
+  state = make_state(CFG, tx)
+  step(state, one_batch(CFG), CFG, tx)
+  given = jax.tree.leaves((state.params, state.opt_state))
+  assert all(x.is_deleted() for x in given)
+  params = conftest.copied(conftest.make_params(CFG))
+  steps.repair_step(
+    params, structure.all_alive(CFG), conftest.make_masks(CFG),
+    micro_batches(CFG), cfg=CFG, damping=DAMPING,
+  )  # fmt: skip
+  assert all(x.is_deleted() for x in jax.tree.leaves(params))
+
+
+def test_the_newest_quarter_chooses_the_damping_of_an_output_matrix():
+  """Of eight micro-batches two choose; then all of them fit it."""
+  cfg = conftest.make_config(**conftest.CONFIGS['gqa-untied-3-biases-norms'])
+  params, masks = conftest.make_params(cfg), structure.all_alive(cfg)
+  new = conftest.make_masks(cfg, 9)
+  tokens = conftest.make_tokens(cfg, 8, seed=2)
+  got, fits = steps.repair_step(
+    conftest.copied(params), masks, new, tokens.reshape(8, 1, -1),
+    cfg=cfg, damping=0.0,
+  )  # fmt: skip
+  _, taps = conftest.forward(params, masks, tokens[:, :-1], cfg=cfg, taps=True)
+  x, w = (np.asarray(a, np.float64) for a in (taps.final, params.unembed))
+  keep = np.asarray(new.stem)
+  older, newest, both = (a.reshape(-1, cfg.D) for a in (x[:6], x[6:], x))
+
+  def error(damping):
+    change = conftest.refitted(w, older, keep, damping) - w
+    return np.square(newest @ change).sum()
+
+  chosen = min(repair.CANDIDATES, key=error)
+  fit = fits['final']
+  assert float(fit['damping'][0]) == pytest.approx(chosen)
+  want = conftest.refitted(w, both, keep, chosen)
+  np.testing.assert_allclose(got.unembed, want, rtol=5e-3, atol=5e-4)
+  lost = lambda m: np.square(both @ (m - w)).sum(-1).mean()
+  assert float(fit['error_with']) == pytest.approx(lost(want), rel=1e-2)
+  masked = np.where(keep[:, None], w, 0)
+  assert float(fit['error_without']) == pytest.approx(lost(masked), rel=1e-3)
