@@ -4,7 +4,6 @@ import collections
 from collections.abc import Iterator
 import contextlib
 import functools
-import gc
 import importlib
 import importlib.metadata
 import inspect
@@ -97,12 +96,9 @@ def _forget_compiled():
 
   Linux gives a process 65,530 pieces of memory, a compiled function takes
   several of them, and XLA aborts, or fails to "materialize symbols", without.
-  What refused to be read may leave unfinished coroutines in a cycle: collected
-  in the middle of a test of another file, pytest keeps what its frames hold.
   """
   yield
   jax.clear_caches()
-  gc.collect()
 
 
 @pytest.fixture(scope='module', name='place')
