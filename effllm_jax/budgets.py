@@ -230,8 +230,8 @@ def milliseconds(cfg: structure.ModelConfig, table: str | os.PathLike) -> Cost:
 
   Raises:
     errors.InputError: no such file, not such a table, measured on another
-      architecture, of too few different shapes to fit, or of times whose femto-
-      seconds do not fit into 64 bits.
+      architecture, of too few different shapes to fit, or of times too long to
+      be counted in 64 bits.
   """
   path = pathlib.Path(table).expanduser()
   remedy = (

@@ -144,9 +144,8 @@ class Loop:
         self._say(advice.price(plan, self.cfg))
         tokens = plan.steps * plan.tokens_per_step
         self._say(advice.epochs(tokens, self.batches.new_tokens))
-        self._say(
-          advice.unread(self.batches.unread, self.config['data']['seq_len'])
-        )
+        short = self.batches.unread
+        self._say(advice.unread(short, self.config.data.seq_len))
         before = sources.trained_by(self.config.source)
         self._say(advice.same_order(self.config, before))
         self._evaluate(0, 'source')
