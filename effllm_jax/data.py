@@ -44,6 +44,9 @@ class _Windows:
   Neighbours overlap by one token, the context of the first target: no token is
   a target twice in an epoch. A window is whole and of one file, so what is left
   at the end of a file, up to `seq_len` tokens, is never read.
+
+  Attributes:
+    counts: how many each file has.
   """
 
   def __init__(self, paths: Sequence[pathlib.Path], seq_len: int):
@@ -55,8 +58,8 @@ class _Windows:
     self._files = [
       np.load(path, mmap_mode='r', allow_pickle=False) for path in self._paths
     ]
-    counts = [max(len(f) - 1, 0) // self._seq_len for f in self._files]
-    self._ends = np.cumsum(counts)
+    self.counts = [max(len(f) - 1, 0) // self._seq_len for f in self._files]
+    self._ends = np.cumsum(self.counts)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -294,9 +297,8 @@ def train_iterator(
         f'{name} {value} is below {least}; set --config.{name}'
       )
   files = tokenizing.tokenize(data_dir, tokenizer, separator_id)
-  unread = [d for d, f in files.items() if not len(_Windows([f], seq_len))]
   groups = {d: [files[d]] for d in weights} or {'text': [*files.values()]}
-  streams, new_tokens = [], []
+  streams, new_tokens, unread = [], [], []
   for name, paths in groups.items():
     windows = _Windows(paths, seq_len)
     if not len(windows):
@@ -305,6 +307,8 @@ def train_iterator(
         f'{what} long enough for a window of {seq_len} tokens; add text, put '
         'more of it into one domain, or lower --config.data.seq_len'
       )
+    if not weights:
+      unread = [d for d, n in zip(files, windows.counts, strict=True) if not n]
     share = weights[name] / sum(weights.values()) if weights else 1
     new_tokens.append(int(len(windows) * seq_len / share))
     streams.append(
@@ -339,7 +343,7 @@ def train_iterator(
   }
   return TrainIterator(
     iter(batches), stream, timeout if workers else 0, recent, min(new_tokens),
-    [] if weights else unread,
+    unread,
   )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
 
-Array = jax.Array
+# Name and tokens of what was not repaired, in a table.
+MASKED = 'masked only', 0
 
 
 class Found(NamedTuple):
@@ -98,7 +99,9 @@ class Trials:
     )
     return [next(stream) for _ in range(count)]
 
-  def prune(self, batches: Sequence[np.ndarray], share: float):
+  def prune(
+    self, batches: Sequence[np.ndarray], share: float
+  ) -> structure.Groups:
     """Masks of one uniform prune, scored on batches, of a share of all."""
     target = int(self.cfg.num_params() * (1 - share))
     return selection.select(
@@ -164,9 +167,6 @@ class Trials:
       params, masks, self._heldout, self.cfg, self._recipe.compute,
       self._config.data.batch_size,
     )['nats_per_token']  # fmt: skip
-
-
-MASKED = 'masked only', 0
 
 
 def table(
