@@ -7,9 +7,10 @@ r"""Ours, from scratch, distilled, one-shot: all at the same budget.
 One trainer runs every arm of the study, on the same text with the same
 optimizer: first at equal training tokens, then once more as long as it takes to
 spend the FLOPs of the costliest arm, the pruning phase included. Run it again:
-what is finished is kept, what was interrupted goes on. Run it several times at
-once, on a core or a GPU each: they share the work. The tables are printed and,
-with two kinds of figures, kept in the workdir's folder of the study
+what is finished is kept, what was interrupted goes on. An arm that fails, as
+where it diverges, does not keep the others from running. Run it several times
+at once, on a core or a GPU each: they share the work. The tables are printed
+and, with two kinds of figures, kept in the workdir's folder of the study
 (summary.md), all of them made of its results.jsonl.
 
 `--arms=sensitivity` runs the study's variants of `ours_a` instead.

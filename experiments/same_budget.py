@@ -78,7 +78,8 @@ def run(
 
   Raises:
     errors.InputError: a choice that cannot be run, a target out of reach,
-      results of another config, model or text, or as `train.run`.
+      results of another config, model or text; after all others, what runs
+      failed with.
     RuntimeError: a run of equal FLOPs spent others.
   """
   workdir = pathlib.Path(workdir)
@@ -118,7 +119,13 @@ def run(
     if note := comparison.left_out([*runner.rows.values()]):
       runner.say(note, soft_wrap=True)
     with errors.writing(runner.folder), runner.results():
-      return comparison.publish(runner.folder, arms_lib.OURS)
+      made = comparison.publish(runner.folder, arms_lib.OURS)
+    if runner.failed:
+      failed = '; '.join(
+        f'{", ".join(map(str, key))}: {e}' for key, e in runner.failed.items()
+      )
+      raise errors.InputError(f'{failed}; the others are in {runner.folder}')
+    return made
 
 
 def _ask(manager, choice, model: weights.Source):
@@ -158,6 +165,8 @@ class Runner:
       folder.mkdir(parents=True, exist_ok=True)
       self.uniform = self._write_uniform()
     self.path = folder / _RESULTS
+    # What runs of this call failed with, by key.
+    self.failed: dict[tuple[str, str, int], errors.InputError] = {}
     self._began, self._done = time.monotonic(), 0
     self._read()
 
@@ -217,9 +226,15 @@ class Runner:
     dataset.check_same(workdir / runlog.TEXT, self.text, config.data.text)
 
   def run(self, choice: choices.Choice) -> None:
-    """All runs that have no row, those of other processes last."""
+    """All runs that have no row, those of other processes last.
+
+    One that fails, as where it diverges, keeps those from running that start
+    from it, and equal FLOPs, whose budget follows from all at equal tokens.
+    """
     self._tidy()
     for budget in choice.budgets:
+      if self.failed:
+        break
       atomic.share(
         itertools.product(choice.seeds, choice.arms),
         lambda run, budget=budget: self._attempt(choice, budget, *run),
@@ -234,7 +249,7 @@ class Runner:
     if key not in self._pending(choice):
       return None
     if arm.start == 'found' and ours not in self.rows:
-      return self._lock(ours)
+      return None if ours in self.failed else self._lock(ours)
     with contextlib.ExitStack() as stack:
       try:
         stack.enter_context(atomic.locked(self._lock(key), 'held'))
@@ -256,7 +271,11 @@ class Runner:
           else ''
         )
       )
-      self._one(budget, arm, seed)
+      try:
+        self._one(budget, arm, seed)
+      except errors.InputError as e:
+        self.failed[key] = e
+        self.say(f'failed: {e}')
       self._done += 1
     return None
 
@@ -280,7 +299,10 @@ class Runner:
       yield
 
   def _pending(self, choice: choices.Choice) -> set[tuple[str, str, int]]:
-    """Keys without a row, or with one of FLOPs that are no longer the most."""
+    """Keys without a row, or with one of FLOPs that are no longer the most.
+
+    Not those which failed.
+    """
     stale = {x.key for x in comparison.unequal([*self.rows.values()])}
     return {
       (budget, arm.name, seed)
@@ -289,7 +311,7 @@ class Runner:
       for seed in choice.seeds
       if (budget, arm.name, seed) not in self.rows
       or (budget, arm.name, seed) in stale
-    }
+    } - self.failed.keys()
 
   def _one(self, budget: str, arm: arms_lib.Arm, seed: int) -> None:
     config = self._config(arm, seed)

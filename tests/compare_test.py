@@ -206,6 +206,47 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
     runner.check(choose('scratch_found', seeds=(0,)))
 
 
+def test_an_arm_that_fails_keeps_no_other_from_running(
+  root, tmp_path, monkeypatch
+):
+  """But those that start from it, and equal FLOPs, which follow from all."""
+  ran = []
+
+  def one(runner, budget, arm, seed):
+    ran.append((budget, arm.name, seed))
+    if (arm.name, seed) == ('ours_a', 0):
+      raise errors.InputError('1 steps in a row were skipped')
+    runner._keep(
+      comparison_test.row(arm.name, seed, 2.0, budget, tokens=24 * 64)
+    )
+
+  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(same_budget.Runner, '_one', one)
+  choice = choose('ours_a', 'scratch_found', 'dense')
+  call = lambda: same_budget.run(
+    study_of(root), 'mini', tmp_path, root / 'cache', choice
+  )
+  named = '^tokens, ours_a, 0: 1 steps in a row were skipped; the others are'
+  with pytest.raises(errors.InputError, match=named):
+    call()
+  others = [
+    ('tokens', name, seed)
+    for seed, name in [
+      (0, 'dense'),
+      (1, 'ours_a'),
+      (1, 'scratch_found'),
+      (1, 'dense'),
+    ]
+  ]
+  assert sorted(ran) == sorted([('tokens', 'ours_a', 0), *others])
+  assert 'dense' in (tmp_path / 'mini' / 'summary.md').read_text()
+  # Called again, it is tried again, and it alone.
+  ran.clear()
+  with pytest.raises(errors.InputError, match=named):
+    call()
+  assert ran == [('tokens', 'ours_a', 0)]
+
+
 def test_what_is_left_out_of_equal_flops_can_be_run_again(
   root, tmp_path, monkeypatch
 ):
