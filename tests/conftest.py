@@ -4,6 +4,7 @@ import collections
 from collections.abc import Iterator
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.metadata
 import inspect
@@ -90,6 +91,13 @@ simulated = pytest.mark.skipif(
 )
 
 
+def pytest_collection_finish():
+  # What jax traces is many objects and next to no cycles: to look for these
+  # took a fifth of the time under 3.11, and a tenth under 3.13.
+  gc.freeze()
+  gc.set_threshold(*fork_server.GARBAGE)
+
+
 @pytest.fixture(autouse=True, scope='module')
 def _forget_compiled():
   """Lets go of what the tests of a file have compiled.
@@ -99,6 +107,7 @@ def _forget_compiled():
   """
   yield
   jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope='module', name='place')

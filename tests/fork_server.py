@@ -19,6 +19,10 @@ import sys
 import tempfile
 import time
 
+# New objects before Python looks for cycles among them, and how often it looks
+# among older ones.
+GARBAGE = 1_000_000, 10, 10
+
 
 class Process:
   """A command that runs; `wait` for its end."""
@@ -92,6 +96,7 @@ def serve() -> None:
   # A child's collector would walk, and so copy, all that: 0.6 s a command that
   # is refused, 0.2 without.
   gc.freeze()
+  gc.set_threshold(*GARBAGE)
   for line in sys.stdin:
     request = json.loads(line)
     assert len(os.listdir('/proc/self/task')) == 1, 'a fork would lose threads'
