@@ -46,6 +46,13 @@ def test_padding_changes_nothing(cfg, multiple):
   )
 
 
+def test_arrays_that_are_wider_than_every_layer_stay_so(cfg):
+  masks = masks_of(cfg)
+  masks.ffn[:, 5:] = False
+  filled, new = widths.padded_shape(masks, cfg, 4)
+  assert new.F == cfg.F == filled.ffn.shape[-1] > filled.ffn.sum(-1).max()
+
+
 def test_without_its_scale_the_padded_stem_is_another_function(cfg):
   params, masks = conftest.make_params(cfg), masks_of(cfg)
   padded, filled, new = widths.padded(params, masks, cfg, 64)
@@ -113,6 +120,7 @@ def test_a_model_of_zeros_is_refused(multiple):
   for fits in (1, 64, 256):
     widths.check_multiple(fits, cfg)
   # As wide as it is.
-  widths.check_multiple(512, dataclasses.replace(cfg, F=512))
+  for width in ('D', 'F'):
+    widths.check_multiple(512, dataclasses.replace(cfg, **{width: 512}))
   with pytest.raises(errors.InputError, match=rf'pad {multiple} is not .* 256'):
     widths.check_multiple(multiple, cfg)
