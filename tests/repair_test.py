@@ -42,6 +42,16 @@ def test_equals_the_closed_form_of_optimal_brain_surgeon(seed):
   assert (np.asarray(got)[~keep] == 0).all()
 
 
+def test_products_of_bfloat16_inputs_are_not_rounded():
+  x = jnp.asarray(make_layer(0)[0], jnp.bfloat16)
+  wide = np.asarray(x, np.float64)
+  want = wide.T @ wide / len(wide)
+  got = repair.gram(x)
+  assert got.dtype == jnp.float32
+  # Relative to the diagonal: others may cancel.
+  np.testing.assert_allclose(got, want, atol=1e-6 * np.diag(want).max())
+
+
 @pytest.mark.parametrize('damping', [1e-4, 1e-2, 1.0, 100.0])
 @pytest.mark.parametrize('seed', range(3))
 def test_the_layer_error_falls_never_rises_and_is_reported(seed, damping):
