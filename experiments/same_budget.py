@@ -275,7 +275,7 @@ class Runner:
         self._one(budget, arm, seed)
       except errors.InputError as e:
         self.failed[key] = e
-        self.say(f'failed: {e}')
+        self.say(f'failed: {e}', soft_wrap=True)
       self._done += 1
     return None
 
