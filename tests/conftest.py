@@ -104,6 +104,8 @@ def _forget_compiled():
 
   Linux gives a process 65,530 pieces of memory, a compiled function takes
   several of them, and XLA aborts, or fails to "materialize symbols", without.
+  What refused to be read may leave unfinished coroutines in a cycle: collected
+  in the middle of a test of another file, pytest keeps what its frames hold.
   """
   yield
   jax.clear_caches()

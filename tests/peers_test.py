@@ -28,6 +28,7 @@ from experiments import peer_arms
 from experiments import torch_peers
 from experiments.configs import efficientllm_a
 from tests import conftest
+from tests import runs
 
 torch = pytest.importorskip('torch')
 hf_export.import_transformers()
@@ -315,17 +316,28 @@ def test_our_own_arm_is_a_run(bench, monkeypatch):
 
 def test_the_command_prints_every_arm(root, tmp_path):
   work = tmp_path / 'work'
-  done = conftest.command(
-    'peers', conftest.CONFIG_FILE, f'--workdir={work}',
-    f'--cache={root / "cache"}', '--arms=torch_dense', '--scoring_batches=2',
-    *conftest.flags_of(conftest.small_run(root / 'model', root / 'text')),
-  )  # fmt: skip
+
+  def peers(*flags, **changes):
+    small = conftest.small_run(root / 'model', root / 'text')
+    return conftest.command(
+      'peers', conftest.CONFIG_FILE, f'--workdir={work}',
+      f'--cache={root / "cache"}', *flags,
+      *conftest.flags_of(small | changes),
+    )  # fmt: skip
+
+  done = peers('--arms=torch_dense', '--scoring_batches=2')
   assert done.returncode == 0, done.stderr
   (row,) = map(json.loads, (work / 'results.jsonl').read_text().splitlines())
   said, line = (x for x in done.stdout.splitlines() if 'torch_dense' in x)
   assert said == 'torch_dense: 24 steps'
   assert f'{row["params"]:,}' in line
   assert f'{row["bits_per_byte"]["final"]:.4f}' in line
+  # There already: it is printed, and not run.
+  again = peers('--arms=torch_dense', '--scoring_batches=2')
+  assert [x for x in again.stdout.splitlines() if 'torch_dense' in x] == [line]
+  # In a folder of another config.
+  other = peers('--arms=torch_dense', '--scoring_batches=3')
+  runs.refused(other, 'scoring_batches=2 there, 3 now')
 
 
 def test_a_mistake_is_one_line(bench):

@@ -42,7 +42,9 @@ def test_a_repair_gives_back_what_a_prune_took(trials):
   # Neither has touched the source.
   assert trials.masked(masks) == masked
   assert trials.repaired(masks, windows, 1.0)[:2] == found[:2]
-  # Strong damping repairs next to nothing.
+  # A choice is one of its own, and strong damping repairs next to nothing.
+  chosen = trials.repaired(masks, windows, 0.0)
+  assert 0 < chosen.error_left < 1
   weak = trials.repaired(masks, windows, 1e9)
   assert weak.error_left == pytest.approx(1)
   assert weak.loss == pytest.approx(masked.loss, rel=1e-5)
