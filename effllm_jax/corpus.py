@@ -139,8 +139,13 @@ def _prepare_folder(text: str, root: pathlib.Path, remedy: str) -> pathlib.Path:
 
 def _final(root, recipe, label, made_of) -> pathlib.Path:
   """The folder of a dataset, by what goes in."""
-  key = packages_lib.sha256(json.dumps([recipe, label, made_of]).encode())[:16]
+  key = _digest([recipe, label, made_of])
   return root / f'{_slug(label)}-{key}'
+
+
+def _digest(made_of) -> str:
+  """16 hexadecimal digits of what can be written as JSON."""
+  return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 def _sorted(split: str, documents: Iterable[Document]) -> list[Document]:
@@ -242,4 +247,4 @@ def _stamp(label: str, files: dict[str, pathlib.Path]) -> str | None:
     )
   if newest > time.time() - _SETTLED:
     return None
-  return packages_lib.sha256(json.dumps([RECIPE, label, rows]).encode())[:16]
+  return _digest([RECIPE, label, rows])

@@ -251,6 +251,10 @@ class _Prose(html.parser.HTMLParser):
     if not self._skip:
       self._words.append(data.replace('¶', ''))
 
+  def close(self):
+    super().close()
+    self._flush()
+
 
 def read_html(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
   """The prose of HTML and Mallard pages, one document each."""
@@ -263,7 +267,6 @@ def read_html(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
     parser = _Prose()
     parser.feed(page)
     parser.close()
-    parser._flush()
     yield name.removeprefix('usr/share/'), '\n\n'.join(parser.blocks)
 
 

@@ -17,7 +17,6 @@ from effllm_jax import gguf_source
 from effllm_jax import llama_cpp
 from effllm_jax import weights
 
-FORMATS = tuple(gguf_layout.TYPES)
 _VALUE_TYPES = {
   str: gguf.GGUFValueType.STRING,
   bool: gguf.GGUFValueType.BOOL,
@@ -60,7 +59,7 @@ def write(
   Args:
     model: the stem is alive; heads and ffn may be dead in any layer.
     path: of the file; replaced where it exists.
-    format: one of `FORMATS`.
+    format: one of `gguf_layout.TYPES`.
 
   Raises:
     errors.InputError: an unknown format, a tokenizer that GGUF has no words

@@ -40,8 +40,8 @@ def unwind_on_sigterm() -> None:
   """Lets SIGTERM raise `Terminated` in the main thread, as Ctrl-C would raise.
 
   By default it ends a process where it stands, and what is unfinished stays: an
-  export of which half is written, the items of a benchmark. The next one does
-  that. Processes that train together leave it to jax.
+  export of which half is written, the items of a benchmark. A second SIGTERM
+  does that. Processes that train together leave it to jax.
 
   Either signal is sent again where Python ignores what is raised: in a
   finalizer, or in a callback of the garbage collector, of which jax has one.

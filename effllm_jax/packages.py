@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import fnmatch
-import hashlib
 import logging
 import os
 import pathlib
@@ -93,11 +92,6 @@ DEBIAN = (
           '48e06e75311ef90694d570adfb7f4c1bd667551828a1af64e101726ddfa8717a',
           documents.read_html),
 )  # fmt: skip
-
-
-def sha256(data: bytes) -> str:
-  """Hexadecimal SHA-256 of bytes."""
-  return hashlib.sha256(data).hexdigest()
 
 
 def read(

@@ -72,15 +72,12 @@ from effllm_jax import structure
 
 Array = jax.Array
 
-KINDS = (
-  'taylor1', 'taylor1_momentum', 'taylor1_group', 'taylor2', 'taylor2_micro',
-  'obd', 'fisher', 'magnitude', 'activation', 'random',
-)  # fmt: skip
 # The kinds that estimate a change of the loss: only they compare types.
 NATS = (
   'taylor1', 'taylor1_momentum', 'taylor1_group', 'taylor2', 'taylor2_micro',
   'obd', 'fisher',
 )  # fmt: skip
+KINDS = (*NATS, 'magnitude', 'activation', 'random')
 
 
 def group_scores(
@@ -181,7 +178,7 @@ def taylor2(
   params: structure.Params,
   grads: structure.Params,
   squares: structure.Params,
-  scale: Array | float = 1.0,
+  scale: Array | float,
   masks: structure.Groups | None = None,
 ) -> structure.Groups:
   """Sum of |-g w + 1/2 h w^2|, h = scale * squares the Fisher of a token.
@@ -201,8 +198,8 @@ def taylor2(
 def obd(
   params: structure.Params,
   squares: structure.Params,
-  scale: Array | float = 1.0,
-  masks: structure.Groups | None = None,
+  scale: Array | float,
+  masks: structure.Groups,
 ) -> structure.Groups:
   """Sum of 1/2 h w^2, h = scale * squares the Fisher diagonal of a token."""
   term = lambda w, v: 0.5 * scale * v * w * w
@@ -233,7 +230,7 @@ def fisher(
 
 
 def magnitude(
-  params: structure.Params, masks: structure.Groups | None = None
+  params: structure.Params, masks: structure.Groups
 ) -> structure.Groups:
   """Sum of |w|."""
   return group_scores(jnp.abs, params, masks=masks)

@@ -87,5 +87,5 @@ class Schedule:
 
 
 def constant(size: int, after: int) -> Schedule:
-  """The schedule of a run that prunes nothing; begins `after` its tokens."""
+  """Of a run that prunes nothing: it would begin `after` the last token."""
   return Schedule(after, after + 1, size, size, 'linear', stages=1, rest=0.0)

@@ -113,8 +113,8 @@ def split(
       {x for x, some in chosen.items() if some},
     )
     if not seen.documents.keys() >= {*held}:
-      # What may take the place of what turns out unfit: so much more every
-      # time that there are few times.
+      # What may take the place of what turns out unfit, twice as much in every
+      # round, so that there are few rounds.
       spares *= 2
       spare = [i for x in text.domains for i in _spare(text, x, unfit, spares)]
       seen.add([*held, *spare])

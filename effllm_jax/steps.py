@@ -36,7 +36,7 @@ class Recipe:
       cross-entropy has 1 minus that. 0: no teacher.
     temperature: of both softmaxes in that divergence.
     top_k: how many of a teacher's probabilities are stored per token.
-    seed: of the saliency `random`, which alone has one; 0: of any other.
+    seed: of the saliency `random`; 0 for every other one.
   """
 
   compute: model.Compute

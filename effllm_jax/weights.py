@@ -68,7 +68,7 @@ GGUF = structure.Params(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model that somebody else trained.
+  """A model in memory, with its tokenizer and where it came from.
 
   Attributes:
     name: as the user gave it, without the folders of a path.

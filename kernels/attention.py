@@ -184,7 +184,7 @@ def _plus(x, bias):
 
 
 def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm):
-  """Rotary causal attention of [B, T, K, G, H] to [B, T, K, H]."""
+  """Rotary causal attention of [B, T, K, G, H] on k, v [B, T, K, H]."""
   B, T, K, G, H = q.shape
   out = _causal(
     _rotate(_rms_norm(q, q_norm, eps), cos_sin).reshape(B, T, K * G, H),
@@ -207,7 +207,7 @@ _MOST_BLOCKS, _LEAST_ROWS = 4, 256
 
 @jax.custom_vjp
 def _causal(q, k, v):
-  """Causal attention of [B, T, K * G, H] to [B, T, K, H], in blocks of rows.
+  """Causal attention of [B, T, K * G, H] on k, v [B, T, K, H], by row blocks.
 
   A block reads no key after its last row: four read 5/8 of the square. Its
   probabilities are computed again in the backward pass, whatever a policy of

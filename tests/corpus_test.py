@@ -345,7 +345,7 @@ def test_what_of_a_folder_is_read_is_told(tmp_path, caplog):
   assert '3 files and linked folders' in message and "is 'c.md'" in message
   names = ['a.TXT', 'b.JSONL', 'g.txt', 'sub/e.txt', 'sub/f.txt']
   assert dataset.manifest(data)['files'] == {
-    name: packages.sha256((user / name).read_bytes()) for name in names
+    name: fetch.sha256(user / name) for name in names
   }
   documents = read(data, 'train') + read(data, 'heldout')
   assert {d.id.partition(':')[0] for d in documents} == set(names)

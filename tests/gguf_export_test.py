@@ -17,6 +17,7 @@ from effllm_jax import budgets
 from effllm_jax import finished
 from effllm_jax import formats
 from effllm_jax import gguf_export
+from effllm_jax import gguf_layout
 from effllm_jax import gguf_source
 from effllm_jax import llama_cpp
 from effllm_jax import structure
@@ -254,7 +255,7 @@ def test_formats(tmp_path, format, bits, ragged):
   assert bits < bits_per_weight(tmp_path / 'a.gguf') < 1.25 * bits
 
 
-@pytest.mark.parametrize('format', gguf_export.FORMATS)
+@pytest.mark.parametrize('format', gguf_layout.TYPES)
 @pytest.mark.parametrize('tied', [True, False])
 def test_budget_in_bytes_is_that_of_the_tensors(tmp_path, format, tied):
   cfg = dataclasses.replace(CFG, N=3, H=32, F=96, tied=tied, qkv_bias=True)
