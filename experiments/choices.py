@@ -1,10 +1,8 @@
-"""What a user says of many runs, checked: study, arms, seeds, sweep."""
+"""What a user says of many runs, read: study, arms, seeds, sweep."""
 
-from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import importlib.util
-import itertools
 import os
 import pathlib
 import types
@@ -14,8 +12,6 @@ import ml_collections
 
 from effllm_jax import comparison
 from effllm_jax import errors
-from effllm_jax import plan as plan_lib
-from effllm_jax import structure
 from experiments import arms as arms_lib
 from experiments import cli
 
@@ -166,78 +162,3 @@ def budgets(words: Sequence[str]) -> tuple[str, ...]:
   if not words:
     raise errors.InputError('no budget is named; set --budgets=tokens,flops')
   return tuple(x for x in comparison.BUDGETS if x in words)
-
-
-def check_order(rows: Iterable[comparison.Row], choice: Choice) -> None:
-  """Refuses runs that follow from others which are not there.
-
-  Args:
-    rows: of the runs that are.
-    choice: what is to be run.
-
-  Raises:
-    errors.InputError: names the first such run, and what to add.
-  """
-  there = {row.key for row in rows}
-  if 'tokens' in choice.budgets:
-    names = [arm.name for arm in choice.arms]
-    there.update(itertools.product(['tokens'], names, choice.seeds))
-  for arm in choice.arms:
-    for seed in choice.seeds:
-      ours = ('tokens', arms_lib.OURS, seed)
-      if arm.start == 'found' and ours not in there:
-        raise errors.InputError(
-          f'arm {arm.name} starts from what {arms_lib.OURS} of seed {seed} '
-          f'ended as, which has not been run; add {arms_lib.OURS} to --arms '
-          'and tokens to --budgets'
-        )
-      if ('tokens', arm.name, seed) not in there:
-        raise errors.InputError(
-          f'equal FLOPs of arm {arm.name}, seed {seed}, follow from its run '
-          'at equal tokens, which is missing; add tokens to --budgets'
-        )
-
-
-def check_plans(
-  study: arms_lib.Study,
-  choice: Choice,
-  cfg: structure.ModelConfig,
-  masks: structure.Groups | None = None,
-) -> None:
-  """Refuses arms whose run would be refused, or would leave no row.
-
-  Args:
-    study: of the arms.
-    choice: arms and budgets; of arms that start from another shape, which is
-      not known yet, only the log is looked at.
-    cfg: architecture of the source.
-    masks: what is alive in it; None: everything.
-
-  Raises:
-    errors.InputError: names the arm.
-  """
-  for arm in choice.arms:
-    config = arms_lib.config(
-      arm, study.config, 0, dict.fromkeys(arms_lib.STARTS, '')
-    )
-    steps, every = plan_lib.num_steps(config), config.train.log_every
-    # A comparison takes the FLOPs of a token from the last two rows of the log.
-    before = (steps - 1) // every * every
-    if not before:
-      raise errors.InputError(
-        f'train.log_every {every} leaves one row of the {steps} steps of arm '
-        f'{arm.name}, and a comparison needs two; set it lower in the study'
-      )
-    if arm.start != 'source':
-      continue
-    try:
-      plan = plan_lib.make(config, cfg, masks)
-    except errors.InputError as e:
-      raise errors.InputError(f'arm {arm.name}: {e}') from e
-    if 'flops' in choice.budgets and plan.scores(before + 1):
-      raise errors.InputError(
-        f'arm {arm.name} still prunes after step {before} of {steps}, the last '
-        'but one in its log, from where on a step has to cost what it does in '
-        'a longer run; lower prune.end_tokens or train.log_every in the study, '
-        'or set --budgets=tokens'
-      )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -19,9 +20,11 @@ from effllm_jax import small_run
 from effllm_jax import sources
 from effllm_jax import train
 from experiments import arms
+from experiments import choice_checks
 from experiments import choices
 from experiments import pretraining
 from experiments import same_budget
+from experiments import study_folder
 from experiments.studies import small
 from tests import comparison_test
 from tests import conftest
@@ -178,28 +181,30 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   rows = comparison.read(root / 'runs' / 'mini' / 'results.jsonl')
   row = next(x for x in rows if x.key == ('tokens', 'ours_a', 0))
   comparison.write(tmp_path / 'results.jsonl', [row])
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   for name in ('config.json', 'text.json'):
     shutil.copy(ours / name, run)
   shutil.copytree(ours / 'source', run / 'source')
   study = study_of(root)
-  runner = same_budget.Runner(
-    study, tmp_path, root / 'cache', study.config.source, None
+  folder = study_folder.StudyFolder(
+    study, tmp_path, root / 'cache', study.config.source
   )
-  runner._tidy()
+  folder.tidy()
   assert [x.path for x in checkpoints.moments(run)] == [event]
   (found,) = choose('scratch_found').arms
-  assert runner._config(found, 0).source == str(event)
+  assert folder.config(found, 0).source == str(event)
   # As those are who have lost it.
-  runner.rows[row.key] = dataclasses.replace(row, live_params=1)
+  folder.rows[row.key] = dataclasses.replace(row, live_params=1)
   with pytest.raises(errors.InputError, match='ended with 1; its last state'):
-    runner._config(found, 0)
+    folder.config(found, 0)
   # Which is of no concern to others, though its row is in the table.
   key = ('tokens', 'scratch_found', 0)
-  runner.rows[key] = dataclasses.replace(row, arm='scratch_found')
-  runner.check(choose('dense', seeds=(0,)))
+  folder.rows[key] = dataclasses.replace(row, arm='scratch_found')
+  choice_checks.check_folder(folder, choose('dense', seeds=(0,)))
   with pytest.raises(errors.InputError, match='ended with 1; its last state'):
-    runner.check(choose('scratch_found', seeds=(0,)))
+    choice_checks.check_folder(folder, choose('scratch_found', seeds=(0,)))
 
 
 def test_an_arm_that_fails_keeps_no_other_from_running(
@@ -212,11 +217,13 @@ def test_an_arm_that_fails_keeps_no_other_from_running(
     ran.append((budget, arm.name, seed))
     if (arm.name, seed) == ('ours_a', 0):
       raise errors.InputError('1 steps in a row were skipped')
-    runner._keep(
+    runner.folder.keep(
       comparison_test.row(arm.name, seed, 2.0, budget, tokens=24 * 64)
     )
 
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   monkeypatch.setattr(same_budget.Runner, '_one', one)
   choice = choose('ours_a', 'scratch_found', 'dense')
   call = lambda: same_budget.run(
@@ -244,7 +251,9 @@ def test_what_is_left_out_of_equal_flops_can_be_run_again(
   root, tmp_path, monkeypatch
 ):
   """Whatever arm is asked for, all that is left out of the tables is to do."""
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   rows = [
     comparison_test.row(arm, 0, 2.0, budget)
     for budget in ('tokens', 'flops')
@@ -253,17 +262,19 @@ def test_what_is_left_out_of_equal_flops_can_be_run_again(
   costly = rows[1].flops | {'train': 2 * 10**13}
   rows[1] = dataclasses.replace(rows[1], flops=costly)
   comparison.write(tmp_path / 'results.jsonl', rows)
-  runner = same_budget.Runner(study_of(root), tmp_path, None, None, None)
+  folder = study_folder.StudyFolder(study_of(root), tmp_path, None, None)
   for arm in ('ours_a', 'dense'):
-    choice = choose(arm, seeds=(0,))
-    assert runner._pending(choice) == {('flops', arm, 0)}
+    runner = same_budget.Runner(folder, choose(arm, seeds=(0,)), None)
+    assert runner._pending() == {('flops', arm, 0)}
   left = comparison.left_out(rows)
   assert left.endswith('run them again with --arms=ours_a,dense --seeds=0')
 
 
 def test_a_run_that_replaces_a_row_goes_on(root, tmp_path, monkeypatch):
   """Interrupted, it goes on from them; those of finished runs go."""
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   rows = [
     comparison_test.row(arm, 0, 2.0, budget)
     for budget in ('tokens', 'flops')
@@ -279,32 +290,36 @@ def test_a_run_that_replaces_a_row_goes_on(root, tmp_path, monkeypatch):
   ]
   for folder in states:
     folder.mkdir(parents=True)
-  same_budget.Runner(study_of(root), tmp_path, None, None, None)._tidy()
+  study_folder.StudyFolder(study_of(root), tmp_path, None, None).tidy()
   assert [x.exists() for x in states] == [False, True]
 
 
 def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
   """Before its run is trained."""
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   for log_every in (23, 24):
     study = study_of(root, **{'train.log_every': log_every})
-    runner = same_budget.Runner(
-      study, tmp_path, root / 'cache', study.config.source, None
+    folder = study_folder.StudyFolder(
+      study, tmp_path, root / 'cache', study.config.source
     )
     if log_every == 23:
-      runner.check(choose('dense'))
+      choice_checks.check_folder(folder, choose('dense'))
     else:
       with pytest.raises(
         errors.InputError, match='24 leaves one row of the 24'
       ):
-        runner.check(choose('dense'))
+        choice_checks.check_folder(folder, choose('dense'))
 
 
 def test_a_cost_that_still_falls_at_the_end_is_refused(
   root, tmp_path, monkeypatch
 ):
   """How much longer to train follows from what the last steps cost."""
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   # Rows after 20 and 24 steps of 64 tokens; the last prune after 20 or 21.
   for end, refused in ((20 * 64, False), (20 * 64 + 1, True)):
     study = study_of(
@@ -315,22 +330,25 @@ def test_a_cost_that_still_falls_at_the_end_is_refused(
         'train.log_every': 5,
       },
     )
-    runner = same_budget.Runner(
-      study, tmp_path, root / 'cache', study.config.source, None
+    folder = study_folder.StudyFolder(
+      study, tmp_path, root / 'cache', study.config.source
     )
-    runner.check(choose('dense', 'ours_a', budgets=('tokens',)))
-    runner.check(choose('dense'))
+    check = functools.partial(choice_checks.check_folder, folder)
+    check(choose('dense', 'ours_a', budgets=('tokens',)))
+    check(choose('dense'))
     if refused:
       with pytest.raises(errors.InputError, match='ours_a still prunes after'):
-        runner.check(choose('ours_a'))
+        check(choose('ours_a'))
     else:
-      runner.check(choose('ours_a'))
+      check(choose('ours_a'))
 
 
 def test_tokens_that_are_no_whole_step_are_rounded_up_as_in_a_run(
   root, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
   study = study_of(root, **{'train.tokens': 24 * 64 - 1})
   plan = plan_lib.make(study.config, small_run.CFG)
   assert plan.tokens(plan.steps) == 24 * 64
@@ -338,10 +356,10 @@ def test_tokens_that_are_no_whole_step_are_rounded_up_as_in_a_run(
   def check(tokens):
     rows = [comparison_test.row('dense', 0, 2.0, tokens=tokens)]
     comparison.write(tmp_path / 'results.jsonl', rows)
-    runner = same_budget.Runner(
-      study, tmp_path, root / 'cache', study.config.source, None
+    folder = study_folder.StudyFolder(
+      study, tmp_path, root / 'cache', study.config.source
     )
-    runner.check(choose('dense', seeds=(0,)))
+    choice_checks.check_folder(folder, choose('dense', seeds=(0,)))
 
   check(24 * 64)
   with pytest.raises(errors.InputError, match='the study says 1,536'):
@@ -358,7 +376,7 @@ def test_a_seed_that_made_the_source_is_told(root, monkeypatch, capsys):
     same_budget.pretraining, 'make', lambda *_: study.config.source
   )
   monkeypatch.setattr(same_budget.Runner, 'run', lambda *_: None)
-  monkeypatch.setattr(choices, 'check_plans', lambda *_: None)
+  monkeypatch.setattr(choice_checks, 'check_plans', lambda *_: None)
   for seeds, told in (((1, 2), False), ((0, 1), True)):
     choice = choose('dense', seeds=seeds)
     same_budget.run(made, 'mini', root / 'told', root / 'cache', choice)
@@ -370,34 +388,38 @@ def test_processes_share_the_runs_of_a_workdir(
   root, tmp_path, monkeypatch, finished_there
 ):
   """What another one is at comes last, and is run where that one dies."""
-  monkeypatch.setattr(same_budget.Runner, '_write_uniform', lambda _: None)
-  runner, other = (
-    same_budget.Runner(study_of(root), tmp_path, None, None, None)
+  monkeypatch.setattr(
+    study_folder.StudyFolder, '_write_uniform', lambda _: None
+  )
+  folder, other = (
+    study_folder.StudyFolder(study_of(root), tmp_path, None, None)
     for _ in range(2)
   )
+  choice = choose('dense', 'ours_a', 'scratch_found')
+  runner = same_budget.Runner(folder, choice, None)
   at_work = contextlib.ExitStack()
   key = ('tokens', 'ours_a', 0)
-  at_work.enter_context(atomic.locked(runner._lock(key), 'held'))
+  at_work.enter_context(atomic.locked(folder.lock(key), 'held'))
   ran, waited = [], []
 
   def one(budget, arm, seed):
     # Nobody else can take it.
     with pytest.raises(atomic.HeldError):
       at_work.enter_context(
-        atomic.locked(runner._lock((budget, arm.name, seed)), 'held')
+        atomic.locked(folder.lock((budget, arm.name, seed)), 'held')
       )
     ran.append((budget, arm.name, seed))
-    runner._keep(comparison_test.row(arm.name, seed, 2.0, budget))
+    folder.keep(comparison_test.row(arm.name, seed, 2.0, budget))
 
   def warning(message):
     waited.append(message)
     if finished_there:
-      other._keep(comparison_test.row('ours_a', 0, 1.5))
+      other.keep(comparison_test.row('ours_a', 0, 1.5))
     at_work.close()
 
   monkeypatch.setattr(runner, '_one', one)
   monkeypatch.setattr(atomic.logging, 'warning', warning)
-  runner.run(choose('dense', 'ours_a', 'scratch_found'))
+  runner.run()
   tokens = [
     *(('tokens', x, s) for s in (0, 1) for x in ('dense', 'ours_a')),
     ('tokens', 'scratch_found', 1),
@@ -409,7 +431,7 @@ def test_processes_share_the_runs_of_a_workdir(
     [last, ('flops', 'dense', 0)] if finished_there else [key, last]
   )
   (said,) = waited
-  assert said.endswith('holds ' + str(runner._lock(key)))
+  assert said.endswith('holds ' + str(folder.lock(key)))
   rows = {x.key: x for x in comparison.read(tmp_path / 'results.jsonl')}
   assert len(rows) == 12 and len(ran) == 12 - finished_there
   assert rows[key].bits_per_byte == (1.5 if finished_there else 2.0)
@@ -494,13 +516,13 @@ def test_results_of_other_settings_are_refused(root, tmp_path):
 def test_benchmarks_of_models_that_are_gone_are_refused(root):
   choice = choose('ours_a', seeds=(0,), budgets=('tokens',))
   compare(root, choice)
-  study, folder = study_of(root), root / 'runs' / 'mini'
-  runner = same_budget.Runner(
-    study, folder, root / 'cache', study.config.source, None
+  study = study_of(root)
+  folder = study_folder.StudyFolder(
+    study, root / 'runs' / 'mini', root / 'cache', study.config.source
   )
   asked = choices.Choice(choice.arms, (0,), ('tokens',), ('piqa',))
   with pytest.raises(errors.InputError, match='was not asked piqa with --limi'):
-    runner.check(asked)
+    choice_checks.check_folder(folder, asked)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
