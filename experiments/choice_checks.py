@@ -66,8 +66,10 @@ def check_plans(
     masks: what is alive in it; None: everything.
 
   Raises:
-    errors.InputError: names the arm.
+    errors.InputError: names the arm; or the study's own config is refused.
   """
+  # Of `ours_a`, and so of the shape made by hand.
+  plan_lib.make(study.config, cfg, masks)
   for arm in choice.arms:
     config = arms_lib.config(
       arm, study.config, 0, dict.fromkeys(arms_lib.STARTS, '')
@@ -101,7 +103,7 @@ def check_folder(
   """Refuses what belongs to other settings, or would have no row.
 
   Args:
-    folder: of the study.
+    folder: of the study; gets the shape made by hand, if an arm starts from it.
     choice: what is to be run.
 
   Raises:
@@ -110,6 +112,10 @@ def check_folder(
   """
   names = [arm.name for arm in choice.arms]
   check_plans(folder.study, choice, folder.shape.cfg, folder.shape.masks)
+  for arm in choice.arms:
+    if arm.start == 'uniform':
+      # Makes the shape: what keeps it from being made is told before any run.
+      folder.config(arm, 0)
   # Whatever is asked for, the table is of all of them.
   known = {
     arm.name: arm for arm in folder.study.arms + folder.study.sensitivity

@@ -24,7 +24,6 @@ from effllm_jax import comparison
 from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import finished
-from effllm_jax import plan as plan_lib
 from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import tables
@@ -71,8 +70,6 @@ def run(
   rows = comparison.read(workdir / name / study_folder.RESULTS)
   choice_checks.check_order(rows, choice)
   if study.pretrained:
-    # Of `ours_a`, and so of the shape made by hand.
-    plan_lib.make(study.config, study.pretrained.cfg)
     choice_checks.check_plans(study, choice, study.pretrained.cfg)
   with errors.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)

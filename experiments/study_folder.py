@@ -63,13 +63,12 @@ class StudyFolder:
     cache: str | os.PathLike,
     source: str | os.PathLike,
   ):
-    """Reads the rows that are there, and writes the shape made by hand."""
+    """Makes the folder where it is missing, and reads the rows in it."""
     self.study, self.path = study, path
     self.cache, self.source = cache, source
     self.results = path / RESULTS
     with errors.writing(path):
       path.mkdir(parents=True, exist_ok=True)
-      self.uniform = self._write_uniform()
     self.read()
 
   @functools.cached_property
@@ -82,8 +81,12 @@ class StudyFolder:
     """The dataset that all arms read."""
     return corpus.prepare(self.study.config.data.text, self.cache)
 
-  def _write_uniform(self) -> pathlib.Path:
-    """A model folder; of its random weights only the shape is used."""
+  @functools.cached_property
+  def uniform(self) -> pathlib.Path:
+    """The shape made by hand, as a model folder with random weights.
+
+    It is written here, unless it is there; of its weights nothing is used.
+    """
     source = self.shape
     plan = plan_lib.make(self.study.config, source.cfg, source.masks)
     cfg = arms_lib.uniform_shape(source.cfg, plan)
@@ -99,7 +102,8 @@ class StudyFolder:
         highlight=False,
       )
 
-    atomic.once(folder, write)
+    with errors.writing(self.path):
+      atomic.once(folder, write)
     return folder
 
   def found(self, seed: int) -> pathlib.Path:
@@ -125,8 +129,10 @@ class StudyFolder:
     return last.path
 
   def config(self, arm: arms_lib.Arm, seed: int) -> ml_collections.ConfigDict:
-    """Of a run at equal tokens."""
-    starts = {'source': self.source, 'uniform': self.uniform}
+    """Of a run at equal tokens; makes the uniform shape, if it starts there."""
+    starts = {'source': self.source}
+    if arm.start == 'uniform':
+      starts['uniform'] = self.uniform
     if arm.start == 'found':
       starts['found'] = self.found(seed)
     return arms_lib.config(arm, self.study.config, seed, starts)

@@ -165,9 +165,7 @@ def test_from_scratch_in_the_shape_that_was_found(root):
   assert made.params == pruned.cfg.num_params() == first['live_params']
 
 
-def test_the_last_state_of_ours_is_kept_of_either_kind(
-  root, tmp_path, monkeypatch
-):
+def test_the_last_state_of_ours_is_kept_of_either_kind(root, tmp_path):
   """A run whose last step shrinks saves what it ended with as an event."""
   compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
   ours = next((root / 'runs' / 'mini').glob('runs/tokens/ours_a/0-*'))
@@ -181,9 +179,6 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(
   rows = comparison.read(root / 'runs' / 'mini' / 'results.jsonl')
   row = next(x for x in rows if x.key == ('tokens', 'ours_a', 0))
   comparison.write(tmp_path / 'results.jsonl', [row])
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   for name in ('config.json', 'text.json'):
     shutil.copy(ours / name, run)
   shutil.copytree(ours / 'source', run / 'source')
@@ -221,9 +216,6 @@ def test_an_arm_that_fails_keeps_no_other_from_running(
       comparison_test.row(arm.name, seed, 2.0, budget, tokens=24 * 64)
     )
 
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   monkeypatch.setattr(same_budget.Runner, '_one', one)
   choice = choose('ours_a', 'scratch_found', 'dense')
   call = lambda: same_budget.run(
@@ -247,13 +239,8 @@ def test_an_arm_that_fails_keeps_no_other_from_running(
   assert ran == [('tokens', 'ours_a', 0)]
 
 
-def test_what_is_left_out_of_equal_flops_can_be_run_again(
-  root, tmp_path, monkeypatch
-):
+def test_what_is_left_out_of_equal_flops_can_be_run_again(root, tmp_path):
   """Whatever arm is asked for, all that is left out of the tables is to do."""
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   rows = [
     comparison_test.row(arm, 0, 2.0, budget)
     for budget in ('tokens', 'flops')
@@ -270,11 +257,8 @@ def test_what_is_left_out_of_equal_flops_can_be_run_again(
   assert left.endswith('run them again with --arms=ours_a,dense --seeds=0')
 
 
-def test_a_run_that_replaces_a_row_goes_on(root, tmp_path, monkeypatch):
+def test_a_run_that_replaces_a_row_goes_on(root, tmp_path):
   """Interrupted, it goes on from them; those of finished runs go."""
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   rows = [
     comparison_test.row(arm, 0, 2.0, budget)
     for budget in ('tokens', 'flops')
@@ -294,11 +278,8 @@ def test_a_run_that_replaces_a_row_goes_on(root, tmp_path, monkeypatch):
   assert [x.exists() for x in states] == [False, True]
 
 
-def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
+def test_a_log_of_one_row_is_refused(root, tmp_path):
   """Before its run is trained."""
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   for log_every in (23, 24):
     study = study_of(root, **{'train.log_every': log_every})
     folder = study_folder.StudyFolder(
@@ -313,13 +294,8 @@ def test_a_log_of_one_row_is_refused(root, tmp_path, monkeypatch):
         choice_checks.check_folder(folder, choose('dense'))
 
 
-def test_a_cost_that_still_falls_at_the_end_is_refused(
-  root, tmp_path, monkeypatch
-):
+def test_a_cost_that_still_falls_at_the_end_is_refused(root, tmp_path):
   """How much longer to train follows from what the last steps cost."""
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   # Rows after 20 and 24 steps of 64 tokens; the last prune after 20 or 21.
   for end, refused in ((20 * 64, False), (20 * 64 + 1, True)):
     study = study_of(
@@ -344,11 +320,8 @@ def test_a_cost_that_still_falls_at_the_end_is_refused(
 
 
 def test_tokens_that_are_no_whole_step_are_rounded_up_as_in_a_run(
-  root, tmp_path, monkeypatch
+  root, tmp_path
 ):
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   study = study_of(root, **{'train.tokens': 24 * 64 - 1})
   plan = plan_lib.make(study.config, small_run.CFG)
   assert plan.tokens(plan.steps) == 24 * 64
@@ -388,9 +361,6 @@ def test_processes_share_the_runs_of_a_workdir(
   root, tmp_path, monkeypatch, finished_there
 ):
   """What another one is at comes last, and is run where that one dies."""
-  monkeypatch.setattr(
-    study_folder.StudyFolder, '_write_uniform', lambda _: None
-  )
   folder, other = (
     study_folder.StudyFolder(study_of(root), tmp_path, None, None)
     for _ in range(2)
@@ -487,6 +457,42 @@ def test_a_target_out_of_reach_is_refused_before_a_source_is_made(
   ):
     same_budget.run(study, 'mini', root / 'new', root / 'cache', choice)
   assert not (root / 'new').exists()
+
+
+@pytest.mark.parametrize('arm', ['dense', 'scratch_found'])
+def test_a_target_out_of_reach_is_refused_whatever_is_chosen(
+  root, tmp_path, arm
+):
+  """The study's own, which `ours_a` has, and the shape made by hand."""
+  study = study_of(root, **{'budget.target': 10})
+  folder = study_folder.StudyFolder(
+    study, tmp_path, root / 'cache', study.config.source
+  )
+  with pytest.raises(errors.InputError, match=r'^budget\.target 10'):
+    choice_checks.check_folder(folder, choose(arm, budgets=('tokens',)))
+
+
+def test_a_shape_is_made_by_hand_where_an_arm_starts_from_it(
+  root, tmp_path, capsys
+):
+  """And before any run, which a full disk would end."""
+  study = study_of(root)
+  (uniform,) = (x for x in arms.ARMS if x.name == 'scratch_uniform')
+  choice = choices.Choice((uniform,), (0,), ('tokens',))
+  new = lambda: study_folder.StudyFolder(
+    study, tmp_path, root / 'cache', study.config.source
+  )
+  choice_checks.check_folder(new(), choose('dense', 'ours_a'))
+  assert list(tmp_path.iterdir()) == []
+  choice_checks.check_folder(new(), choice)
+  (made,) = tmp_path.iterdir()
+  cfg = sources.load(made, root / 'cache', params=False).cfg
+  assert cfg.num_params() <= study.config.budget.target
+  assert made.name == f'uniform-{cfg.num_params()}'
+  assert capsys.readouterr().err.startswith('made by hand: heads ')
+  # Another process, or a later call, finds it there.
+  assert new().config(uniform, 0).source == str(made)
+  assert capsys.readouterr().err == ''
 
 
 def test_results_of_other_settings_are_refused(root, tmp_path):
