@@ -455,37 +455,9 @@ class Loop:
     self.num_events += 1
     self.extents = self._extents()
     seconds = time.perf_counter() - start
-    # Least and most of a layer.
-    live = {}
-    for t in structure.TYPES:
-      widths = np.atleast_1d(getattr(event.live, t)).tolist()
-      live[t] = [min(widths), max(widths)]
-    live_params = selection.live_params(masks, old)
-    self.metrics.write(
-      {
-        'kind': 'shrink',
-        'event': event.index,
-        'step': step,
-        'tokens': event.tokens,
-        'widths_before': old.widths(),
-        'widths_after': new.widths(),
-        'widths_live': live,
-        'live_params': live_params,
-        'params_before': old.num_params(),
-        'params_after': new.num_params(),
-        'loss_before': event.loss_before,
-        'loss_after': event.loss_after,
-        'seconds': seconds,
-      }
-    )
-    spans = {t: ' to '.join(dict.fromkeys(map(str, live[t]))) for t in live}
-    widths = ', '.join(
-      f'{t} {before} -> {spans[t]}' for t, before in old.widths().items()
-    )
-    self.progress.say(
-      f'shrink {event.index} at step {step}: arrays {old.num_params():,} -> '
-      f'{new.num_params():,} parameters, {live_params:,} alive: {widths}'
-    )
+    row = _shrink_row(event, selection.live_params(masks, old), seconds)
+    self.metrics.write(row)
+    self.progress.say(_shrink_line(row))
     return event
 
   def _evaluate(self, step: int, phase: str) -> None:
@@ -519,6 +491,45 @@ class Loop:
     if self.plan.last_prune(step):
       return 'pruned'
     return self.plan.phase(step)
+
+
+def _shrink_row(
+  event: events.ShrinkEvent, live_params: int, seconds: float
+) -> dict[str, Any]:
+  """The row of a shrink in the log."""
+  live = {t: np.atleast_1d(getattr(event.live, t)) for t in structure.TYPES}
+  return {
+    'kind': 'shrink',
+    'event': event.index,
+    'step': event.step,
+    'tokens': event.tokens,
+    'widths_before': event.before.widths(),
+    'widths_after': event.after.widths(),
+    # Of the narrowest and of the widest layer.
+    'widths_live': {t: [int(w.min()), int(w.max())] for t, w in live.items()},
+    'live_params': live_params,
+    'params_before': event.before.num_params(),
+    'params_after': event.after.num_params(),
+    'loss_before': event.loss_before,
+    'loss_after': event.loss_after,
+    'seconds': seconds,
+  }
+
+
+def _shrink_line(row: dict[str, Any]) -> str:
+  """What the user is told of a `_shrink_row`."""
+  spans = {
+    t: ' to '.join(dict.fromkeys(map(str, ends)))
+    for t, ends in row['widths_live'].items()
+  }
+  widths = ', '.join(
+    f'{t} {before} -> {spans[t]}' for t, before in row['widths_before'].items()
+  )
+  return (
+    f'shrink {row["event"]} at step {row["step"]}: arrays '
+    f'{row["params_before"]:,} -> {row["params_after"]:,} parameters, '
+    f'{row["live_params"]:,} alive: {widths}'
+  )
 
 
 def _told(numbers) -> str:
