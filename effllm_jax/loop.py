@@ -85,7 +85,8 @@ class Loop:
       config.optimizer.clip,
       config.optimizer.embedding,
     )
-    # For the rows: one program that no shrink forgets, not seven after each.
+    # For the rows of the log: one program, which a shrink's `clear_caches` does
+    # not reach. Without, it is seven, compiled again after every shrink.
     self.rate = jax.jit(rate).lower(np.int32(0)).compile()
     restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:
@@ -98,7 +99,7 @@ class Loop:
       )
     self.first_step = int(self.state.step)
     resume = self.first_step if restored else -1
-    # The other processes know the same, and write nothing of it.
+    # The other processes have the same numbers, and write none of them.
     log = workdir_lib.Log if jax.process_index() == 0 else workdir_lib.NoLog
     self.metrics = log(workdir / 'metrics.jsonl', resume)
     self.trace = log(workdir / 'trace.jsonl', resume)
@@ -111,12 +112,12 @@ class Loop:
     )
     trials = moment.trials if restored else None
     self.exchange = pruning.Exchange(plan.trial_decay(), trials)
-    # Of `train`, while it is at work.
+    # The bar and the signals: both are there only while `train` runs.
     self.progress = self.requests = None
-    # Of the present architecture: `train_step`, by whether it scores, and
-    # `repair_step`; see `_compile`.
-    self.compiled, self.repair = {}, None
-    # Since the last row: not every step has one.
+    # Programs for the present architecture, see `_compile`: `train_step`, by
+    # whether it scores; `repair_step`.
+    self.compiled_steps, self.compiled_repair = {}, None
+    # Since the last row of the log, which not every step has.
     self.compile_seconds = self.busy_seconds = 0.0
     self.unlogged = 0
     self.damage = advice.Damage()
@@ -140,17 +141,10 @@ class Loop:
         progress.say(
           f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
         )
-        self._say(advice.devices(self.cfg, self.mesh))
-        self._say(advice.price(plan, self.cfg))
-        tokens = plan.steps * plan.tokens_per_step
-        self._say(advice.epochs(tokens, self.batches.new_tokens))
-        short = self.batches.unread
-        self._say(advice.unread(short, self.config.data.seq_len))
-        before = sources.trained_by(self.config.source)
-        self._say(advice.same_order(self.config, before))
+        self._advise()
         self._evaluate(0, 'source')
       with contextlib.ExitStack() as stack:
-        # Also on the way out of an error: what was started gets finished.
+        # After an error too: what is half written gets finished.
         for resource in (self.batches, self.writer, self.trace, self.metrics):
           stack.callback(resource.close)
         profile = stack.enter_context(
@@ -162,6 +156,17 @@ class Loop:
             self._one_step(step)
       if self.requests.signum is not None:
         raise interrupts.Stopped(self.requests.signum, plan.steps)
+
+  def _advise(self) -> None:
+    """Says what of the run, as it is set, its user should look at."""
+    config, plan = self.config, self.plan
+    self._say(advice.devices(self.cfg, self.mesh))
+    self._say(advice.price(plan, self.cfg))
+    tokens = plan.steps * plan.tokens_per_step
+    self._say(advice.epochs(tokens, self.batches.new_tokens))
+    self._say(advice.unread(self.batches.unread, config.data.seq_len))
+    before = sources.trained_by(config.source)
+    self._say(advice.same_order(config, before))
 
   def _one_step(self, step: int) -> None:
     """Everything that is due at a step, in this order."""
@@ -176,7 +181,7 @@ class Loop:
     start = time.perf_counter()
     teacher = self.teacher if plan.teaches(step) else None
     answers = teacher(windows_ABT) if teacher else None
-    self.state, numbers = self.compiled[plan.scores(step)](
+    self.state, numbers = self.compiled_steps[plan.scores(step)](
       self.state, windows_ABT, answers
     )
     self.meter.step(
@@ -293,11 +298,11 @@ class Loop:
   def _compile(self, windows_ABT, step: int) -> float:
     """Compiles the step once per architecture; returns the seconds it took."""
     score = self.plan.scores(step)
-    if score in self.compiled:
+    if score in self.compiled_steps:
       return 0.0
     self.progress.phase('compiling')
     start = time.perf_counter()
-    self.compiled[score] = steps.train_step.lower(
+    self.compiled_steps[score] = steps.train_step.lower(
       self.state,
       windows_ABT,
       self.teacher.compile(windows_ABT) if self.plan.teaches(step) else None,
@@ -307,7 +312,7 @@ class Loop:
       score=score,
     ).compile()
     if score and self.plan.damping is not None:
-      self.repair = steps.repair_step.lower(
+      self.compiled_repair = steps.repair_step.lower(
         self.state.params,
         self.state.prune.masks,
         self.state.prune.masks,
@@ -351,9 +356,9 @@ class Loop:
       pruning.select(prune, plan, target), sharding.everywhere(self.mesh)
     )
     repaired, removed = {}, pruning.removed(prune, masks)
-    # Where one block saved what several prunes ask for, some take nothing.
+    # One block may save what several prunes ask for: later ones take nothing.
     if plan.damping is not None and any(removed.values()):
-      params, fits = self.repair(
+      params, fits = self.compiled_repair(
         self.state.params, prune.masks, masks, self._repaired_on()
       )
       self.state = self.state.replace(params=params)
@@ -450,7 +455,7 @@ class Loop:
       self.num_events,
     )
     if new != old:
-      self.cfg, self.compiled = new, {}
+      self.cfg, self.compiled_steps = new, {}
       self._say(advice.devices(new, self.mesh))
     self.num_events += 1
     self.extents = self._extents()
