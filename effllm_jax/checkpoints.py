@@ -53,7 +53,7 @@ class Moment:
   num_events: int
   cfg: structure.ModelConfig
   flops: dict[str, int]
-  # `pruning.Exchange.record`.
+  # `pruning.Calibration.record`.
   trials: dict[str, Any]
 
 

@@ -111,7 +111,7 @@ class Loop:
       moment.flops if restored else None,
     )
     trials = moment.trials if restored else None
-    self.exchange = pruning.Exchange(plan.trial_decay(), trials)
+    self.calibration = pruning.Calibration(plan.trial_decay(), trials)
     # The bar and the signals: both are there only while `train` runs.
     self.progress = self.requests = None
     # Programs for the present architecture, see `_compile`: `train_step`, by
@@ -256,7 +256,7 @@ class Loop:
     # No moment may be newer than its rows.
     self.metrics.sync()
     self.trace.sync()
-    spent, trials = self.meter.spent, self.exchange.record
+    spent, trials = self.meter.spent, self.calibration.record
     if event:
       self.writer.save_event(event, self.state, self.batches, spent, trials)
     else:
@@ -326,7 +326,7 @@ class Loop:
       start_size = self.plan.schedule.start
       pruning.select(self.state.prune, self.plan, start_size)
       if self.plan.calibrate:
-        self.exchange.scaled(self.state.prune)
+        self.calibration.scaled(self.state.prune)
         self._trials(windows_ABT, start_size)
       pruning.prices(self.state.prune, self.plan)
     self.progress.phase(self.plan.phase(step))
@@ -348,8 +348,8 @@ class Loop:
     measured = {}
     if plan.calibrate:
       trials = self._trials(self._sound(windows_ABT), target)
-      self.exchange.add(trials)
-      prune = self.exchange.scaled(prune)
+      self.calibration.add(trials)
+      prune = self.calibration.scaled(prune)
       self.meter.calibrate(self.cfg, self.extents)
       measured = {'trials': trials}
     masks = jax.device_put(
@@ -380,7 +380,7 @@ class Loop:
         'live_cost': plan.cost.reported(plan.cost.live(masks)),
         'live_params': selection.live_params(masks, self.cfg),
         'removed': removed,
-        'price': pruning.prices(prune, plan, self.exchange.broken),
+        'price': pruning.prices(prune, plan, self.calibration.broken),
         **measured,
         **repaired,
       }
@@ -391,11 +391,13 @@ class Loop:
   def _price(self, step: int) -> dict[str, float | None] | None:
     """Prices as a prune would compare them; None where nothing is scored."""
     prune, plan = self.state.prune, self.plan
-    if not plan.scores(step) or (plan.calibrate and not self.exchange.measured):
+    if not plan.scores(step) or (
+      plan.calibrate and not self.calibration.measured
+    ):
       return None
     if plan.calibrate:
-      prune = self.exchange.scaled(prune)
-    return pruning.prices(prune, plan, self.exchange.broken)
+      prune = self.calibration.scaled(prune)
+    return pruning.prices(prune, plan, self.calibration.broken)
 
   def _trials(self, windows_ABT, target: int) -> dict[str, dict]:
     """What groups of one type alone would cost, if they made up a prune."""

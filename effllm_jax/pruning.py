@@ -102,7 +102,7 @@ def trials(
   return found
 
 
-class Exchange:
+class Calibration:
   """How many nats a unit of each type's score is worth, by its trials.
 
   The change of the loss over the sum of scores, both averaged over the prunes

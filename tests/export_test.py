@@ -583,7 +583,7 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   state = state.replace(step=jax.numpy.int32(5), prune=prune)
   writer = checkpoint_writer.Writer(workdir, keep=1)
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
-  writer.save(state, CFG, data, 0, {}, pruning.Exchange(0.5).record)
+  writer.save(state, CFG, data, 0, {}, pruning.Calibration(0.5).record)
   writer.close()
   per_type = dict.fromkeys(structure.TYPES, 0.5)
   row = dict.fromkeys(

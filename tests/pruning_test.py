@@ -51,13 +51,13 @@ def test_trials_fade_step_by_step():
   """As scores do, however many steps lie between two prunes."""
   made = plan('uniform')
   assert made.every == 2
-  exchange = pruning.Exchange(made.trial_decay())
+  calibration = pruning.Calibration(made.trial_decay())
   trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
   for _ in range(2):
-    assert exchange.measured == bool(exchange.record['sums'])
-    exchange.add(dict.fromkeys(structure.TYPES, trial))
+    assert calibration.measured == bool(calibration.record['sums'])
+    calibration.add(dict.fromkeys(structure.TYPES, trial))
   kept = 1 + made.recipe.decay**2
-  assert exchange.record['sums'] == {
+  assert calibration.record['sums'] == {
     t: pytest.approx([0.5 * kept, 2.0 * kept]) for t in structure.TYPES
   }
 
@@ -74,9 +74,9 @@ def calibrate(scores, policy='uniform', params=None, masks=None, share=0.9):
   made, target = plan(policy), int(share * CFG.num_params())
   windows_ABT = conftest.make_tokens(CFG, 4).reshape(2, 2, -1)
   found = pruning.trials(params, prune, windows_ABT, CFG, made, target)
-  exchange = pruning.Exchange(0.5)
-  exchange.add(found)
-  prune = exchange.scaled(prune)
+  calibration = pruning.Calibration(0.5)
+  calibration.add(found)
+  prune = calibration.scaled(prune)
   return prune, found, pruning.select(prune, made, target)
 
 
@@ -188,14 +188,14 @@ def test_a_type_keeps_its_order_whatever_its_trial_said(policy, changes):
   drawn = conftest.make_scores(CFG)
   scores = jax.tree.map(lambda x: -jnp.sort(-x, axis=-1), drawn)
   prune = whole(scores)
-  exchange = pruning.Exchange(0.5)
-  exchange.add(
+  calibration = pruning.Calibration(0.5)
+  calibration.add(
     {
       t: {'groups': 1, 'change': c, 'score': 2.0}
       for t, c in zip(structure.TYPES, changes, strict=True)
     }
   )
-  scaled = exchange.scaled(prune)
+  scaled = calibration.scaled(prune)
   target = int(0.7 * CFG.num_params())
   masks = pruning.select(scaled, plan(policy), target)
   gone = [t for t in structure.TYPES if not getattr(masks, t).all()]
@@ -211,8 +211,8 @@ def test_what_is_worth_nothing_goes_first_by_a_trial_of_it_too(policy):
   """The zeros that fill a layer up stand at its end, and score exactly 0."""
   drawn = conftest.make_scores(CFG)
   scores = drawn.replace(ffn=drawn.ffn.at[:, -4:].set(0.0))
-  exchange = pruning.Exchange(0.5)
-  exchange.add(
+  calibration = pruning.Calibration(0.5)
+  calibration.add(
     {
       t: {'groups': 4, 'change': c, 'score': s}
       for t, c, s in zip(
@@ -222,14 +222,16 @@ def test_what_is_worth_nothing_goes_first_by_a_trial_of_it_too(policy):
   )
   # A channel is a column of gate and of up, and a row of down.
   target = CFG.num_params() - 4 * CFG.N * 3 * CFG.D
-  masks = pruning.select(exchange.scaled(whole(scores)), plan(policy), target)
+  masks = pruning.select(
+    calibration.scaled(whole(scores)), plan(policy), target
+  )
   assert masks.heads.all() and masks.stem.all()
   np.testing.assert_array_equal(masks.ffn, np.asarray(scores.ffn) > 0)
 
 
 def test_rates_are_averages_over_the_prunes():
   """One trial is noisy; one that broke the model counts until the next."""
-  scores, exchange = conftest.make_scores(CFG), pruning.Exchange(0.5)
+  scores, calibration = conftest.make_scores(CFG), pruning.Calibration(0.5)
   prune = whole(scores)
   says = lambda *changes: {
     t: {'groups': 1, 'change': c, 'score': 2.0}
@@ -240,8 +242,8 @@ def test_rates_are_averages_over_the_prunes():
     ((3.0, 2.0, None), (3.5 / 3, 1.5 / 3, None)),
     ((0.0, 0.0, 0.0), (1.75 / 3.5, 0.75 / 3.5, 2 / 3)),
   ):
-    exchange.add(says(*changes))
-    scaled = exchange.scaled(prune).scores
+    calibration.add(says(*changes))
+    scaled = calibration.scaled(prune).scores
     for t, rate in zip(structure.TYPES, rates, strict=True):
       score = np.asarray(getattr(scores, t))
       want = 1e20 * (1 + score / 2) if rate is None else score * rate
@@ -347,7 +349,7 @@ def test_a_trial_takes_one_group_at_least():
 
 def test_rates_are_finite_and_go_on_after_a_resume():
   change = lambda broken, score: {'groups': 1, 'change': broken, 'score': score}
-  rates = pruning.Exchange(0.5)
+  rates = pruning.Calibration(0.5)
   rates.add(
     {
       'heads': change(None, 1e-20),
@@ -355,7 +357,7 @@ def test_rates_are_finite_and_go_on_after_a_resume():
       'stem': change(None, 0.0),
     }
   )
-  again = pruning.Exchange(0.5, rates.record)
+  again = pruning.Calibration(0.5, rates.record)
   assert again.record == rates.record
   scores = conftest.make_scores(CFG)
   scores = scores.replace(

@@ -154,7 +154,7 @@ def test_prices_are_in_what_trials_measured(everything):
   """A live type costs next to nothing where no trial raised the loss."""
   found = {row['step']: row for row in trace(everything)}
   assert all(x['groups'] for x in found[min(found)]['trials'].values())
-  exchange = pruning.Exchange(0.9)
+  calibration = pruning.Calibration(0.9)
   for row in runs.rows(everything, 'train'):
     step = row['step']
     if step < min(found) or step > max(found):
@@ -162,8 +162,8 @@ def test_prices_are_in_what_trials_measured(everything):
       continue
     if step in found:
       trials = found[step]['trials']
-      exchange.add(trials)
-    for t, (change, _) in exchange._sums.items():
+      calibration.add(trials)
+    for t, (change, _) in calibration._sums.items():
       if trials[t]['groups']:
         prices = [row['price'][t]]
         if step in found:
