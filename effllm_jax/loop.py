@@ -282,7 +282,7 @@ class Loop:
     skipped = int(self.state.in_a_row) if look else 0
     if skipped >= self.config.train.max_skipped:
       # After a resume the next batches get as many tries again.
-      again = jax.device_put(np.int32(0), sharding.everywhere(self.mesh))
+      again = jax.device_put(np.int32(0), sharding.replicated(self.mesh))
       self.state = self.state.replace(in_a_row=again)
       return errors.InputError(
         f'{skipped} steps in a row were skipped, step {step} because of '
@@ -353,7 +353,7 @@ class Loop:
       self.meter.calibrate(self.cfg, self.extents)
       measured = {'trials': trials}
     masks = jax.device_put(
-      pruning.select(prune, plan, target), sharding.everywhere(self.mesh)
+      pruning.select(prune, plan, target), sharding.replicated(self.mesh)
     )
     repaired, removed = {}, pruning.removed(prune, masks)
     # One block may save what several prunes ask for: later ones take nothing.

@@ -88,7 +88,7 @@ def repair_model(
   narrower = (masks.stem & ~new_masks.stem).any()
   if mesh is None or mesh.shape['tensor'] > 1:
     # XLA splits a Gram matrix over `tensor`.
-    parts, grams_of_parts = 1, lambda x: _shared(repair.gram(x), mesh)[None]
+    parts, grams_of_parts = 1, lambda x: _replicated(repair.gram(x), mesh)[None]
   else:
     # Devices add up their own parts of all micro-batches before they exchange
     # them: of the 1.7B shape, 0.3 GB a layer and type.
@@ -139,7 +139,7 @@ def repair_model(
     (sums, overlaps), x_ABTD = jax.lax.scan(
       add, (zeros, jnp.zeros((2, 2))), (x_ABTD, side_A)
     )
-    grams = {name: _shared(s.mean(1), mesh) for name, s in sums.items()}
+    grams = {name: _replicated(s.mean(1), mesh) for name, s in sums.items()}
     w, fits = _refitted(w, inputs, read, grams, damping, mesh)
     w = w.replace(
       attn_norm=w.attn_norm * _factor(overlaps[0]),
@@ -173,7 +173,7 @@ def repair_model(
       narrower, final_grams, lambda _: jnp.zeros((S, cfg.D, cfg.D)), x_ABTD
     )
     unembed, fits['final'] = _repaired(
-      params.unembed, _shared(grams_SDD, mesh), masks.stem, new_masks.stem,
+      params.unembed, _replicated(grams_SDD, mesh), masks.stem, new_masks.stem,
       jnp.ones(cfg.V, bool), damping, mesh,
     )  # fmt: skip
     repaired = repaired.replace(unembed=unembed)
@@ -257,7 +257,7 @@ def _factor(overlap_2):
   return jnp.where(square > 0, product / jnp.where(square > 0, square, 1), 1)
 
 
-def _shared(grams, mesh):
+def _replicated(grams, mesh):
   """Whole on every device: a factor is not computed in parts."""
   return sharding.constrain(grams, ' ' * grams.ndim, mesh)
 

@@ -82,7 +82,7 @@ def trials(
   losses = np.asarray(
     steps.trial_losses(
       params,
-      jax.device_put(tried, sharding.everywhere(compute.mesh)),
+      jax.device_put(tried, sharding.replicated(compute.mesh)),
       windows_ABT,
       cfg=cfg,
       compute=compute,

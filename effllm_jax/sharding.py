@@ -167,7 +167,7 @@ def of_the_first(number: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 

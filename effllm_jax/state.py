@@ -124,7 +124,7 @@ def shardings(
   state: TrainState, tx: optax.GradientTransformation, mesh: sharding.Mesh
 ) -> TrainState:
   """Where each array of a state lives: moments where their parameters do."""
-  params, whole = sharding.params(state.params, mesh), sharding.everywhere(mesh)
+  params, whole = sharding.params(state.params, mesh), sharding.replicated(mesh)
   moments = optax.tree.map_params(
     tx,
     lambda _, s: s,
@@ -132,8 +132,8 @@ def shardings(
     params,
     transform_non_params=lambda _: whole,
   )
-  everywhere = jax.tree.map(lambda _: whole, state)
-  return everywhere.replace(params=params, opt_state=moments)
+  replicated = jax.tree.map(lambda _: whole, state)
+  return replicated.replace(params=params, opt_state=moments)
 
 
 def placed_state(

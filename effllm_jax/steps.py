@@ -383,6 +383,6 @@ def shrink_step(
     prune=shrink.take_prune(prune, kept),
   )
   if mesh is not None:
-    everywhere = sharding.everywhere(mesh)
-    kept = jax.lax.with_sharding_constraint(kept, everywhere)
+    replicated = sharding.replicated(mesh)
+    kept = jax.lax.with_sharding_constraint(kept, replicated)
   return _placed(small, tx, mesh), kept

@@ -41,7 +41,7 @@ class Teacher:
     self._params = sharding.put(params, sharding.params(params, self._mesh))
     # A teacher may itself be an event of a run, with dead groups in its arrays.
     masks = teacher.masks or structure.all_alive(teacher.cfg)
-    whole = sharding.everywhere(self._mesh)
+    whole = sharding.replicated(self._mesh)
     self._masks = sharding.put(masks, jax.tree.map(lambda _: whole, masks))
     self._recipe = dataclasses.replace(recipe, compute=compute)
     self._compiled = self._answer = None
