@@ -96,7 +96,7 @@ def to_weight(
     k=x.shape[0],
   )
   dw = _product(name, x, dy, 'tn', extents, dtype)
-  if _module(name).FILLS:
+  if _module(name).ZERO_BEYOND_EXTENTS:
     # Dead rows and columns come of zeros, or are beyond the extents.
     return dw
   return mask(mask(dw, keep_out).T, keep_in).T

@@ -8,7 +8,7 @@
 Every implementation is a module with
 
     product(a, b, form, extents, dtype, blocks=None) -> c[m, n] in `dtype`
-    FILLS            whether c is zero beyond the extents where a or b is
+    ZERO_BEYOND_EXTENTS  whether c is zero beyond the extents where a or b is
 
 and, apart from `xla`, a frozen dataclass `Blocks`, the `default_blocks` of a
 form and size, and `candidates` to time. An extent is 1 + the last live index of

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from kernels import forms
 
-# Whether c is zero beyond the extents where one of the operands is.
-FILLS = False
+ZERO_BEYOND_EXTENTS = False
 
 _REMEDY = "use implementation='bucket'"
 # Of Hopper: no later GPU has wgmma, no earlier one TMA.

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 
 from kernels import forms
 
-# Whether c is zero beyond the extents where one of the operands is.
-FILLS = False
+ZERO_BEYOND_EXTENTS = False
 
 _DTYPES = ('bfloat16', 'float32')
 _LANES = 128

@@ -4,8 +4,7 @@ import jax
 
 from kernels import forms
 
-# Whether c is zero beyond the extents where one of the operands is.
-FILLS = True
+ZERO_BEYOND_EXTENTS = True
 
 
 def product(

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from kernels import forms
 
-# Whether c is zero beyond the extents where one of the operands is.
-FILLS = True
+ZERO_BEYOND_EXTENTS = True
 Blocks = forms.Blocks
 
 

@@ -43,7 +43,7 @@ def with_poison(a, b, form, extents, dtype, blocks=None):
   return jnp.where((m < extents.m)[:, None] & (n < extents.n), c, jnp.nan)
 
 
-POISON = types.SimpleNamespace(product=with_poison, FILLS=False)
+POISON = types.SimpleNamespace(product=with_poison, ZERO_BEYOND_EXTENTS=False)
 
 
 def interpret(monkeypatch, name, how):

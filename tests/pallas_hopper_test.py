@@ -156,12 +156,12 @@ def test_a_tile_of_more_chunks_than_staging_buffers():
 
 @conftest.simulated
 @pytest.mark.parametrize('axis', 'mn')
-def test_fills_promises_no_zeros_that_nobody_writes(axis):
+def test_no_zeros_are_promised_that_nobody_writes(axis):
   zeros = [jnp.zeros(x.shape, x.dtype) for x in struct('tn', full('tn'))]
   extents = full('tn') | {axis: BLOCKS['tn'].tile()[axis]}
   c = simulator('tn')[0](*zeros, traced(extents))
   filled = not np.any(c)
-  assert filled == pallas_hopper.FILLS
+  assert filled == pallas_hopper.ZERO_BEYOND_EXTENTS
 
 
 @conftest.simulated

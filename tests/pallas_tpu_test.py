@@ -128,12 +128,12 @@ def test_right_on_memory_that_starts_as_nan(form, dtype):
 
 
 @pytest.mark.parametrize('axis', 'mn')
-def test_fills_promises_no_zeros_that_nobody_writes(axis):
+def test_no_zeros_are_promised_that_nobody_writes(axis):
   """A block beyond the extents keeps the NaN that its memory starts with."""
   zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes('tn', WHOLE, 'float32')]
   c = compiled('tn', 'float32')(*zeros, {**WHOLE, axis: B})
   filled = not np.any(c)
-  assert filled == pallas_tpu.FILLS
+  assert filled == pallas_tpu.ZERO_BEYOND_EXTENTS
 
 
 @EACH_FORM
