@@ -14,6 +14,7 @@ import numpy as np
 from effllm_jax import atomic
 from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
+from effllm_jax import config_checks
 from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import data
@@ -71,7 +72,7 @@ def run(
   _use_blocks(
     config.model.blocks,
     plan.recipe.compute,
-    plan_lib.device_tokens(config, mesh),
+    config_checks.device_tokens(config, mesh),
     source.cfg,
   )
   text = corpus.prepare(config.data.text, cache)

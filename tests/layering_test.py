@@ -23,9 +23,9 @@ ORDER = [
   'hf_source', 'sources', 'teacher', 'runlog', 'tables', 'agreement',
   'modeling_effllm', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
-  'export', 'finished', 'overlap', 'edge', 'plan', 'pruning', 'evaluate',
-  'likelihood', 'harness', 'plots', 'figures', 'report', 'comparison',
-  'interrupts', 'profiling', 'advice', 'loop', 'train',
+  'export', 'finished', 'overlap', 'edge', 'config_checks', 'plan', 'pruning',
+  'evaluate', 'likelihood', 'harness', 'plots', 'figures', 'report',
+  'comparison', 'interrupts', 'profiling', 'advice', 'loop', 'train',
   'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
@@ -58,7 +58,7 @@ ONLY = {
   'pyarrow': {'benchmark_items', 'text_files'},
   'absl': {'data'},
   'experiments': set(),
-  'kernels': {'model', 'plan', 'train', 'harness'},
+  'kernels': {'model', 'config_checks', 'train', 'harness'},
 }
 
 
