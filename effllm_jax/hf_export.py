@@ -9,8 +9,8 @@ import types
 from effllm_jax import agreement
 from effllm_jax import errors
 from effllm_jax import hf_config
+from effllm_jax import hf_folder
 from effllm_jax import hf_trimmed
-from effllm_jax import sources
 from effllm_jax import weights
 from effllm_jax import widths
 
@@ -41,16 +41,13 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> None:
   config |= {
     'dtype': 'float32',
     'transformers_version': transformers.__version__,
-    # None is written too: absent, the ids would be the classes' 1 and 2.
-    'bos_token_id': model.bos_id,
-    'eos_token_id': list(model.eos_ids) or None,
-    'pad_token_id': model.pad_id,
+    **hf_folder.special_ids(model),
   }
   text = json.dumps(config, indent=2) + '\n'
   (folder / 'config.json').write_text(text, encoding='utf-8')
-  sources.write_tokenizer(model, folder)
+  hf_folder.write_tokenizer(model, folder)
   path = folder / 'model.safetensors'
-  sources.write_tensors(path, tensors)
+  hf_folder.write_tensors(path, tensors)
   # Others may read the rest of the folder, this the package keeps to its owner.
   shutil.copymode(folder / 'config.json', path)
 

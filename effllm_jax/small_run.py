@@ -18,7 +18,7 @@ import numpy as np
 from effllm_jax import atomic
 from effllm_jax import bpe
 from effllm_jax import errors
-from effllm_jax import sources
+from effllm_jax import hf_folder
 from effllm_jax import structure
 from effllm_jax import train
 from effllm_jax import weights
@@ -154,7 +154,7 @@ def _write_model(folder: pathlib.Path) -> None:
     bos_id=None, eos_ids=(separator_id,), pad_id=None, chat_template=None,
     tokenizer=tokenizer, params=random_params(CFG, 0.02),
   )  # fmt: skip
-  sources.write_model(source, folder)
+  hf_folder.write_model(source, folder)
 
 
 def _write_text(folder: pathlib.Path) -> None:

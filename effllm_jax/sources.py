@@ -5,7 +5,6 @@ installed), a GGUF file, a Hugging Face folder of safetensors, or a model that a
 run has pruned: `events/<index>` or `checkpoints/<step>` of its workdir.
 """
 
-from collections.abc import Iterable
 import dataclasses
 import os
 import pathlib
@@ -13,8 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-from safetensors import numpy as safetensors_numpy
 import tokenizers
 
 from effllm_jax import atomic
@@ -24,7 +21,7 @@ from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import fetch
 from effllm_jax import gguf_source
-from effllm_jax import hf_config
+from effllm_jax import hf_folder
 from effllm_jax import hf_source
 from effllm_jax import selection
 from effllm_jax import structure
@@ -178,86 +175,11 @@ def trained_by(source: str | os.PathLike) -> dict[str, Any] | None:
   return untrusted.read_shaped(file, _READ, remedy)
 
 
-def write_tokenizer(source: Source, folder: pathlib.Path) -> None:
-  """Writes what transformers opens beside the weights of a model.
-
-  tokenizer.json, tokenizer_config.json (a `PreTrainedTokenizerFast`, with the
-  chat template) and generation_config.json.
-  """
-
-  def token(i):
-    # transformers makes a special token of each. A letter that a config takes
-    # for one would change how texts are split, and be left out of answers.
-    if i is None or not weights.is_added(source.tokenizer, i):
-      return None
-    return source.tokenizer.id_to_token(i)
-
-  generation = {
-    'bos_token_id': source.bos_id,
-    'eos_token_id': list(source.eos_ids) or None,
-    'pad_token_id': source.pad_id,
-    **source.generation,
-  }
-  config = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'model_max_length': source.cfg.context,
-    # transformers 4 adds token_type_ids otherwise, which no decoder takes.
-    'model_input_names': ['input_ids', 'attention_mask'],
-    'clean_up_tokenization_spaces': False,
-    'bos_token': token(source.bos_id),
-    'eos_token': token(source.eos_id),
-    'pad_token': token(source.pad_id),
-    'chat_template': source.chat_template,
-  }
-  atomic.write_text(folder / 'tokenizer.json', source.tokenizer.to_str())
-  for name, content in (
-    ('tokenizer_config.json', config),
-    ('generation_config.json', generation),
-  ):
-    atomic.write_json(folder / name, _set(content))
-
-
-def write_tensors(
-  path: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
-) -> None:
-  """Writes tensors by name, float32, as PyTorch's packages ask for them.
-
-  Raises:
-    OSError: where safetensors has an error of its own, too.
-  """
-  try:
-    safetensors_numpy.save_file(
-      {name: np.ascontiguousarray(x, np.float32) for name, x in tensors},
-      path,
-      metadata={'format': 'pt'},
-    )
-  except safetensors.SafetensorError as e:
-    raise OSError(str(e)) from e
-
-
-def write_model(source: Source, folder: pathlib.Path) -> None:
-  """Writes a folder that `load` reads as a model; `source` has parameters.
-
-  config.json, model.safetensors (float32) and the files of `write_tokenizer`.
-  """
-  tensors = weights.views(source.params, weights.HUGGING_FACE)
-  write_tensors(folder / 'model.safetensors', tensors)
-  write_tokenizer(source, folder)
-  special = {
-    'bos_token_id': source.bos_id,
-    'eos_token_id': list(source.eos_ids) or None,
-    'pad_token_id': source.pad_id,
-  }
-  atomic.write_json(
-    folder / 'config.json', hf_config.write(source.cfg) | special
-  )
-
-
 def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   """Writes all of a source but its weights; an export needs nothing else.
 
-  Besides the files of `write_tokenizer` it is source.json, which is written
-  last: where it is, the others are complete.
+  Besides the files of `hf_folder.write_tokenizer` it is source.json, which is
+  written last: where it is, the others are complete.
 
   Raises:
     errors.InputError: the folder cannot be written.
@@ -275,7 +197,7 @@ def save(source: Source, folder: str | os.PathLike) -> pathlib.Path:
   }
   with errors.writing(folder, 'choose another folder'):
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(source, folder)
+    hf_folder.write_tokenizer(source, folder)
     atomic.write_json(folder / 'source.json', about)
   return folder
 
@@ -376,8 +298,3 @@ def _default_gguf(cache):
       (scratch / path.name).write_bytes(content)
       os.replace(scratch / path.name, path)
   return path
-
-
-def _set(content):
-  """Leaves out the keys without a value."""
-  return {k: v for k, v in content.items() if v is not None}

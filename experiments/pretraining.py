@@ -16,6 +16,7 @@ from effllm_jax import corpus
 from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
+from effllm_jax import hf_folder
 from effllm_jax import model
 from effllm_jax import runlog
 from effllm_jax import sources
@@ -134,7 +135,7 @@ def _write_shape(
     eos_ids=(separator,), pad_id=None, chat_template=None, tokenizer=tokenizer,
     params=jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg)),
   )  # fmt: skip
-  sources.write_model(source, folder)
+  hf_folder.write_model(source, folder)
 
 
 def _train_tokenizer(vocab, text) -> tokenizers.Tokenizer:

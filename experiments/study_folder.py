@@ -31,6 +31,7 @@ from effllm_jax import comparison
 from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import errors
+from effllm_jax import hf_folder
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
 from effllm_jax import selection
@@ -95,7 +96,7 @@ class StudyFolder:
     def write(new):
       params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
       shaped = dataclasses.replace(source, cfg=cfg, masks=None, params=params)
-      sources.write_model(shaped, new)
+      hf_folder.write_model(shaped, new)
       console.plain(stderr=True).print(
         f'made by hand: heads {cfg.K}, ffn {cfg.F}, stem {cfg.D}, '
         f'{cfg.num_params():,} parameters',

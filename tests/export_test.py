@@ -23,6 +23,7 @@ from effllm_jax import export
 from effllm_jax import formats
 from effllm_jax import gguf_source
 from effllm_jax import hf_config
+from effllm_jax import hf_folder
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import model_card
@@ -223,9 +224,9 @@ def test_wrong_tokenizer_is_not_kept(
 ):
   saved = sources.load_saved(tokenizer_folder)
   saved.tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-  write = sources.write_tokenizer
+  write = hf_folder.write_tokenizer
   monkeypatch.setattr(
-    sources,
+    hf_folder,
     'write_tokenizer',
     lambda _, folder: write(saved, folder),
   )

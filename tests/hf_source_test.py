@@ -17,6 +17,7 @@ import tokenizers
 from effllm_jax import errors
 from effllm_jax import finished
 from effllm_jax import hf_config
+from effllm_jax import hf_folder
 from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import sources
@@ -374,7 +375,7 @@ def test_ends_padding_and_sampling_are_carried_over(tmp_path, token):
   saved = sources.load_saved(sources.save(source, tmp_path / 'saved'))
   out = tmp_path / 'out'
   out.mkdir()
-  sources.write_tokenizer(saved, out)
+  hf_folder.write_tokenizer(saved, out)
   tokenizer, generation = (
     json.loads((out / f'{name}_config.json').read_text())
     for name in ('tokenizer', 'generation')

@@ -14,6 +14,7 @@ import tokenizers
 
 from effllm_jax import errors
 from effllm_jax import hf_config
+from effllm_jax import hf_folder
 from effllm_jax import hf_trimmed
 from effllm_jax import sources
 from effllm_jax import structure
@@ -163,9 +164,9 @@ def write_trimmed(model, folder, **changes):
   config = hf_trimmed.config(model) | {'eos_token_id': 1} | changes
   config = {k: v for k, v in config.items() if v is not None}
   (folder / 'config.json').write_text(json.dumps(config))
-  sources.write_tokenizer(model, folder)
+  hf_folder.write_tokenizer(model, folder)
   tensors = hf_trimmed.tensors(model)
-  sources.write_tensors(folder / 'model.safetensors', tensors)
+  hf_folder.write_tensors(folder / 'model.safetensors', tensors)
 
 
 def architecture(cfg):

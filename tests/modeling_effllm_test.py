@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import hf_folder
 from effllm_jax import hf_trimmed
 from effllm_jax import sources
 from effllm_jax import structure
@@ -145,7 +146,7 @@ def test_what_was_trained_further_in_pytorch_is_a_source(
   torch.optim.SGD(have.parameters(), 0.1).step()
   folder = tmp_path / 'again'
   have.eval().save_pretrained(folder)
-  sources.write_tokenizer(made, folder)
+  hf_folder.write_tokenizer(made, folder)
   found = sources.load(folder, model_files.CACHE)
   assert widths.of_layers(found.masks) == widths.of_layers(made.masks)
   mine, _ = conftest.forward(found.params, found.masks, tokens, found.cfg)
