@@ -113,12 +113,9 @@ def main(argv: list[str]) -> None:
   for model, (d, f, tokens) in SHAPES.items():
     for form in forms.FORMS:
       for width_in, width_out in (d, d), (d, f), (f, d):
-        sizes = {
-          'nn': dict(m=tokens, n=width_out, k=width_in),
-          'nt': dict(m=tokens, n=width_in, k=width_out),
-          'tn': dict(m=width_in, n=width_out, k=tokens),
-        }[form]
-        dtype = jnp.float32 if form == 'tn' else jnp.bfloat16
+        mnk = forms.layer_sizes(form, tokens, width_in, width_out)
+        sizes = dict(zip('mnk', mnk, strict=True))
+        dtype = forms.result_dtype(form, jnp.bfloat16)
         blocks = pallas_hopper.default_blocks(form, **sizes, dtype=dtype)
 
         def run(a, b, m, n, k, form=form, dtype=dtype, blocks=blocks):

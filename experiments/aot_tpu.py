@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     for layer, form, (dtype, precision) in itertools.product(
       LAYERS, forms.FORMS, ARITHMETIC
     ):
-      size = _size(form, *LAYERS[layer])
+      size = forms.layer_sizes(form, *LAYERS[layer])
       start = time.perf_counter()
       try:
         with jax.default_matmul_precision(precision):
@@ -113,17 +113,6 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
 
 
-def _size(
-  form: str, tokens: int, width_in: int, width_out: int
-) -> tuple[int, int, int]:
-  """(m, n, k) of the layer's output, of dx or of dw."""
-  return {
-    'nn': (tokens, width_out, width_in),
-    'nt': (tokens, width_in, width_out),
-    'tn': (width_in, width_out, tokens),
-  }[form]
-
-
 def _compile(form, size, dtype, device):
   import jax
   import jax.numpy as jnp
@@ -138,8 +127,7 @@ def _compile(form, size, dtype, device):
     for letters in forms.AXES[form]
   )
   extent = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-  # As in a linear layer: dw is float32 whatever x and dy are.
-  out = 'float32' if form == 'tn' else dtype
+  out = forms.result_dtype(form, dtype)
 
   def fn(a, b, m, n, k):
     return pallas_tpu.product(a, b, form, forms.Extents(m, n, k), out)

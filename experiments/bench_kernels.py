@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
   ) as progress:
     for form, what, size, masked in progress.track(cases):
       left, right = forms.AXES[form]
-      out = jnp.float32 if form == 'tn' else dtype
+      out = forms.result_dtype(form, dtype)
       a, b = (
         jax.random.normal(jax.random.key(i), [size[x] for x in letters], dtype)
         for i, letters in enumerate((left, right))
@@ -159,19 +159,18 @@ def main(argv: list[str]) -> None:
 
 def _cases(d: int, f: int, tokens: int) -> list[tuple]:
   """(form, what it is in the layer, sizes, which of them is masked)."""
+  from kernels import forms
+
   up = {'nn': 'n', 'nt': 'k', 'tn': 'n'}
   down = {'nn': 'k', 'nt': 'n', 'tn': 'm'}
   found = []
-  for layer, masked, (width_in, width_out) in (
+  for layer, masked, widths in (
     ('gate, up', up, (d, f)),
     ('down', down, (f, d)),
   ):
-    for form, gradient, m, n, k in (
-      ('nn', '', tokens, width_out, width_in),
-      ('nt', ', dx', tokens, width_in, width_out),
-      ('tn', ', dw', width_in, width_out, tokens),
-    ):
-      size = {'m': m, 'n': n, 'k': k}
+    for form, gradient in (('nn', ''), ('nt', ', dx'), ('tn', ', dw')):
+      mnk = forms.layer_sizes(form, tokens, *widths)
+      size = dict(zip('mnk', mnk, strict=True))
       found.append((form, layer + gradient, size, masked[form]))
   return found
 

@@ -74,7 +74,7 @@ def tune(
     jax.random.normal(jax.random.key(i), [size[x] for x in letters], dtype)
     for i, letters in enumerate((left, right))
   )
-  out = jnp.float32 if form == 'tn' else dtype
+  out = forms.result_dtype(form, dtype)
   extents = [jnp.int32(round(size[masked] * share)) for share in _SHARES]
   found, failures = {}, []
   for blocks in module.candidates(form, m, n, k, dtype):

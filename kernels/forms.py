@@ -104,6 +104,24 @@ def sizes(a: jax.Array, b: jax.Array, form: str) -> tuple[int, int, int]:
   return size['m'], size['n'], size['k']
 
 
+def layer_sizes(
+  form: str, tokens: int, width_in: int, width_out: int
+) -> tuple[int, int, int]:
+  """(m, n, k) of a linear layer's product: its output, dx or dw."""
+  return {
+    'nn': (tokens, width_out, width_in),
+    'nt': (tokens, width_in, width_out),
+    'tn': (width_in, width_out, tokens),
+  }[form]
+
+
+def result_dtype(
+  form: str, dtype: jax.typing.DTypeLike
+) -> jax.typing.DTypeLike:
+  """Of a linear layer's product; dw is float32, as weights are."""
+  return jnp.float32 if form == 'tn' else dtype
+
+
 def dense(
   a: jax.Array, b: jax.Array, form: str, dtype: jax.typing.DTypeLike
 ) -> jax.Array:

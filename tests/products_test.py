@@ -11,6 +11,8 @@ import pytest
 
 from kernels import bucket
 from kernels import forms
+from kernels import matmul
+from kernels import xla
 from kernels import xla_loop
 
 SIZES = {'m': 24, 'n': 40, 'k': 32}
@@ -234,6 +236,28 @@ def test_candidates_are_right(name):
 def test_shapes_that_do_not_belong_together(a, b, form, message):
   with pytest.raises(ValueError, match=message):
     forms.sizes(jnp.zeros(a), jnp.zeros(b), form)
+
+
+def test_sizes_and_dtypes_are_what_a_layer_asks_for(monkeypatch):
+  """And its gradient; the three widths differ."""
+  asked, product = {}, xla.product
+
+  def note(a, b, form, extents, dtype, blocks=None):
+    asked[form] = (*forms.sizes(a, b, form), jnp.dtype(dtype))
+    return product(a, b, form, extents, dtype, blocks)
+
+  monkeypatch.setattr(xla, 'product', note)
+  x, w = jnp.ones((5, 7), jnp.bfloat16), jnp.ones((7, 11), jnp.float32)
+  run = lambda x, w: matmul.masked_matmul(x, w, implementation='xla')
+  y, gradients = jax.vjp(run, x, w)
+  gradients(jnp.ones_like(y))
+  assert asked == {
+    form: (
+      *forms.layer_sizes(form, 5, 7, 11),
+      jnp.dtype(forms.result_dtype(form, x.dtype)),
+    )
+    for form in forms.FORMS
+  }
 
 
 def test_blocks_that_do_not_fit():
