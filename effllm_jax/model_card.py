@@ -68,8 +68,7 @@ class Made:
   @property
   def new(self) -> bool:
     """Whether the run began with new weights, in the shape of its source."""
-    config = self.run.config
-    return 'init' in config and config['init'] == 'random'
+    return self.run.setting('init') == 'random'
 
 
 def story(model: weights.Source, made: Made) -> tuple[str, str]:

@@ -162,22 +162,24 @@ class Run:
     """The newest evaluation of one phase; None before there is one."""
     return next((x for x in reversed(self.evals) if x['phase'] == phase), None)
 
+  def setting(self, key: str) -> Any:
+    """What the config has at a key such as 'prune.policy'; None: nothing."""
+    value = self.config
+    for part in key.split('.'):
+      # A stranger may have written anything in the place of a section.
+      value = value.get(part) if isinstance(value, dict) else None
+    return value
+
   @property
   def only_trains(self) -> bool:
     """Whether nothing was to be pruned: `prune.policy` is 'none'."""
-    try:
-      return self.config['prune']['policy'] == 'none'
-    except (KeyError, TypeError):
-      return False
+    return self.setting('prune.policy') == 'none'
 
   @property
   def in_nats(self) -> bool:
     """Whether prices are of nats per token, as far as the config says."""
-    try:
-      prune = self.config['prune']
-      return bool(prune.get('calibrate')) or prune['saliency'] in saliency.NATS
-    except (AttributeError, KeyError, TypeError):
-      return False
+    calibrated = bool(self.setting('prune.calibrate'))
+    return calibrated or self.setting('prune.saliency') in saliency.NATS
 
   @property
   def budget(self) -> tuple[str, float | None]:

@@ -1,4 +1,5 @@
 from concurrent import futures
+import dataclasses
 import errno
 import hashlib
 import html.parser
@@ -419,6 +420,28 @@ def test_a_price_is_not_in_a_unit_that_its_score_does_not_have(
   want = f'{score}\nper {UNITS_OF_PRICES[kind]}'
   assert figures.price_unit(run) == want
   assert run.in_nats == (score == 'nats per token')
+
+
+@pytest.mark.parametrize(
+  ('config', 'want'),
+  [
+    ({'prune': {'policy': 'none'}}, 'none'),
+    ({'prune': {'policy': None}}, None),
+    ({'prune': {}}, None),
+    ({}, None),
+    # What a stranger wrote.
+    ({'prune': 'policy'}, None),
+    ({'prune': ['policy']}, None),
+    ({'prune': None}, None),
+    ({'prune.policy': 'none'}, None),
+  ],
+)
+def test_a_setting_that_is_not_there_is_none(done, config, want):
+  run = dataclasses.replace(runlog.read(done[0]), config=config)
+  assert run.setting('prune.policy') == want
+  assert run.only_trains == (want == 'none')
+  assert not run.in_nats and run.budget == ('params', None)
+  assert run.setting('prune.policy.name') is None
 
 
 @pytest.mark.parametrize('saliency', ['taylor1', 'random'])
