@@ -1,5 +1,6 @@
 """Held-out bits per byte, over all text and per domain."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import math
 import time
@@ -21,6 +22,7 @@ def bits_per_byte(
   cfg: structure.ModelConfig,
   compute: model.Compute,
   batch_size: int,
+  say: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
   """Cross-entropy of held-out text per UTF-8 byte, in bits.
 
@@ -33,13 +35,15 @@ def bits_per_byte(
     heldout: by domain; windows int32 [n, T + 1] and weights [n, T] of targets.
     compute: how the arithmetic is done.
     batch_size: windows of a batch, of all devices together.
+    say: is told the windows that are done, and all of them.
 
   Returns:
     `bits_per_byte` over all text, `domains` (the same by domain),
     `nats_per_token`, `heldout_bytes`, `heldout_tokens` and `seconds`.
   """
   start = time.perf_counter()
-  nats = {}
+  nats, done = {}, 0
+  count = sum(len(held.windows) for held in heldout.values())
   for domain, held in heldout.items():
     total = 0.0
     for i in range(0, len(held.windows), batch_size):
@@ -57,6 +61,8 @@ def bits_per_byte(
           compute=compute,
         )
       )
+      done += len(windows)
+      say(done, count)
     nats[domain] = total
   return summary(nats, heldout) | {'seconds': time.perf_counter() - start}
 

@@ -1,6 +1,6 @@
 """Held-out text as windows that score each of its tokens once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 import dataclasses
 import hashlib
 import math
@@ -55,18 +55,14 @@ def windows(
   Raises:
     errors.InputError: a number that makes no sense.
   """
-  for name, value in (('seq_len', seq_len), ('tokens', tokens_per_domain)):
-    if value < (name == 'seq_len'):
-      raise errors.InputError(
-        f'held-out {name} {value} is too small; set a positive number'
-      )
-  encoder = tokenizing.encoder(tokenizer)
+  _check(seq_len, tokens_per_domain)
   source = dataset.source(data_dir, 'heldout')
   read = lambda i: dataset.as_document(source[i])
   # Not the documents: they would be in the memory of every process.
   ranks = {domain: [] for domain in dataset.domains(data_dir)}
   for i, document in enumerate(dataset.documents(data_dir, 'heldout')):
     ranks[document.domain].append((_rank(document), i))
+  encoder = tokenizing.encoder(tokenizer)
   return {
     domain: _score_windows(
       domain, (read(i) for _, i in sorted(members)), encoder, separator_id,
@@ -74,6 +70,45 @@ def windows(
     )
     for domain, members in ranks.items()
   }  # fmt: skip
+
+
+def windows_of(
+  texts: Iterable[documents.Document],
+  tokenizer: tokenizers.Tokenizer,
+  separator_id: int,
+  *,
+  seq_len: int,
+  tokens_per_domain: int,
+) -> dict[str, HeldOut]:
+  """`windows` over documents of any origin, in the order in which they come.
+
+  Args:
+    texts: all are held in memory.
+    tokenizer, separator_id, seq_len, tokens_per_domain: as in `windows`.
+
+  Raises:
+    errors.InputError: a number that makes no sense, or what reading them does.
+  """
+  _check(seq_len, tokens_per_domain)
+  domains = {}
+  for document in texts:
+    domains.setdefault(document.domain, []).append(document)
+  encoder = tokenizing.encoder(tokenizer)
+  return {
+    domain: _score_windows(
+      domain, members, encoder, separator_id, seq_len,
+      tokens_per_domain or math.inf,
+    )
+    for domain, members in domains.items()
+  }  # fmt: skip
+
+
+def _check(seq_len: int, tokens: int) -> None:
+  for name, value in (('seq_len', seq_len), ('tokens', tokens)):
+    if value < (name == 'seq_len'):
+      raise errors.InputError(
+        f'held-out {name} {value} is too small; set a positive number'
+      )
 
 
 def _rank(document: documents.Document) -> bytes:
@@ -84,7 +119,7 @@ def _rank(document: documents.Document) -> bytes:
 
 
 def _score_windows(
-  domain: str, documents: Iterator[documents.Document],
+  domain: str, documents: Iterable[documents.Document],
   encoder: tokenizers.Tokenizer, separator_id: int, seq_len: int, budget: float,
 ) -> HeldOut:  # fmt: skip
   """Windows over the documents of one domain, up to a budget of tokens."""

@@ -313,6 +313,33 @@ def edge(run: runlog.Run) -> Table:
   )  # fmt: skip
 
 
+def perplexity(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+  """Losses on a text, one model beside the other.
+
+  Args:
+    results: of `evaluate.bits_per_byte` on one text, by the model's name.
+    title: of the table.
+  """
+  first, *_ = results.values()
+  domains = first['domains'] if len(first['domains']) > 1 else {}
+  rows = {
+    'bits per byte': lambda x: amounts.bits(x['bits_per_byte']),
+    **{
+      name: lambda x, name=name: amounts.bits(x['domains'][name])
+      for name in domains
+    },
+    'nats per token': lambda x: f'{x["nats_per_token"]:.4f}',
+    'perplexity': lambda x: f'{np.exp(x["nats_per_token"]):,.2f}',
+  }
+  return Table(
+    title=title,
+    columns=('', *results),
+    rows=tuple(
+      (name, *map(shown, results.values())) for name, shown in rows.items()
+    ),
+  )
+
+
 def benchmarks(
   record: Mapping[str, Any], step: int | None = None, first: str = 'source'
 ) -> Table:

@@ -1,4 +1,4 @@
-"""The documents of a user's folder, of all its files of text."""
+"""The documents of a user's folder, of all its files of text, or of a file."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from effllm_jax import digests as digests_lib
 from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import text_files
@@ -69,12 +70,14 @@ class Documents:
     label: its name.
     files: what to read, by path within it.
     digests: SHA-256 of each, which is to be the same every time.
+    remedy: what else to do where there is no text.
   """
 
   text: str
   label: str
   files: dict[str, pathlib.Path]
   digests: dict[str, str]
+  remedy: str = 'set --config.data.text'
 
   def __iter__(self) -> Iterator[Document]:
     found = False
@@ -88,7 +91,7 @@ class Documents:
       raise errors.InputError(
         f'{self.text} holds no text; put .txt files (one document each), '
         '.jsonl files (one a line, key "text") or .parquet files (column '
-        '"text") into it, or set --config.data.text'
+        f'"text") into it, or {self.remedy}'
       )
 
   def _documents(self, name: str) -> Iterator[Document]:
@@ -132,3 +135,27 @@ class Documents:
         f'{pathlib.Path(self.text, name)} has changed while it was read; run '
         'again once it is written'
       )
+
+
+def read(text: str, remedy: str) -> Documents:
+  """What lies at a path, all of it, to be measured and not trained on.
+
+  Args:
+    text: a folder as in `corpus.prepare`, or one such file.
+    remedy: what to do where it is neither.
+
+  Raises:
+    errors.InputError: it is neither, or a file cannot be read.
+  """
+  path = pathlib.Path(os.path.expanduser(text))
+  if text and os.path.isdir(path):
+    folder, (label, files, _) = path, listed(text, remedy)
+  elif os.path.isfile(path) and text_files.kind(path):
+    folder, label, files = path.parent, path.stem, {path.name: path}
+  else:
+    raise errors.InputError(
+      f'{text!r} is neither a .txt, .jsonl or .parquet file nor a folder of '
+      f'such; {remedy}'
+    )
+  digests = digests_lib.of(folder, files, UNREADABLE)
+  return Documents(str(folder), label, files, digests, remedy)

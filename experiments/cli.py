@@ -25,7 +25,7 @@ from experiments.configs import smollm2_135m
 # What ml_collections says of a key with a dot.
 _DOTS = re.compile(r'ConfigDict does not accept dots .* key (.*) contains.*')
 # Flags whose values are files or folders.
-_PATHS = ('cache', 'out', 'study', 'tune', 'workdir', 'workdirs')
+_PATHS = ('cache', 'out', 'study', 'text', 'tune', 'workdir', 'workdirs')
 CACHE = flags.DEFINE_string(
   'cache',
   os.path.join('~', '.cache', 'effllm_jax'),
@@ -110,6 +110,26 @@ def out_file(path: str) -> pathlib.Path:
   if not os.access(out.parent, os.W_OK):
     raise errors.InputError(f'cannot write to {out.parent}; set --out')
   return out
+
+
+def check_model(
+  workdir: str | None, event: int | None, model: str | None
+) -> None:
+  """Checks that a command that asks a model is told which.
+
+  Raises:
+    errors.InputError: both a run and a model are named, or none, or an event
+      that is of no run.
+  """
+  if (workdir is None) == (model is None):
+    raise errors.InputError(
+      'this takes a run or a model; set one of --workdir and --model'
+    )
+  if model is not None and event is not None:
+    raise errors.InputError(
+      f'--event {event} is that of a run; set --workdir, or set --model to the '
+      "run's events/<index>"
+    )
 
 
 def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:

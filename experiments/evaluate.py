@@ -54,15 +54,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import benchmark_items
 
   names = benchmark_items.names(_TASKS.value)
-  if (_WORKDIR.value is None) == (_MODEL.value is None):
-    raise errors.InputError(
-      'evaluate takes a run or a model; set one of --workdir and --model'
-    )
-  if _MODEL.value is not None and _EVENT.value is not None:
-    raise errors.InputError(
-      f'--event {_EVENT.value} is that of a run; set --workdir, or set '
-      "--model to the run's events/<index>"
-    )
+  cli.check_model(_WORKDIR.value, _EVENT.value, _MODEL.value)
   in_transformers = _BACKEND.value == 'transformers'
   if in_transformers and _MODEL.value is None:
     raise errors.InputError(
