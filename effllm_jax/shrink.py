@@ -53,7 +53,8 @@ def kept_indices(
 
   Args:
     masks: live groups.
-    scores: orders the survivors, highest first (ties: lower index first).
+    scores: orders the survivors, highest first (ties: lower index first). One
+      that is no number comes first: what is alive is kept.
     cfg: the architecture after the shrink (`shrunk_config`). Where a layer has
       fewer live groups than its width, dead slots fill the end.
 
@@ -62,6 +63,7 @@ def kept_indices(
   """
 
   def best(mask, score, letters):
+    score = jnp.nan_to_num(score, nan=jnp.inf, posinf=jnp.inf)
     ranked = jnp.argsort(jnp.where(mask, -score, jnp.inf), axis=-1)
     return ranked[..., : getattr(cfg, letters[-1])].astype(jnp.int32)
 

@@ -67,6 +67,21 @@ def test_survivors_of_one_score_keep_their_order(cfg):
       np.testing.assert_array_equal(got[: len(want)], want)
 
 
+@pytest.mark.parametrize('score', [np.nan, -np.inf, np.inf])
+def test_what_is_alive_stays_whatever_its_score(cfg, score):
+  """A score of a user's own may be no number; its group is alive."""
+  masks = conftest.make_masks(cfg)
+  scores = jax.tree.map(
+    lambda m: jnp.where(jnp.arange(m.shape[-1]) % 2, score, 1.0) + 0 * m, masks
+  )
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  kept = conftest.kept_indices(masks, scores, small)
+  taken = shrink.take_groups(masks, kept)
+  for name in structure.TYPES:
+    before, after = (getattr(x, name).sum(-1) for x in (masks, taken))
+    np.testing.assert_array_equal(before, after)
+
+
 def test_an_optimizer_step_commutes_with_shrinking(cfg):
   """Invariant 2: clip, AdamW with decay, moments that are not zero."""
   masks = conftest.make_masks(cfg)
