@@ -23,7 +23,8 @@ channels at a stroke or leave the budget unused, so selection keeps an eye on it
 from the first move: a type whose width is not on a multiple is *open* and its
 block will be finished; a further block is opened only while finishing the open
 ones is not enough for the final target, and of the blocks that would overshoot
-it the smallest is taken. The last prune finishes all open blocks.
+it the smallest is taken. The last prune finishes all open blocks, of each open
+type up to one group less than a block.
 
 The last move may save more than was asked for: a head of every layer as much as
 some hundred channels. So every prune plans to the end: from where the run would
@@ -31,6 +32,14 @@ end with the scores of now it takes back blocks that fit into the final target,
 the dearest first, until none does, and it removes nothing that stays in this
 plan. Without, a small model of a quarter ended 11 % below its target, with
 layers at their floors when the last block of the stem had to go.
+
+What fits is small, and not always cheap: with channels of SmolLM2 in blocks of
+256 a head of every layer is the smallest block there is, and went first
+whatever it scored. So under `uniform`, whose blocks are large, every prune
+plans a second time, by the price of whole blocks and with any of them: one that
+overshoots costs as much more as it saves in vain. Of both plans the first is
+kept, which wastes less, unless the second loses less than `_CLEARLY` of its
+score ("A block that fits" in HYPOTHESES.md).
 """
 
 import functools
@@ -46,6 +55,9 @@ from effllm_jax import rules as rules_lib
 from effllm_jax import structure
 
 Array = jax.Array
+
+# Scores are estimates: for what may be chance no plan is changed.
+_CLEARLY = 0.5
 
 
 def live_widths(masks: structure.Groups) -> dict[str, np.ndarray]:
@@ -173,11 +185,14 @@ class _Moves(NamedTuple):
     at: [N, X] int64, position of the move that takes each group.
     score: [moves + 1] float32, mean score of what a move takes; one entry more,
       so that there is always a next one to look at.
+    block: [moves + 1] float32, mean score of the block of `multiple_of` moves
+      that a move belongs to.
     groups: how many groups a move takes.
   """
 
   at: Array
   score: Array
+  block: Array
   groups: int
 
 
@@ -191,19 +206,23 @@ def _select(scores, masks, target, final, rules, form):
   def size(left):
     return form.size(*jnp.moveaxis(left * groups, -1, 0))
 
-  def price(left, made=0):
+  def price(left, made=0, by_block=False):
     """Of the next move of each type; `made` 1: of the last one."""
     score = jnp.stack(
-      [m.score[total[i] - left[i] - made] for i, m in enumerate(moves)]
+      [
+        jnp.where(by_block, m.block, m.score)[total[i] - left[i] - made]
+        for i, m in enumerate(moves)
+      ]
     )
     worth = _price(score, jnp.stack(_priced(left * groups, rules, form)))
     # Infinity is for what is not allowed.
     return jnp.minimum(worth, jnp.finfo(worth.dtype).max)
 
-  def taken(target, least):
+  def taken(target, least, by_block):
     """How many moves of each type are left at `target`, none below `least`."""
 
     def allowed(left):
+      """Which types may move, and how many times its worth each then costs."""
       open_block = left % multiple != 0
       landed = left - left % multiple
       after = size(landed - jnp.diag(multiple))
@@ -216,16 +235,24 @@ def _select(scores, masks, target, final, rules, form):
       )
       fits = block & (after >= final)
       mildest = block & (after == jnp.max(jnp.where(block, after, -1)))
-      opens = jnp.where(fits.any(), fits, mildest) & ~open_block
-      return jnp.where(open_block, left - 1 >= least, opens)
+      opens = jnp.where(by_block, block, jnp.where(fits.any(), fits, mildest))
+      saved, wanted = size(landed) - after, size(landed) - final
+      waste = jnp.where(
+        by_block & ~open_block & block, saved / jnp.minimum(saved, wanted), 1
+      )
+      return jnp.where(open_block, left - 1 >= least, opens), waste
 
     def unfinished(left):
       unaligned = ((left % multiple != 0) & (left > least)).any()
       wanted = (size(left) > target) | ((target == final) & unaligned)
-      return wanted & allowed(left).any()
+      return wanted & allowed(left)[0].any()
 
     def move(left):
-      cheapest = jnp.argmin(jnp.where(allowed(left), price(left), jnp.inf))
+      may, waste = allowed(left)
+      worth = price(left, by_block=by_block)
+      worth *= waste.astype(worth.dtype)
+      worth = jnp.minimum(worth, jnp.finfo(worth.dtype).max)
+      cheapest = jnp.argmin(jnp.where(may, worth, jnp.inf))
       return left.at[cheapest].add(-1)
 
     return jax.lax.while_loop(unfinished, move, start)
@@ -238,16 +265,44 @@ def _select(scores, masks, target, final, rules, form):
     dearest = jnp.argmax(jnp.where(fits_again(left), price(left, 1), -jnp.inf))
     return left.at[dearest].add(multiple[dearest])
 
-  def plan(least, goal):
-    left = taken(goal, least)
-    return jax.lax.while_loop(
-      lambda left: fits_again(left).any(), take_back, left
-    ), None
+  def lost(left):
+    """Sum of the scores of all groups that are gone at `left`."""
+    gone = [
+      m.groups
+      * jnp.where(
+        (jnp.arange(m.score.size) < total[i] - left[i]) & (m.score > -jnp.inf),
+        m.score,
+        0,
+      ).sum()
+      for i, m in enumerate(moves)
+    ]
+    return sum(gone).astype(jnp.float32)
 
-  # To the end first, below which the prune then does not go. One loop for both:
+  def plan(carry, stage):
+    best, most = carry
+    goal, by_block, made = stage
+    left = taken(goal, jnp.where(made, best, smallest), by_block)
+    left = jax.lax.while_loop(
+      lambda left: fits_again(left).any(), take_back, left
+    )
+    better = lost(left) < most
+    return (
+      jnp.where(better, left, best),
+      jnp.where(better, _CLEARLY * lost(left), most),
+    ), left
+
+  # To the end first, below which the prune then does not go. One loop for all:
   # each shrink compiles this anew.
   start = live // groups
-  left, _ = jax.lax.scan(plan, smallest, jnp.stack([final, target]))
+  stages = [(final, False, False), (target, False, True)]
+  if rules.policy == 'uniform' and max(rules.multiple_of) > 1:
+    stages.insert(1, (final, True, False))
+  stages = [
+    jnp.stack([*map(jnp.asarray, x)]) for x in zip(*stages, strict=True)
+  ]
+  _, (*_, left) = jax.lax.scan(
+    plan, (smallest, jnp.float32(jnp.inf)), tuple(stages)
+  )
   return structure.Groups(
     *(
       getattr(masks, t) & (m.at >= removed).reshape(getattr(masks, t).shape)
@@ -293,16 +348,29 @@ def _all_moves(scores, masks, rules):
       live_N = mask_NX.sum(-1) // multiple[i]
       smallest[i], multiple[i] = jnp.minimum(live_N, kept).sum(), 1
     else:
-      moves.append(_uniform(score_NX, mask_NX))
+      moves.append(_uniform(score_NX, mask_NX, multiple[i]))
   return moves, jnp.array(smallest), jnp.array(multiple)
 
 
-def _uniform(score_NX, mask_NX) -> _Moves:
+def _uniform(score_NX, mask_NX, block) -> _Moves:
   """Move j takes what has rank j among the slots of each layer."""
   score_NX = jnp.where(mask_NX, score_NX, -jnp.inf)
   rank_NX = jnp.argsort(jnp.argsort(score_NX, axis=-1), axis=-1)
   mean_X = jnp.sort(score_NX, axis=-1).mean(0)
-  return _Moves(rank_NX, jnp.append(mean_X, jnp.inf), len(mask_NX))
+  # Counted from the highest score down, as widths are; what has died of the
+  # lowest block of all is not missed.
+  pad = -len(mean_X) % block
+  mean_BX = jnp.pad(mean_X, (pad, 0), constant_values=-jnp.inf)
+  mean_BX = mean_BX.reshape(-1, block)
+  live_BX = mean_BX > -jnp.inf
+  mean_B = jnp.where(live_BX, mean_BX, 0).sum(-1) / live_BX.sum(-1).clip(1)
+  of_block_X = jnp.repeat(mean_B.astype(mean_X.dtype), block)[pad:]
+  return _Moves(
+    rank_NX,
+    jnp.append(mean_X, jnp.inf),
+    jnp.append(of_block_X, jnp.inf),
+    len(mask_NX),
+  )
 
 
 def _ragged(score_NX, mask_NX, block, kept) -> _Moves:
@@ -323,11 +391,9 @@ def _ragged(score_NX, mask_NX, block, kept) -> _Moves:
   key_NB = jnp.where(best_B & (mean_NB > -jnp.inf), jnp.inf, mean_NB)
   # Stable: ties go to the lower layer, then to the lower block.
   at_NB = jnp.argsort(jnp.argsort(key_NB, axis=None)).reshape(key_NB.shape)
-  return _Moves(
-    jnp.take_along_axis(at_NB, rank_NX // block, axis=1),
-    jnp.append(jnp.sort(key_NB, axis=None), jnp.inf),
-    block,
-  )
+  score = jnp.append(jnp.sort(key_NB, axis=None), jnp.inf)
+  at = jnp.take_along_axis(at_NB, rank_NX // block, axis=1)
+  return _Moves(at, score, score, block)
 
 
 @functools.partial(jax.jit, static_argnames='rules')

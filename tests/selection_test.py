@@ -22,6 +22,8 @@ RULES = {
   'free': FREE,
   'multiples': rules_lib.Rules('uniform', (1, 3, 5), (1, 4, 4), False),
   'odd-multiples': rules_lib.Rules('uniform', (2, 1, 1), (1, 5, 3), True),
+  # A block of channels saves more than one of heads.
+  'large-multiples': rules_lib.Rules('uniform', (1, 12, 4), (1, 12, 4), True),
   'ragged': RAGGED,
   'ragged-multiples': rules_lib.Rules('ragged', (0, 0, 5), (2, 4, 4), False),
   'ragged-floors': rules_lib.Rules('ragged', (1, 5, 3), (2, 4, 1), True),
@@ -44,10 +46,17 @@ BUDGETS = {
 
 def greedy(scores, masks, target, final, rules, cost):
   """`select` as a person would write it: lists, Python integers, no rank."""
-  plan = _Lists(scores, masks, final, rules, cost)
-  least = zip(rules.smallest(), plan.masks, strict=True)
-  plan.take(final, [np.minimum(m.sum(-1), n).sum() for n, m in least])
-  plan.take_back()
+  plan, other = (
+    _Lists(scores, masks, final, rules, cost, by_block)
+    for by_block in (False, True)
+  )
+  for x in (plan, other):
+    least = zip(rules.smallest(), x.masks, strict=True)
+    x.take(final, [np.minimum(m.sum(-1), n).sum() for n, m in least])
+    x.take_back()
+  large = rules.policy == 'uniform' and max(rules.multiple_of) > 1
+  if large and other.lost() < plan.lost() / 2:
+    plan = other
   made = _Lists(scores, masks, final, rules, cost)
   made.take(target, plan.counts())
   heads, ffn, stem = made.masks
@@ -57,10 +66,12 @@ def greedy(scores, masks, target, final, rules, cost):
 class _Lists:
   """Masks, and the moves that they have seen."""
 
-  def __init__(self, scores, masks, final, rules, cost):
+  def __init__(self, scores, masks, final, rules, cost, by_block=False):
     self.masks = [
       np.atleast_2d(np.array(getattr(masks, t))) for t in structure.TYPES
     ]
+    self.before = [m.copy() for m in self.masks]
+    self.by_block = by_block
     self.scores = [
       np.atleast_2d(np.asarray(getattr(scores, t), np.float64))
       for t in structure.TYPES
@@ -72,6 +83,23 @@ class _Lists:
 
   def counts(self):
     return [int(m.sum()) for m in self.masks]
+
+  def lost(self):
+    return sum(
+      s[before & ~m].sum()
+      for s, before, m in zip(self.scores, self.before, self.masks, strict=True)
+    )
+
+  def block_of(self, i):
+    """All that goes with the next move of type i, gone already or not."""
+    multiple = self.rules.multiple_of[i]
+    block = (int(self.masks[i][0].sum()) - 1) // multiple
+    found = []
+    for n, before in enumerate(self.before[i]):
+      live = np.flatnonzero(before)
+      live = sorted(live, key=lambda x: -self.scores[i][n][x])
+      found += [(n, x) for x in live[block * multiple :][:multiple]]
+    return found
 
   def lowest(self, i, n, count):
     live = np.flatnonzero(self.masks[i][n])
@@ -85,6 +113,8 @@ class _Lists:
     saved = self.cost.size(*counts) - self.cost.size(*fewer)
     if i == 2 and not self.rules.price_embedding:
       saved -= self.cost.form.unpriced_stem
+    if self.by_block and not self.blockwise[i]:
+      groups = self.block_of(i)
     mean = np.mean([self.scores[i][g] for g in groups])
     return mean / saved if saved else 1e300
 
@@ -133,10 +163,17 @@ class _Lists:
         fitting = [i for i in blocks if blocks[i] >= self.final]
         most = max(blocks.values())
         opens = fitting or [i for i in blocks if blocks[i] == most]
+        if self.by_block:
+          opens = blocks
         usable += [i for i in opens if not is_open[i]]
       if not usable:
         return
-      best = min(sorted(usable), key=lambda i: self.price(i, moves[i]))
+      worth = {i: self.price(i, moves[i]) for i in sorted(usable)}
+      for i in worth:
+        if self.by_block and not is_open[i]:
+          saved = size(*landed) - blocks[i]
+          worth[i] *= saved / min(saved, size(*landed) - self.final)
+      best = min(worth, key=worth.get)
       for group in moves[best]:
         self.masks[best][group] = False
       self.made[best].append(moves[best])
@@ -490,6 +527,30 @@ def test_final_size_wastes_less_than_the_smallest_block():
         for t, w in selection.live_widths(masks).items()
         if t != 'heads'
       } == {'ffn': {0}, 'stem': {0}}
+
+
+def test_a_block_that_fits_is_not_taken_whatever_it_costs():
+  """Heads of SmolLM2 are the smallest block, and each is worth a thousand."""
+  cfg = conftest.make_config(V=49152, D=576, N=30, K=3, G=3, H=64, F=1536)
+  cost, alive = budgets.params(cfg), structure.all_alive(cfg)
+  scores = conftest.make_scores(cfg)
+  cheap = scores.replace(heads=1e3 * scores.heads, stem=1e3 * scores.stem)
+  rules = rules_lib.Rules('uniform', (1, 256, 64), (1, 256, 64), False)
+  for target, ffn in ((130_000_000, 1280), (118_000_000, 1024)):
+    once = selection.select(cheap, alive, target, target, rules, cost)
+    masks = alive
+    for step in np.linspace(134_515_008, target, 5)[1:]:
+      masks = selection.select(cheap, masks, int(step), target, rules, cost)
+    for found in (once, masks):
+      widths = selection.live_widths(found)
+      assert set(widths['heads']) == {3} and widths['stem'] == 576
+      assert set(widths['ffn']) == {ffn}
+      assert cost.live(found) <= target
+  # Where a head of every layer is cheap, it goes: no channel is in the way.
+  dear = scores.replace(heads=1e-3 * scores.heads, stem=1e3 * scores.stem)
+  masks = selection.select(dear, alive, 126_000_000, 126_000_000, rules, cost)
+  assert set(selection.live_widths(masks)['heads']) == {2}
+  assert set(selection.live_widths(masks)['ffn']) == {1536}
 
 
 @pytest.mark.parametrize('rules', [FREE, RAGGED], ids=rules_lib.POLICIES)
