@@ -1,6 +1,6 @@
 r"""What a run's model is worth on the edge: beside its source, per format.
 
-    python -m experiments.edge --workdir=runs/a [--event=3] \
+    python -m experiments.edge --workdir=runs/a [--event=1] \
       [--formats=gguf-f16,gguf-q8_0,gguf-q4_0,onnx] [--threads=1] [--pad=64]
 
 File size, tokens/s of prefill and decode (medians), memory at the peak, and

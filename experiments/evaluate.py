@@ -1,6 +1,6 @@
 r"""Public benchmarks: what a run's model has lost of its source, task by task.
 
-    python -m experiments.evaluate --workdir=runs/a [--event=3] \
+    python -m experiments.evaluate --workdir=runs/a [--event=1] \
       [--tasks=table2] [--limit=100]
     python -m experiments.evaluate --model=smollm2-135m --tasks=piqa,mmlu
     python -m experiments.evaluate --model=out/a --backend=transformers

@@ -1,6 +1,6 @@
 r"""Writes the model of a run for other runtimes, each file checked.
 
-    python -m experiments.export --workdir=runs/a [--event=3] --out=out/a \
+    python -m experiments.export --workdir=runs/a [--event=1] --out=out/a \
       [--formats=hf,gguf-f16,gguf-q8_0,onnx] [--pad=64]
 
 Without --event it is the newest checkpoint; with it, the model right after that

@@ -1,7 +1,7 @@
 r"""Which groups runs have in common, beside what chance would give.
 
     python -m experiments.overlap --workdirs=runs/a,runs/b,runs/c \
-      [--event=3] [--out=overlap.json]
+      [--event=1] [--out=overlap.json]
 
 The runs must have started from one source, or from events of a run from it. A
 folder that has a comma in its name, as of a sweep, stands in double quotes, as
