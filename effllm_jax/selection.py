@@ -21,10 +21,10 @@ multiples all the time, and where the floor is 0 a layer can lose a whole block.
 holds for the final shape. Rounding at the end would have to take up to 63
 channels at a stroke or leave the budget unused, so selection keeps an eye on it
 from the first move: a type whose width is not on a multiple is *open* and its
-block will be finished; a further block is opened only while finishing the open
-ones is not enough for the final target, and of the blocks that would overshoot
-it the smallest is taken. The last prune finishes all open blocks, of each open
-type up to one group less than a block.
+block will be finished; a further block is opened, by the price of its first
+move, only while finishing the open ones is not enough for the final target, and
+of the blocks that would overshoot it the smallest is taken. The last prune
+finishes all open blocks, of each open type up to one group less than a block.
 
 The last move may save more than was asked for: a head of every layer as much as
 some hundred channels. So every prune plans to the end: from where the run would
