@@ -61,7 +61,8 @@ class Fit:
     damping: the damping used; 0 where nothing was removed, inf where no damping
       helped and the survivors are as they were.
     error_without: mean squared change of an output vector of the matrix when
-      its inputs are only masked, over the tokens that were fitted.
+      its inputs are only masked, over the tokens that were fitted; outputs that
+      nobody reads any more count too.
     error_with: the same after the repair; never above `error_without`.
   """
 
