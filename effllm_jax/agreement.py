@@ -20,6 +20,12 @@ TEXT = """The lighthouse at Skerryvore was first lit in 1844. It stands on a
 reef some 12 miles (19 km) south-west of Tiree, and took 150 men six summers:
 "two of blasting, four of building." Its 4,308 tons of granite    were cut on
 the island of Mull \u2013 each block fitted by hand before it was shipped."""
+# What rules of splitting words differ in; composed, since llama.cpp does not
+# normalise.
+_NASTY = (
+  "I'LL don't we've x=1,000.50;y=3e-10 0x1F\r\n\r\n\t\t  def f(x):\n    return "
+  'x**2  # ½ ² Ⅳ naïve 日本語 🤷🏽   '
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +103,13 @@ def _forward(params, masks, tokens_BT, cfg):
   # What a TPU or a GPU rounds float32 to by default is coarser than `LEVELS`.
   with jax.default_matmul_precision('highest'):
     return model_lib.forward(params, masks, tokens_BT, cfg, compute)[0]
+
+
+def hard_text(model: weights.Source) -> str:
+  """A text in which tokenizers would differ, ends of a text included."""
+  # An id may be a row of the embedding that no token has.
+  ends = [model.tokenizer.id_to_token(i) or '' for i in model.eos_ids]
+  return TEXT + _NASTY + ''.join(ends)
 
 
 def answers(model: weights.Source) -> Reference:

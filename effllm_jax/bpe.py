@@ -165,6 +165,24 @@ def rule(source: tokenizers.Tokenizer, file: str, remedy: str) -> str:
   )
 
 
+def is_qwen2(source: tokenizers.Tokenizer) -> bool:
+  """Whether transformers' Qwen2Tokenizer with its words and merges is the same.
+
+  It knows nothing but these of a tokenizer.json, and adds its <|endoftext|>.
+  """
+  parts = json.loads(source.to_str())
+  own = {**parts['model'], 'vocab': None, 'merges': None}
+  built = tokenizers.Tokenizer(models.BPE())
+  built.pre_tokenizer = pre_tokenizers.Sequence(list(_RULES['qwen2']))
+  return (
+    own.pop('type') == 'BPE'
+    and not any(own.values())
+    and parts['normalizer'] == {'type': 'NFC'}
+    and _steps(parts) == _steps(json.loads(built.to_str()))
+    and source.token_to_id('<|endoftext|>') is not None
+  )
+
+
 def _steps(parts):
   """What a pre-tokenizer does, in order; offsets are no matter of the ids."""
   step = parts['pre_tokenizer'] or {'type': 'Sequence', 'pretokenizers': []}

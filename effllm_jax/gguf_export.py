@@ -23,12 +23,6 @@ _VALUE_TYPES = {
   int: gguf.GGUFValueType.UINT32,
   float: gguf.GGUFValueType.FLOAT32,
 }
-# What rules of splitting words differ in; composed, since llama.cpp does not
-# normalise.
-_NASTY = (
-  "I'LL don't we've x=1,000.50;y=3e-10 0x1F\r\n\r\n\t\t  def f(x):\n    return "
-  'x**2  # ½ ² Ⅳ naïve 日本語 🤷🏽   '
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +135,7 @@ def read_back(
       value = float(np.float32(value))
     if fields.get(key) != value:
       raise _differs(path, f'metadata {key} is {fields.get(key)}, not {value}')
-  text = _text(model)
+  text = agreement.hard_text(model)
   have = gguf_source.read_tokenizer(path, fields).encode(text).ids
   _check_ids(path, have, model.tokenizer.encode(text).ids)
   for tensor in layout.tensors():
@@ -182,7 +176,7 @@ def check(
     RuntimeError: it gives other token ids, or is further away than the format
       allows.
   """
-  text = _text(model)
+  text = agreement.hard_text(model)
   have = llama_cpp.tokenize(path, text)
   _check_ids(path, have, model.tokenizer.encode(text).ids)
   if format == 'q4_0':
@@ -201,13 +195,6 @@ def check(
     f'{pathlib.Path(path).name} in llama.cpp',
   )
   return found
-
-
-def _text(model):
-  """A text in which tokenizers would differ, ends of a text included."""
-  # An id may be a row of the embedding that no token has.
-  ends = [model.tokenizer.id_to_token(i) or '' for i in model.eos_ids]
-  return agreement.TEXT + _NASTY + ''.join(ends)
 
 
 def _permute(rows, heads):

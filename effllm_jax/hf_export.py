@@ -1,5 +1,6 @@
 """A finished model -> a Hugging Face folder, opened again in PyTorch."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import shutil
 import types
 
 from effllm_jax import agreement
+from effllm_jax import bpe
 from effllm_jax import errors
 from effllm_jax import hf_config
 from effllm_jax import hf_folder
@@ -14,12 +16,20 @@ from effllm_jax import hf_trimmed
 from effllm_jax import weights
 from effllm_jax import widths
 
+# The file that is copied where a stock class has a tokenizer of its own.
+_TOKENIZATION = pathlib.Path(__file__).with_name('tokenization_effllm.py')
+# After `agreement.hard_text`: a letter in two parts, which some compose.
+_DECOMPOSED = ' nai\u0308ve'
+
 
 def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> None:
   """Writes all that `AutoModelForCausalLM` and `AutoTokenizer` open.
 
   config.json, model.safetensors (float32), the tokenizer with its chat
-  template, and generation_config.json.
+  template, and generation_config.json. Of a Qwen2 model transformers 5 splits
+  text as Qwen does, whatever tokenizer.json says, unless the folder names a
+  class: then it takes the one of tokenizer_config.json, and does not run the
+  named one unless it is trusted.
 
   Args:
     model: the stem is alive; heads and ffn may be dead in some layers.
@@ -46,6 +56,9 @@ def write(model: weights.Source, folder: pathlib.Path, trimmed: bool) -> None:
   text = json.dumps(config, indent=2) + '\n'
   (folder / 'config.json').write_text(text, encoding='utf-8')
   hf_folder.write_tokenizer(model, folder)
+  if config['model_type'] == 'qwen2' and not bpe.is_qwen2(model.tokenizer):
+    shutil.copyfile(_TOKENIZATION, folder / _TOKENIZATION.name)
+    hf_folder.name_class(folder, f'{_TOKENIZATION.stem}.EffllmTokenizer')
   path = folder / 'model.safetensors'
   hf_folder.write_tensors(path, tensors)
   # Others may read the rest of the folder, this the package keeps to its owner.
@@ -62,15 +75,16 @@ def check(
 
   Raises:
     RuntimeError: PyTorch computes something else.
-    errors.InputError: transformers cannot open it.
+    errors.InputError: transformers cannot open it, or has another tokenizer.
   """
   transformers = import_transformers()
   import torch
 
-  # The modelling file of a trimmed folder is the one that we have just written.
-  # Untrusted, it makes the tokenizer's loader ask the terminal, too.
-  trusted = {'local_files_only': True, 'trust_remote_code': True}
-  ours = model.tokenizer.encode(agreement.TEXT).ids
+  # As the model card opens it. The modelling file of a trimmed folder is the
+  # one that we have just written; untrusted, the tokenizer's loader asks, too.
+  trimmed = (folder / hf_trimmed.MODELING.name).exists()
+  trusted = {'local_files_only': True}
+  trusted |= {'trust_remote_code': True} if trimmed else {}
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trusted)
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -82,12 +96,7 @@ def check(
       f'transformers cannot open the export: {e}; set HF_HOME to a folder that '
       'can be written'
     ) from e
-  theirs = tokenizer(agreement.TEXT)['input_ids']
-  if not ours or ours != theirs:
-    raise RuntimeError(
-      f'the exported tokenizer gives {theirs[:8]}... where the source gives '
-      f'{ours[:8]}...; the export is not kept'
-    )
+  _check_tokenizer(model, tokenizer, trimmed)
   # A plain greedy search that no end-of-text token stops early.
   torch_model.generation_config = transformers.GenerationConfig(
     do_sample=False,
@@ -105,6 +114,29 @@ def check(
   found = agreement.compare(want, logits, continued)
   agreement.check(found, agreement.LEVELS['f32'], 'PyTorch')
   return found
+
+
+def _check_tokenizer(model, theirs, trimmed):
+  """Raises InputError where transformers has another tokenizer."""
+  text = agreement.hard_text(model) + _DECOMPOSED
+  ours = model.tokenizer.encode(text)
+  pairs = itertools.zip_longest(
+    ours.ids, theirs(text, verbose=False)['input_ids']
+  )
+  at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+  if ours.ids and at is None:
+    return
+  start = ours.offsets[at][0] if at is not None and at < len(ours) else 0
+  remedy = (
+    'use another version of transformers'
+    if trimmed
+    else 'set --formats=hf-trimmed, or use another version of transformers'
+  )
+  raise errors.InputError(
+    f'transformers opens the exported tokenizer as {type(theirs).__name__}, '
+    f'which splits {text[start : start + 16]!a} otherwise than the source; the '
+    f'export is not kept; {remedy}'
+  )
 
 
 def import_transformers() -> types.ModuleType:

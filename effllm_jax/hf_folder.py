@@ -1,6 +1,7 @@
 """Writes what transformers opens: weights, tokenizer, config of a model."""
 
 from collections.abc import Iterable
+import json
 import pathlib
 from typing import Any
 
@@ -75,6 +76,15 @@ def write_tokenizer(source: weights.Source, folder: pathlib.Path) -> None:
     ('generation_config.json', generation),
   ):
     atomic.write_json(folder / name, _set(content))
+
+
+def name_class(folder: pathlib.Path, name: str) -> None:
+  """Names the class, 'module.Class', that opens the tokenizer of a folder."""
+  path = folder / 'tokenizer_config.json'
+  config = json.loads(path.read_text(encoding='utf-8'))
+  # The slow and the fast one.
+  config['auto_map'] = {'AutoTokenizer': [name, name]}
+  atomic.write_json(path, config)
 
 
 def special_ids(source: weights.Source) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import tokenizers
 
 from effllm_jax import accounting
 from effllm_jax import agreement
+from effllm_jax import bpe
 from effllm_jax import checkpoint_writer
 from effllm_jax import errors
 from effllm_jax import export
@@ -230,7 +231,80 @@ def test_wrong_tokenizer_is_not_kept(
     'write_tokenizer',
     lambda _, folder: write(saved, folder),
   )
-  refuse(RuntimeError, r'tokenizer.*not kept', tmp_path, tokenizer_folder)
+  match = r"tokenizer.* splits 'The lighthouse a.*not kept"
+  refuse(errors.InputError, match, tmp_path, tokenizer_folder)
+
+
+def sentencepiece():
+  """Pieces of words after a mark for a space, as in Llama 2."""
+  built = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>'))
+  built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  built.decoder = tokenizers.decoders.Metaspace()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=CFG.V,
+    special_tokens=['<|endoftext|>', '<|im_end|>', '<unk>'],
+    show_progress=False,
+  )
+  built.train_from_iterator([model_files.DARWIN], trainer)
+  return built
+
+
+def qwens(composed=True):
+  """As the tokenizer of Qwen2, or as a GGUF file has it: not composed."""
+  parts = json.loads(model_files.bpe().to_str())['model']
+  merges = [' '.join(x) for x in parts['merges']]
+  kinds = [3, 3] + [1] * (CFG.V - 2)
+  built = bpe.tokenizer([*parts['vocab']], kinds, merges, 'qwen2', None, 'x')
+  if composed:
+    built.normalizer = tokenizers.normalizers.NFC()
+  return built
+
+
+@pytest.mark.parametrize(
+  'kind, make',
+  [
+    ('TokenizersBackend', model_files.bpe),
+    ('TokenizersBackend', sentencepiece),
+    ('TokenizersBackend', lambda: qwens(composed=False)),
+    ('Qwen2Tokenizer', qwens),
+  ],
+  ids=['smollm', 'sentencepiece', 'gguf', 'own'],
+)
+def test_a_qwen2_model_may_have_any_tokenizer(
+  tmp_path, tokenizer_folder, reference, kind, make
+):
+  """transformers 5 gives such a model Qwen's, unless the folder says more."""
+  saved = dataclasses.replace(
+    sources.load_saved(tokenizer_folder), tokenizer=make()
+  )
+  folder, out = sources.save(saved, tmp_path / 'saved'), tmp_path / 'out'
+  run(out, folder, model_files.QWEN2)
+  own = out / 'tokenization_effllm.py'
+  assert own.exists() == (kind != 'Qwen2Tokenizer')
+  text = 'def f(x):\n    return x  # nai\u0308ve \u00ef\n\n\n  1000<|im_end|>'
+  ids = make().encode(text).ids
+  auto = reference.AutoTokenizer
+  if int(reference.__version__.partition('.')[0]) > 4:
+    assert type(auto.from_pretrained(out)).__name__ == kind
+  for trust in (None, False, True):
+    opened = auto.from_pretrained(out, trust_remote_code=trust)
+    assert opened(text)['input_ids'] == ids
+  again = sources.load(out, model_files.CACHE, params=False)
+  assert again.tokenizer.encode(text).ids == ids
+
+
+def test_a_tokenizer_that_transformers_takes_for_another_is_told(
+  tmp_path, tokenizer_folder, reference, monkeypatch
+):
+  if int(reference.__version__.partition('.')[0]) < 5:
+    pytest.skip('transformers 4 reads tokenizer.json as it is')
+  monkeypatch.setattr(bpe, 'is_qwen2', lambda _: True)
+  with pytest.raises(errors.InputError) as caught:
+    run(tmp_path / 'out', tokenizer_folder, model_files.QWEN2)
+  (line,) = str(caught.value).splitlines()
+  assert "as Qwen2Tokenizer, which splits 'i\\u0308ve'" in line, line
+  assert '; set --formats=hf-trimmed' in line
+  assert not (tmp_path / 'out').exists()
 
 
 def test_target_that_cannot_be_written(tmp_path, tokenizer_folder, reference):
