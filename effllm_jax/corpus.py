@@ -39,6 +39,10 @@ _PYPI_RECIPE = 1
 # Of a folder of more bytes, or of files that do not say how many they hold. It
 # is not sorted.
 _LARGE_RECIPE, _LARGE = 5, 2**28
+# How the parts of a path begin that a data set keeps for a test.
+_TESTS = re.compile(
+  r'(test|validation|valid|val|dev|eval)(?![^\W\d_])', re.IGNORECASE
+)
 # Seconds in which a file may be written twice and have one time: file systems
 # count them in steps of up to so many.
 _SETTLED = 2.0
@@ -125,6 +129,17 @@ def _prepare_folder(text: str, root: pathlib.Path, remedy: str) -> pathlib.Path:
           '%s: %d files and linked folders are passed over, the first is %r; '
           'what is read are .txt, .jsonl and .parquet files, and links to such',
           text, len(others), others[0],
+        )  # fmt: skip
+      tests = [
+        name
+        for name in files
+        if any(map(_TESTS.match, pathlib.PurePath(name).parts))
+      ]
+      if tests:
+        logging.warning(
+          '%s: %d files are called as if they were kept for a test, the first '
+          'is %r; they are trained on too, move them away to keep them for one',
+          text, len(tests), tests[0],
         )  # fmt: skip
       documents = text_folder.Documents(text, label, files, digests)
       return documents, {'packages': [], 'files': digests}

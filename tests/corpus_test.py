@@ -351,6 +351,43 @@ def test_what_of_a_folder_is_read_is_told(tmp_path, caplog):
   assert {d.id.partition(':')[0] for d in documents} == set(names)
 
 
+@pytest.mark.parametrize(
+  'names, tests',
+  [
+    # As most data sets of the Hub are laid out.
+    (
+      [
+        'data/test-00000-of-00001.txt', 'data/train-00000-of-00001.txt',
+        'data/validation-00000-of-00001.txt',
+      ],
+      ['data/test-00000-of-00001.txt', 'data/validation-00000-of-00001.txt'],
+    ),
+    (['TEST.txt', 'a.txt'], ['TEST.txt']),
+    (['a.txt', 'dev/a.txt', 'x/Eval_2/a.txt'], ['dev/a.txt', 'x/Eval_2/a.txt']),
+    (['a.txt', 'val2.txt', 'valid.a.txt'], ['val2.txt', 'valid.a.txt']),
+    (['testament.txt', 'value.txt', 'device/a.txt', 'a-test.txt'], []),
+  ],
+)  # fmt: skip
+def test_files_that_are_kept_for_a_test_are_told(
+  tmp_path, caplog, names, tests
+):
+  user = tmp_path / 'test' / 'text'
+  for i, name in enumerate(names):
+    (user / name).parent.mkdir(parents=True, exist_ok=True)
+    text = '\n'.join(prose(1000 * i + 100 * j) for j in range(9))
+    (user / name).write_text(text)
+  with caplog.at_level(logging.WARNING):
+    data = corpus.prepare(str(user), tmp_path)
+    assert corpus.prepare(str(user), tmp_path) == data
+  said = [r.getMessage() for r in caplog.records if r.name == 'root']
+  assert len(said) == bool(tests)
+  for message in said:
+    assert f' {len(tests)} files' in message and '\n' not in message
+    assert f'the first is {tests[0]!r}; they are trained on' in message
+  # As before: whoever wants them gets them.
+  assert [*dataset.manifest(data)['files']] == sorted(names)
+
+
 def test_a_changed_folder_is_built_anew(tmp_path):
   user = folder(tmp_path / 'text', a_txt=prose(0), b_txt=prose(100))
   first = corpus.prepare(str(user), tmp_path)
