@@ -101,8 +101,8 @@ def rows(
     JSON lines whatever stands there. Blank lines are left out.
 
   Raises:
-    errors.InputError: it is damaged, no UTF-8, no JSON, has no column of texts,
-      or a document that is packed is too large.
+    errors.InputError: it is damaged, no UTF-8, no JSON, has a NUL or no column
+      of texts, or a document that is packed is too large.
   """
   if kind(path) == '.parquet':
     yield from _parquet(file, path)
@@ -144,11 +144,20 @@ def _read(read: Callable[..., bytes], path: pathlib.PurePath) -> bytes:
 
 def _decoded(data: bytes, path: pathlib.PurePath, line: int) -> str:
   """The text of a file, or of one line of it."""
+  marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  at = -1 if marked else data.find(b'\0')
+  if at >= 0:
+    # As UTF-8 it would pass. It is one of the two bytes of a letter of ASCII.
+    coding = 'utf-16le' if at % 2 else 'utf-16be'
+    line += data.count(b'\n', 0, at)
+    raise errors.InputError(
+      f'{path}:{line}: byte 0x00 is in no text; convert the file, if it is in '
+      f'UTF-16, with: iconv -f {coding} -t utf-8, or else take the byte out'
+    )
   try:
     return data.decode('utf-8-sig' if line == 1 else 'utf-8')
   except UnicodeDecodeError as e:
-    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    coding = 'utf-16' if data.startswith(marks) else 'latin1'
+    coding = 'utf-16' if marked else 'latin1'
     line += data.count(b'\n', 0, e.start)
     raise errors.InputError(
       f'{path}:{line}: byte 0x{data[e.start]:02x} is not UTF-8; convert the '

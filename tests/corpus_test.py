@@ -826,6 +826,16 @@ def test_debian_needs_apt(pypi, monkeypatch, tmp_path):
     ({'a_txt': b'\xff\xfea\0'}, r'a.txt:1: byte 0xff .*iconv -f utf-16 -t'),
     ({'a_txt': b'\xfe\xff\0a'}, r'a.txt:1: byte 0xfe .*iconv -f utf-16 -t'),
     ({'a_txt': b'\xe9d'}, r'a.txt:1: byte 0xe9 .*iconv -f latin1 -t'),
+    ({'a_txt': b'\xef\xbb\xbfa\nb\0d'}, r'a.txt:2: byte 0x00 is in no text; c'),
+    (
+      {'a_txt': prose(0), 'b_txt': prose(9).encode('utf-16-le')},
+      r'b.txt:1: byte 0x00 .*iconv -f utf-16le -t utf-8, or',
+    ),
+    (
+      {'a_jsonl': '{"text": "x"}\n'.encode('utf-16-be')},
+      r'a.jsonl:1: byte 0x00 .*iconv -f utf-16be -t',
+    ),
+    ({'a_jsonl': b'{"text": "x"}\n{"text": "\0"}'}, 'a.jsonl:2: byte 0x00'),
     ({'a_jsonl': b'{"text": "x"}\n{"text": "\xff"}'}, 'a.jsonl:2: byte 0xff'),
     ({'a_jsonl': '{"text": "x"}\n{"text": '}, 'a.jsonl:2 is not JSON'),
     ({'a_jsonl': '{"txt": "x"}'}, 'a.jsonl:1: no string under the key "text"'),
