@@ -20,6 +20,8 @@ HELD_OUT = 0.05  # of each domain's bytes
 MOST_HELD_OUT = 2**24  # bytes of a domain: more would take memory, to no use
 WINDOW = 13  # words, lower case
 MAX_SHARED = 0.1  # of a held-out document's windows
+# Each is a file of tokens and an evaluation.
+MOST_DOMAINS = 1000
 _END = '#end'  # of the id of what was cut off
 
 # Letters of scripts that put no spaces between words: those of Thai, Lao,
@@ -96,8 +98,8 @@ def split(
     complete when that has come to its end.
 
   Raises:
-    errors.InputError: a domain of which nothing can be held out, or, at the end
-      of `train`, nothing else is left.
+    errors.InputError: more than MOST_DOMAINS, a domain of which nothing can be
+      held out, or, at the end of `train`, nothing else is left.
   """
   text = _Text(documents)
   seen = _Seen(text)
@@ -153,6 +155,13 @@ class _Text:
       data = document.text.encode()
       name = f'{len(document.domain)} {document.domain}{document.id}'
       domain.append(numbers.setdefault(document.domain, len(numbers)))
+      if len(numbers) > MOST_DOMAINS:
+        raise errors.InputError(
+          f'the text has more than {MOST_DOMAINS:,} domains, the last that was '
+          f'read is {document.domain!r} of {document.id}: is the key "domain" '
+          'a web site? rename the key, or give the texts few domains; where '
+          'there is none, the first folder of a path is the domain'
+        )
       sizes.append(len(data))
       texts += hashlib.blake2b(data, digest_size=16).digest()
       names += hashlib.blake2b(name.encode(), digest_size=16).digest()

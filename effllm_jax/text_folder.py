@@ -117,7 +117,9 @@ class Documents:
       raise errors.InputError(
         f'{said}: no string under the key "text"; write {{"text": "..."}}'
       )
-    domain = row.get('domain', self._domain(name))
+    domain = row.get('domain')
+    if domain is None:  # As a column has it of rows without one.
+      domain = self._domain(name)
     if not isinstance(domain, str) or not domain:
       raise errors.InputError(
         f'{said}: domain {domain!r} is not a name; give a string, or leave the '

