@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 
@@ -13,6 +14,9 @@ from effllm_jax import dataset
 from effllm_jax import documents
 from effllm_jax import errors
 from effllm_jax import tokenizing
+
+# Share of tokens that may stand for lost text without a word.
+_MOST_UNKNOWN = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ def windows(
 
   Documents follow each other in the order of their hashes, each after a
   separator, which is the context of its first token. Windows overlap by one
-  token, so every token of the text is a target exactly once.
+  token, so every token of the text is a target exactly once. Text that the
+  tokenizer has no tokens for is told in a warning.
 
   Args:
     data_dir: folder of `corpus.prepare`.
@@ -63,13 +68,15 @@ def windows(
   for i, document in enumerate(dataset.documents(data_dir, 'heldout')):
     ranks[document.domain].append((_rank(document), i))
   encoder = tokenizing.encoder(tokenizer)
-  return {
+  found = {
     domain: _score_windows(
       domain, (read(i) for _, i in sorted(members)), encoder, separator_id,
       seq_len, tokens_per_domain or math.inf,
     )
     for domain, members in ranks.items()
   }  # fmt: skip
+  _warn_of_unknown(found, tokenizer)
+  return found
 
 
 def windows_of(
@@ -94,13 +101,15 @@ def windows_of(
   for document in texts:
     domains.setdefault(document.domain, []).append(document)
   encoder = tokenizing.encoder(tokenizer)
-  return {
+  found = {
     domain: _score_windows(
       domain, members, encoder, separator_id, seq_len,
       tokens_per_domain or math.inf,
     )
     for domain, members in domains.items()
   }  # fmt: skip
+  _warn_of_unknown(found, tokenizer)
+  return found
 
 
 def _check(seq_len: int, tokens: int) -> None:
@@ -109,6 +118,28 @@ def _check(seq_len: int, tokens: int) -> None:
       raise errors.InputError(
         f'held-out {name} {value} is too small; set a positive number'
       )
+
+
+def _warn_of_unknown(
+  found: dict[str, HeldOut], tokenizer: tokenizers.Tokenizer
+) -> None:
+  """Tells in one line that much of a text is lost between text and tokens."""
+  unknown = tokenizing.unknown(tokenizer)
+  if unknown is None:
+    return
+  total = sum(int(held.weight.sum()) for held in found.values())
+  lost = sum(
+    int(((held.windows[:, 1:] == unknown) & (held.weight > 0)).sum())
+    for held in found.values()
+  )
+  if lost > _MOST_UNKNOWN * total:
+    logging.warning(
+      '%.1f %% of the held-out tokens are %r, in whose place the text is lost: '
+      'it is scored as if it were predicted, so bits per byte look better than '
+      'they are and cannot be compared with those of another tokenizer; take a '
+      'source with a tokenizer of bytes',
+      100 * lost / total, tokenizer.id_to_token(unknown),
+    )  # fmt: skip
 
 
 def _rank(document: documents.Document) -> bytes:

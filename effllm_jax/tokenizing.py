@@ -33,6 +33,14 @@ def digest(tokenizer: tokenizers.Tokenizer) -> str:
   return hashlib.sha256(_plain(tokenizer).encode()).hexdigest()
 
 
+def unknown(tokenizer: tokenizers.Tokenizer) -> int | None:
+  """The token of all text that has no other; None: there is no such token."""
+  model = json.loads(tokenizer.to_str())['model']
+  token = model.get('unk_token')
+  # One kind of model has its id instead of its name.
+  return model.get('unk_id') if token is None else tokenizer.token_to_id(token)
+
+
 def tokenize(
   data_dir: str | os.PathLike,
   tokenizer: tokenizers.Tokenizer,

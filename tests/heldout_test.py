@@ -1,6 +1,7 @@
 """What is held out: which tokens are scored, and of how many bytes."""
 
 import hashlib
+import logging
 import tracemalloc
 
 import hypothesis
@@ -129,6 +130,51 @@ def test_cut_text_and_its_bytes_agree(text, budget):
     # No longer prefix within the budget ends with a whole character.
     for end in range(len(ids) + 1, budget + 1):
       assert not text.startswith(bpe.decode(encoding.ids[:end]))
+
+
+def words_only(kind):
+  """A tokenizer of a few words, and a token for all others."""
+  words = {'[UNK]': 0, '[EOS]': 1, 'known': 2}
+  model = {
+    'WordLevel': lambda: tokenizers.models.WordLevel(words, unk_token='[UNK]'),
+    'WordPiece': lambda: tokenizers.models.WordPiece(words, unk_token='[UNK]'),
+    'Unigram': lambda: tokenizers.models.Unigram(
+      [(word, -1.0) for word in words], unk_id=0
+    ),
+  }[kind]()
+  made = tokenizers.Tokenizer(model)
+  made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  return made
+
+
+@pytest.mark.parametrize('kind', ['WordLevel', 'WordPiece', 'Unigram'])
+def test_text_that_a_tokenizer_loses_is_told(tmp_path, caplog, kind):
+  made = words_only(kind)
+  # One of a hundred is none, two are: also where they stand in one domain of
+  # several.
+  for lost, said in ((0, 0), (1, 0), (2, 1), (75, 1)):
+    caplog.clear()
+    text = ' '.join(['lost'] * lost + ['known'] * (100 - lost))
+    with caplog.at_level(logging.WARNING):
+      held = make_heldout(tmp_path / str(lost), [text], made)
+      assert scored(held).count(0) == lost
+      document = documents_lib.Document
+      heldout_lib.windows_of(
+        [document('a', '0', text), document('b', '1', '[EOS]')],
+        made, SEPARATOR, seq_len=8, tokens_per_domain=0,
+      )  # fmt: skip
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 2 * said
+    for message, total in zip(messages, (100, 101), strict=False):
+      share = f'{100 * lost / total:.1f} % of the held-out tokens'
+      assert message.startswith(share + " are '[UNK]', in whose")
+      assert '\n' not in message
+
+
+def test_bytes_lose_nothing(tmp_path, caplog, bpe):
+  with caplog.at_level(logging.WARNING):
+    make_heldout(tmp_path, ['\u65e5\u672c \U0001f642 \0 <unk>'], bpe)
+  assert tokenizing.unknown(bpe) is None and not caplog.records
 
 
 def test_post_processing_does_not_move_the_cut(tmp_path, bpe):
