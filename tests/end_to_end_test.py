@@ -5,12 +5,16 @@ import pathlib
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from effllm_jax import checkpoints
 from effllm_jax import events
+from effllm_jax import forecast
+from effllm_jax import plan as plan_lib
 from effllm_jax import selection
+from effllm_jax import sources
 from effllm_jax import workdir as workdir_lib
 from tests import conftest
 from tests import runs
@@ -45,6 +49,25 @@ def test_live_parameters_never_exceed_the_schedule(finished):
   trace = list(workdir_lib.read(finished / 'trace.jsonl'))
   assert len(trace) >= 8
   assert all(row['live_cost'] <= row['target_cost'] for row in trace)
+
+
+def test_a_forecast_is_what_came(finished):
+  """Prunes where it says, and no more operations than it says."""
+  config = json.loads((finished / 'config.json').read_text())
+  config = ml_collections.ConfigDict(config)
+  cfg = sources.load_saved(finished / 'source').cfg
+  found = forecast.of(
+    plan_lib.make(config, cfg), cfg, seq_len=config.data.seq_len, batches=1
+  )
+  trace = list(workdir_lib.read(finished / 'trace.jsonl'))
+  assert found.prunes == tuple(row['step'] for row in trace)
+  *_, last = runs.rows(finished, 'train')
+  assert found.steps == last['step']
+  # It shrank meanwhile.
+  for purpose in ('train', 'score'):
+    spent = last['flops'][purpose]
+    assert 0.5 * found.flops[purpose] < spent < found.flops[purpose]
+  assert not found.flops['repair'] and not found.flops['teacher']
 
 
 def test_one_compile_between_two_shrinks(finished):

@@ -24,8 +24,8 @@ ORDER = [
   'agreement', 'tokenization_effllm',
   'modeling_effllm', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
-  'export', 'finished', 'overlap', 'edge', 'config_checks', 'plan', 'pruning',
-  'evaluate', 'likelihood', 'harness', 'plots', 'figures', 'report',
+  'export', 'finished', 'overlap', 'edge', 'config_checks', 'plan', 'forecast',
+  'pruning', 'evaluate', 'likelihood', 'harness', 'plots', 'figures', 'report',
   'comparison', 'interrupts', 'profiling', 'advice', 'loop', 'train',
   'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
