@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
+from kernels import forms
 from kernels import matmul
 
 Array = jax.Array
@@ -171,9 +172,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _einsum(spec, x, w, dtype=None):
   """In the dtype of x, accumulated in float32."""
-  return jnp.einsum(
-    spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32
-  ).astype(dtype or x.dtype)
+  return forms.einsum(spec, x, w.astype(x.dtype), dtype or x.dtype)
 
 
 def _plus(x, bias):

@@ -126,6 +126,16 @@ def dense(
   a: jax.Array, b: jax.Array, form: str, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
   """The whole product by XLA, accumulated in float32."""
+  return einsum(_SPECS[form], a, b, dtype)
+
+
+def einsum(
+  spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+  """A product of two arrays in `dtype`, accumulated in float32."""
+  # XLA sums bfloat16 in float32 and can round as it stores. Asked for float32,
+  # a GPU stores all of that, and converts it in a kernel more.
+  half = jnp.dtype(dtype) == a.dtype == b.dtype == jnp.bfloat16
   return jnp.einsum(
-    _SPECS[form], a, b, preferred_element_type=jnp.float32
+    spec, a, b, preferred_element_type=dtype if half else jnp.float32
   ).astype(dtype)

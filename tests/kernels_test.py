@@ -407,6 +407,46 @@ def test_no_master_weight_has_a_gradient_in_bfloat16(op, name):
     assert np.any(dw != np.asarray(dw).astype(jnp.bfloat16)), i
 
 
+def halved(jaxpr):
+  """Products of bfloat16 by dtype, and those rounded after they are stored."""
+  dots, late, made = [], [], {}
+  for eqn in jaxpr.eqns:
+    read = [x.aval.dtype for x in eqn.invars if hasattr(x.aval, 'dtype')]
+    if eqn.primitive.name == 'dot_general' and {*read} == {
+      jnp.dtype(jnp.bfloat16)
+    }:
+      made[eqn.outvars[0]] = eqn
+      dots.append(eqn.outvars[0].aval.dtype.name)
+    elif eqn.primitive.name == 'convert_element_type':
+      if eqn.invars[0] in made and eqn.outvars[0].aval.dtype == jnp.bfloat16:
+        late.append(eqn)
+    elif eqn.primitive.name == 'transpose' and eqn.invars[0] in made:
+      made[eqn.outvars[0]] = eqn
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      more = halved(inner)
+      dots, late = dots + more[0], late + more[1]
+  return dots, late
+
+
+@pytest.mark.parametrize('name', ['xla', 'bucket'])
+@pytest.mark.parametrize('op', OPS)
+def test_no_product_of_bfloat16_is_stored_as_float32_and_converted(op, name):
+  """On a GPU that is an array of float32 and a kernel more; dw is float32."""
+  x, *weights = (jnp.asarray(a, jnp.float32) for a in OPS[op][1])
+  keeps = [np.ones(size, bool) for _, size in OPS[op][2]]
+
+  def loss(x, weights):
+    y = OPS[op][0](x, *weights, *keeps, implementation=name)
+    return jnp.square(y.astype(jnp.float32)).sum()
+
+  run = jax.grad(loss, argnums=(0, 1))
+  dots, late = halved(
+    jax.make_jaxpr(run)(x.astype(jnp.bfloat16), weights).jaxpr
+  )
+  assert {*dots} == {'bfloat16', 'float32'}
+  assert not late
+
+
 @functools.cache
 def scanned(op, remat, implementation):
   """Three layers of stacked weights, one mask a layer: value and gradient."""

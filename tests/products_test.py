@@ -160,6 +160,52 @@ def test_only_the_result_is_rounded(name, form):
   np.testing.assert_array_equal(c, want.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize('form', forms.FORMS)
+def test_a_long_sum_of_bfloat16_is_rounded_once(form):
+  """Not as it goes: next to no entry is off what float64 rounds to."""
+  rng = np.random.default_rng(0)
+  sizes = {'m': 64, 'n': 96, 'k': 8192}
+  a, b = (
+    jnp.asarray(rng.standard_normal([sizes[x] for x in axes]), jnp.bfloat16)
+    for axes in forms.AXES[form]
+  )
+  c = forms.dense(a, b, form, jnp.bfloat16)
+  assert c.dtype == jnp.bfloat16
+  left, right = forms.AXES[form]
+  want = np.einsum(
+    f'{left},{right}->mn',
+    *(np.asarray(x, np.float64) for x in (a, b)),
+    optimize=True,
+  )
+  # A few are so near the middle of two that the order of sums decides.
+  off = np.asarray(c) != want.astype(jnp.bfloat16)
+  assert off.mean() < 0.005
+
+
+@pytest.mark.parametrize(
+  ('operands', 'result', 'asked'),
+  [
+    ('float32', 'float32', 'float32'),
+    ('float32', 'bfloat16', 'float32'),
+    ('float16', 'float16', 'float32'),
+    ('bfloat16', 'float32', 'float32'),
+    ('bfloat16', 'bfloat16', 'bfloat16'),
+  ],
+)
+def test_only_bfloat16_of_bfloat16_is_asked_for_as_it_is(
+  operands, result, asked
+):
+  """All else is the float32 program that it was, to the bit."""
+  a, b = jnp.ones((2, 3), operands), jnp.ones((3, 4), operands)
+  run = functools.partial(forms.dense, form='nn', dtype=jnp.dtype(result))
+  before = lambda a, b: jnp.einsum(
+    'mk,kn->mn', a, b, preferred_element_type=asked
+  ).astype(result)
+  found, want = (str(jax.make_jaxpr(f)(a, b)) for f in (run, before))
+  assert found == want
+  assert f'preferred_element_type={asked}' in found
+
+
 @pytest.mark.parametrize(('form', 'axes'), CASES)
 @pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
 def test_the_same_bits_as_arrays_cut_to_a_block(name, form, axes):
