@@ -11,8 +11,10 @@ what share of that speed each implementation reaches on the whole arrays. `xla`
 is the padded product. The roofline is the least time that this device's own
 best product and copy, measured first, allow. Implementations take turns, so
 that a machine that drifts drifts for all of them; medians. Before it is timed,
-each is compared with XLA's product of the cut arrays; on an accelerator calls
-are timed many at a time, so that no start and no wait counts.
+each is compared with XLA's product of the cut arrays. A call that is timed is a
+loop of the same product over and over, 5 ms of it at least, and on an
+accelerator calls are timed many at a time, so that no start from Python and no
+wait counts.
 
 With --tune, the candidate blocks of every product are timed as well, and the
 best kept in a file for `--config.model.blocks`. They are used for products of
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> None:
         'out'
       ) from e
   dense = jax.jit(forms.dense, static_argnums=(2, 3))
-  peak, bandwidth = _peak(dense, dtype)
+  peak, bandwidth = products.peak(dtype)
   table = rich.table.Table(
     'product', 'what', 'm n k', 'live', 'XLA cut, ms', 'roofline', *names
   )
@@ -121,13 +123,14 @@ def main(argv: list[str]) -> None:
             want,
             dtype,
           )
-        calls = {'cut': functools.partial(dense, *cut, form, out)}
+        plain = functools.partial(forms.dense, form=form, dtype=out)
+        calls = {'cut': products.timed(plain, *cut)}
         for name, run in runs.items():
-          calls[name] = functools.partial(run, a, b, extent)
+          calls[name] = products.timed(run, a, b, extent)
         seconds = {name: [] for name in calls}
         for _ in range(_REPEATS.value + 1):
           for name, call in calls.items():
-            seconds[name].append(autotune.seconds(call))
+            seconds[name].append(call())
         median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
         small = size | {masked: width}
         flops = 2 * small['m'] * small['n'] * small['k']
@@ -239,24 +242,6 @@ def _masked(name, form, size, masked, out):
     return module.product(a, b, form, extents, out, blocks)
 
   return run
-
-
-def _peak(dense, dtype) -> tuple[float, float]:
-  """FLOP/s of a large square product, bytes/s of a large copy; the best."""
-  import jax
-  import jax.numpy as jnp
-
-  from kernels import autotune
-
-  n = 1024 if jax.default_backend() == 'cpu' else 8192
-  a = jnp.ones((n, n), dtype)
-  long = jnp.ones(2**26 if n == 1024 else 2**29, jnp.float32)
-  double = jax.jit(lambda x: x + 1)
-  product = min(
-    autotune.seconds(lambda: dense(a, a, 'nn', dtype)) for _ in range(8)
-  )
-  copy = min(autotune.seconds(lambda: double(long)) for _ in range(5))
-  return 2 * n**3 / product, 2 * long.nbytes / copy
 
 
 if __name__ == '__main__':

@@ -1,9 +1,14 @@
-"""How `bench_kernels` compares a product with XLA's."""
+"""How `bench_kernels` times a product, and compares it with XLA's."""
+
+from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from effllm_jax import errors
+from kernels import autotune
+from kernels import forms
 
 # Most by which a product may differ from XLA's, as a share of its largest
 # entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
@@ -49,3 +54,24 @@ def compare(
       f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
       'wrong kernel; leave it out with --implementations'
     )
+
+
+def timed(
+  product: Callable[..., jax.Array], *operands: jax.Array
+) -> Callable[[], float]:
+  """Times one product anew, in seconds, whenever it is called."""
+  many, times = autotune.enough(product, *operands)
+  return lambda: autotune.seconds(lambda: many(*operands)) / times
+
+
+def peak(dtype: jax.typing.DTypeLike) -> tuple[float, float]:
+  """FLOP/s of a large square product, bytes/s of a large copy; the best."""
+  n = 1024 if jax.default_backend() == 'cpu' else 8192
+  a = jnp.ones((n, n), dtype)
+  long = jnp.ones(2**26 if n == 1024 else 2**29, jnp.float32)
+  dense = functools.partial(forms.dense, form='nn', dtype=dtype)
+  product, copy = timed(dense, a, a), timed(lambda x: x + 1, long)
+  return (
+    2 * n**3 / min(product() for _ in range(8)),
+    2 * long.nbytes / min(copy() for _ in range(5)),
+  )

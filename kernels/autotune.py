@@ -13,6 +13,7 @@ import fcntl
 import functools
 import importlib
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -32,6 +33,9 @@ _ROUNDS = 5
 _SHARES = (0.3, 0.55, 0.8)
 # Seconds of calls to wait for at once on an accelerator.
 _IN_FLIGHT = 0.02
+# Seconds that a call lasts at least, by repeating its product. An empty call
+# takes 17 us, and an H100 does a product of SmolLM2-135M in 1 to 5.
+_CALL = 0.005
 _KEY = ('device', 'implementation', 'form', 'm', 'n', 'k', 'dtype')
 # Longest axis of a row: candidates are looked for up to it.
 _LONGEST = 2**22
@@ -59,7 +63,8 @@ def tune(
     m, n, k: sizes of the arrays.
     dtype: of the operands.
     masked: the axis that is masked: 'm', 'n' or 'k'.
-    timer: seconds that a call takes; None: the least of five `seconds`.
+    timer: seconds that a call of one product takes; None: the least of five
+      `seconds` of a call that is long `enough`, for each of its products.
 
   Returns:
     A row for `store`; `seconds` is the mean over the shares.
@@ -79,18 +84,20 @@ def tune(
   found, failures = {}, []
   for blocks in module.candidates(form, m, n, k, dtype):
 
-    @jax.jit
     def run(a, b, extent, blocks=blocks):
       some = forms.Extents(**size | {masked: extent})
       return module.product(a, b, form, some, out, blocks)
 
-    calls = [functools.partial(run, a, b, extent) for extent in extents]
     try:
+      many, times = (
+        (repeated(run, 1), 1) if timer else enough(run, a, b, extents[0])
+      )
+      calls = [functools.partial(many, a, b, extent) for extent in extents]
       jax.block_until_ready(calls[0]())
     except (ValueError, jax.errors.JaxRuntimeError) as e:
       failures.append(f'{blocks}: {e}')
       continue
-    found[blocks] = statistics.fmean(map(timer or _least, calls))
+    found[blocks] = statistics.fmean(map(timer or _least, calls)) / times
   if not found:
     raise ValueError(
       f'no blocks of {implementation} run {form} of m, n, k = {m}, {n}, {k} '
@@ -100,6 +107,59 @@ def tune(
   return dict(
     zip(_KEY, _key(implementation, form, m, n, k, dtype), strict=True)
   ) | {'blocks': dataclasses.asdict(best), 'seconds': found[best]}
+
+
+def repeated(
+  product: Callable[..., jax.Array], times: int
+) -> Callable[..., jax.Array]:
+  """`product` of the same operands over and over, in one jitted call.
+
+  Each is computed anew, in a loop of a fixed length that no start from Python
+  and no wait interrupts. What the loop takes for itself counts too: on a GPU
+  the launches, and a kernel that adds one to its counter. A turn of several
+  products would share that, but XLA drops all of them but the last.
+
+  Args:
+    product: traceable; of arrays, to one array.
+    times: 1 or more.
+
+  Returns:
+    A jitted function of the operands of `product`, with its result.
+  """
+
+  def again(_, carry):
+    # For all that XLA can tell, operands depend on the result before: no
+    # product can be moved out of the loop, and no two are one.
+    *operands, last = jax.lax.optimization_barrier(carry)
+    del last
+    return *operands, product(*operands)
+
+  @jax.jit
+  def run(*operands):
+    shape = jax.eval_shape(product, *operands)
+    carry = *operands, jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.fori_loop(0, times, again, carry)[-1]
+
+  return run
+
+
+def enough(
+  product: Callable[..., jax.Array], *operands: jax.Array
+) -> tuple[Callable[..., jax.Array], int]:
+  """A product `repeated` until a call lasts 5 ms, and how many times that is.
+
+  A power of two: 1 of a product that lasts by itself, as in a simulator.
+  """
+  times = 1
+  while True:
+    many = repeated(product, times)
+    call = functools.partial(many, *operands)
+    jax.block_until_ready(call())
+    # Of three: one may be held up.
+    if (spent := min(seconds(call) for _ in range(3))) >= _CALL:
+      return many, times
+    # Each length is compiled, so several doublings at once where much is short.
+    times *= 2 ** max(1, math.floor(math.log2(_CALL / spent)))
 
 
 def seconds(call: Callable[[], jax.Array]) -> float:

@@ -1,6 +1,8 @@
 import concurrent.futures
 import dataclasses
+import importlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from kernels import bucket
 from kernels import forms
 from kernels import masked_matmul
 from kernels import xla_loop
+from tests import kernels_test
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +101,77 @@ def test_calls_are_timed_many_at_a_time(monkeypatch, platform, waits, seconds):
   spent = autotune.seconds(lambda: queued.append(None))
   assert seen == waits
   assert spent == pytest.approx(seconds)
+
+
+def turns(text):
+  """Of a compiled program: what its outer loop runs, what it does once, n."""
+  parts = {}
+  for part in re.findall(r'(?m)^(?:ENTRY )?%[^ ]+ \(.*?^}', text, re.DOTALL):
+    parts[re.match(r'(ENTRY )?%([^ ]+)', part)[2]] = part
+  (entry,) = (x for x in parts if f'ENTRY %{x} ' in text)
+  (loop,) = re.findall(r'(?m)^.* while\(.*$', parts[entry])
+
+  def reached(name):
+    inner = {*re.findall(r'%([\w.-]+)', parts[name])} & parts.keys() - {name}
+    return {name}.union(*map(reached, inner))
+
+  body = reached(re.search(r'body=%([\w.-]+)', loop)[1])
+  count = int(re.search(r'known_trip_count":{"n":"(\d+)"', loop)[1])
+  join = lambda names: '\n'.join(parts[x] for x in names)
+  return join(body), join(reached(entry) - body), count
+
+
+DOT = re.compile(r' dot\(|custom_call_target="[^"]*matmul')
+
+
+@pytest.mark.parametrize('name', ['xla', 'xla_loop', 'bucket', 'pallas_tpu'])
+def test_a_repeated_product_is_computed_anew_in_every_turn(name, monkeypatch):
+  """By the compiled program: no product is moved out of the loop."""
+  kernels_test.interpret(monkeypatch, name, True)
+  module = importlib.import_module(f'kernels.{name}')
+
+  def product(a, b, extent):
+    extents = forms.Extents(128, extent, 128)
+    return module.product(a, b, 'nn', extents, jnp.float32)
+
+  a, b = (jax.random.normal(jax.random.key(i), (128, 128)) for i in (0, 1))
+  extent = jnp.int32(70)
+  many = autotune.repeated(product, 5).lower(a, b, extent).compile()
+  inside, once, count = turns(many.as_text())
+  assert count == 5
+  assert DOT.search(inside) and not DOT.search(once)
+  want = jax.jit(product)(a, b, extent)
+  for times in (1, 5):
+    got = autotune.repeated(product, times)(a, b, extent)
+    np.testing.assert_array_equal(got[:, :70], want[:, :70])
+
+
+@pytest.mark.parametrize(
+  ('each', 'programs'),
+  [(2e-6, [1, 256, 2048, 4096]), (0.004, [1, 2]), (0.2, [1])],
+)
+def test_a_call_is_long_beside_its_start(monkeypatch, each, programs):
+  """Of which Python makes one in 17 us; few lengths are compiled."""
+  made = []
+
+  def repeated(product, times):
+    made.append(times)
+    return lambda x: times
+
+  monkeypatch.setattr(autotune, 'repeated', repeated)
+  monkeypatch.setattr(autotune, 'seconds', lambda call: 17e-6 + each * call())
+  many, times = autotune.enough(None, 1.0)
+  assert many(1.0) == times == programs[-1]
+  assert made == programs
+
+
+def test_what_is_stored_is_the_time_of_one_product(monkeypatch):
+  monkeypatch.setattr(
+    autotune, 'enough', lambda run, *_: (autotune.repeated(run, 4), 4)
+  )
+  monkeypatch.setattr(autotune, 'seconds', lambda call: 0.02)
+  row = autotune.tune('xla_loop', 'nn', 32, 64, 32, 'float32', 'n')
+  assert row['seconds'] == pytest.approx(0.005)
 
 
 def test_the_clock_is_a_clock():

@@ -1,4 +1,4 @@
-"""What the benchmark of the kernels compares."""
+"""What the benchmark of the kernels compares, and how it times."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 
 from effllm_jax import errors
 from experiments import bench_products
+from kernels import autotune
 from tests import conftest
 from tests import runs
 
@@ -44,3 +45,11 @@ def test_zeros_beyond_an_extent_of_k(letters):
   a = bench_products.zeroed(jnp.ones((6, 6)), letters, 4)
   k = letters.index('k')
   assert a.sum(1 - k).tolist() == [6] * 4 + [0] * 2
+
+
+def test_the_time_is_that_of_one_product(monkeypatch):
+  monkeypatch.setattr(
+    autotune, 'enough', lambda product, *_: (autotune.repeated(product, 8), 8)
+  )
+  monkeypatch.setattr(autotune, 'seconds', lambda call: float(call()))
+  assert bench_products.timed(lambda x: 2 * x, jnp.float32(4.0))() == 1.0
