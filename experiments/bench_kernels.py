@@ -14,7 +14,8 @@ that a machine that drifts drifts for all of them; medians. Before it is timed,
 each is compared with XLA's product of the cut arrays. A call that is timed is a
 loop of the same product over and over, 5 ms of it at least, and on an
 accelerator calls are timed many at a time, so that no start from Python and no
-wait counts.
+wait counts. Operands are thus warm: in the cache where they fit, as in the L2
+of a GPU, which those of a training step need not be.
 
 With --tune, the candidate blocks of every product are timed as well, and the
 best kept in a file for `--config.model.blocks`. They are used for products of

@@ -47,6 +47,23 @@ def test_zeros_beyond_an_extent_of_k(letters):
   assert a.sum(1 - k).tolist() == [6] * 4 + [0] * 2
 
 
+def test_the_peak_is_that_of_random_numbers(monkeypatch):
+  """A GPU that its power limits multiplies ones faster."""
+  seen = []
+  monkeypatch.setattr(
+    bench_products,
+    'timed',
+    lambda product, *operands: seen.append(operands) or (lambda: 2.0),
+  )
+  peak, bandwidth = bench_products.peak(jnp.dtype('bfloat16'))
+  (a, b), (long,) = seen
+  for x in (a, b):
+    assert x.dtype == jnp.bfloat16
+    assert abs(x.mean()) < 0.1 and 0.9 < x.std() < 1.1
+  assert not jnp.array_equal(a, b)
+  assert peak == len(a) ** 3 and bandwidth == long.nbytes
+
+
 def test_the_time_is_that_of_one_product(monkeypatch):
   monkeypatch.setattr(
     autotune, 'enough', lambda product, *_: (autotune.repeated(product, 8), 8)
