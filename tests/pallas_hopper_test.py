@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import aot_hopper
 from kernels import forms
 from kernels import pallas_hopper
 from tests import conftest
@@ -378,3 +379,41 @@ def test_what_it_cannot_take_is_one_line_with_a_remedy(case):
     jax.eval_shape(run, *struct('nn', sizes, dtype))
   assert '\n' not in str(caught.value)
   assert '; ' in str(caught.value)
+
+
+# What jax 0.12 and ptxas print of one kernel; jax 0.10.2 has no first line.
+RESOURCES = (
+  'Resources(smem_scratch_bytes=147456, tmem_scratch_cols=0, '
+  'barrier_counts=Counter({Barrier(arrival_count=1, num_barriers=8, '
+  'orders_tensor_core=False): 1, Barrier(arrival_count=2, num_barriers=8, '
+  'orders_tensor_core=False): 1}), scoped_gmem_semaphores={})\n'
+)
+PTXAS = """\
+ptxas info    : (C7519) warpgroup.arrive is injected in around line 756
+    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 232 registers, used 16 barriers, 1 bytes smem
+"""
+
+
+@pytest.mark.parametrize(
+  ('log', 'shared'),
+  [(RESOURCES + PTXAS, 147456 + 8 * 16 + 1), (PTXAS, 149504)],
+)
+def test_what_a_compiler_prints_with_and_without_shared_memory(log, shared):
+  compiled = aot_hopper.parse(log, 149504)
+  assert compiled == aot_hopper.Compiled(
+    registers=232,
+    spilled_bytes=12,
+    shared_bytes=shared,
+    remarks=frozenset(
+      ['(C7519) warpgroup.arrive is injected in around line 756']
+    ),
+  )
+  assert compiled.faults() == ['spills 12 bytes']
+
+
+def test_without_a_size_the_reckoned_shared_memory_is_judged():
+  _, takes = aot_hopper.parse(PTXAS, 227 * 1024 + 1).faults()
+  assert 'takes 232449 bytes of shared memory of 232448' in takes
+  with pytest.raises(ValueError, match='no registers, stores, loads, static'):
+    aot_hopper.parse(RESOURCES, 0)
