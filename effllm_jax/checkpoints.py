@@ -35,6 +35,7 @@ from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
 from effllm_jax import untrusted
+from effllm_jax import workdir as workdir_lib
 
 ROLLING, EVENTS = 'checkpoints', 'events'
 _DAMAGED = 'damaged'
@@ -69,6 +70,44 @@ def moments(workdir: str | os.PathLike) -> list[Moment]:
 def any_left(workdir: str | os.PathLike) -> bool:
   """Whether a run in `workdir` has saved anything, readable or not."""
   return any(_committed(workdir, kind) for kind in (ROLLING, EVENTS))
+
+
+def check_there(workdir: str | os.PathLike) -> None:
+  """Refuses a run of which nothing is left, though its log tells of saves.
+
+  It would begin again, and empty the log.
+
+  Raises:
+    errors.InputError: what it has saved is gone, or is a link to a place that
+      is not there now.
+  """
+  root = pathlib.Path(workdir).absolute()
+  folders = [root / kind for kind in (ROLLING, EVENTS)]
+  left = [path for folder in folders for path in folder.glob('*')]
+  for path in (*folders, *left):
+    if path.is_symlink() and not os.path.exists(path):
+      raise errors.InputError(
+        f'{path} is a link to {os.readlink(path)}, which is not there; mount '
+        'its disk or mend the link, or choose another --workdir'
+      )
+  if any_left(root) or (root / _DAMAGED).exists():
+    return
+  saves, ended = 0, False
+  for row in workdir_lib.read(root / 'metrics.jsonl'):
+    if isinstance(row, dict):
+      saves += row.get('kind') == 'save'
+      ended |= row.get('phase') == 'final'
+  # The last save may have been killed, those before it were waited for. A lone
+  # one has left something then, or the run has not come to its end; and both
+  # folders are made before the first row.
+  over = ended or not all(x.is_dir() for x in folders)
+  if saves > 1 or (saves and over and not left):
+    raise errors.InputError(
+      f'the checkpoints of this run are gone: {root / "metrics.jsonl"} tells '
+      f'of {saves} saves, and nothing of them is in {ROLLING}/ or {EVENTS}/ '
+      'beside it; put them back, or choose another --workdir (or delete this '
+      'one, and the run begins again)'
+    )
 
 
 def _moments(

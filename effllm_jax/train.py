@@ -58,6 +58,7 @@ def run(
   workdir = pathlib.Path(workdir)
   # Everything that can be refused is checked before anything is written.
   workdir_lib.check(workdir, config.to_dict())
+  checkpoints.check_there(workdir)
   begun = checkpoints.any_left(workdir)
   source = sources.load(config.source, cache, params=False)
   if begun:

@@ -322,6 +322,67 @@ def test_other_processes_go_on_from_what_the_first_has_chosen(
     restore(tmp_path, tx)
 
 
+def log(folder, *kinds):
+  rows = [{'kind': kind, 'step': i} for i, kind in enumerate(kinds)]
+  rows += [{'kind': 'eval', 'step': 9, 'phase': 'final'}] * ('final' in kinds)
+  path = folder / 'metrics.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+@pytest.mark.parametrize(
+  ('kinds', 'folders', 'gone'),
+  [
+    # Killed before a save, or in the first one.
+    ([], True, False),
+    (['train', 'eval'], True, False),
+    (['train', 'save', 'train'], True, False),
+    (['train', 'save', 'train', 'save'], True, True),
+    (['train', 'final', 'save'], True, True),
+    (['train', 'final'], True, False),
+    # Moved without its folders, or after they were deleted.
+    (['train'], False, False),
+    (['train', 'save'], False, True),
+  ],
+)
+def test_moments_that_are_gone_are_told_from_none(
+  tmp_path, kinds, folders, gone
+):
+  log(tmp_path, *kinds)
+  if folders:
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'events').mkdir()
+  if not gone:
+    checkpoints.check_there(tmp_path)
+    return
+  with pytest.raises(errors.InputError, match='put them back, or choose'):
+    checkpoints.check_there(tmp_path)
+
+
+def test_a_single_save_that_was_killed_is_not_gone(tmp_path):
+  (tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir(parents=True)
+  (tmp_path / 'events').mkdir()
+  log(tmp_path, 'train', 'final', 'save')
+  checkpoints.check_there(tmp_path)
+  log(tmp_path, 'save', 'train', 'final', 'save')
+  with pytest.raises(errors.InputError, match='tells of 2 saves'):
+    checkpoints.check_there(tmp_path)
+  (tmp_path / 'checkpoints' / '5').mkdir()
+  checkpoints.check_there(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'events', 'checkpoints/5'])
+def test_a_link_that_leads_nowhere_is_told(tmp_path, name):
+  (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+  path = tmp_path / name
+  if name == 'checkpoints':
+    path.rename(tmp_path / 'kept')
+  path.symlink_to(tmp_path / 'not mounted')
+  with pytest.raises(errors.InputError, match='not mounted, which is not ther'):
+    checkpoints.check_there(tmp_path)
+  (tmp_path / 'not mounted').mkdir()
+  checkpoints.check_there(tmp_path)
+
+
 def test_nothing_is_saved_before_what_is_there(tmp_path, tx):
   write(tmp_path, tx, [5])
   writer = checkpoint_writer.Writer(tmp_path, keep=2)

@@ -249,6 +249,33 @@ def test_a_workdir_without_a_record_is_refused(swapped, lost):
     run(**changes)
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(setting):
+  """Its logs are all that is left; with the checkpoints back, it goes on."""
+  run, root = setting
+  short = {
+    'prune.policy': 'none', 'train.tokens': 6 * 64, 'checkpoint.every_steps': 2
+  }  # fmt: skip
+  run('gone', **short)
+  workdir, kept = root / 'gone', root / 'kept'
+  logs = [workdir / name for name in ('metrics.jsonl', 'trace.jsonl')]
+  before = [path.read_bytes() for path in logs]
+  names = ('checkpoints', 'events')
+  kept.mkdir()
+  for name in names:
+    (workdir / name).rename(kept / name)
+  with pytest.raises(errors.InputError, match='checkpoints of this run are'):
+    run('gone', **short)
+  for name in names:
+    (workdir / name).symlink_to(root / 'not mounted' / name)
+  with pytest.raises(errors.InputError, match='mount its disk or mend the'):
+    run('gone', **short)
+  assert not any((workdir / name).exists() for name in names)
+  assert [path.read_bytes() for path in logs] == before
+  kept.rename(root / 'not mounted')
+  run('gone', **short)
+  assert [path.read_bytes() for path in logs] == before
+
+
 @pytest.mark.parametrize(
   'error',
   [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of')],
