@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -29,11 +31,13 @@ from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
+from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
 import kernels
 
-# What a workdir says of a teacher that is not the source.
-_TEACHER = 'teacher.json'
+# What a workdir says of a teacher that is not the source, and its copy of the
+# table of a budget.
+_TEACHER, _TABLE = 'teacher.json', 'budget.json'
 
 
 def run(
@@ -65,6 +69,8 @@ def run(
     check_source(config, workdir, source)
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
+  if begun:
+    check_table(config, workdir)
   if profiled and profiled[-1] > plan.steps:
     raise errors.InputError(
       f'the run has no step {profiled[-1]} to profile, it ends with '
@@ -106,6 +112,8 @@ def run(
         atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
         if other:
           atomic.write_json(workdir / _TEACHER, other)
+        if config.budget.table:
+          atomic.write_json(workdir / _TABLE, _table(config))
       loop.Loop(
         config, workdir, plan, source, initial, teacher, batches, heldout
       ).train(profiled)
@@ -145,6 +153,47 @@ def check_source(
     known |= {'sha256': None, 'saved': None}
   path = pathlib.Path(workdir, 'source', 'source.json')
   sources.check_same(path, known, 'source')
+
+
+def check_table(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> None:
+  """Checks that a run's `budget.table` is what it was when the run began.
+
+  Args:
+    config: of the run, that of the workdir but for paths.
+    workdir: of the run. One from before it kept a copy of its table is known to
+      have the same one by its path alone.
+
+  Raises:
+    errors.InputError: it is another table.
+  """
+  table, copy = config.budget.table, pathlib.Path(workdir, _TABLE)
+  if not table:
+    return
+  remedy = 'restore it or choose another --workdir'
+  if copy.exists():
+    then, now = (
+      hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:12]
+      for x in (untrusted.read_json(copy, remedy), _table(config))
+    )
+    changed = f'digest={then!r} there, {now!r} now'
+    old = f'the old one back, of which {copy} is a copy'
+  else:
+    known = untrusted.read_json(copy.with_name('config.json'), remedy)
+    then, now = known['budget']['table'], table
+    changed = f'it was {then!r}, of which the workdir has no copy'
+    old = 'the old one back there'
+  if then != now:
+    raise errors.InputError(
+      f'budget.table {table!r} is not known to be the table that the run was '
+      f'started with: {changed}; put {old}, or choose another --workdir'
+    )
+
+
+def _table(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  path = pathlib.Path(config.budget.table).expanduser()
+  return untrusted.read_json(path, 'set --config.budget.table')
 
 
 @contextlib.contextmanager

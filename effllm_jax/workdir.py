@@ -12,9 +12,9 @@ from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import untrusted
 
-# Of a config: where models and text lie. `train` and the checkpoints compare
-# what they are.
-_PATHS = ('source', 'distill.teacher', 'data.text')
+# Of a config: where models, text and a table lie. `train` and the checkpoints
+# compare what they are.
+_PATHS = ('source', 'distill.teacher', 'data.text', 'budget.table')
 # Keys of a config, or how they begin, that a run may go on with otherwise.
 _FREE = ('mesh.', 'data.timeout', 'checkpoint.')
 # For a config.json that cannot be read.

@@ -158,4 +158,5 @@ def _check_row(folder, arm, seed) -> None:
   workdir_lib.check(workdir, config.to_dict())
   if arm.start == 'source':
     train.check_source(config, workdir, folder.shape)
+  train.check_table(config, workdir)
   dataset.check_same(workdir / runlog.TEXT, folder.text, config.data.text)

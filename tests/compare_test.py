@@ -6,6 +6,8 @@ import functools
 import json
 import math
 import shutil
+import types
+from unittest import mock
 
 import jax
 import pytest
@@ -26,6 +28,7 @@ from experiments import pretraining
 from experiments import same_budget
 from experiments import study_folder
 from experiments.studies import small
+from tests import budgets_test
 from tests import comparison_test
 from tests import conftest
 from tests import hostile_runs_test
@@ -517,6 +520,39 @@ def test_results_of_other_settings_are_refused(root, tmp_path):
         path.write_bytes(data)
     with pytest.raises(errors.InputError, match=r'(sha256|digest)=.* there'):
       compare(root, choose('ours_a', **once), **{key: str(other)})
+
+
+def test_results_of_another_table_are_refused(root, tmp_path, monkeypatch):
+  """Only the loop of a run is left out."""
+  cfg = sources.load(root / 'model', root / 'cache', params=False).cfg
+  table = tmp_path / 'table.json'
+  time = lambda k, f, d: d * (3e-4 * k + 2e-6 * f + 1e-3) + 1e-3 * k + 0.01
+  more = lambda k, f, d: time(k, f, d) + 1e-4 * f
+  budgets_test.write_table(table, cfg, more)
+  study = study_of(
+    root,
+    **{
+      'budget.kind': 'ms',
+      'budget.table': str(table),
+      'budget.target': 0.8 * more(cfg.K, cfg.F, cfg.D),
+    },
+  )
+  folder = study_folder.StudyFolder(
+    study, tmp_path / 'runs', root / 'cache', study.config.source
+  )
+  choice = choose('ours_a', seeds=(0,), budgets=('tokens',))
+  config = folder.config(choice.arms[0], 0)
+  key = ('tokens', 'ours_a', 0)
+  loop = types.SimpleNamespace(Loop=mock.MagicMock())
+  monkeypatch.setattr(train, 'loop', loop)
+  train.run(config, folder.workdir(key, config.train.tokens), root / 'cache')
+  folder.keep(comparison_test.row('ours_a', 0, 2.0, tokens=24 * 64))
+  choice_checks.check_folder(folder, choice)
+  budgets_test.write_table(table, cfg, time)
+  with pytest.raises(
+    errors.InputError, match=r'^budget\.table .* is not known'
+  ):
+    choice_checks.check_folder(folder, choice)
 
 
 def test_benchmarks_of_models_that_are_gone_are_refused(root):

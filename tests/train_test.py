@@ -23,6 +23,7 @@ from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from kernels import autotune
+from tests import budgets_test
 from tests import conftest
 
 
@@ -232,6 +233,49 @@ def test_a_model_and_a_text_that_have_moved_are_the_same(swapped, setting):
   with pytest.raises(errors.InputError, match=r"digest='\w+' there, '\w+' no"):
     run(source=str(moved), **{'data.text': str(text)})
   assert config()['source'] == str(moved)
+
+
+def test_a_run_goes_on_with_the_table_that_it_was_started_with(
+  swapped, setting
+):
+  run, models, workdir = swapped
+  cfg = sources.load(models['source'], setting[1] / 'cache', params=False).cfg
+
+  def time(k, f, d):
+    return d * (3e-4 * k + 2e-6 * f + 1e-3) + 1e-3 * k + 1e-4 * f + 0.01
+
+  table, copy = workdir.parent / 'table.json', workdir / 'budget.json'
+  write = lambda path, time: budgets_test.write_table(path, cfg, time)
+  go = lambda table: run(
+    **{
+      'budget.kind': 'ms', 'budget.table': str(table),
+      'budget.target': 0.8 * time(cfg.K, cfg.F, cfg.D),
+    }
+  )  # fmt: skip
+  write(table, time)
+  go(table)
+  assert json.loads(copy.read_text()) == json.loads(table.read_text())
+  # Measured again at the same path, or at another one.
+  slow = lambda k, f, d: time(k, f, d) + 1e-3 * k
+  for path in (table, workdir.parent / 'again.json'):
+    write(path, slow)
+    with pytest.raises(
+      errors.InputError, match=r"digest='\w+' there, '\w+' now"
+    ) as caught:
+      go(path)
+    assert f'of which {copy} is a copy' in str(caught.value)
+  # What is told to do: the copy is as good, and so is the old one elsewhere.
+  go(copy)
+  write(table, time)
+  go(table.rename(workdir.parent / 'moved.json'))
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['budget']['table'].endswith('moved.json')
+  # A run of before tables were copied goes on with what lies at its path.
+  copy.unlink()
+  go(workdir.parent / 'moved.json')
+  write(table, time)
+  with pytest.raises(errors.InputError, match='the workdir has no copy; put'):
+    go(table)
 
 
 @pytest.mark.parametrize(
