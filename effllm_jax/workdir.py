@@ -12,9 +12,14 @@ from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import untrusted
 
-# Of a config: where models, text and a table lie. `train` and the checkpoints
-# compare what they are.
-_PATHS = ('source', 'distill.teacher', 'data.text', 'budget.table')
+# Of a config: where models, text and a table lie, and which of their values are
+# no path. `train` and the checkpoints compare what lies there.
+_PATHS = {
+  'source': ('smollm2-135m',),
+  'distill.teacher': ('', 'smollm2-135m'),
+  'data.text': ('pypi', 'debian'),
+  'budget.table': ('',),
+}
 # Keys of a config, or how they begin, that a run may go on with otherwise.
 _FREE = ('mesh.', 'data.timeout', 'checkpoint.')
 # For a config.json that cannot be read.
@@ -79,7 +84,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _are_paths(key, *values) -> bool:
-  return key in _PATHS and all(isinstance(x, str) and '/' in x for x in values)
+  return key in _PATHS and all(
+    isinstance(x, str) and x not in _PATHS[key] for x in values
+  )
 
 
 @contextlib.contextmanager

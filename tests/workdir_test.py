@@ -7,8 +7,11 @@ import threading
 import pytest
 
 from effllm_jax import atomic
+from effllm_jax import corpus
 from effllm_jax import errors
+from effllm_jax import sources
 from effllm_jax import workdir
+from experiments.configs import smollm2_135m
 
 CONFIG = {'seed': 0, 'prune': {'every': 2, 'floors': {'ffn': 1}}}
 
@@ -51,7 +54,8 @@ def test_a_model_and_a_text_may_lie_elsewhere(tmp_path):
   }  # fmt: skip
   claim(tmp_path, config('runs/a/events/3', 'texts/a'))
   claim(tmp_path, config('/mnt/a/events/3', 'texts/a'))
-  moved = config('/mnt/a/events/3', 'text/../a')
+  claim(tmp_path, config('/mnt/a/events/3', 'a'))
+  moved = config('3', 'text/../a')
   claim(tmp_path, moved)
   known = json.loads((tmp_path / 'config.json').read_text())
   assert known == moved
@@ -59,11 +63,23 @@ def test_a_model_and_a_text_may_lie_elsewhere(tmp_path):
     # No path: a name.
     config('smollm2-135m', 'texts/a'),
     config('runs/a/events/3', 'pypi'),
+    config('runs/a/events/3', None),
     config('runs/a/events/3', 'texts/a', 'a//b'),
   ):
     with pytest.raises(errors.InputError, match='another config'):
       claim(tmp_path, other)
   assert json.loads((tmp_path / 'config.json').read_text()) == moved
+
+
+def test_what_is_no_path_is_what_the_readers_know_by_name():
+  names = workdir._PATHS
+  assert names['source'] == (sources.DEFAULT,)
+  # Without a path the source teaches.
+  assert names['distill.teacher'] == ('', sources.DEFAULT)
+  assert names['data.text'] == tuple(corpus._packages())
+  config = smollm2_135m.get_config()
+  for key, known in names.items():
+    assert workdir._flat(config.to_dict())[key] in known
 
 
 def test_a_check_writes_nothing(tmp_path):
