@@ -67,6 +67,23 @@ def moments(workdir: str | os.PathLike) -> list[Moment]:
   return _moments(workdir, _leave_out)
 
 
+def every_moment(workdir: str | os.PathLike) -> list[Moment]:
+  """As `moments`, for who deletes some of them.
+
+  Raises:
+    errors.InputError: one of them cannot be read, and may be the newest.
+  """
+  found = moments(workdir)
+  there = [x for kind in (ROLLING, EVENTS) for x in _committed(workdir, kind)]
+  if len(found) < len(there):
+    names = ', '.join(map(str, {*there} - {x.path for x in found}))
+    raise errors.InputError(
+      f'{names} cannot be read; nothing of the run is deleted. Try again, or '
+      'move it away'
+    )
+  return found
+
+
 def any_left(workdir: str | os.PathLike) -> bool:
   """Whether a run in `workdir` has saved anything, readable or not."""
   return any(_committed(workdir, kind) for kind in (ROLLING, EVENTS))

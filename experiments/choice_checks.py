@@ -143,7 +143,13 @@ def check_folder(
 def _check_row(folder, arm, seed) -> None:
   """Refuses a row at equal tokens of other settings than the study's."""
   key = ('tokens', arm.name, seed)
-  config, row = folder.config(arm, seed), folder.rows[key]
+  row = folder.rows[key]
+  if arm.start == 'found' and not folder.is_left(seed):
+    # It has been run, and needs no start any more.
+    starts = dict.fromkeys(arms_lib.STARTS, '')
+    config = arms_lib.config(arm, folder.study.config, seed, starts)
+  else:
+    config = folder.config(arm, seed)
   tokens = plan_lib.num_steps(config) * plan_lib.tokens_per_step(config)
   if row.tokens != tokens:
     raise errors.InputError(

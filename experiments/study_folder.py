@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import shutil
@@ -111,11 +112,19 @@ class StudyFolder:
     """Where the last state of `ours_a` is.
 
     Raises:
-      errors.InputError: what is there is not of the size that it ended with.
+      errors.InputError: it is gone, or what is there is not of the size that
+        it ended with.
     """
     key = ('tokens', arms_lib.OURS, seed)
     run = self.workdir(key, self.study.config.train.tokens)
     saved = checkpoints.moments(run)
+    if not saved and key in self.rows:
+      raise errors.InputError(
+        f'{run} has no checkpoint and no event that can be read: what '
+        f'{arms_lib.OURS} of seed {seed} ended as is gone; put it back, or '
+        f'delete {run} and the line of {", ".join(map(str, key))} in '
+        f'{self.results}, to have it run again'
+      )
     if not saved:
       return run
     last = saved[0]
@@ -128,6 +137,13 @@ class StudyFolder:
         'gone: set another --workdir'
       )
     return last.path
+
+  def is_left(self, seed: int) -> bool:
+    """Whether anything is where the last state of `ours_a` belongs."""
+    key = ('tokens', arms_lib.OURS, seed)
+    return checkpoints.any_left(
+      self.workdir(key, self.study.config.train.tokens)
+    )
 
   def config(self, arm: arms_lib.Arm, seed: int) -> ml_collections.ConfigDict:
     """Of a run at equal tokens; makes the uniform shape, if it starts there."""
@@ -176,8 +192,15 @@ class StudyFolder:
       for run in self.path.absolute().glob(f'runs/{budget}/{arm}/{seed}-*'):
         kept = None
         if (budget, arm) == ('tokens', arms_lib.OURS):
+          try:
+            saved = checkpoints.every_moment(run)
+          except errors.InputError as e:
+            logging.warning('%s', e)
+            continue
+          if not saved:
+            continue
           # An event, where the last step shrinks.
-          kept = next((x.path for x in checkpoints.moments(run)), None)
+          kept = saved[0].path
         for folder in (run / 'events', run / 'checkpoints'):
           others = [folder]
           if kept and kept.parent == folder:

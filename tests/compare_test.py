@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
+import pathlib
 import shutil
 import types
 from unittest import mock
@@ -21,6 +23,7 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import small_run
 from effllm_jax import sources
 from effllm_jax import train
+from effllm_jax import untrusted
 from experiments import arms
 from experiments import choice_checks
 from experiments import choices
@@ -203,6 +206,57 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(root, tmp_path):
   choice_checks.check_folder(folder, choose('dense', seeds=(0,)))
   with pytest.raises(errors.InputError, match='ended with 1; its last state'):
     choice_checks.check_folder(folder, choose('scratch_found', seeds=(0,)))
+
+
+def test_a_state_that_cannot_be_read_is_not_tidied_away(
+  root, tmp_path, monkeypatch
+):
+  """Nor those before it: nobody knows which of them is the last."""
+  compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
+  ours = next((root / 'runs' / 'mini').glob('runs/tokens/ours_a/0-*'))
+  run = tmp_path / ours.relative_to(root / 'runs' / 'mini')
+  shutil.copytree(ours, run)
+  last = checkpoints.moments(run)[0].path
+  # As a run leaves it that was killed before it was tidied.
+  older = shutil.copytree(last, run / 'checkpoints' / '20')
+  path = older / 'arch' / 'metadata'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'step': 20}))
+  hostile_runs_test.sign(older)
+  rows = comparison.read(root / 'runs' / 'mini' / 'results.jsonl')
+  row = next(x for x in rows if x.key == ('tokens', 'ours_a', 0))
+  comparison.write(tmp_path / 'results.jsonl', [row])
+  study = study_of(root)
+  folder = study_folder.StudyFolder(
+    study, tmp_path, root / 'cache', study.config.source
+  )
+  opened = untrusted.opened
+
+  def stale(path, remedy):
+    if pathlib.Path(path) == last / 'digests.json':
+      raise errors.InputError('stale') from OSError(errno.ESTALE, 'Stale')
+    return opened(path, remedy)
+
+  monkeypatch.setattr(untrusted, 'opened', stale)
+  before = sorted(run.rglob('*'))
+  folder.tidy()
+  assert sorted(run.rglob('*')) == before
+  monkeypatch.setattr(untrusted, 'opened', opened)
+  folder.tidy()
+  assert [x.path for x in checkpoints.moments(run)] == [last]
+  assert folder.found(0) == last
+  # Gone all the same, it is told of, and nothing else goes with it.
+  shutil.rmtree(last)
+  before = sorted(run.rglob('*'))
+  folder.tidy()
+  assert sorted(run.rglob('*')) == before
+  with pytest.raises(
+    errors.InputError, match=r'ended as is gone; put it back, or delete .*line'
+  ):
+    folder.found(0)
+  # An arm that was run from it is in the table, and is asked for no start.
+  key = ('tokens', 'scratch_found', 0)
+  folder.rows[key] = dataclasses.replace(row, arm='scratch_found')
+  choice_checks.check_folder(folder, choose('scratch_found', seeds=(0,)))
 
 
 def test_an_arm_that_fails_keeps_no_other_from_running(
