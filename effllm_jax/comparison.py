@@ -123,7 +123,8 @@ def read(path: pathlib.Path) -> list[Row]:
   rows = {}
   for number, raw in enumerate(workdir.read(path), 1):
     with untrusted.parsing(
-      f'{path} row {number} is not a result', 'restore or delete it'
+      f'{path} row {number} is not a result',
+      'take that line out; a run that has none is made again',
     ):
       row = Row(**raw)
       numbers = (

@@ -162,6 +162,21 @@ class Run:
     """The newest evaluation of one phase; None before there is one."""
     return next((x for x in reversed(self.evals) if x['phase'] == phase), None)
 
+  def evaluation(self, phase: str) -> dict:
+    """As `last_eval`, of a run that has come to its end.
+
+    Raises:
+      errors.InputError: its row is missing.
+    """
+    found = self.last_eval(phase)
+    if found is None:
+      raise errors.InputError(
+        f'{self.workdir / "metrics.jsonl"} has no {phase!r} evaluation, as '
+        'after lines of it were lost; put them back, or delete '
+        f'{self.workdir} to have it run again'
+      )
+    return found
+
   def setting(self, key: str) -> Any:
     """What the config has at a key such as 'prune.policy'; None: nothing."""
     value = self.config
@@ -427,5 +442,5 @@ def _each(path: pathlib.Path, use: Callable[[dict[str, Any]], None]) -> None:
     ) as e:
       raise errors.InputError(
         f'{path} row {number} lacks or misspells {e}: {str(row)[:60]!r}; '
-        'restore or delete it'
+        'take that line out'
       ) from e

@@ -164,7 +164,7 @@ class Log:
     for number, row in enumerate(read(path), 1):
       if not isinstance(row, dict) or not isinstance(row.get('step'), int):
         raise errors.InputError(
-          f'{path} row {number} has no integer as step; restore or delete it'
+          f'{path} row {number} has no integer as step; take that line out'
         )
       if row['step'] <= resume_step:
         kept.append(row)
@@ -209,11 +209,13 @@ def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """
   if not path.exists():
     return
-  remedy = 'restore or delete it'
-  with untrusted.opened(path, remedy) as file:
+  # A deleted log would be made again without what is in it by now.
+  with untrusted.opened(path, 'restore it') as file:
     for number, line in enumerate(file, 1):
       try:
-        row = untrusted.parse_json(line, f'{path} line {number}', remedy)
+        row = untrusted.parse_json(
+          line, f'{path} line {number}', 'take that line out'
+        )
       except errors.InputError:
         if not line.endswith(b'\n'):
           return

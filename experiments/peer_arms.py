@@ -295,15 +295,16 @@ def _ours(config, changes, workdir, cache) -> dict[str, Any]:
   log = runlog.read(workdir)
   phases = ('source', 'pruned', 'final')
   held = {phase: log.last_eval(phase) for phase in phases}
+  final = log.evaluation('final')
   shrinks = sum(row['seconds'] for row in log.shrinks)
   return {
     'widths': log.widths(),
-    'params': int(held['final']['live_params']),
+    'params': int(final['live_params']),
     'losses': log.train['loss'].tolist(),
     'seconds': log.step_seconds + shrinks,
     'peak_bytes': timing.memory('VmHWM'),
     'bits_per_byte': {p: x['bits_per_byte'] for p, x in held.items() if x},
-    'domains': held['final']['domains'],
+    'domains': final['domains'],
   }
 
 

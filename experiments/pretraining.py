@@ -88,7 +88,7 @@ def make(
   train.run(config, run, cache)
   if not facts.exists():
     found = {
-      'bits_per_byte': runlog.read(run).last_eval('final')['bits_per_byte'],
+      'bits_per_byte': runlog.read(run).evaluation('final')['bits_per_byte'],
       'unigram_bits_per_byte': _unigram(config, text, cache),
     }
     atomic.write_json(facts, found)

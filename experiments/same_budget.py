@@ -231,7 +231,7 @@ class Runner:
     tasks = []
     if self.ask:
       tasks = self.ask(finished.read(workdir, None)[0])
-    row = _row(key, log, log.last_eval('final'), tasks)
+    row = _row(key, log, log.evaluation('final'), tasks)
     if (
       budget == 'flops'
       and abs(row.total_flops / most - 1) > comparison.TOLERANCE
@@ -247,7 +247,7 @@ class Runner:
 
   def _keep_source(self, dense: comparison.Row, log: runlog.Run) -> None:
     """The row of the source, which is `dense` before its first step."""
-    before = log.last_eval('source')
+    before = log.evaluation('source')
     tasks = []
     if self.ask:
       tasks = self.ask(sources.load(self.folder.source, self.folder.cache))

@@ -71,8 +71,12 @@ def main(argv: list[str]) -> None:
   for name, folder, _ in variants:
     if name in failed:
       continue
-    run = runlog.read(folder)
-    source, final = run.last_eval('source'), run.last_eval('final')
+    try:
+      run = runlog.read(folder)
+      source, final = run.evaluation('source'), run.evaluation('final')
+    except errors.InputError as e:
+      failed[name] = e
+      continue
     table.add_row(
       name,
       f'{final["live_params"]:,}',

@@ -35,6 +35,7 @@ from tests import budgets_test
 from tests import comparison_test
 from tests import conftest
 from tests import hostile_runs_test
+from tests import report_test
 from tests import runs
 
 # The dense arm gives the row of the source, and is the costliest.
@@ -206,6 +207,39 @@ def test_the_last_state_of_ours_is_kept_of_either_kind(root, tmp_path):
   choice_checks.check_folder(folder, choose('dense', seeds=(0,)))
   with pytest.raises(errors.InputError, match='ended with 1; its last state'):
     choice_checks.check_folder(folder, choose('scratch_found', seeds=(0,)))
+
+
+@pytest.mark.parametrize('phase', ['source', 'final'])
+def test_a_log_without_an_evaluation_is_told(
+  root, tmp_path, monkeypatch, phase
+):
+  """The run keeps its states: with the line put back its row is made."""
+  study, lines = study_of(root), {}
+  folder = study_folder.StudyFolder(
+    study, tmp_path, root / 'cache', study.config.source
+  )
+
+  def run(config, workdir, cache):
+    del config, cache
+    path = workdir / 'metrics.jsonl'
+    if not lines:
+      report_test.write_run(workdir, steps=24)
+      lines['all'] = path.read_text().splitlines(keepends=True)
+      path.write_text(''.join(x for x in lines['all'] if phase not in x))
+    else:
+      path.write_text(''.join(lines['all']))
+
+  monkeypatch.setattr(train, 'run', run)
+  key = ('tokens', 'dense', 0)
+  for _ in range(2):
+    choice = choose('dense', seeds=(0,), budgets=('tokens',))
+    runner = same_budget.Runner(folder, choice, None)
+    runner.run()
+    if runner.failed:
+      said = f"has no '{phase}' evaluation, as after lines of it were lost; put"
+      assert said in str(runner.failed.pop(key))
+      assert not folder.rows
+  assert {*folder.rows} == {key, ('tokens', 'source', 0)}
 
 
 def test_a_state_that_cannot_be_read_is_not_tidied_away(

@@ -72,6 +72,13 @@ def test_every_variant_runs_in_a_folder_of_its_own(tmp_path):
     assert f'{last["bits_per_byte"]:.4f}' in done.stdout
   # Shortened, and still told apart.
   assert all('...' in x.name for x in longer)
+  # What was lost of one log keeps no other out of the table.
+  log = base / 'metrics.jsonl'
+  lines = log.read_text().splitlines(keepends=True)
+  log.write_text(''.join(x for x in lines if '"source"' not in x))
+  done = call(None)
+  runs.refused(done, 'variant base: ', "has no 'source' evaluation, as after")
+  assert done.stdout.count('->') == 2
 
 
 def test_a_variant_that_diverges_keeps_no_other_from_running(tmp_path):

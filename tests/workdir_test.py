@@ -174,5 +174,14 @@ def test_rows_of_a_lost_future_are_dropped(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
-  with pytest.raises(errors.InputError, match='line 2 is not JSON'):
+  with pytest.raises(
+    errors.InputError, match=r'line 2 is not JSON.*; take that line out$'
+  ):
     list(workdir.read(path))
+  path.write_text('{"step": 0}\n{"stop": 1}\n{"step": 2}\n')
+  with pytest.raises(errors.InputError, match=r'row 2 has .*; take that line'):
+    workdir.Log(path, 2)
+  # What is told to do loses nothing else.
+  path.write_text('{"step": 0}\n{"step": 2}\n')
+  workdir.Log(path, 2).close()
+  assert [r['step'] for r in workdir.read(path)] == [0, 2]
