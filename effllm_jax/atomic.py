@@ -101,6 +101,11 @@ def once(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     new = made / 'new'
     new.mkdir()
     write(new)
+    # A rename may survive a power cut that the files do not: they would be of
+    # zeros for ever, since nobody writes again what is there.
+    for path in (*new.rglob('*'), new):
+      if not path.is_symlink():
+        sync(path)
     try:
       new.rename(target)
     except OSError:

@@ -54,10 +54,7 @@ class _Windows:
     self._open()
 
   def _open(self):
-    # Mapped, not read: workers share the pages.
-    self._files = [
-      np.load(path, mmap_mode='r', allow_pickle=False) for path in self._paths
-    ]
+    self._files = [tokenizing.read(path) for path in self._paths]
     self.counts = [max(len(f) - 1, 0) // self._seq_len for f in self._files]
     self._ends = np.cumsum(self.counts)
 

@@ -13,6 +13,7 @@ from effllm_jax import console
 from effllm_jax import dataset
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
+from effllm_jax import untrusted
 
 # Documents that are tokenised at a time, on all cores, and bytes of them unless
 # one alone has more: while it is, a byte takes a hundred bytes of memory.
@@ -70,6 +71,21 @@ def tokenize(
       if not folder.is_dir():
         _build(folder, data_dir, domains, encoder(tokenizer), separator_id)
   return {d: _token_file(folder, d, domains) for d in domains}
+
+
+def read(path: str | os.PathLike) -> np.ndarray:
+  """A file of `tokenize`, mapped and not read: processes share its pages.
+
+  Raises:
+    errors.InputError: it is missing, too short or something else.
+  """
+  path = pathlib.Path(path)
+  remedy = f'delete the folder {path.parent}, it is made again'
+  with untrusted.parsing(f'{path} is not a file of tokens', remedy):
+    ids = np.load(path, mmap_mode='r', allow_pickle=False)
+    if ids.ndim != 1 or ids.dtype.kind != 'u':
+      raise ValueError(f'an array of {ids.dtype}{ids.shape}')
+    return ids
 
 
 def _build(

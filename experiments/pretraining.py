@@ -100,7 +100,7 @@ def _unigram(config, text, cache) -> float:
   source = sources.load(config.source, cache, params=False)
   held = train.heldout_text(config, text, source)
   files = tokenizing.tokenize(text, source.tokenizer, source.separator_id)
-  seen = np.concatenate([np.load(path) for path in files.values()])
+  seen = np.concatenate([tokenizing.read(path) for path in files.values()])
   return unigram(seen, held, source.cfg.V)
 
 

@@ -89,6 +89,24 @@ def test_a_folder_is_made_once(tmp_path, faster):
   assert os.listdir(tmp_path) == ['model']
 
 
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+  synced = []
+
+  def sync(path):
+    assert not (tmp_path / 'model').exists()
+    synced.append((path.name, path.read_text() if path.is_file() else None))
+
+  def write(new):
+    (new / 'part').mkdir()
+    (new / 'part' / 'a').write_text('1')
+    (new / 'b').write_text('2')
+    (new / 'link').symlink_to('nowhere')
+
+  monkeypatch.setattr(atomic, 'sync', sync)
+  atomic.once(tmp_path / 'model', write)
+  assert {*synced} == {('part', None), ('a', '1'), ('b', '2'), ('new', None)}
+
+
 def test_a_folder_that_cannot_be_made_is_not_there(tmp_path):
   def write(new):
     (new / 'config.json').write_text('half of it')

@@ -133,6 +133,35 @@ def test_documents_are_tokenised_some_at_a_time(
     assert path.read_bytes() == (tmp_path / 'once.npy').read_bytes()
 
 
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda path: path.unlink(),
+    lambda path: path.write_bytes(b''),
+    lambda path: os.truncate(path, path.stat().st_size - 1),
+    lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    lambda path: np.save(path, np.zeros((8, 8), np.uint16)),
+    lambda path: np.save(path, np.zeros(64, np.float32)),
+    lambda path: np.save(path, [None], allow_pickle=True),
+  ],
+)  # fmt: skip
+def test_a_damaged_file_of_tokens_is_named(built, bpe, tmp_path, damage):
+  copy = shutil.copytree(built, tmp_path / 'data')
+  want = tokenizing.tokenize(copy, bpe, SEPARATOR)
+  path = [*want.values()][-1]
+  whole = path.read_bytes()
+  damage(path)
+  with pytest.raises(errors.InputError) as caught:
+    batches(copy, bpe)
+  said = str(caught.value)
+  assert said.startswith(f'{path} is not a file of tokens (')
+  assert said.endswith(f'; delete the folder {path.parent}, it is made again')
+  # What is told to do helps.
+  shutil.rmtree(path.parent)
+  batches(copy, bpe)
+  assert path.read_bytes() == whole
+
+
 def test_a_separator_beyond_two_bytes(built, bpe):
   files = tokenizing.tokenize(built, bpe, 70_000)
   for tokens in map(np.load, files.values()):
