@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import functools
@@ -16,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from effllm_jax import errors
+from effllm_jax import untrusted
 from experiments import torch_peers
 
 # Changes of the config, as `experiments/configs/ragged.py` makes them.
@@ -127,7 +129,8 @@ class Bench:
 
     Raises:
       errors.InputError: an arm prunes more often than there are steps for it,
-        as `width`, `workdir.claimed` or `run`.
+        others were measured on another number of threads, as `width`,
+        `workdir.claimed` or `run`.
       atomic.HeldError: another comparison is at work in the workdir.
     """
     from effllm_jax import workdir as workdir_lib
@@ -147,13 +150,20 @@ class Bench:
     claim = self.config.to_dict() | {
       'scoring_batches': self.scoring,
       'made_of': self._made_of(),
+      'threads': _threads(),
     }
-    path = self.workdir / 'results.jsonl'
+    path, before = self.workdir / 'results.jsonl', self.workdir / 'config.json'
+    if before.exists() and 'threads' not in untrusted.read_json(
+      before, 'restore it or choose another --workdir'
+    ):
+      # Of before it was claimed: the rows say it alone.
+      del claim['threads']
     with contextlib.ExitStack() as stack:
       stack.enter_context(workdir_lib.claimed(self.workdir, claim))
       log = workdir_lib.Log(path, self.plan.steps)
       stack.callback(log.close)
       done = {row['arm']: row for row in workdir_lib.read(path)}
+      self._check_threads([done.get(name) for name in names])
       for name in names:
         if name not in done:
           print(f'{name}: {self.plan.steps} steps', flush=True)
@@ -161,13 +171,25 @@ class Bench:
           log.write(done[name])
     return [done[name] for name in names]
 
+  def _check_threads(self, rows: Sequence[Mapping[str, Any] | None]) -> None:
+    """Refuses rows, None: to be run, that are not of one number of threads."""
+    here = _threads()
+    counts = {(row or {}).get('threads', here) for row in rows}
+    if len(counts) > 1:
+      raise errors.InputError(
+        f'arms in {self.workdir} were measured on '
+        f'{" and ".join(map(str, sorted(counts)))} threads, this process has '
+        f'{here}; run them on one number (taskset -c), or set --arms to those '
+        'of one, or choose another --workdir'
+      )
+
   def run(self, name: str) -> dict[str, Any]:
     """Runs one arm in a process of its own; returns its row.
 
     Raises:
       errors.InputError: what the user can put right.
     """
-    threads = len(os.sched_getaffinity(0))
+    threads = _threads()
     if name in OURS:
       work, more = _ours, (
         self.config.to_dict(), OURS[name], str(self.workdir / name), self.cache
@@ -279,6 +301,11 @@ class Bench:
       'bits_per_byte': {p: x['bits_per_byte'] for p, x in phases.items()},
       'domains': phases['final']['domains'],
     }
+
+
+def _threads() -> int:
+  """What an arm computes on."""
+  return len(os.sched_getaffinity(0))
 
 
 def _ours(config, changes, workdir, cache) -> dict[str, Any]:

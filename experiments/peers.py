@@ -6,9 +6,9 @@ r"""Our run beside Torch-Pruning and LLM-Pruner: same work, one table.
       [--arms=ours,torch_dense,torch_pruning] [--scoring_batches=10]
 
 Every arm starts from the same weights, trains on the same windows in the same
-order with the same AdamW and rates, on the same threads, and ends within the
-same number of parameters; bits per byte are of the same held-out windows. The
-others train in PyTorch.
+order with the same AdamW and rates, on as many threads (`taskset -c` says how
+many), and ends within the same number of parameters; bits per byte are of the
+same held-out windows. The others train in PyTorch.
 
 | arm | |
 | --- | --- |

@@ -266,6 +266,38 @@ def test_a_finished_arm_is_not_run_again(bench, monkeypatch, tmp_path):
   assert len(calls) == 3
 
 
+def test_arms_of_one_table_have_as_many_threads(bench, monkeypatch, tmp_path):
+  bench, calls = bench(), []
+  bench.workdir = tmp_path / 'work'
+  on = lambda count: monkeypatch.setattr(
+    os, 'sched_getaffinity', lambda _: {*range(count)}
+  )
+
+  def run(name):
+    calls.append(name)
+    return {'arm': name, 'step': 24, 'threads': len(os.sched_getaffinity(0))}
+
+  monkeypatch.setattr(bench, 'run', run)
+  on(1)
+  bench.results(['torch_dense'])
+  on(2)
+  with pytest.raises(errors.InputError, match='threads=1 there, 2 now; use'):
+    bench.results(['torch_dense', 'ours'])
+  # One of before it was claimed goes on where its rows are of as many.
+  config = bench.workdir / 'config.json'
+  claim = json.loads(config.read_text())
+  assert claim.pop('threads') == 1
+  config.write_text(json.dumps(claim))
+  with pytest.raises(errors.InputError, match='on 1 and 2 threads, this proce'):
+    bench.results(['torch_dense', 'ours'])
+  assert [row['threads'] for row in bench.results(['torch_dense'])] == [1]
+  bench.results(['ours'])
+  with pytest.raises(errors.InputError, match='set --arms to those of one, or'):
+    bench.results(['torch_dense', 'ours'])
+  assert calls == ['torch_dense', 'ours']
+  assert json.loads(config.read_text()) == claim
+
+
 def test_an_arm_has_a_process_of_its_own():
   assert peer_arms._alone(os.getpid) != os.getpid()
   with pytest.raises(errors.InputError, match='without a word'):
