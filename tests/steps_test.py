@@ -203,7 +203,7 @@ def want_scores(kind, row, cfg, masks, windows):
       h = jax.tree.map(
         lambda *g: n_micro * sum(x**2 for x in g) / len(g), *row['micro']
       )
-      return whole(saliency.taylor2, params, row['grads'], h)
+      return whole(saliency.taylor2, params, row['grads'], h, 1.0)
     case 'fisher':
       each = [whole(saliency.fisher, params, g, n_micro) for g in row['micro']]
       return jax.tree.map(lambda *s: sum(s) / len(s), *each)
