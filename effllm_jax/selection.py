@@ -35,11 +35,11 @@ layers at their floors when the last block of the stem had to go.
 
 What fits is small, and not always cheap: with channels of SmolLM2 in blocks of
 256 a head of every layer is the smallest block there is, and went first
-whatever it scored. So under `uniform`, whose blocks are large, every prune
-plans a second time, by the price of whole blocks and with any of them: one that
-overshoots costs as much more as it saves in vain. Of both plans the first is
-kept, which wastes less, unless the second loses less than `_CLEARLY` of its
-score ("A block that fits" in HYPOTHESES.md).
+whatever it scored. So under `uniform`, where a block of channels saves more
+than one of heads, every prune plans a second time, by the price of whole blocks
+and with any of them: one that overshoots costs as much more as it saves in
+vain. Of both plans the first is kept, which wastes less, unless the second
+loses less than `_CLEARLY` of its score ("A block that fits" in HYPOTHESES.md).
 """
 
 import functools
@@ -281,6 +281,7 @@ def _select(scores, masks, target, final, rules, form):
   def plan(carry, stage):
     best, most = carry
     goal, by_block, made = stage
+    by_block &= large
     left = taken(goal, jnp.where(made, best, smallest), by_block)
     left = jax.lax.while_loop(
       lambda left: fits_again(left).any(), take_back, left
@@ -294,8 +295,10 @@ def _select(scores, masks, target, final, rules, form):
   # To the end first, below which the prune then does not go. One loop for all:
   # each shrink compiles this anew.
   start = live // groups
+  heads, ffn, _ = size(start) - size(start - jnp.diag(multiple))
+  large = ffn > heads
   stages = [(final, False, False), (target, False, True)]
-  if rules.policy == 'uniform' and max(rules.multiple_of) > 1:
+  if rules.policy == 'uniform' and rules.multiple_of[1] > 1:
     stages.insert(1, (final, True, False))
   stages = [
     jnp.stack([*map(jnp.asarray, x)]) for x in zip(*stages, strict=True)

@@ -54,7 +54,13 @@ def greedy(scores, masks, target, final, rules, cost):
     least = zip(rules.smallest(), x.masks, strict=True)
     x.take(final, [np.minimum(m.sum(-1), n).sum() for n, m in least])
     x.take_back()
-  large = rules.policy == 'uniform' and max(rules.multiple_of) > 1
+  heads, ffn, stem = (int(getattr(masks, t).sum()) for t in structure.TYPES)
+  layers = len(masks.heads)
+  without = (
+    cost.size(heads - layers * rules.multiple_of[0], ffn, stem),
+    cost.size(heads, ffn - layers * rules.multiple_of[1], stem),
+  )
+  large = rules.policy == 'uniform' and without[1] < without[0]
   if large and other.lost() < plan.lost() / 2:
     plan = other
   made = _Lists(scores, masks, final, rules, cost)
