@@ -281,12 +281,13 @@ def _select(scores, masks, target, final, rules, form):
   def plan(carry, stage):
     best, most = carry
     goal, by_block, made = stage
-    by_block &= large
+    idle = by_block & ~large
+    goal = jnp.where(idle, size(start), goal)
     left = taken(goal, jnp.where(made, best, smallest), by_block)
     left = jax.lax.while_loop(
       lambda left: fits_again(left).any(), take_back, left
     )
-    better = lost(left) < most
+    better = (lost(left) < most) & ~idle
     return (
       jnp.where(better, left, best),
       jnp.where(better, _CLEARLY * lost(left), most),
