@@ -8,6 +8,7 @@ common is removed. Nothing that was downloaded is ever imported or run.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import hashlib
 import json
@@ -129,23 +130,7 @@ def _prepare_folder(text: str, root: pathlib.Path, remedy: str) -> pathlib.Path:
     final = _final(root, recipe, label, [*digests.items()])
 
     def read():
-      if others:
-        logging.warning(
-          '%s: %d files and linked folders are passed over, the first is %r; '
-          'what is read are .txt, .jsonl and .parquet files, and links to such',
-          text, len(others), others[0],
-        )  # fmt: skip
-      tests = [
-        name
-        for name in files
-        if any(map(_TESTS.match, pathlib.PurePath(name).parts))
-      ]
-      if tests:
-        logging.warning(
-          '%s: %d files are called as if they were kept for a test, the first '
-          'is %r; they are trained on too, move them away to keep them for one',
-          text, len(tests), tests[0],
-        )  # fmt: skip
+      _warn(text, files, others)
       documents = text_folder.Documents(text, label, files, digests)
       return documents, {'packages': [], 'files': digests}
 
@@ -155,6 +140,25 @@ def _prepare_folder(text: str, root: pathlib.Path, remedy: str) -> pathlib.Path:
       with contextlib.suppress(OSError):
         (final / f'of-{stamp}').touch()
   return final
+
+
+def _warn(text: str, files: Iterable[str], others: Sequence[str]) -> None:
+  """Of what a folder has that its user may not know to be read, or not."""
+  is_test = lambda name: any(map(_TESTS.match, pathlib.PurePath(name).parts))
+  for names, what in (
+    (
+      others,
+      'files and linked folders are passed over, the first is %r; what is read '
+      'are .txt, .jsonl and .parquet files, and links to such',
+    ),
+    (
+      [*filter(is_test, files)],
+      'files are called as if they were kept for a test, the first is %r; they '
+      'are trained on too, move them away to keep them for one',
+    ),
+  ):
+    if names:
+      logging.warning(f'%s: %d {what}', text, len(names), names[0])
 
 
 def _final(root, recipe, label, made_of) -> pathlib.Path:
