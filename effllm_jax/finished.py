@@ -21,6 +21,8 @@ from effllm_jax import structure
 from effllm_jax import weights
 from effllm_jax import widths
 
+_kept_indices = jax.jit(shrink.kept_indices, static_argnames='cfg')
+
 
 def tight(
   model: weights.Source, scores: structure.Groups | None = None
@@ -34,14 +36,12 @@ def tight(
   cfg = shrink.shrunk_config(masks, model.cfg, structure.Groups(1, 1, 1))
   if scores is None:
     scores = jax.tree.map(lambda m: np.zeros(m.shape, np.float32), masks)
-  kept = shrink.kept_indices(masks, scores, cfg)
-  params, masks, origin = (
-    jax.tree.map(np.asarray, x)
-    for x in (
-      shrink.take_params(model.params, kept),
-      shrink.take_groups(masks, kept),
-      model.origin and shrink.take_groups(model.origin, kept),
-    )
+  kept = jax.device_get(_kept_indices(masks, scores, cfg=cfg))
+  host = lambda tree: jax.tree.map(np.asarray, tree)
+  params = shrink.take_params(host(model.params), kept)
+  masks, origin = (
+    tree and shrink.take_groups(host(tree), kept)
+    for tree in (masks, model.origin)
   )
   layers = widths.occupied(masks)
   take = lambda letters, x: x[layers] if letters[0] == 'N' else x

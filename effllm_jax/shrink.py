@@ -75,21 +75,23 @@ def take(letters: str, leaf: Array, kept: structure.Groups) -> Array:
 
   An axis whose group is per layer (K, F) has its own indices in each slice of
   the leading N axis. Slice after slice: of an array that is split over devices
-  XLA makes what it gathers from whole on each of them.
+  XLA makes what it gathers from whole on each of them. Arrays of numpy stay
+  with numpy, which compiles nothing.
   """
   if letters[0] != 'N':
     return _take(letters, leaf, kept)
-  return jax.lax.map(
-    lambda x: _take(letters[1:], x[0], kept.replace(heads=x[1], ffn=x[2])),
-    (leaf, kept.heads, kept.ffn),
-  )
+  layers = leaf, kept.heads, kept.ffn
+  one = lambda x: _take(letters[1:], x[0], kept.replace(heads=x[1], ffn=x[2]))
+  if isinstance(leaf, np.ndarray):
+    return np.stack([one(x) for x in zip(*layers, strict=True)])
+  return jax.lax.map(one, layers)
 
 
 def _take(letters, leaf, kept):
   for axis, letter in enumerate(letters):
     if letter in structure.PRUNABLE:
       index = getattr(kept, structure.PRUNABLE[letter])
-      leaf = jnp.take(leaf, index, axis=axis)
+      leaf = leaf.take(index, axis=axis)
   return leaf
 
 

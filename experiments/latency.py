@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
       'exported one'
     )
   shapes = _shapes(cfg.widths(), config.prune.multiple_of)
-  params = model.init(jax.random.key(0), cfg)
+  params = jax.device_get(model.init(jax.random.key(0), cfg))
   cut = lambda shape: _cut(params, cfg, shape)
   times = (
     _jax_times(cut, shapes, config.model.dtype)
@@ -156,16 +156,16 @@ def _cut(params, cfg, shape):
   """Architecture and parameters of one shape, cut out of the source model's."""
   import dataclasses
 
-  import jax.numpy as jnp
+  import numpy as np
 
   from effllm_jax import shrink
   from effllm_jax import structure
 
   heads, ffn, stem = shape
   kept = structure.Groups(
-    heads=jnp.tile(jnp.arange(heads), (cfg.N, 1)),
-    ffn=jnp.tile(jnp.arange(ffn), (cfg.N, 1)),
-    stem=jnp.arange(stem),
+    heads=np.tile(np.arange(heads), (cfg.N, 1)),
+    ffn=np.tile(np.arange(ffn), (cfg.N, 1)),
+    stem=np.arange(stem),
   )
   small = dataclasses.replace(cfg, K=heads, F=ffn, D=stem)
   return small, shrink.take_params(params, kept)
@@ -192,6 +192,7 @@ def _jax_times(cut, shapes, dtype) -> dict[tuple[int, int, int], list[float]]:
     for shape, found in times.items():
       # Cut out anew each time: all shapes at once need not fit in memory.
       cfg, params = cut(shape)
+      params = jax.device_put(params)
       tokens_BT = jax.random.randint(
         jax.random.key(1), (1, _TOKENS.value), 0, cfg.V
       )
@@ -211,8 +212,6 @@ def _file_times(
   import dataclasses
   import pathlib
 
-  import jax
-  import numpy as np
   import rich.progress
 
   from effllm_jax import atomic
@@ -230,11 +229,7 @@ def _file_times(
       cfg, params = cut(shape)
       # Masks and origin of a pruned source are for its own widths.
       model = dataclasses.replace(
-        source,
-        cfg=cfg,
-        params=jax.tree.map(np.asarray, params),
-        masks=None,
-        origin=None,
+        source, cfg=cfg, params=params, masks=None, origin=None
       )
       place = scratch / str(len(files))
       place.mkdir()

@@ -300,6 +300,12 @@ def write_text_folder(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
+@functools.cache
+def _initial(cfg) -> structure.Params:
+  """As numpy: some forty small programs make them, which files let go of."""
+  return jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
+
+
 def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
   """A Llama as a Hugging Face folder: random weights, trained tokenizer.
 
@@ -330,7 +336,7 @@ def write_model_folder(folder: pathlib.Path, cfg=None) -> pathlib.Path:
     'bos_token_id': 0,
   }
   (folder / 'config.json').write_text(json.dumps(config))
-  params = jax.tree.map(np.asarray, model.init(jax.random.key(0), cfg))
+  params = _initial(cfg)
   layers = params.layers
   tensors = {
     'model.embed_tokens.weight': params.embed,

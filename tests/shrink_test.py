@@ -82,6 +82,19 @@ def test_what_is_alive_stays_whatever_its_score(cfg, score):
     np.testing.assert_array_equal(before, after)
 
 
+def test_numpy_takes_what_jax_takes_and_compiles_nothing(cfg):
+  masks, params = conftest.make_masks(cfg), conftest.make_params(cfg)
+  small = shrink.shrunk_config(masks, cfg, ONE)
+  kept = conftest.kept_indices(masks, conftest.make_scores(cfg), small)
+  host = jax.tree.map(np.asarray, (params, masks))
+  with conftest.counted_programs() as programs:
+    got = shrink.take_params(host[0], kept), shrink.take_groups(host[1], kept)
+  assert not programs
+  want = conftest.take_params(params, kept), conftest.take_groups(masks, kept)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(got))
+
+
 def test_an_optimizer_step_commutes_with_shrinking(cfg):
   """Invariant 2: clip, AdamW with decay, moments that are not zero."""
   masks = conftest.make_masks(cfg)
