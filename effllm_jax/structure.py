@@ -326,8 +326,10 @@ def group_shapes(cfg: ModelConfig) -> Groups:
 
 def all_alive(cfg: ModelConfig) -> Groups:
   """Masks of a model of which nothing has been pruned."""
+  # From numpy: jax would compile a program for each shape.
   return jax.tree.map(
-    lambda letters: jax.numpy.ones(cfg.shape(letters), bool), GROUP_AXES
+    lambda letters: jax.numpy.asarray(np.ones(cfg.shape(letters), bool)),
+    GROUP_AXES,
   )
 
 
