@@ -37,11 +37,10 @@ def tight(
   if scores is None:
     scores = jax.tree.map(lambda m: np.zeros(m.shape, np.float32), masks)
   kept = jax.device_get(_kept_indices(masks, scores, cfg=cfg))
-  host = lambda tree: jax.tree.map(np.asarray, tree)
-  params = shrink.take_params(host(model.params), kept)
+  params, origin = jax.device_get((model.params, model.origin))
+  params = shrink.take_params(params, kept)
   masks, origin = (
-    tree and shrink.take_groups(host(tree), kept)
-    for tree in (masks, model.origin)
+    tree and shrink.take_groups(tree, kept) for tree in (masks, origin)
   )
   layers = widths.occupied(masks)
   take = lambda letters, x: x[layers] if letters[0] == 'N' else x

@@ -6,21 +6,21 @@ r"""How fast a text becomes a dataset and tokens, and in how much memory.
 Writes a folder of documents, each of random words of the tokenizer of --source,
 and builds from it what a run would: the dataset (deduplicated, a twentieth held
 out), then the tokens of its training text. Each in a process of its own, which
-tells how much memory it had before, and the most that it ever had. All of it is
-deleted afterwards; only the source is kept, below --cache.
+tells the most memory that it had before, and in all. The folder is in that of
+temporary files, and deleted afterwards; the source is kept, below --cache.
 """
 
-from concurrent import futures
-from concurrent.futures import process
-import multiprocessing
+import contextlib
 import pathlib
 import tempfile
 import time
 
 from absl import flags
 
+from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import timing
+from experiments import alone
 from experiments import cli
 
 _DOCUMENTS = flags.DEFINE_integer('documents', 4000, 'How many.', lower_bound=2)
@@ -44,14 +44,17 @@ def main(argv: list[str]) -> None:
   source = sources.load(
     _SOURCE.value, cli.CACHE.value, params=False, flag='--source'
   )
+  above = pathlib.Path(tempfile.gettempdir())
   remedy = 'free some space, or set TMPDIR to a folder on another disk'
-  with errors.writing(tempfile.gettempdir(), remedy):
-    scratch = tempfile.TemporaryDirectory(prefix='effllm-text-')
-  with scratch as folder:
-    with errors.writing(folder, remedy):
-      size = _write(pathlib.Path(folder, 'text'), source.tokenizer)
+  with contextlib.ExitStack() as stack:
+    with errors.writing(above, remedy):
+      folder = stack.enter_context(atomic.scratch(above))
+      size = _write(folder / 'text', source.tokenizer)
     ids = source.tokenizer.to_str(), source.separator_id
-    rows = [_alone(_dataset, folder), _alone(_tokens, folder, *ids)]
+    rows = [
+      alone.call('the dataset', _dataset, folder),
+      alone.call('the tokens', _tokens, folder, *ids),
+    ]
   table = rich.table.Table(
     '', 'seconds', 'MB/s', 'memory before, GB', 'at the peak'
   )
@@ -86,19 +89,6 @@ def _write(folder: pathlib.Path, tokenizer) -> int:
     (folder / f'{i:07d}.txt').write_bytes(data)
     size += len(data)
   return size
-
-
-def _alone(part, *arguments) -> tuple[float, int | None, int | None]:
-  """Seconds of one part in a new process, its memory before and at most."""
-  context = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-    try:
-      return pool.submit(part, *arguments).result()
-    except process.BrokenProcessPool as e:
-      raise errors.InputError(
-        f'--size={_SIZE.value}: a process of the benchmark has ended without a '
-        'word, as the system does to one that takes too much memory; set less'
-      ) from e
 
 
 def _dataset(folder):

@@ -1,15 +1,11 @@
 """The arms of `experiments.peers`: what each does, and its row of results."""
 
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from concurrent import futures
 import contextlib
 import functools
-import multiprocessing
 import os
 import pathlib
-import threading
 import time
 from typing import Any
 
@@ -18,6 +14,7 @@ import numpy as np
 
 from effllm_jax import errors
 from effllm_jax import untrusted
+from experiments import alone
 from experiments import torch_peers
 
 # Changes of the config, as `experiments/configs/ragged.py` makes them.
@@ -200,7 +197,7 @@ class Bench:
       work, more = torch_peers.run, (self.task, recipe, width, threads)
     resumed = name in OURS and (self.workdir / name / 'metrics.jsonl').exists()
     start = time.perf_counter()
-    found = _alone(work, *more)
+    found = alone.call('an arm', work, *more)
     total = time.perf_counter() - start
     if resumed:
       # What the process before took is not on record.
@@ -333,37 +330,3 @@ def _ours(config, changes, workdir, cache) -> dict[str, Any]:
     'bits_per_byte': {p: x['bits_per_byte'] for p, x in held.items() if x},
     'domains': final['domains'],
   }
-
-
-def _alone(work: Callable, *arguments) -> Any:
-  """Calls a function in a new process, so that its memory is its own."""
-  context = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(1, context) as pool:
-    try:
-      return pool.submit(_while_wanted, work, *arguments).result()
-    except KeyboardInterrupt:
-      # The pool waits for it. A run of ours saves first.
-      for child in multiprocessing.active_children():
-        child.terminate()
-      raise
-    except futures.process.BrokenProcessPool as e:
-      raise errors.InputError(
-        'the process of an arm has ended without a word, as the system does to '
-        'one that takes too much memory; free some and run the same command '
-        'again'
-      ) from e
-
-
-def _while_wanted(work: Callable, *arguments) -> Any:
-  """Calls a function, and ends with the process that wants the answer.
-
-  A terminal's Ctrl-C does not reach it: that process hands it on, once.
-  """
-  os.setsid()
-
-  def watch():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-  return work(*arguments)

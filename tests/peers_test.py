@@ -24,6 +24,7 @@ from effllm_jax import sources
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import weights
+from experiments import alone
 from experiments import peer_arms
 from experiments import torch_peers
 from experiments.configs import efficientllm_a
@@ -198,15 +199,15 @@ def test_the_cheapest_channels_go(net, bench, recipe):
   assert math.isfinite(torch_peers.loss_of(net, windows).item())
 
 
-def alone(monkeypatch):
+def together(monkeypatch):
   """Arms run in this process, on one thread: two would wait for each other."""
-  monkeypatch.setattr(peer_arms, '_alone', lambda work, *more: work(*more))
+  monkeypatch.setattr(alone, 'call', lambda what, work, *more: work(*more))
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0})
 
 
 def test_several_goes_end_where_one_does(bench, monkeypatch):
   pytest.importorskip('torch_pruning', reason='requirements-peers.txt')
-  alone(monkeypatch)
+  together(monkeypatch)
   bench = bench(
     **{
       'budget.target': 28_000.0,
@@ -299,9 +300,11 @@ def test_arms_of_one_table_have_as_many_threads(bench, monkeypatch, tmp_path):
 
 
 def test_an_arm_has_a_process_of_its_own():
-  assert peer_arms._alone(os.getpid) != os.getpid()
-  with pytest.raises(errors.InputError, match='without a word'):
-    peer_arms._alone(os._exit, 1)
+  assert alone.call('an arm', os.getpid) != os.getpid()
+  with pytest.raises(
+    errors.InputError, match='an arm has ended without a word'
+  ):
+    alone.call('an arm', os._exit, 1)
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
@@ -310,8 +313,8 @@ def test_an_arm_ends_with_a_signal_to_its_command(signum):
   # A shell has what it starts in the background ignore Ctrl-C.
   code = (
     'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
-    'from effllm_jax import interrupts; from experiments import peer_arms; '
-    f'interrupts.unwind_on_sigterm(); peer_arms._alone(exec, {work!r})'
+    'from effllm_jax import interrupts; from experiments import alone; '
+    f'interrupts.unwind_on_sigterm(); alone.call("an arm", exec, {work!r})'
   )
   with subprocess.Popen(
     [sys.executable, '-c', code],
@@ -323,7 +326,7 @@ def test_an_arm_ends_with_a_signal_to_its_command(signum):
 
 
 def test_our_own_arm_is_a_run(bench, monkeypatch):
-  alone(monkeypatch)
+  together(monkeypatch)
   bench = bench(
     **{
       'train.tokens': 6 * 64,
