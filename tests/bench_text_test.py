@@ -2,8 +2,11 @@
 
 import os
 import re
+import signal
+import time
 
 from tests import conftest
+from tests import fork_server
 from tests import runs
 
 
@@ -24,6 +27,27 @@ def test_times_both_parts_and_leaves_nothing(tmp_path):
   assert [row[0] for row in rows] == ['dataset', 'tokens'], done.stdout
   for *_, before, peak in rows:
     assert 0 < float(before) <= float(peak) < 4
+  assert not [*scratch.iterdir()]
+
+
+def test_ends_at_a_signal_and_leaves_nothing(tmp_path):
+  source = conftest.write_model_folder(tmp_path / 'model')
+  scratch = tmp_path / 'scratch'
+  scratch.mkdir()
+  env = os.environ | {'TMPDIR': str(scratch)}
+  server = fork_server.Server(env, conftest.ROOT)
+  running = server.start(
+    'bench_text',
+    [f'--source={source}', f'--cache={tmp_path / "cache"}',
+     '--documents=1000000'],
+  )  # fmt: skip
+  while not [*scratch.glob('.*/text/0000009.txt')]:
+    assert running.alive(), running.wait()
+    time.sleep(0.01)
+  os.kill(running.pid, signal.SIGTERM)
+  done = running.wait()
+  server.close()
+  assert done.returncode == 128 + signal.SIGTERM, done.stderr
   assert not [*scratch.iterdir()]
 
 
