@@ -21,6 +21,7 @@ import jax
 from effllm_jax import accounting
 from effllm_jax import atomic
 from effllm_jax import comparison
+from effllm_jax import comparison_report
 from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import finished
@@ -98,7 +99,7 @@ def run(
     if note := comparison.left_out([*folder.rows.values()]):
       runner.say(note, soft_wrap=True)
     with errors.writing(folder.path), folder.held():
-      made = comparison.publish(folder.path, arms_lib.OURS)
+      made = comparison_report.publish(folder.path, arms_lib.OURS)
     if runner.failed:
       failed = '; '.join(
         f'{", ".join(map(str, key))}: {e}' for key, e in runner.failed.items()

@@ -7,6 +7,7 @@ import pytest
 
 from effllm_jax import accounting
 from effllm_jax import comparison
+from effllm_jax import comparison_report
 from effllm_jax import errors
 
 
@@ -93,7 +94,7 @@ def test_what_is_published_comes_from_the_rows_alone(tmp_path):
     row('ours_a', 0, 2.0, 'flops', tasks=[asked | {'value': 0.625}]),
   ]
   comparison.write(tmp_path / 'results.jsonl', rows)
-  made = comparison.publish(tmp_path, 'ours_a')
+  made = comparison_report.publish(tmp_path, 'ours_a')
   assert [len(t.rows) for t in made] == [2, 2, 2, 1, 1, 1, 1]
   assert made[0].title.startswith('Equal training tokens, 3 seeds')
   assert made[0].rows[1] == (
@@ -118,7 +119,7 @@ def spent(train, score=0, repair=0, teacher=0):
 
 def test_flops_stand_below_the_purpose_that_they_had():
   rows = [row('ours_a', 0, 2.0, flops=spent(1e12, 2e12, 3e12, 4e12))]
-  table = comparison.make_tables(rows, 'tokens', 'ours_a')[2]
+  table = comparison_report.make_tables(rows, 'tokens', 'ours_a')[2]
   cells = dict(zip(table.columns, table.rows[0], strict=True))
   for n, name in enumerate(('training', 'scoring', 'repair', 'teacher'), 1):
     assert cells[name] == f'{n}\N{NO-BREAK SPACE}TFLOP'
@@ -131,7 +132,7 @@ def test_a_panel_shows_what_its_axis_says():
     row('dense', 0, 1.5, 'flops'),
   ]
   shown = {}
-  for ax in comparison.costs(rows, 'tokens').axes:
+  for ax in comparison_report.costs(rows, 'tokens').axes:
     (drawn,) = ax.containers
     shown[ax.get_xlabel()] = drawn.lines[0].get_xydata().tolist()
   assert shown == {
@@ -154,9 +155,11 @@ def test_flops_that_are_no_longer_equal_are_left_out(tmp_path):
   rows = [*ROWS, *ends, row('dense', 0, 1.5, flops=costly)]
   assert comparison.unequal(rows[:-1]) == [] and not comparison.left_out(ROWS)
   comparison.write(tmp_path / 'results.jsonl', rows[:-1])
-  assert comparison.publish(tmp_path, 'ours_a')[3].title.startswith('Equal FL')
+  assert comparison_report.publish(tmp_path, 'ours_a')[3].title.startswith(
+    'Equal FL'
+  )
   comparison.write(tmp_path / 'results.jsonl', rows)
-  made = comparison.publish(tmp_path, 'ours_a')
+  made = comparison_report.publish(tmp_path, 'ours_a')
   assert not [x for x in made if x.title.startswith('Equal FLOPs')]
   assert not (tmp_path / 'costs-flops.png').exists()
   text = (tmp_path / 'summary.md').read_text(encoding='utf-8')
@@ -173,7 +176,7 @@ def test_flops_that_are_no_longer_equal_are_left_out(tmp_path):
   # Those that were as long as the costly one stay.
   again = row('dense', 0, 1.5, 'flops', flops=costly)
   comparison.write(tmp_path / 'results.jsonl', [*rows, again])
-  assert comparison.publish(tmp_path, 'ours_a')[3].rows[0][0] == 'dense'
+  assert comparison_report.publish(tmp_path, 'ours_a')[3].rows[0][0] == 'dense'
 
 
 def test_flops_are_unequal_above_and_below():

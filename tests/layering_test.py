@@ -26,8 +26,8 @@ ORDER = [
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'overlap', 'edge', 'config_checks', 'plan', 'forecast',
   'pruning', 'evaluate', 'likelihood', 'harness', 'plots', 'figures', 'report',
-  'comparison', 'interrupts', 'profiling', 'advice', 'loop', 'train',
-  'small_run', 'inspection', 'pictures', 'notebook',
+  'comparison', 'comparison_report', 'interrupts', 'profiling', 'advice',
+  'loop', 'train', 'small_run', 'inspection', 'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
@@ -39,7 +39,7 @@ ONLY = {
   'grain': {'data'},
   'tensorflow_datasets': {'dataset'},
   'gguf': {'gguf_source', 'gguf_layout', 'gguf_export'},
-  'matplotlib': {'plots', 'figures', 'pictures', 'comparison'},
+  'matplotlib': {'plots', 'figures', 'pictures', 'comparison_report'},
   'treescope': {'notebook'},
   'IPython': set(),
   'torch': {
