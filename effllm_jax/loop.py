@@ -13,7 +13,6 @@ import numpy as np
 from effllm_jax import accounting
 from effllm_jax import advice
 from effllm_jax import checkpoint_writer
-from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import data
 from effllm_jax import errors
@@ -26,6 +25,7 @@ from effllm_jax import plan as plan_lib
 from effllm_jax import profiling
 from effllm_jax import pruning
 from effllm_jax import repair
+from effllm_jax import resume
 from effllm_jax import selection
 from effllm_jax import sharding
 from effllm_jax import sources
@@ -64,7 +64,7 @@ class Loop:
       heldout: by domain.
 
     Raises:
-      errors.InputError: as `checkpoints.restore_latest`, or a log is damaged.
+      errors.InputError: as `resume.restore_latest`, or a log is damaged.
     """
     self.config, self.workdir, self.plan = config, workdir, plan
     self.mesh = plan.recipe.compute.mesh
@@ -88,7 +88,7 @@ class Loop:
     # For the rows of the log: one program, which a shrink's `clear_caches` does
     # not reach. Without, it is seven, compiled again after every shrink.
     self.rate = jax.jit(rate).lower(np.int32(0)).compile()
-    restored = checkpoints.restore_latest(workdir, self.tx, batches, self.mesh)
+    restored = resume.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:
       self.state, moment = restored
       self.cfg, self.num_events = moment.cfg, moment.num_events
@@ -98,11 +98,12 @@ class Loop:
         initial(), self.cfg, self.tx, self.mesh, source.masks
       )
     self.first_step = int(self.state.step)
-    resume = self.first_step if restored else -1
+    # -1: the logs begin anew.
+    resumed_at = self.first_step if restored else -1
     # The other processes have the same numbers, and write none of them.
     log = workdir_lib.Log if jax.process_index() == 0 else workdir_lib.NoLog
-    self.metrics = log(workdir / 'metrics.jsonl', resume)
-    self.trace = log(workdir / 'trace.jsonl', resume)
+    self.metrics = log(workdir / 'metrics.jsonl', resumed_at)
+    self.trace = log(workdir / 'trace.jsonl', resumed_at)
     self.writer = checkpoint_writer.Writer(workdir, config.checkpoint.keep)
     self.meter = accounting.Meter(
       config.data.seq_len,

@@ -26,6 +26,7 @@ from effllm_jax import heldout as heldout_lib
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
+from effllm_jax import resume
 from effllm_jax import runlog
 from effllm_jax import sharding
 from effllm_jax import sources
@@ -62,7 +63,7 @@ def run(
   workdir = pathlib.Path(workdir)
   # Everything that can be refused is checked before anything is written.
   workdir_lib.check(workdir, config.to_dict())
-  checkpoints.check_there(workdir)
+  resume.check_there(workdir)
   begun = checkpoints.any_left(workdir)
   source = sources.load(config.source, cache, params=False)
   if begun:

@@ -20,6 +20,7 @@ from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import optimizers
+from effllm_jax import resume
 from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import structure
@@ -80,7 +81,7 @@ def make_event(cfg, index=0, step=4):
 
 def restore(workdir, tx):
   data = make_data()
-  state, moment = checkpoints.restore_latest(workdir, tx, data)
+  state, moment = resume.restore_latest(workdir, tx, data)
   assert (moment.flops, moment.trials) == (FLOPS, TRIALS)
   return state, moment.cfg, moment.num_events, next(data)
 
@@ -113,7 +114,7 @@ def test_what_the_run_counts_on_is_saved_as_it_was(tmp_path, tx, monkeypatch):
 
 
 def test_a_fresh_workdir_has_nothing(tmp_path, tx):
-  assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
+  assert resume.restore_latest(tmp_path, tx, make_data()) is None
   assert checkpoints.moments(tmp_path / 'missing') == []
 
 
@@ -208,9 +209,9 @@ def test_what_is_gone_meanwhile_is_not_damaged(
   tmp_path, tx, monkeypatch, caplog
 ):
   write(tmp_path, tx, [1])
-  listed = checkpoints._committed
+  listed = checkpoints.committed
   gone = lambda *x: [*listed(*x), tmp_path / 'checkpoints' / '0']
-  monkeypatch.setattr(checkpoints, '_committed', gone)
+  monkeypatch.setattr(checkpoints, 'committed', gone)
   with caplog.at_level(logging.WARNING):
     assert [m.step for m in checkpoints.moments(tmp_path)] == [1]
   assert not [x for x in caplog.messages if 'cannot be read' in x]
@@ -237,7 +238,7 @@ def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path, tx):
   for step in '13':
     spoil(tmp_path / 'checkpoints' / step)
   with pytest.raises(errors.InputError, match='start again with an empty'):
-    checkpoints.restore_latest(tmp_path, tx, make_data())
+    resume.restore_latest(tmp_path, tx, make_data())
 
 
 @pytest.mark.parametrize(
@@ -257,14 +258,14 @@ def test_what_does_not_fit_here_is_not_damaged(
   """On a smaller device, or beside another job; all of it stays."""
   write(tmp_path, tx, [1, 3])
   before = sorted(tmp_path.rglob('*'))
-  read = checkpoints._read
+  read = checkpoints.read_arrays
 
   def full(path, abstract):
     if path.name == 'optimizer':
       raise error
     return read(path, abstract)
 
-  monkeypatch.setattr(checkpoints, '_read', full)
+  monkeypatch.setattr(checkpoints, 'read_arrays', full)
   with pytest.raises(
     errors.InputError, match=r'3 cannot be read here.*nothing of'
   ):
@@ -312,7 +313,7 @@ def test_other_processes_go_on_from_what_the_first_has_chosen(
   first('restore')
   assert int(restore(tmp_path, tx)[0].step) == 1
   first('nothing')
-  assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
+  assert resume.restore_latest(tmp_path, tx, make_data()) is None
   first('refused')
   with pytest.raises(errors.InputError, match='the first process cannot go on'):
     restore(tmp_path, tx)
@@ -352,22 +353,22 @@ def test_moments_that_are_gone_are_told_from_none(
     (tmp_path / 'checkpoints').mkdir()
     (tmp_path / 'events').mkdir()
   if not gone:
-    checkpoints.check_there(tmp_path)
+    resume.check_there(tmp_path)
     return
   with pytest.raises(errors.InputError, match='put them back, or choose'):
-    checkpoints.check_there(tmp_path)
+    resume.check_there(tmp_path)
 
 
 def test_a_single_save_that_was_killed_is_not_gone(tmp_path):
   (tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir(parents=True)
   (tmp_path / 'events').mkdir()
   log(tmp_path, 'train', 'final', 'save')
-  checkpoints.check_there(tmp_path)
+  resume.check_there(tmp_path)
   log(tmp_path, 'save', 'train', 'final', 'save')
   with pytest.raises(errors.InputError, match='tells of 2 saves'):
-    checkpoints.check_there(tmp_path)
+    resume.check_there(tmp_path)
   (tmp_path / 'checkpoints' / '5').mkdir()
-  checkpoints.check_there(tmp_path)
+  resume.check_there(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['checkpoints', 'events', 'checkpoints/5'])
@@ -378,9 +379,9 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path, name):
     path.rename(tmp_path / 'kept')
   path.symlink_to(tmp_path / 'not mounted')
   with pytest.raises(errors.InputError, match='not mounted, which is not ther'):
-    checkpoints.check_there(tmp_path)
+    resume.check_there(tmp_path)
   (tmp_path / 'not mounted').mkdir()
-  checkpoints.check_there(tmp_path)
+  resume.check_there(tmp_path)
 
 
 def test_nothing_is_saved_before_what_is_there(tmp_path, tx):
@@ -446,7 +447,7 @@ def test_a_half_written_folder_is_not_a_checkpoint(tmp_path, tx):
   half = tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp-0'
   (half / 'params').mkdir(parents=True)
   assert checkpoints.moments(tmp_path) == []
-  assert checkpoints.restore_latest(tmp_path, tx, make_data()) is None
+  assert resume.restore_latest(tmp_path, tx, make_data()) is None
   assert not (tmp_path / 'damaged').exists()
 
 

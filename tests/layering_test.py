@@ -16,7 +16,7 @@ ORDER = [
   'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
   'optimizers', 'repair', 'model_repair', 'state', 'shrink', 'events', 'steps',
   'accounting', 'atomic', 'fetch', 'benchmark_items', 'workdir', 'digests',
-  'checkpoints', 'checkpoint_writer',
+  'checkpoints', 'resume', 'checkpoint_writer',
   'documents', 'packages', 'text_files', 'text_folder', 'splitting', 'dataset',
   'corpus', 'tokenizing', 'data', 'heldout',
   'hf_config', 'bpe', 'weights', 'widths', 'hf_trimmed', 'hf_folder',
