@@ -42,15 +42,16 @@ vain. Of both plans the first is kept, which wastes less, unless the second
 loses less than `_CLEARLY` of its score ("A block that fits" in HYPOTHESES.md).
 """
 
+import dataclasses
 import functools
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from effllm_jax import budgets
+from effllm_jax import moves as moves_lib
 from effllm_jax import rules as rules_lib
 from effllm_jax import structure
 
@@ -174,139 +175,14 @@ def trials(
     return _trials(scores, masks, np.int64(saved), rules, cost.form)
 
 
-class _Moves(NamedTuple):
-  """The moves of one type, in the order in which they can be made.
-
-  Which move is next never depends on how many moves of other types were made,
-  so a counter per type is the whole state of the search. Moves whose groups are
-  dead come first: they have been made.
-
-  Attributes:
-    at: [N, X] int64, position of the move that takes each group.
-    score: [moves + 1] float32, mean score of what a move takes; one entry more,
-      so that there is always a next one to look at.
-    block: [moves + 1] float32, mean score of the block of `multiple_of` moves
-      that a move belongs to.
-    groups: how many groups a move takes.
-  """
-
-  at: Array
-  score: Array
-  block: Array
-  groups: int
-
-
 @functools.partial(jax.jit, static_argnames='rules')
 def _select(scores, masks, target, final, rules, form):
-  moves, smallest, multiple = _all_moves(scores, masks, rules)
-  groups = jnp.array([m.groups for m in moves])
-  total = jnp.array([m.score.size - 1 for m in moves])
+  moves, smallest, multiple = moves_lib.of_all_types(scores, masks, rules)
   live = jnp.stack([getattr(masks, t).sum() for t in structure.TYPES])
-
-  def size(left):
-    return form.size(*jnp.moveaxis(left * groups, -1, 0))
-
-  def price(left, made=0, by_block=False):
-    """Of the next move of each type; `made` 1: of the last one."""
-    score = jnp.stack(
-      [
-        jnp.where(by_block, m.block, m.score)[total[i] - left[i] - made]
-        for i, m in enumerate(moves)
-      ]
-    )
-    worth = _price(score, jnp.stack(_priced(left * groups, rules, form)))
-    # Infinity is for what is not allowed.
-    return jnp.minimum(worth, jnp.finfo(worth.dtype).max)
-
-  def taken(target, least, by_block):
-    """How many moves of each type are left at `target`, none below `least`."""
-
-    def allowed(left):
-      """Which types may move, and how many times its worth each then costs."""
-      open_block = left % multiple != 0
-      landed = left - left % multiple
-      after = size(landed - jnp.diag(multiple))
-      # The next block of an open type is a candidate too: if it is the best
-      # one, nothing else opens until its turn has come.
-      block = (
-        (landed - multiple >= least)
-        & (size(landed) > final)
-        & (after < size(landed))
-      )
-      fits = block & (after >= final)
-      mildest = block & (after == jnp.max(jnp.where(block, after, -1)))
-      opens = jnp.where(by_block, block, jnp.where(fits.any(), fits, mildest))
-      saved, wanted = size(landed) - after, size(landed) - final
-      waste = jnp.where(
-        by_block & ~open_block & block, saved / jnp.minimum(saved, wanted), 1
-      )
-      return jnp.where(open_block, left - 1 >= least, opens), waste
-
-    def unfinished(left):
-      unaligned = ((left % multiple != 0) & (left > least)).any()
-      wanted = (size(left) > target) | ((target == final) & unaligned)
-      return wanted & allowed(left)[0].any()
-
-    def move(left):
-      may, waste = allowed(left)
-      worth = price(left, by_block=by_block)
-      worth *= waste.astype(worth.dtype)
-      worth = jnp.minimum(worth, jnp.finfo(worth.dtype).max)
-      cheapest = jnp.argmin(jnp.where(may, worth, jnp.inf))
-      return left.at[cheapest].add(-1)
-
-    return jax.lax.while_loop(unfinished, move, start)
-
-  def fits_again(left):
-    fuller = left + jnp.diag(multiple)
-    return (left + multiple <= start) & (size(fuller) <= final)
-
-  def take_back(left):
-    dearest = jnp.argmax(jnp.where(fits_again(left), price(left, 1), -jnp.inf))
-    return left.at[dearest].add(multiple[dearest])
-
-  def lost(left):
-    """Sum of the scores of all groups that are gone at `left`."""
-    gone = [
-      m.groups
-      * jnp.where(
-        (jnp.arange(m.score.size) < total[i] - left[i]) & (m.score > -jnp.inf),
-        m.score,
-        0,
-      ).sum()
-      for i, m in enumerate(moves)
-    ]
-    return sum(gone).astype(jnp.float32)
-
-  def plan(carry, stage):
-    best, most = carry
-    goal, by_block, made = stage
-    idle = by_block & ~large
-    goal = jnp.where(idle, size(start), goal)
-    left = taken(goal, jnp.where(made, best, smallest), by_block)
-    left = jax.lax.while_loop(
-      lambda left: fits_again(left).any(), take_back, left
-    )
-    better = (lost(left) < most) & ~idle
-    return (
-      jnp.where(better, left, best),
-      jnp.where(better, _CLEARLY * lost(left), most),
-    ), left
-
-  # To the end first, below which the prune then does not go. One loop for all:
-  # each shrink compiles this anew.
-  start = live // groups
-  heads, ffn, _ = size(start) - size(start - jnp.diag(multiple))
-  large = ffn > heads
-  stages = [(final, False, False), (target, False, True)]
-  if rules.policy == 'uniform' and rules.multiple_of[1] > 1:
-    stages.insert(1, (final, True, False))
-  stages = [
-    jnp.stack([*map(jnp.asarray, x)]) for x in zip(*stages, strict=True)
-  ]
-  _, (*_, left) = jax.lax.scan(
-    plan, (smallest, jnp.float32(jnp.inf)), tuple(stages)
-  )
+  start = live // jnp.array([m.groups for m in moves])
+  search = _Search(moves, start, multiple, final, rules, form)
+  left = search.plan(target, smallest)
+  total = jnp.array([m.score.size - 1 for m in moves])
   return structure.Groups(
     *(
       getattr(masks, t) & (m.at >= removed).reshape(getattr(masks, t).shape)
@@ -317,9 +193,165 @@ def _select(scores, masks, target, final, rules, form):
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Search:
+  """The greedy search of one prune, traced: see the module's text.
+
+  `left` is its state everywhere, [3]: how many moves of each type have not been
+  made. Those that have been made are the first ones of the type.
+
+  Attributes:
+    moves: of each type.
+    start: `left` before the prune.
+    multiple: how many moves of each type make up a block, [3].
+    final: size that the run will end with, units.
+    rules: policy, and what a price counts.
+    form: size of the live groups, units.
+  """
+
+  moves: list[moves_lib.Moves]
+  start: Array
+  multiple: Array
+  final: Array
+  rules: rules_lib.Rules
+  form: budgets.Form
+
+  def plan(self, target: Array, smallest: Array) -> Array:
+    """What is left at `target`, with nothing gone that the end would keep.
+
+    The end of the run is planned first, once or twice; the better plan is the
+    least that the prune itself may leave. One loop for all of these searches:
+    each shrink compiles it anew.
+
+    Args:
+      target: size that this prune has to reach, units.
+      smallest: `left` at the floors.
+    """
+    heads, ffn, _ = self.size(self.start) - self.size(
+      self.start - jnp.diag(self.multiple)
+    )
+
+    def search(carry, stage):
+      best, least_lost = carry
+      goal, by_block, made = stage
+      # A block of channels that saves no more than one of heads: no second
+      # plan, by a goal that is reached already.
+      idle = by_block & (ffn <= heads)
+      goal = jnp.where(idle, self.size(self.start), goal)
+      left = self._taken(goal, jnp.where(made, best, smallest), by_block)
+      left = self._filled_up(left)
+      lost = self._lost(left)
+      better = (lost < least_lost) & ~idle
+      return (
+        jnp.where(better, left, best),
+        jnp.where(better, _CLEARLY * lost, least_lost),
+      ), left
+
+    # Goal; whether by the price of whole blocks; whether the end is planned.
+    stages = [(self.final, False, False), (target, False, True)]
+    if self.rules.policy == 'uniform' and self.rules.multiple_of[1] > 1:
+      stages.insert(1, (self.final, True, False))
+    stages = tuple(
+      jnp.stack([*map(jnp.asarray, x)]) for x in zip(*stages, strict=True)
+    )
+    nothing = smallest, jnp.float32(jnp.inf)
+    _, (*_, left) = jax.lax.scan(search, nothing, stages)
+    return left
+
+  def size(self, left: Array) -> Array:
+    """Units of what is alive at [..., 3]."""
+    return self.form.size(*jnp.moveaxis(self._groups(left), -1, 0))
+
+  def _groups(self, left):
+    return left * jnp.array([m.groups for m in self.moves])
+
+  def _made(self, left):
+    """How many moves of each type have been made at `left`."""
+    return jnp.array([m.score.size - 1 for m in self.moves]) - left
+
+  def _prices_at(self, left, back=0, by_block=False):
+    """Price of each type's next move; of the last one made with `back` 1."""
+    at = self._made(left) - back
+    score = jnp.stack(
+      [
+        jnp.where(by_block, m.block, m.score)[at[i]]
+        for i, m in enumerate(self.moves)
+      ]
+    )
+    units = jnp.stack(_priced(self._groups(left), self.rules, self.form))
+    return _finite(_price(score, units))
+
+  def _taken(self, target, least, by_block):
+    """What the greedy choice leaves at `target`, of no type below `least`."""
+
+    def unfinished(left):
+      unaligned = ((left % self.multiple != 0) & (left > least)).any()
+      at_the_end = target == self.final
+      wanted = (self.size(left) > target) | (at_the_end & unaligned)
+      return wanted & self._allowed(left, least, by_block)[0].any()
+
+    def move(left):
+      may, waste = self._allowed(left, least, by_block)
+      price = self._prices_at(left, by_block=by_block)
+      price = _finite(price * waste.astype(price.dtype))
+      cheapest = jnp.argmin(jnp.where(may, price, jnp.inf))
+      return left.at[cheapest].add(-1)
+
+    return jax.lax.while_loop(unfinished, move, self.start)
+
+  def _allowed(self, left, least, by_block):
+    """Which types may move, and how many times its price each then costs."""
+    multiple, final = self.multiple, self.final
+    is_open = left % multiple != 0
+    landed = left - left % multiple
+    size, after = self.size(landed), self.size(landed - jnp.diag(multiple))
+    # The next block of an open type is a candidate too: if it is the best one,
+    # nothing else opens until its turn has come.
+    block = (landed - multiple >= least) & (size > final) & (after < size)
+    fits = block & (after >= final)
+    mildest = block & (after == jnp.max(jnp.where(block, after, -1)))
+    opens = jnp.where(by_block, block, jnp.where(fits.any(), fits, mildest))
+    saved, wanted = size - after, size - final
+    waste = jnp.where(
+      by_block & ~is_open & block, saved / jnp.minimum(saved, wanted), 1
+    )
+    return jnp.where(is_open, left - 1 >= least, opens), waste
+
+  def _filled_up(self, left):
+    """Takes blocks back that fit into the final size, the dearest first."""
+
+    def fits(left):
+      fuller = left + jnp.diag(self.multiple)
+      return (left + self.multiple <= self.start) & (
+        self.size(fuller) <= self.final
+      )
+
+    def take_back(left):
+      price = self._prices_at(left, back=1)
+      dearest = jnp.argmax(jnp.where(fits(left), price, -jnp.inf))
+      return left.at[dearest].add(self.multiple[dearest])
+
+    return jax.lax.while_loop(lambda left: fits(left).any(), take_back, left)
+
+  def _lost(self, left):
+    """Sum of the scores of all groups that are gone at `left`."""
+    made = self._made(left)
+    gone = [
+      m.groups
+      * jnp.where(
+        # Before the prune they were dead where the score is -inf.
+        (jnp.arange(m.score.size) < made[i]) & (m.score > -jnp.inf),
+        m.score,
+        0,
+      ).sum()
+      for i, m in enumerate(self.moves)
+    ]
+    return sum(gone).astype(jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnames='rules')
 def _trials(scores, masks, saved, rules, form):
-  moves, smallest, _ = _all_moves(scores, masks, rules)
+  moves, smallest, _ = moves_lib.of_all_types(scores, masks, rules)
   live = [getattr(masks, t).sum() for t in structure.TYPES]
   units = _priced(live, rules, form)
   tried = [masks]
@@ -332,72 +364,6 @@ def _trials(scores, masks, saved, rules, form):
     kept = (m.at >= m.score.size - 1 - left + count).reshape(mask.shape)
     tried.append(masks.replace(**{name: mask & kept}))
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tried)
-
-
-def _all_moves(scores, masks, rules):
-  """The moves of each type; floors and multiples, counted in moves.
-
-  A move is a block under 'ragged'. The stem is one layer, taken channel by
-  channel under both policies.
-  """
-  smallest, multiple = list(rules.smallest()), list(rules.multiple_of)
-  moves = []
-  for i, name in enumerate(structure.TYPES):
-    score_NX = jnp.atleast_2d(getattr(scores, name))
-    mask_NX = jnp.atleast_2d(getattr(masks, name))
-    if rules.policy == 'ragged' and name != 'stem':
-      kept = smallest[i] // multiple[i]
-      moves.append(_ragged(score_NX, mask_NX, multiple[i], kept))
-      # A layer that has fewer, of a source pruned before, protects no more.
-      live_N = mask_NX.sum(-1) // multiple[i]
-      smallest[i], multiple[i] = jnp.minimum(live_N, kept).sum(), 1
-    else:
-      moves.append(_uniform(score_NX, mask_NX, multiple[i]))
-  return moves, jnp.array(smallest), jnp.array(multiple)
-
-
-def _uniform(score_NX, mask_NX, block) -> _Moves:
-  """Move j takes what has rank j among the slots of each layer."""
-  score_NX = jnp.where(mask_NX, score_NX, -jnp.inf)
-  rank_NX = jnp.argsort(jnp.argsort(score_NX, axis=-1), axis=-1)
-  mean_X = jnp.sort(score_NX, axis=-1).mean(0)
-  # Counted from the highest score down, as widths are; what has died of the
-  # lowest block of all is not missed.
-  pad = -len(mean_X) % block
-  mean_BX = jnp.pad(mean_X, (pad, 0), constant_values=-jnp.inf)
-  mean_BX = mean_BX.reshape(-1, block)
-  live_BX = mean_BX > -jnp.inf
-  mean_B = jnp.where(live_BX, mean_BX, 0).sum(-1) / live_BX.sum(-1).clip(1)
-  of_block_X = jnp.repeat(mean_B.astype(mean_X.dtype), block)[pad:]
-  return _Moves(
-    rank_NX,
-    jnp.append(mean_X, jnp.inf),
-    jnp.append(of_block_X, jnp.inf),
-    len(mask_NX),
-  )
-
-
-def _ragged(score_NX, mask_NX, block, kept) -> _Moves:
-  """A move takes a block of one layer; the `kept` best of each come last."""
-  X = mask_NX.shape[-1]
-  score_NX = jnp.where(mask_NX, score_NX, -jnp.inf)
-  # Blocks are counted from the highest score down: a shrink may have left a
-  # width that is not on a multiple, with dead slots at the low end.
-  pad = -X % block
-  rank_NX = jnp.argsort(jnp.argsort(score_NX, axis=-1), axis=-1) + pad
-  sorted_NX = jnp.pad(
-    jnp.sort(score_NX, axis=-1), ((0, 0), (pad, 0)), constant_values=-jnp.inf
-  )
-  mean_NB = sorted_NX.reshape(len(mask_NX), -1, block).mean(-1)
-  # The order in a layer must hold, in whatever order a device adds a block up.
-  mean_NB = jax.lax.cummax(mean_NB, axis=1)
-  best_B = jnp.arange(mean_NB.shape[1]) >= mean_NB.shape[1] - kept
-  key_NB = jnp.where(best_B & (mean_NB > -jnp.inf), jnp.inf, mean_NB)
-  # Stable: ties go to the lower layer, then to the lower block.
-  at_NB = jnp.argsort(jnp.argsort(key_NB, axis=None)).reshape(key_NB.shape)
-  score = jnp.append(jnp.sort(key_NB, axis=None), jnp.inf)
-  at = jnp.take_along_axis(at_NB, rank_NX // block, axis=1)
-  return _Moves(at, score, score, block)
 
 
 @functools.partial(jax.jit, static_argnames='rules')
@@ -431,3 +397,8 @@ def _priced(live, rules, form) -> tuple[Any, Any, Any]:
 def _price(score, units):
   units = jnp.asarray(units).astype(score.dtype)
   return jnp.where(units > 0, score / units, jnp.inf)
+
+
+def _finite(price):
+  """Infinity is for what is not allowed."""
+  return jnp.minimum(price, jnp.finfo(price.dtype).max)

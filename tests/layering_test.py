@@ -13,8 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
   'errors', 'amounts', 'untrusted', 'console', 'structure', 'sharding', 'model',
-  'distillation', 'saliency', 'budgets', 'rules', 'selection', 'schedules',
-  'optimizers', 'repair', 'model_repair', 'state', 'shrink', 'events', 'steps',
+  'distillation', 'saliency', 'budgets', 'rules', 'moves', 'selection',
+  'schedules', 'optimizers', 'repair', 'model_repair', 'state', 'shrink',
+  'events', 'steps',
   'accounting', 'atomic', 'fetch', 'benchmark_items', 'workdir', 'digests',
   'checkpoints', 'resume', 'checkpoint_writer',
   'documents', 'packages', 'text_files', 'text_folder', 'splitting', 'dataset',
