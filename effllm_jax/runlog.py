@@ -308,66 +308,94 @@ def read(folder: str | os.PathLike) -> Run:
         f'workdir {folder} has no {name}; set --workdir to the folder that '
         'experiments.main was given'
       )
-  columns = {x: array.array('d') for x in _SCALARS}
-  columns |= {
-    f'{x}.{t}': array.array('d') for x in _PER_TYPE for t in structure.TYPES
-  }
-  columns |= {f'flops.{x}': array.array('d') for x in accounting.PURPOSES}
-  evals, shrinks, saves, prune_tokens = [], [], [], array.array('d')
-
-  def keep(row):
-    kind = row['kind']
-    if kind == 'train':
-      for x in _SCALARS:
-        columns[x].append(_number(row[x]))
-      if not (columns['step'][-1] >= 1 and columns['tokens'][-1] >= 1):
-        raise ValueError('step or tokens')
-      for x in _PER_TYPE:
-        values = row[x] or dict.fromkeys(structure.TYPES)
-        for t in structure.TYPES:
-          columns[f'{x}.{t}'].append(_number(values[t]))
-      for x in accounting.PURPOSES:
-        columns[f'flops.{x}'].append(_number(row['flops'][x]))
-    elif kind == 'eval':
-      evals.append(untrusted.shaped(_EVAL, row))
-    elif kind == 'shrink':
-      shrinks.append(untrusted.shaped(_SHRINK, row))
-    elif kind == 'save':
-      saves.append(_number(row['seconds']))
-
-  _each(folder / 'metrics.jsonl', keep)
-  if not len(columns['step']):
+  metrics, trace = folder / 'metrics.jsonl', folder / 'trace.jsonl'
+  rows = _Metrics()
+  _each(metrics, rows.add)
+  if not len(rows.columns['step']):
     raise errors.InputError(
-      f'{folder / "metrics.jsonl"} has no training step yet; run '
-      f'experiments.main with --workdir={folder} first'
+      f'{metrics} has no training step yet; run experiments.main with '
+      f'--workdir={folder} first'
     )
   source = folder / 'source' / 'source.json'
   about = _found(source, _SOURCE)
   removed = _alive(about, source)
-
-  def prune(row):
-    prune_tokens.append(_number(row['tokens']))
-    for t, at in removed.items():
-      index = np.asarray(row['removed'][t], np.int64).reshape(-1, at.ndim)
-      if ((index < 0) | (index >= at.shape)).any():
-        raise ValueError(f'removed.{t}')
-      at[tuple(index.T)] = prune_tokens[-1]
-
-  _each(folder / 'trace.jsonl', prune)
+  prune_tokens = []
+  _each(trace, lambda row: prune_tokens.append(_take_out(removed, row)))
   return Run(
     workdir=folder.resolve(),
     config=untrusted.read_json(folder / 'config.json', 'restore it'),
     source=about,
-    train={x: np.frombuffer(y, np.float64) for x, y in columns.items()},
-    evals=evals,
-    shrinks=shrinks,
-    prune_tokens=np.asarray(prune_tokens),
-    save_seconds=math.fsum(saves),
+    train={x: np.frombuffer(y, np.float64) for x, y in rows.columns.items()},
+    evals=rows.evals,
+    shrinks=rows.shrinks,
+    prune_tokens=np.asarray(prune_tokens, np.float64),
+    save_seconds=math.fsum(rows.save_seconds),
     removed=removed,
     text=_found(folder / TEXT, _TEXT),
     edge=_found(folder / EDGE, _EDGE),
     benchmarks=benchmarks(folder),
   )
+
+
+class _Metrics:
+  """The rows of `metrics.jsonl`, by their kinds.
+
+  Attributes:
+    columns: of `Run.train`; arrays of 8 bytes a number, since a run may have
+      logged a million steps.
+    evals: as they are in the file.
+    shrinks: likewise.
+    save_seconds: of each save.
+  """
+
+  def __init__(self):
+    names = (
+      *_SCALARS,
+      *(f'{x}.{t}' for x in _PER_TYPE for t in structure.TYPES),
+      *(f'flops.{x}' for x in accounting.PURPOSES),
+    )
+    self.columns = {name: array.array('d') for name in names}
+    self.evals, self.shrinks, self.save_seconds = [], [], []
+
+  def add(self, row: dict[str, Any]) -> None:
+    """Takes a row in; rows of other kinds are passed over.
+
+    Raises:
+      KeyError, TypeError, ValueError: it lacks or misspells something.
+    """
+    match row['kind']:
+      case 'train':
+        self._add_step(row)
+      case 'eval':
+        self.evals.append(untrusted.shaped(_EVAL, row))
+      case 'shrink':
+        self.shrinks.append(untrusted.shaped(_SHRINK, row))
+      case 'save':
+        self.save_seconds.append(_number(row['seconds']))
+
+  def _add_step(self, row):
+    columns = self.columns
+    for x in _SCALARS:
+      columns[x].append(_number(row[x]))
+    if not (columns['step'][-1] >= 1 and columns['tokens'][-1] >= 1):
+      raise ValueError('step or tokens')
+    for x in _PER_TYPE:
+      values = row[x] or dict.fromkeys(structure.TYPES)
+      for t in structure.TYPES:
+        columns[f'{x}.{t}'].append(_number(values[t]))
+    for x in accounting.PURPOSES:
+      columns[f'flops.{x}'].append(_number(row['flops'][x]))
+
+
+def _take_out(removed: dict[str, np.ndarray], row: dict[str, Any]) -> float:
+  """Enters what a prune took in `removed`; returns the tokens seen by then."""
+  tokens = _number(row['tokens'])
+  for t, at in removed.items():
+    index = np.asarray(row['removed'][t], np.int64).reshape(-1, at.ndim)
+    if ((index < 0) | (index >= at.shape)).any():
+      raise ValueError(f'removed.{t}')
+    at[tuple(index.T)] = tokens
+  return tokens
 
 
 def names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
