@@ -134,65 +134,12 @@ def _cost(ax, run, kind):
 
 
 def _price(run):
+  fig, (top, bottom) = plots.panels(run, 2, height=6.4)
+  scored = _prices_panel(top, run)
+  _shares_panel(bottom, run, legend=not scored)
   saved = (
     'the live parameters' if run.budget[0] == 'params' else 'what of the budget'
   )
-  fig, (top, bottom) = plots.panels(run, 2, height=6.4)
-  plots.pruning(top, run)
-  logged = {t: run.train[f'price.{t}'] for t in structure.TYPES}
-  # Of a type that cannot be pruned there is none; a type that has had nothing
-  # to try yet is said to cost 0.
-  price = {
-    t: np.where((y > 0) & (y < np.inf), y, np.nan) for t, y in logged.items()
-  }
-  rows = np.stack([*price.values()])
-  scored = rows[:, np.isfinite(rows).any(0)]
-  if scored.size:
-    cheapest = np.bincount(np.nanargmin(scored, 0), minlength=len(price))
-    winner = structure.TYPES[cheapest.argmax()]
-    share = cheapest.max() / scored.shape[1]
-    low, high = np.nanmin(scored), np.nanmax(scored)
-    exponent = 3 * int(np.floor(np.log10(high) / 3))
-    for t, y in price.items():
-      y = y / 10.0**exponent
-      # Many noisy points of three types hide one another: show their mean.
-      if len(y) > 400:
-        plots.line(top, run, y, color=COLORS[t], lw=0.6, alpha=0.25)
-        y = np.where(np.isfinite(y), plots.smooth(y, plots.window(y)), np.nan)
-      plots.line(top, run, y, color=COLORS[t], label=t)
-    if high > 8 * low:
-      top.set_yscale('log')
-      top.yaxis.set_minor_formatter(ticker.NullFormatter())
-    top.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'))
-    plots.title(
-      top,
-      f'Lowest mean price: {winner}, at {100 * share:.0f}{amounts.PERCENT} of '
-      'the scored steps',
-    )
-    top.set_ylabel(f'price, $10^{{{exponent}}}$ {price_unit(run)}')
-  else:
-    plots.empty(
-      top,
-      'training only: nothing is scored'
-      if run.only_trains
-      else 'nothing has been scored yet',
-    )
-    plots.title(top, 'Price of each type', legend=False)
-  plots.pruning(bottom, run)
-  shares = {t: 100 * run.train[f'pruned.{t}'] for t in structure.TYPES}
-  for t, y in shares.items():
-    plots.line(bottom, run, y, 0.0, color=COLORS[t], label=t)
-  most = max(5.0, *(float(y.max()) for y in shares.values()))
-  # Below 0, or a type of which nothing went would hide behind the axis.
-  bottom.set_ylim(-0.03 * most, 1.08 * most)
-  bottom.yaxis.set_major_formatter(
-    ticker.FuncFormatter(lambda v, _: f'{v:g}{amounts.PERCENT}')
-  )
-  bottom.set_ylabel('groups pruned')
-  ends = ', '.join(
-    f'{y[-1]:.3g}{amounts.PERCENT} of {t}' for t, y in shares.items()
-  )
-  plots.title(bottom, f'Pruned: {ends}', legend=not scored.size)
   return render(
     fig,
     'price',
@@ -201,6 +148,70 @@ def _price(run):
     f'divided by {saved} its removal saves, here the mean over the live groups '
     'of a type.',
   )
+
+
+def _prices_panel(ax, run) -> bool:
+  """Draws the mean price of each type; whether there is any."""
+  plots.pruning(ax, run)
+  logged = {t: run.train[f'price.{t}'] for t in structure.TYPES}
+  # Of a type that cannot be pruned there is none; a type that has had nothing
+  # to try yet is said to cost 0.
+  price = {
+    t: np.where((y > 0) & (y < np.inf), y, np.nan) for t, y in logged.items()
+  }
+  rows = np.stack([*price.values()])
+  scored = rows[:, np.isfinite(rows).any(0)]
+  if not scored.size:
+    plots.empty(
+      ax,
+      'training only: nothing is scored'
+      if run.only_trains
+      else 'nothing has been scored yet',
+    )
+    plots.title(ax, 'Price of each type', legend=False)
+    return False
+  cheapest = np.bincount(np.nanargmin(scored, 0), minlength=len(price))
+  winner = structure.TYPES[cheapest.argmax()]
+  share = cheapest.max() / scored.shape[1]
+  low, high = np.nanmin(scored), np.nanmax(scored)
+  exponent = 3 * int(np.floor(np.log10(high) / 3))
+  for t, y in price.items():
+    y = y / 10.0**exponent
+    # Many noisy points of three types hide one another: show their mean.
+    if len(y) > 400:
+      plots.line(ax, run, y, color=COLORS[t], lw=0.6, alpha=0.25)
+      y = np.where(np.isfinite(y), plots.smooth(y, plots.window(y)), np.nan)
+    plots.line(ax, run, y, color=COLORS[t], label=t)
+  if high > 8 * low:
+    ax.set_yscale('log')
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+  ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'))
+  plots.title(
+    ax,
+    f'Lowest mean price: {winner}, at {100 * share:.0f}{amounts.PERCENT} of '
+    'the scored steps',
+  )
+  ax.set_ylabel(f'price, $10^{{{exponent}}}$ {price_unit(run)}')
+  return True
+
+
+def _shares_panel(ax, run, legend):
+  """Draws which share of each type's groups is gone."""
+  plots.pruning(ax, run)
+  shares = {t: 100 * run.train[f'pruned.{t}'] for t in structure.TYPES}
+  for t, y in shares.items():
+    plots.line(ax, run, y, 0.0, color=COLORS[t], label=t)
+  most = max(5.0, *(float(y.max()) for y in shares.values()))
+  # Below 0, or a type of which nothing went would hide behind the axis.
+  ax.set_ylim(-0.03 * most, 1.08 * most)
+  ax.yaxis.set_major_formatter(
+    ticker.FuncFormatter(lambda v, _: f'{v:g}{amounts.PERCENT}')
+  )
+  ax.set_ylabel('groups pruned')
+  ends = ', '.join(
+    f'{y[-1]:.3g}{amounts.PERCENT} of {t}' for t, y in shares.items()
+  )
+  plots.title(ax, f'Pruned: {ends}', legend=legend)
 
 
 def price_unit(run: runlog.Run) -> str:
@@ -212,28 +223,42 @@ def price_unit(run: runlog.Run) -> str:
 
 def _loss(run):
   fig, (top, bottom) = plots.panels(run, 2, height=6.4)
+  _training_panel(top, run)
+  _heldout_panel(bottom, run)
+  return render(
+    fig,
+    'loss',
+    'Loss on the training text and bits per byte on held-out text; shaded from '
+    'the first prune to the last.',
+  )
+
+
+def _training_panel(ax, run):
   loss = run.train['loss']
-  plots.pruning(top, run)
-  mean = plots.noisy(top, run, loss)
+  plots.pruning(ax, run)
+  mean = plots.noisy(ax, run, loss)
   # A step that was skipped has none.
   mean = mean[np.isfinite(mean)]
   if mean.size:
     if len(loss) > 200:
       # One spike must not flatten everything else.
       low, high = np.nanpercentile(loss, [0.2, 99.8])
-      top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+      ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     worst = float(mean.max())
     rose = f'{worst:.2f} at most, ' if worst > max(mean[0], mean[-1]) else ''
     end = 'at the end' if run.finished else 'now'
     plots.title(
-      top,
+      ax,
       f'Training loss {mean[0]:.2f} at the start, {rose}{mean[-1]:.2f} {end}',
     )
   else:
-    plots.empty(top, 'no step had a finite loss')
-    plots.title(top, 'Training loss', legend=False)
-  top.set_ylabel('nats per token')
-  plots.pruning(bottom, run)
+    plots.empty(ax, 'no step had a finite loss')
+    plots.title(ax, 'Training loss', legend=False)
+  ax.set_ylabel('nats per token')
+
+
+def _heldout_panel(ax, run):
+  plots.pruning(ax, run)
   x = [e['tokens'] for e in run.evals]
   domains = dict.fromkeys(d for e in run.evals for d in e['domains'])
   # Points at the very edge, before the first step, are drawn whole.
@@ -241,22 +266,16 @@ def _loss(run):
   for i, domain in enumerate(domains):
     y = [e['domains'].get(domain, np.nan) for e in run.evals]
     label = None if i else 'each domain'
-    bottom.plot(x, y, '.-', color='#cbb3c3', lw=0.8, label=label, **style)
+    ax.plot(x, y, '.-', color='#cbb3c3', lw=0.8, label=label, **style)
   if x:
     y = [e['bits_per_byte'] for e in run.evals]
     color = '#8a3d6e'
-    bottom.plot(x, y, 'o-', color=color, ms=5, label='all domains', **style)
-    plots.title(bottom, f'Held-out bits per byte: {_said(run)}')
+    ax.plot(x, y, 'o-', color=color, ms=5, label='all domains', **style)
+    plots.title(ax, f'Held-out bits per byte: {_said(run)}')
   else:
-    plots.empty(bottom, 'no evaluation yet')
-    plots.title(bottom, 'Held-out text', legend=False)
-  bottom.set_ylabel('bits per byte')
-  return render(
-    fig,
-    'loss',
-    'Loss on the training text and bits per byte on held-out text; shaded from '
-    'the first prune to the last.',
-  )
+    plots.empty(ax, 'no evaluation yet')
+    plots.title(ax, 'Held-out text', legend=False)
+  ax.set_ylabel('bits per byte')
 
 
 def _said(run):
