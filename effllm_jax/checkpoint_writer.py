@@ -57,7 +57,7 @@ class Writer:
       data: the batches, at the one that comes next.
       num_events: shrinks so far.
       flops: spent so far, by purpose (`accounting.Meter.spent`).
-      trials: so far (`pruning.Calibration.record`).
+      trials: so far (`calibration.Calibration.record`).
 
     Raises:
       errors.InputError: there is no room for it, or an earlier one failed.

@@ -50,7 +50,7 @@ class Moment:
   num_events: int
   cfg: structure.ModelConfig
   flops: dict[str, int]
-  # `pruning.Calibration.record`.
+  # `calibration.Calibration.record`.
   trials: dict[str, Any]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from effllm_jax import accounting
 from effllm_jax import advice
+from effllm_jax import calibration
 from effllm_jax import checkpoint_writer
 from effllm_jax import console
 from effllm_jax import data
@@ -112,7 +113,7 @@ class Loop:
       moment.flops if restored else None,
     )
     trials = moment.trials if restored else None
-    self.calibration = pruning.Calibration(plan.trial_decay(), trials)
+    self.calibration = calibration.Calibration(plan.trial_decay(), trials)
     # The bar and the signals: both are there only while `train` runs.
     self.progress = self.requests = None
     # Programs for the present architecture, see `_compile`: `train_step`, by
@@ -402,7 +403,7 @@ class Loop:
 
   def _trials(self, windows_ABT, target: int) -> dict[str, dict]:
     """What groups of one type alone would cost, if they made up a prune."""
-    return pruning.trials(
+    return calibration.trials(
       self.state.params,
       self.state.prune,
       windows_ABT,

@@ -6,13 +6,11 @@ events in a run.
 """
 
 from collections.abc import Container
-from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,7 +18,6 @@ from effllm_jax import budgets
 from effllm_jax import events
 from effllm_jax import plan as plan_lib
 from effllm_jax import selection
-from effllm_jax import sharding
 from effllm_jax import shrink as shrink_lib
 from effllm_jax import state as state_lib
 from effllm_jax import steps
@@ -28,12 +25,6 @@ from effllm_jax import structure
 
 # A shrink changes no number that matters: float32 sums in another order.
 TOLERANCE = 1e-4
-# Nats that the lowest groups of a type together count with, where their trial
-# did not raise the loss, and where it broke the model: not 0 and infinity,
-# which would lose the order within the type.
-_LEAST, _MOST = 1e-12, 1e20
-# Float32 scores end soon behind it.
-_HIGHEST = 1e30
 
 
 def select(
@@ -47,130 +38,6 @@ def select(
     plan.schedule.target,
     plan.rules,
     plan.cost,
-  )
-
-
-def trials(
-  params: structure.Params,
-  prune: state_lib.PruneState,
-  windows_ABT: jax.Array,
-  cfg: structure.ModelConfig,
-  plan: plan_lib.Plan,
-  target: int,
-) -> dict[str, dict[str, float | None]]:
-  """What the loss would be if a prune took groups of one type alone.
-
-  A trial takes the lowest groups of a type, as many as a prune to `target`
-  would take of it.
-
-  Args:
-    params: of the model as it is.
-    prune: scores and masks.
-    windows_ABT: int32, a batch that the loss is measured on.
-    cfg: architecture of the arrays.
-    plan: rules, budget, and how to compute.
-    target: of the prune, in units of the budget.
-
-  Returns:
-    By type: `groups` taken, the `change` of the loss, nats per token (None: it
-    is not finite), and `score`, the sum of theirs.
-  """
-  scores, masks = prune.scores, prune.masks
-  saved = max(plan.cost.live(masks) - target, 1)
-  tried = selection.trials(scores, masks, saved, plan.rules, plan.cost)
-  compute = plan.recipe.compute
-  losses = np.asarray(
-    steps.trial_losses(
-      params,
-      jax.device_put(tried, sharding.replicated(compute.mesh)),
-      windows_ABT,
-      cfg=cfg,
-      compute=compute,
-    ),
-    np.float64,
-  )
-  found = {}
-  for i, name in enumerate(structure.TYPES, 1):
-    mask_CNX = np.asarray(getattr(tried, name))
-    gone = mask_CNX[0] & ~mask_CNX[i]
-    score = np.asarray(getattr(scores, name), np.float64)
-    found[name] = {
-      'groups': int(gone.sum()),
-      'change': finite(float(losses[i] - losses[0])),
-      'score': float(score[gone].sum()),
-    }
-  return found
-
-
-class Calibration:
-  """How many nats a unit of each type's score is worth, by its trials.
-
-  The change of the loss over the sum of scores, both averaged over the prunes
-  so far. One trial of 512 tokens can be off by half, and what seems cheapest is
-  then what was measured worst: `fisher` on SmolLM2, whose unit is right within
-  a third, ended 0.010 bits per byte worse by the newest trial alone, 0.005 by
-  this average (experiments/HYPOTHESES.md).
-
-  Attributes:
-    broken: the types that broke the model in the newest one, and the sum of the
-      scores of what was taken.
-  """
-
-  def __init__(self, decay: float, record: Mapping[str, Any] | None = None):
-    """A prune counts `decay` of the one after it; starts from a `record`."""
-    self._decay = decay
-    self._sums = dict(record['sums']) if record else {}
-    self.broken = dict(record['broken']) if record else {}
-
-  @property
-  def measured(self) -> bool:
-    """Whether there has been a trial."""
-    return bool(self._sums or self.broken)
-
-  @property
-  def record(self) -> dict[str, dict[str, Any]]:
-    """As JSON, for a checkpoint."""
-    return {'sums': dict(self._sums), 'broken': dict(self.broken)}
-
-  def add(self, found: dict[str, dict[str, float | None]]) -> None:
-    """Takes in the `trials` of one prune."""
-    self.broken = {
-      t: x['score'] for t, x in found.items() if x['change'] is None
-    }
-    for name in found.keys() - self.broken.keys():
-      sums, trial = self._sums.get(name, (0.0, 0.0)), found[name]
-      self._sums[name] = [
-        self._decay * x + trial[key]
-        for x, key in zip(sums, ('change', 'score'), strict=True)
-      ]
-
-  def scaled(self, prune: state_lib.PruneState) -> state_lib.PruneState:
-    """Scores in nats per token, in their order within a type.
-
-    Next to nothing where the loss did not rise; what broke the model in its
-    newest trial costs more than all else, also what has a score of 0.
-    """
-    rates, extra = {}, {}
-    for name in structure.TYPES:
-      change, score = self._sums.get(name, (0.0, 0.0))
-      extra[name] = np.float32(0)
-      if name in self.broken:
-        change, score = _MOST, self.broken[name]
-        extra[name] = np.float32(_MOST)
-      # What was taken may have a score of 0, as the zeros that fill a layer up
-      # have. The scores stay as they are then: others are worth more.
-      rate = max(change, _LEAST) / score if score > 0 else 1.0
-      rates[name] = np.float32(min(rate, _HIGHEST))
-    scores = _scaled(
-      prune.scores, structure.Groups(**rates), structure.Groups(**extra)
-    )
-    return prune.replace(scores=scores)
-
-
-@jax.jit
-def _scaled(scores, rates, extra):
-  return jax.tree.map(
-    lambda s, r, e: jnp.minimum(r * s + e, _HIGHEST), scores, rates, extra
   )
 
 

@@ -18,6 +18,7 @@ import tokenizers
 from effllm_jax import accounting
 from effllm_jax import agreement
 from effllm_jax import bpe
+from effllm_jax import calibration
 from effllm_jax import checkpoint_writer
 from effllm_jax import errors
 from effllm_jax import export
@@ -29,7 +30,6 @@ from effllm_jax import llama_cpp
 from effllm_jax import model
 from effllm_jax import model_card
 from effllm_jax import optimizers
-from effllm_jax import pruning
 from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import state as state_lib
@@ -658,7 +658,7 @@ def write_checkpoint(workdir, tokenizer_folder, edit):
   state = state.replace(step=jax.numpy.int32(5), prune=prune)
   writer = checkpoint_writer.Writer(workdir, keep=1)
   data = iter(grain.MapDataset.range(9).to_iter_dataset())
-  writer.save(state, CFG, data, 0, {}, pruning.Calibration(0.5).record)
+  writer.save(state, CFG, data, 0, {}, calibration.Calibration(0.5).record)
   writer.close()
   per_type = dict.fromkeys(structure.TYPES, 0.5)
   row = dict.fromkeys(

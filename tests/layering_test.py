@@ -26,9 +26,10 @@ ORDER = [
   'modeling_effllm', 'hf_export', 'timing', 'llama_cpp', 'gguf_layout',
   'gguf_export', 'onnx_export', 'executorch_export', 'formats', 'model_card',
   'export', 'finished', 'overlap', 'edge', 'config_checks', 'plan', 'forecast',
-  'pruning', 'evaluate', 'likelihood', 'harness', 'plots', 'figures', 'report',
-  'comparison', 'comparison_report', 'interrupts', 'profiling', 'advice',
-  'loop', 'train', 'small_run', 'inspection', 'pictures', 'notebook',
+  'calibration', 'pruning', 'evaluate', 'likelihood', 'harness', 'plots',
+  'figures', 'report', 'comparison', 'comparison_report', 'interrupts',
+  'profiling', 'advice', 'loop', 'train', 'small_run', 'inspection', 'pictures',
+  'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',

@@ -8,6 +8,7 @@ import pytest
 
 from effllm_jax import accounting
 from effllm_jax import budgets
+from effllm_jax import calibration as calibration_lib
 from effllm_jax import checkpoints
 from effllm_jax import data
 from effllm_jax import digests
@@ -17,7 +18,6 @@ from effllm_jax import finished
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import overlap
-from effllm_jax import pruning
 from effllm_jax import repair
 from effllm_jax import report
 from effllm_jax import runlog
@@ -154,7 +154,7 @@ def test_prices_are_in_what_trials_measured(everything):
   """A live type costs next to nothing where no trial raised the loss."""
   found = {row['step']: row for row in trace(everything)}
   assert all(x['groups'] for x in found[min(found)]['trials'].values())
-  calibration = pruning.Calibration(0.9)
+  calibration = calibration_lib.Calibration(0.9)
   for row in runs.rows(everything, 'train'):
     step = row['step']
     if step < min(found) or step > max(found):
