@@ -21,7 +21,6 @@ from effllm_jax import evaluate
 from effllm_jax import events
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import interrupts
-from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import profiling
 from effllm_jax import pruning
@@ -77,17 +76,10 @@ class Loop:
     )
     self.source_widths = {t: float(np.mean(w)) for t, w in widths.items()}
     self.batches, self.heldout = batches, heldout
-    rate = plan_lib.learning_rate(config)
-    self.tx = optimizers.optimizer(
-      rate,
-      config.optimizer.b1,
-      config.optimizer.b2,
-      config.optimizer.weight_decay,
-      config.optimizer.clip,
-      config.optimizer.embedding,
-    )
+    self.tx = plan_lib.optimizer(config)
     # For the rows of the log: one program, which a shrink's `clear_caches` does
     # not reach. Without, it is seven, compiled again after every shrink.
+    rate = plan_lib.learning_rate(config)
     self.rate = jax.jit(rate).lower(np.int32(0)).compile()
     restored = resume.restore_latest(workdir, self.tx, batches, self.mesh)
     if restored:

@@ -140,6 +140,20 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
   )
 
 
+def optimizer(
+  config: ml_collections.ConfigDict,
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer of a run, at its `learning_rate`."""
+  return optimizers.optimizer(
+    learning_rate(config),
+    config.optimizer.b1,
+    config.optimizer.b2,
+    config.optimizer.weight_decay,
+    config.optimizer.clip,
+    config.optimizer.embedding,
+  )
+
+
 def make(
   config: ml_collections.ConfigDict,
   source: structure.ModelConfig,
@@ -189,13 +203,7 @@ def make(
     rules_lib.check_target(source, rules, cost, target, widths, start)
   if rules.policy == 'ragged':
     config_checks.check_blocks(rules, widths)
-  parts = 1 if mesh is None else sharding.batch_parts(mesh)
-  if config.data.batch_size % parts:
-    raise errors.InputError(
-      f'data.batch_size {config.data.batch_size} cannot be split into the '
-      f'{parts} parts of mesh.data x mesh.fsdp; set --config.data.batch_size '
-      'to a multiple, or --config.mesh.data'
-    )
+  _check_parts(config, mesh)
   made = Plan(
     tokens_per_step=per_step,
     steps=length,
@@ -207,24 +215,7 @@ def make(
     shrink_threshold=config.shrink.threshold,
     eval_every=math.ceil(config.eval.every_tokens / per_step),
     checkpoint_every=config.checkpoint.every_steps,
-    recipe=steps.Recipe(
-      compute=model.Compute(
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        kernels=config_checks.implementation(config, source, mesh),
-        mesh=mesh,
-      ),
-      saliency=config.prune.saliency,
-      decay=config.prune.ema,
-      b1=config.optimizer.b1,
-      b2=config.optimizer.b2,
-      clip=config.optimizer.clip,
-      distill=config.distill.weight,
-      temperature=config.distill.temperature,
-      top_k=config.distill.top_k,
-      # No other program shall depend on it.
-      seed=config.seed if config.prune.saliency == 'random' else 0,
-    ),
+    recipe=_recipe(config, source, mesh),
     teacher=config.distill.when,
     damping=config.repair.damping if config.repair.enabled else None,
     calibrate=config.prune.calibrate,
@@ -236,6 +227,37 @@ def make(
       '--config.distill.when=always'
     )
   return made
+
+
+def _check_parts(config, mesh) -> None:
+  parts = 1 if mesh is None else sharding.batch_parts(mesh)
+  if config.data.batch_size % parts:
+    raise errors.InputError(
+      f'data.batch_size {config.data.batch_size} cannot be split into the '
+      f'{parts} parts of mesh.data x mesh.fsdp; set --config.data.batch_size '
+      'to a multiple, or --config.mesh.data'
+    )
+
+
+def _recipe(config, source, mesh) -> steps.Recipe:
+  return steps.Recipe(
+    compute=model.Compute(
+      dtype=config.model.dtype,
+      remat=config.model.remat,
+      kernels=config_checks.implementation(config, source, mesh),
+      mesh=mesh,
+    ),
+    saliency=config.prune.saliency,
+    decay=config.prune.ema,
+    b1=config.optimizer.b1,
+    b2=config.optimizer.b2,
+    clip=config.optimizer.clip,
+    distill=config.distill.weight,
+    temperature=config.distill.temperature,
+    top_k=config.distill.top_k,
+    # No other program shall depend on it.
+    seed=config.seed if config.prune.saliency == 'random' else 0,
+  )
 
 
 def _schedule(prune, start, target) -> schedules.Schedule:
