@@ -165,6 +165,7 @@ class Loop:
   def _one_step(self, step: int) -> None:
     """Everything that is due at a step, in this order."""
     plan = self.plan
+    log = step % self.config.train.log_every == 0 or step == plan.steps
     start = time.perf_counter()
     windows = next(self.batches)
     waited = time.perf_counter() - start
@@ -173,18 +174,7 @@ class Loop:
     )
     self.compile_seconds += self._compile(windows_ABT, step)
     start = time.perf_counter()
-    teacher = self.teacher if plan.teaches(step) else None
-    answers = teacher(windows_ABT) if teacher else None
-    self.state, numbers = self.compiled_steps[plan.scores(step)](
-      self.state, windows_ABT, answers
-    )
-    self.meter.step(
-      self.cfg,
-      plan.scores(step),
-      teacher and teacher.cfg,
-      self.extents,
-    )
-    log = step % self.config.train.log_every == 0 or step == plan.steps
+    numbers = self._update(step, windows_ABT)
     if plan.prunes(step):
       self._check_scored(step, numbers)
       self._prune(step, windows_ABT)
@@ -200,13 +190,7 @@ class Loop:
     row = self._row(step, numbers, waited) if log else None
     event = self._shrink(step, windows_ABT)
     if row:
-      if int(self.state.in_a_row):
-        self.progress.say(f'step {step} is skipped: {_told(numbers)}')
-      self.compile_seconds = self.busy_seconds = 0.0
-      self.unlogged = 0
-      self.metrics.write(row)
-      self.progress.step(row)
-      self._say(self.damage.add(row))
+      self._log(row, numbers)
     if plan.evaluates(step):
       self._evaluate(step, self._phase(step))
     stop = self._why_stop(step, log, numbers)
@@ -215,6 +199,27 @@ class Loop:
       self._save(step, event)
     if stop:
       raise stop
+
+  def _update(self, step: int, windows_ABT) -> dict[str, jax.Array]:
+    """One optimizer update; the numbers of `steps.train_step`."""
+    teacher = self.teacher if self.plan.teaches(step) else None
+    answers = teacher(windows_ABT) if teacher else None
+    scores = self.plan.scores(step)
+    self.state, numbers = self.compiled_steps[scores](
+      self.state, windows_ABT, answers
+    )
+    self.meter.step(self.cfg, scores, teacher and teacher.cfg, self.extents)
+    return numbers
+
+  def _log(self, row: dict[str, Any], numbers) -> None:
+    """Writes and shows the row of a step, and begins to count for the next."""
+    if int(self.state.in_a_row):
+      self.progress.say(f'step {row["step"]} is skipped: {_told(numbers)}')
+    self.compile_seconds = self.busy_seconds = 0.0
+    self.unlogged = 0
+    self.metrics.write(row)
+    self.progress.step(row)
+    self._say(self.damage.add(row))
 
   def _row(self, step: int, numbers, waited: float) -> dict[str, Any]:
     """The row of a step in the log; `waited`: seconds for its batch."""
@@ -352,19 +357,7 @@ class Loop:
     repaired, removed = {}, pruning.removed(prune, masks)
     # One block may save what several prunes ask for: later ones take nothing.
     if plan.damping is not None and any(removed.values()):
-      params, fits = self.compiled_repair(
-        self.state.params, prune.masks, masks, self._repaired_on()
-      )
-      self.state = self.state.replace(params=params)
-      fits = jax.tree.map(lambda x: x.tolist(), fits)
-      self.meter.repair(
-        self.cfg,
-        {n: sum(x > 0 for x in fit['damping']) for n, fit in fits.items()},
-        self.config.repair.batches,
-        0 if plan.damping else len(repair.CANDIDATES),
-      )
-      planned = plan.damping or max(repair.CANDIDATES)
-      self._say(advice.damping(step, fits, planned))
+      fits = self._repair(step, masks)
       repaired = {'repair': jax.tree.map(pruning.finite, fits)}
     self.trace.write(
       {
@@ -381,6 +374,23 @@ class Loop:
     )
     self.state = self.state.replace(prune=self.state.prune.replace(masks=masks))
     self.extents = self._extents()
+
+  def _repair(self, step: int, masks: structure.Groups) -> dict[str, dict]:
+    """Refits what will survive as `masks`; the fits of `steps.repair_step`."""
+    params, fits = self.compiled_repair(
+      self.state.params, self.state.prune.masks, masks, self._repaired_on()
+    )
+    self.state = self.state.replace(params=params)
+    fits = jax.tree.map(lambda x: x.tolist(), fits)
+    damping = self.plan.damping
+    self.meter.repair(
+      self.cfg,
+      {n: sum(x > 0 for x in fit['damping']) for n, fit in fits.items()},
+      self.config.repair.batches,
+      0 if damping else len(repair.CANDIDATES),
+    )
+    self._say(advice.damping(step, fits, damping or max(repair.CANDIDATES)))
+    return fits
 
   def _price(self, step: int) -> dict[str, float | None] | None:
     """Prices as a prune would compare them; None where nothing is scored."""
