@@ -61,9 +61,6 @@ def main(argv: list[str]) -> None:
   """Times everything, prints one table."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import functools
-  import statistics
-
   import jax
   import jax.numpy as jnp
   import rich.console
@@ -71,26 +68,12 @@ def main(argv: list[str]) -> None:
   import rich.table
 
   from experiments import bench_products as products
-  from kernels import autotune
-  from kernels import forms
 
-  names, live, (d, f) = _names(), _shares(), _shape()
+  names, shares = _names(), _shares()
   dtype = jnp.dtype(_DTYPE.value)
-  cases = _cases(d, f, _TOKENS.value)
+  cases = products.cases(*_shape(), _TOKENS.value)
   if _TUNE.value:
-    try:
-      autotune.store(_TUNE.value, [])
-      for name in [x for x in names if x != 'xla']:
-        for form, _, size, masked in cases:
-          row = autotune.tune(name, form, **size, dtype=dtype, masked=masked)
-          autotune.store(_TUNE.value, [row])
-      autotune.use(_TUNE.value)
-    except (OSError, ValueError) as e:
-      raise errors.InputError(
-        f'--tune: {e}; set --tune to a file that can be written, or leave it '
-        'out'
-      ) from e
-  dense = jax.jit(forms.dense, static_argnums=(2, 3))
+    _tune(names, cases, dtype)
   peak, bandwidth = products.peak(dtype)
   table = rich.table.Table(
     'product', 'what', 'm n k', 'live', 'XLA cut, ms', 'roofline', *names
@@ -98,54 +81,19 @@ def main(argv: list[str]) -> None:
   with rich.progress.Progress(
     console=rich.console.Console(stderr=True), transient=True
   ) as progress:
-    for form, what, size, masked in progress.track(cases):
-      left, right = forms.AXES[form]
-      out = forms.result_dtype(form, dtype)
-      a, b = (
-        jax.random.normal(jax.random.key(i), [size[x] for x in letters], dtype)
-        for i, letters in enumerate((left, right))
-      )
-      runs = {name: _masked(name, form, size, masked, out) for name in names}
-      for share in live:
-        width = max(round(size[masked] * share), 1)
-        cut = [
-          jnp.asarray(
-            x[tuple(slice(width if y == masked else None) for y in letters)]
-          )
-          for x, letters in ((a, left), (b, right))
-        ]
-        extent = jnp.int32(width)
-        want = dense(*cut, form, out)
-        zeroed = products.zeroed(a, left, width) if masked == 'k' else a
-        for name, run in runs.items():
-          products.compare(
-            f'{name} of {form} {size}, {masked} up to {width},',
-            run(zeroed, b, extent),
-            want,
-            dtype,
-          )
-        plain = functools.partial(forms.dense, form=form, dtype=out)
-        calls = {'cut': products.timed(plain, *cut)}
-        for name, run in runs.items():
-          calls[name] = products.timed(run, a, b, extent)
-        seconds = {name: [] for name in calls}
-        for _ in range(_REPEATS.value + 1):
-          for name, call in calls.items():
-            seconds[name].append(call())
-        median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-        small = size | {masked: width}
-        flops = 2 * small['m'] * small['n'] * small['k']
-        moved = sum(x.size * x.dtype.itemsize for x in cut)
-        moved += small['m'] * small['n'] * jnp.dtype(out).itemsize
-        ideal = max(flops / peak, moved / bandwidth)
+    for case in progress.track(cases):
+      rows = products.medians(case, shares, names, dtype, _REPEATS.value)
+      for share, seconds in zip(shares, rows, strict=True):
+        ideal = case.roofline(case.width(share), dtype, peak, bandwidth)
+        cut = seconds['cut']
         table.add_row(
-          form,
-          what,
-          ' '.join(f'{size[x]}' for x in 'mnk'),
-          f'{masked} {share:.0%}',
-          f'{1e3 * median["cut"]:.3f}',
-          f'{ideal / median["cut"]:.0%}',
-          *(f'{median["cut"] / median[name]:.0%}' for name in names),
+          case.form,
+          case.what,
+          ' '.join(f'{case.size[x]}' for x in 'mnk'),
+          f'{case.masked} {share:.0%}',
+          f'{1e3 * cut:.3f}',
+          f'{ideal / cut:.0%}',
+          *(f'{cut / seconds[name]:.0%}' for name in names),
         )
   console = cli.tables()
   console.print(
@@ -161,22 +109,23 @@ def main(argv: list[str]) -> None:
   )
 
 
-def _cases(d: int, f: int, tokens: int) -> list[tuple]:
-  """(form, what it is in the layer, sizes, which of them is masked)."""
-  from kernels import forms
+def _tune(names, cases, dtype) -> None:
+  """Fills the file of --tune, and has it used."""
+  from kernels import autotune
 
-  up = {'nn': 'n', 'nt': 'k', 'tn': 'n'}
-  down = {'nn': 'k', 'nt': 'n', 'tn': 'm'}
-  found = []
-  for layer, masked, widths in (
-    ('gate, up', up, (d, f)),
-    ('down', down, (f, d)),
-  ):
-    for form, gradient in (('nn', ''), ('nt', ', dx'), ('tn', ', dw')):
-      mnk = forms.layer_sizes(form, tokens, *widths)
-      size = dict(zip('mnk', mnk, strict=True))
-      found.append((form, layer + gradient, size, masked[form]))
-  return found
+  try:
+    autotune.store(_TUNE.value, [])
+    for name in [x for x in names if x != 'xla']:
+      for case in cases:
+        row = autotune.tune(
+          name, case.form, **case.size, dtype=dtype, masked=case.masked
+        )
+        autotune.store(_TUNE.value, [row])
+    autotune.use(_TUNE.value)
+  except (OSError, ValueError) as e:
+    raise errors.InputError(
+      f'--tune: {e}; set --tune to a file that can be written, or leave it out'
+    ) from e
 
 
 def _shape() -> tuple[int, int]:
@@ -223,26 +172,6 @@ def _shares() -> list[float]:
       'some, as in --live=1,0.5'
     )
   return shares
-
-
-def _masked(name, form, size, masked, out):
-  """The jitted product by one implementation, of a traced extent."""
-  import importlib
-
-  import jax
-
-  from kernels import autotune
-  from kernels import forms
-
-  module = importlib.import_module(f'kernels.{name}')
-
-  @jax.jit
-  def run(a, b, extent):
-    extents = forms.Extents(**size | {masked: extent})
-    blocks = autotune.choice(name, form, *size.values(), a.dtype)
-    return module.product(a, b, form, extents, out, blocks)
-
-  return run
 
 
 if __name__ == '__main__':
