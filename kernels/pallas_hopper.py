@@ -279,123 +279,181 @@ def _program(
   ring_a, ring_b, staging, full, empty, form, blocks,
 ):  # fmt: skip
   """What one SM does: its share of the live tiles of c."""
-  tile = blocks.tile()
   left, right = forms.AXES[form]
-  tiles_m = pl.cdiv(live_m[0], tile['m'])
-  tiles_n = pl.cdiv(live_n[0], tile['n'])
-  steps = pl.cdiv(live_k[0], tile['k'])
+  sm = _Sm(
+    blocks=blocks,
+    tiles=tuple(
+      pl.cdiv(live[0], blocks.tile()[x])
+      for live, x in ((live_m, 'm'), (live_n, 'n'))
+    ),
+    steps=pl.cdiv(live_k[0], blocks.tile()['k']),
+    left=_Operand(a, ring_a, left),
+    right=_Operand(b, ring_b, right),
+    c=c,
+    staging=staging,
+    full=full,
+    empty=empty,
+  )
+  lax.cond(
+    lax.axis_index('warpgroup') < math.prod(blocks.parts()),
+    sm.compute,
+    sm.fetch,
+  )
 
-  def live_tiles(body):
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Operand:
+  """An operand: in memory, its ring in shared memory, and its axes."""
+
+  source: jax.Ref
+  ring: jax.Ref
+  axes: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sm:
+  """The program of one SM, of which each warpgroup runs one method.
+
+  Attributes:
+    blocks: how the work is cut.
+    tiles: how many of c are alive, along m and n.
+    steps: how many steps of k a tile of c takes.
+    left, right: the operands.
+    c: the result, in memory.
+    staging: buffers for parts of a finished tile, on their way to c.
+    full, empty: of each slot of the rings, a barrier.
+  """
+
+  blocks: Blocks
+  tiles: tuple[jax.Array, jax.Array]
+  steps: jax.Array
+  left: _Operand
+  right: _Operand
+  c: jax.Ref
+  staging: jax.Ref
+  full: jax.Ref
+  empty: jax.Ref
+
+  def fetch(self):
+    """Copies the tiles of a and b into the rings, as slots become empty."""
+    plgpu.set_max_registers(_FETCH_REGISTERS, action='decrease')
+    stages, tile = self.blocks.stages, self.blocks.tile()
+
+    def fetch_tile(i, j, done):
+      @pl.loop(0, self.steps)
+      def _(step):
+        slot = lax.rem(done + step, stages)
+
+        @pl.when(done + step >= stages)
+        def _():
+          plgpu.barrier_wait(self.empty.at[slot])
+
+        at = {'m': i, 'n': j, 'k': step}
+        for x in (self.left, self.right):
+          window = tuple(pl.ds(at[y] * tile[y], tile[y]) for y in x.axes)
+          plgpu.copy_gmem_to_smem(
+            x.source.at[window], x.ring.at[slot], self.full.at[slot]
+          )
+
+    done = self._live_tiles(fetch_tile)
+
+    # The barriers end in the state that they began in.
+    @pl.loop(lax.max(done - stages, 0), done)
+    def _(step):
+      plgpu.barrier_wait(self.empty.at[lax.rem(step, stages)])
+
+  def compute(self):
+    """Multiplies what is in the rings, and writes finished tiles of c."""
+    plgpu.set_max_registers(_COMPUTE_REGISTERS, action='increase')
+    tile = self.blocks.tile()
+    warpgroup = lax.axis_index('warpgroup')
+    part, mine = self._part(warpgroup)
+
+    def compute_tile(i, j, done):
+      @functools.partial(
+        pl.run_scoped, acc=plgpu.ACC((part['m'], part['n']), jnp.float32)
+      )
+      def _(acc):
+        self._multiply(acc, mine, done)
+        value = acc[...]
+        top = i * tile['m'] + mine['m'].start
+        first = j * tile['n'] + mine['n'].start
+        self._store(value, self.staging.at[warpgroup], top, first)
+
+    self._live_tiles(compute_tile)
+    plgpu.wait_smem_to_gmem(0)
+
+  def _live_tiles(self, body):
     """Calls body(i, j, steps done before it); returns the steps done."""
 
     @plgpu.nd_loop(
-      (tiles_m * tiles_n,), collective_axes='sm', init_carry=jnp.int32(0)
+      (self.tiles[0] * self.tiles[1],),
+      collective_axes='sm',
+      init_carry=jnp.int32(0),
     )
     def done(info, carry):
       i, j = plgpu.planar_snake(
-        info.index[0], (tiles_m, tiles_n), minor_dim=1, tile_width=_COLUMNS
+        info.index[0], self.tiles, minor_dim=1, tile_width=_COLUMNS
       )
       body(i, j, carry)
-      return carry + steps
+      return carry + self.steps
 
     return done
 
-  def fetch():
-    plgpu.set_max_registers(_FETCH_REGISTERS, action='decrease')
-
-    def body(i, j, done):
-      @pl.loop(0, steps)
-      def _(step):
-        slot = lax.rem(done + step, blocks.stages)
-
-        @pl.when(done + step >= blocks.stages)
-        def _():
-          plgpu.barrier_wait(empty.at[slot])
-
-        at = {'m': i, 'n': j, 'k': step}
-        for source, ring, axes in (a, ring_a, left), (b, ring_b, right):
-          window = tuple(pl.ds(at[x] * tile[x], tile[x]) for x in axes)
-          plgpu.copy_gmem_to_smem(
-            source.at[window], ring.at[slot], full.at[slot]
-          )
-
-    done = live_tiles(body)
-
-    # The barriers end in the state that they began in.
-    @pl.loop(lax.max(done - blocks.stages, 0), done)
-    def _(step):
-      plgpu.barrier_wait(empty.at[lax.rem(step, blocks.stages)])
-
-  def compute():
-    plgpu.set_max_registers(_COMPUTE_REGISTERS, action='increase')
-    warpgroup = lax.axis_index('warpgroup')
-    parts_m, parts_n = blocks.parts()
+  def _part(self, warpgroup):
+    """Sizes of what a warpgroup computes of a tile, and where that is."""
+    tile = self.blocks.tile()
+    parts_m, parts_n = self.blocks.parts()
     part = {'m': tile['m'] // parts_m, 'n': tile['n'] // parts_n}
     mine = {
       'm': pl.ds(warpgroup * part['m'] if parts_m > 1 else 0, part['m']),
       'n': pl.ds(warpgroup * part['n'] if parts_n > 1 else 0, part['n']),
       'k': pl.ds(0, tile['k']),
     }
+    return part, mine
 
-    def operand(ring, slot, axes, wanted):
-      ref = ring.at[slot].at[tuple(mine[x] for x in axes)]
-      return ref if axes == wanted else ref.transpose((1, 0))
+  def _multiply(self, acc, mine, done):
+    """Adds all steps of one tile up in `acc`, and gives their slots back."""
 
-    def body(i, j, done):
-      @functools.partial(
-        pl.run_scoped, acc=plgpu.ACC((part['m'], part['n']), jnp.float32)
+    def operand(x, slot, wanted):
+      ref = x.ring.at[slot].at[tuple(mine[y] for y in x.axes)]
+      return ref if x.axes == wanted else ref.transpose((1, 0))
+
+    def free(step):
+      slot = lax.rem(done + step, self.blocks.stages)
+      plgpu.barrier_arrive(self.empty.at[slot])
+
+    @pl.loop(0, self.steps)
+    def _(step):
+      slot = lax.rem(done + step, self.blocks.stages)
+      plgpu.barrier_wait(self.full.at[slot])
+      plgpu.wgmma(
+        acc, operand(self.left, slot, 'mk'), operand(self.right, slot, 'kn')
       )
-      def _(acc):
-        def free(step):
-          plgpu.barrier_arrive(empty.at[lax.rem(done + step, blocks.stages)])
+      # This step goes on while the one before it is known to be over. No test
+      # without a GPU sees a wait that is missing.
+      plgpu.wgmma_wait(1)
+      pl.when(step > 0)(lambda: free(step - 1))
 
-        @pl.loop(0, steps)
-        def _(step):
-          slot = lax.rem(done + step, blocks.stages)
-          plgpu.barrier_wait(full.at[slot])
-          plgpu.wgmma(
-            acc,
-            operand(ring_a, slot, left, 'mk'),
-            operand(ring_b, slot, right, 'kn'),
-          )
-          # This step goes on while the one before it is known to be over. No
-          # test without a GPU sees a wait that is missing.
-          plgpu.wgmma_wait(1)
-          pl.when(step > 0)(lambda: free(step - 1))
+    plgpu.wgmma_wait(0)
+    pl.when(self.steps > 0)(lambda: free(self.steps - 1))
 
-        plgpu.wgmma_wait(0)
-        pl.when(steps > 0)(lambda: free(steps - 1))
-        store(acc[...], i, j)
-
-    def store(value, i, j):
-      mine_out = staging.at[warpgroup]
-      width = staging.shape[-1]
-      top = i * tile['m'] + mine['m'].start
-      first = j * tile['n'] + mine['n'].start
-      chunks = [
-        (row, column)
-        for row in range(0, part['m'], _UNIT)
-        for column in range(0, part['n'], width)
-      ]
-      for number, (row, column) in enumerate(chunks):
-        buffer = mine_out.at[number % _STAGING]
-        # Before it is filled again, its last copy has been read: within a tile
-        # that leaves the one other buffer in flight, between tiles none.
-        plgpu.wait_smem_to_gmem(
-          _STAGING - 1 if number else 0, wait_read_only=True
-        )
-        buffer[...] = value[row : row + _UNIT, column : column + width].astype(
-          c.dtype
-        )
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-          buffer,
-          c.at[pl.ds(top + row, _UNIT), pl.ds(first + column, width)],
-        )
-
-    live_tiles(body)
-    plgpu.wait_smem_to_gmem(0)
-
-  lax.cond(
-    lax.axis_index('warpgroup') < math.prod(blocks.parts()), compute, fetch
-  )
+  def _store(self, value, buffers, top, first):
+    """Copies a warpgroup's part of a tile into c, from row and column on."""
+    rows, columns = value.shape
+    width = buffers.shape[-1]
+    chunks = itertools.product(range(0, rows, _UNIT), range(0, columns, width))
+    for number, (row, column) in enumerate(chunks):
+      buffer = buffers.at[number % _STAGING]
+      # Before it is filled again, its last copy has been read: within a tile
+      # that leaves the one other buffer in flight, between tiles none.
+      plgpu.wait_smem_to_gmem(
+        _STAGING - 1 if number else 0, wait_read_only=True
+      )
+      chunk = value[row : row + _UNIT, column : column + width]
+      buffer[...] = chunk.astype(self.c.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(
+        buffer,
+        self.c.at[pl.ds(top + row, _UNIT), pl.ds(first + column, width)],
+      )
