@@ -91,10 +91,10 @@ class Meter:
 
     Args:
       cfg: architecture of the arrays.
-      repaired: in how many layers what reads an input was refit, by the names
-        of `model_repair.repair_model`.
-      batches: each of the tokens of an update.
-      tried: dampings of which every matrix took one; 0: it was given.
+      repaired: in how many layers the matrices that read an input were
+        refitted, by the names of inputs in `model_repair.repair_model`.
+      batches: how many were read, each as large as that of an update.
+      tried: among how many dampings every matrix chose; 0: it was given one.
     """
     tokens = batches * self._tokens
     head = cfg.G * cfg.H

@@ -17,7 +17,7 @@ _DAMAGE = 1.5
 
 
 def devices(cfg: structure.ModelConfig, mesh: sharding.Mesh) -> list[str]:
-  """Which devices there are, and what they do not divide; one: nothing."""
+  """The mesh, and what it cannot split; nothing of a single device."""
   if mesh.size == 1:
     return []
   shape = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
@@ -29,7 +29,7 @@ def devices(cfg: structure.ModelConfig, mesh: sharding.Mesh) -> list[str]:
 
 
 def price(plan: plan_lib.Plan, cfg: structure.ModelConfig) -> list[str]:
-  """Of a target that leaves the layers little of an unpriced stem."""
+  """Warns where embeddings that are not priced are most of the target."""
   share = plan.unpriced(cfg.D)
   # A small model came out well at 0.49 and without heads at 0.98, where
   # pricing the embedding mended it (experiments/HYPOTHESES.md).
@@ -43,13 +43,14 @@ def price(plan: plan_lib.Plan, cfg: structure.ModelConfig) -> list[str]:
 
 
 def epochs(tokens: int, new_tokens: int) -> list[str]:
-  """Of a run that reads the same text more than four times.
+  """Warns of a run that reads the same text more than four times.
 
-  Up to there it is worth nearly as much as new text (Muennighoff et al. 2023).
+  Up to four times, text is worth nearly as much as new text (Muennighoff et al.
+  2023).
 
   Args:
-    tokens: of the run.
-    new_tokens: of them until some text comes again.
+    tokens: that the run trains on.
+    new_tokens: how many of them come before any text comes again.
   """
   if tokens <= 4 * new_tokens:
     return []
@@ -60,7 +61,7 @@ def epochs(tokens: int, new_tokens: int) -> list[str]:
 
 
 def unread(domains: Sequence[str], seq_len: int) -> list[str]:
-  """Of domains that are too short for one window, and not trained on.
+  """Warns of domains too short for a single window: they are not trained on.
 
   Args:
     domains: their names.
@@ -79,11 +80,13 @@ def unread(domains: Sequence[str], seq_len: int) -> list[str]:
 def same_order(
   config: Mapping[str, Any], before: Mapping[str, Any] | None
 ) -> list[str]:
-  """Of a run that reads again what its weights have read, in the same order.
+  """Warns of a run that repeats the text of the run that made its source.
+
+  The same text and the same seed mean the same windows in the same order.
 
   Args:
     config: of the run.
-    before: of the run that made the source; None: none did.
+    before: config of the run that made the source; None: no run did.
   """
   order = lambda x: (x['seed'], x['data']['text'], {**x['data']['weights']})
   if before is None or config['init'] == 'random':
@@ -100,7 +103,7 @@ def same_order(
 def damping(
   step: int, fits: Mapping[str, Mapping[str, Any]], planned: float
 ) -> list[str]:
-  """Of every matrix that did not take the damping it was given.
+  """Warns of every matrix whose repair needed a higher damping than planned.
 
   Args:
     step: of the prune that was repaired.

@@ -83,19 +83,24 @@ def trials(
 class Calibration:
   """How many nats a unit of each type's score is worth, by its trials.
 
-  The change of the loss over the sum of scores, both averaged over the prunes
-  so far. One trial of 512 tokens can be off by half, and what seems cheapest is
-  then what was measured worst: `fisher` on SmolLM2, whose unit is right within
-  a third, ended 0.010 bits per byte worse by the newest trial alone, 0.005 by
-  this average (experiments/HYPOTHESES.md).
+  That is the change of the loss in its trials, divided by the sum of the scores
+  of what they took, both averaged over the prunes so far. A single trial of 512
+  tokens can be off by half, and the type that then looks cheapest is the one
+  whose trial was most wrong: `fisher` on SmolLM2, whose unit is right within a
+  third without any trial, ended 0.010 bits per byte worse when scaled by the
+  newest trial alone, and 0.005 worse by this average
+  (experiments/HYPOTHESES.md).
 
   Attributes:
-    broken: the types that broke the model in the newest one, and the sum of the
-      scores of what was taken.
+    broken: type -> sum of the scores of what its newest trial took, of types
+      whose newest trial broke the model: the loss was not finite.
   """
 
   def __init__(self, decay: float, record: Mapping[str, Any] | None = None):
-    """A prune counts `decay` of the one after it; starts from a `record`."""
+    """Begins, or goes on from a `record`.
+
+    Each prune counts `decay` times as much as the one after it.
+    """
     self._decay = decay
     self._sums = dict(record['sums']) if record else {}
     self.broken = dict(record['broken']) if record else {}
@@ -123,10 +128,11 @@ class Calibration:
       ]
 
   def scaled(self, prune: state_lib.PruneState) -> state_lib.PruneState:
-    """Scores in nats per token, in their order within a type.
+    """Scales scores to nats per token; their order within a type stays.
 
-    Next to nothing where the loss did not rise; what broke the model in its
-    newest trial costs more than all else, also what has a score of 0.
+    A type whose trials did not raise the loss costs next to nothing. One whose
+    newest trial broke the model costs more than all others, even a group of it
+    whose score is 0.
     """
     rates, extra = {}, {}
     for name in structure.TYPES:

@@ -79,7 +79,7 @@ def moments(
 
 
 def every_moment(workdir: str | os.PathLike) -> list[Moment]:
-  """As `moments`, for who deletes some of them.
+  """As `moments`, but leaves none out: for callers that delete some of them.
 
   Raises:
     errors.InputError: one of them cannot be read, and may be the newest.

@@ -32,7 +32,7 @@ class Row:
   """One finished run.
 
   Attributes:
-    budget: what it has in common with others, of `BUDGETS`.
+    budget: what it is compared at, one of `BUDGETS`.
     arm: how it was made.
     seed: of its text's order and its new weights.
     bits_per_byte: held out, at the end.

@@ -123,7 +123,8 @@ class TrainIterator(grain.DatasetIterator):
     with the state.
 
     Args:
-      apart: share of the shape, at its end, that repeats nothing of the rest.
+      apart: share of the rows, at the end, that are never copies of the other
+        rows, so that these can be judged on them.
     """
     rows = np.concatenate(self._recent)
     count = self._recent.maxlen * len(self._recent[-1])

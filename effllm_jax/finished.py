@@ -27,7 +27,7 @@ _kept_indices = jax.jit(shrink.kept_indices, static_argnames='cfg')
 def tight(
   model: weights.Source, scores: structure.Groups | None = None
 ) -> weights.Source:
-  """A model without what is dead, as far as the widest layer allows; numpy.
+  """Takes dead groups out of a model, as far as the widest layer allows; numpy.
 
   Survivors of a layer come first, in the order of their scores, if given. A
   layer that has lost both blocks is left out.

@@ -152,7 +152,7 @@ class Loop:
         raise interrupts.Stopped(self.requests.signum, plan.steps)
 
   def _advise(self) -> None:
-    """Says what of the run, as it is set, its user should look at."""
+    """Tells the user what in the settings of this run deserves a look."""
     config, plan = self.config, self.plan
     self._say(advice.devices(self.cfg, self.mesh))
     self._say(advice.price(plan, self.cfg))
@@ -267,16 +267,16 @@ class Loop:
         'kind': 'save',
         'step': step,
         'tokens': self.plan.tokens(step),
-        # What the run waited; the rest is written while it goes on.
+        # How long the run waited; the rest is written while it goes on.
         'seconds': time.perf_counter() - start,
       }
     )
 
   def _why_stop(self, step: int, look: bool, numbers) -> Exception | None:
-    """What ends the run after this step, before its time; None: nothing.
+    """What ends the run early, after this step; None: it goes on.
 
-    Processes that train together have to answer alike. Without `look` nothing
-    is read from the device.
+    All processes of a run have to give the same answer. Where `look` is False
+    nothing is read from the device.
     """
     skipped = int(self.state.in_a_row) if look else 0
     if skipped >= self.config.train.max_skipped:

@@ -295,7 +295,7 @@ class _Task:
 
 
 def _ends(masks, new_masks, layer, cfg):
-  """What goes in at each matrix of a layer, and what is read of what comes out.
+  """Which inputs of each matrix are alive, and which of its outputs are read.
 
   Args:
     masks, new_masks: of which the stem is looked at.

@@ -139,10 +139,10 @@ def shrunk(
 ) -> structure.ModelConfig | None:
   """What to shrink the arrays to after this step; None: leave them.
 
-  They are as wide as the widest layer afterwards, which may be what they are
-  now: the survivors of narrower layers move to the front, where kernels need
-  not go further. It takes a prune, and enough to be saved or the target to be
-  reached.
+  The arrays become as wide as the widest layer. That may be as wide as they are
+  now: then a shrink only moves the survivors of narrower layers to the front,
+  so that kernels can stop sooner. Only a prune is followed by a shrink, and
+  only if that saves enough, or if the target is reached.
   """
   if not plan.prunes(step):
     return None

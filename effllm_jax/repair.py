@@ -192,7 +192,7 @@ def _solved(lost_IO, gram_II, keep_I, damping):
 
 
 def _mean_square(gram_II):
-  """Of an input that is not always 0; 1 where all are."""
+  """Mean square of the inputs that are not always 0; 1 if all are."""
   squares_I = jnp.diagonal(gram_II)
   count = (squares_I > 0).sum()
   return jnp.where(count > 0, squares_I.sum() / jnp.maximum(count, 1), 1.0)

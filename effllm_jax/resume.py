@@ -30,9 +30,9 @@ _NOTHING, _REFUSED = -1, -2
 
 
 def check_there(workdir: str | os.PathLike) -> None:
-  """Refuses a run of which nothing is left, though its log tells of saves.
+  """Refuses a workdir whose log tells of saves of which nothing is left.
 
-  It would begin again, and empty the log.
+  Without this check the run would begin again and empty the log.
 
   Raises:
     errors.InputError: what it has saved is gone, or is a link to a place that
@@ -54,9 +54,10 @@ def check_there(workdir: str | os.PathLike) -> None:
     if isinstance(row, dict):
       saves += row.get('kind') == 'save'
       ended |= row.get('phase') == 'final'
-  # The last save may have been killed, those before it were waited for. A lone
-  # one has left something then, or the run has not come to its end; and both
-  # folders are made before the first row.
+  # Each save waits for the one before it, so of several all but the last were
+  # on disk. A single one may have been killed: then its half-written folder is
+  # there, or the run has not come to its end. Both folders are made before the
+  # first row is written: if one is missing, somebody has taken it away.
   over = ended or not all(x.is_dir() for x in folders)
   if saves > 1 or (saves and over and not left):
     raise errors.InputError(

@@ -101,10 +101,10 @@ def check_target(
         f'--config.prune.multiple_of.{name}'
       )
     rounded = -(-floor // multiple) * multiple
-    # A width that lies below it, off a multiple, would be a block begun that
-    # no prune may finish, and none would open another.
+    # A source that is narrower than this, and off a multiple, would have begun
+    # a block which no prune may finish, and no prune would begin another one.
     alive = np.asarray(live[name] if live else width)
-    # Layers that differ go on from where they are.
+    # Where layers differ in width each goes on from its own.
     if rounded > alive.min() == alive.max():
       raise errors.InputError(
         f'prune.floors.{name} {floor}, rounded up to a multiple of {multiple}, '
