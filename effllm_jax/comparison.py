@@ -118,20 +118,7 @@ def read(path: pathlib.Path) -> list[Row]:
       'take that line out; a run that has none is made again',
     ):
       row = Row(**raw)
-      numbers = (
-        row.seed, row.bits_per_byte, row.live_params, row.tokens, row.seconds,
-        row.flops_per_token, *row.domains.values(),
-        *(row.flops[x] for x in accounting.PURPOSES),
-        *(x[key] for x in row.tasks for key in ('value', 'limit')),
-      )  # fmt: skip
-      if not all(map(math.isfinite, numbers)):
-        raise ValueError('a number that is not finite')
-      # Both become parts of paths.
-      if row.budget not in BUDGETS or not re.fullmatch(r'\w+', row.arm):
-        raise ValueError(f'{row.budget}, {row.arm}')
-      for x in row.tasks:
-        if not (isinstance(x['task'], str) and isinstance(x['metric'], str)):
-          raise ValueError(f'task {x["task"]!r}, metric {x["metric"]!r}')
+      _check(row)
       # Means are of one run of each seed, on the same domains.
       if row.key in rows:
         raise ValueError(f'a second one of {", ".join(map(str, row.key))}')
@@ -140,6 +127,24 @@ def read(path: pathlib.Path) -> list[Row]:
         raise ValueError(f'domains {[*row.domains]}, not {[*first.domains]}')
       rows[row.key] = row
   return [*rows.values()]
+
+
+def _check(row: Row) -> None:
+  """Raises what `untrusted.parsing` knows, for values that no run writes."""
+  numbers = (
+    row.seed, row.bits_per_byte, row.live_params, row.tokens, row.seconds,
+    row.flops_per_token, *row.domains.values(),
+    *(row.flops[x] for x in accounting.PURPOSES),
+    *(x[key] for x in row.tasks for key in ('value', 'limit')),
+  )  # fmt: skip
+  if not all(map(math.isfinite, numbers)):
+    raise ValueError('a number that is not finite')
+  # Both become parts of paths.
+  if row.budget not in BUDGETS or not re.fullmatch(r'\w+', row.arm):
+    raise ValueError(f'{row.budget}, {row.arm}')
+  for x in row.tasks:
+    if not (isinstance(x['task'], str) and isinstance(x['metric'], str)):
+      raise ValueError(f'task {x["task"]!r}, metric {x["metric"]!r}')
 
 
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
