@@ -295,27 +295,17 @@ def train_iterator(
         f'{name} {value} is below {least}; set --config.{name}'
       )
   files = tokenizing.tokenize(data_dir, tokenizer, separator_id)
-  groups = {d: [files[d]] for d in weights} or {'text': [*files.values()]}
-  streams, new_tokens, unread = [], [], []
-  for name, paths in groups.items():
-    windows = _Windows(paths, seq_len)
-    if not len(windows):
-      what = f'{name} is not' if weights else 'no domain is'
-      raise errors.InputError(
-        f'{what} long enough for a window of {seq_len} tokens; add text, put '
-        'more of it into one domain, or lower --config.data.seq_len'
-      )
-    if not weights:
-      unread = [d for d, n in zip(files, windows.counts, strict=True) if not n]
-    share = weights[name] / sum(weights.values()) if weights else 1
-    new_tokens.append(int(len(windows) * seq_len / share))
-    streams.append(
-      grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    )
+  groups = _windows(files, weights, seq_len)
   shares = [weights[name] for name in groups] if weights else None
   # Dealt out last of all: what all processes read in a step is what one process
   # would have read, and a state of one is that of all.
-  mixed = grain.MapDataset.mix(streams, shares)[process_index::process_count]
+  mixed = grain.MapDataset.mix(
+    [
+      grain.MapDataset.source(x).seed(seed).shuffle().repeat()
+      for x in groups.values()
+    ],
+    shares,
+  )[process_index::process_count]
   # The stream has no remainder, but rounding its length up overflows at 1.
   batches = mixed.batch(
     batch_size // process_count, drop_remainder=True
@@ -339,10 +329,34 @@ def train_iterator(
     'workers': workers,
     'recent': recent,
   }
+  total = sum(weights.values())
+  new_tokens = min(
+    int(len(x) * seq_len / (weights[name] / total if weights else 1))
+    for name, x in groups.items()
+  )
+  unread = []
+  if not weights:
+    (windows,) = groups.values()
+    unread = [d for d, n in zip(files, windows.counts, strict=True) if not n]
   return TrainIterator(
-    iter(batches), stream, timeout if workers else 0, recent, min(new_tokens),
-    unread,
-  )  # fmt: skip
+    iter(batches), stream, timeout if workers else 0, recent, new_tokens, unread
+  )
+
+
+def _windows(
+  files: Mapping[str, pathlib.Path], weights: Mapping[str, float], seq_len: int
+) -> dict[str, _Windows]:
+  """The windows of each domain that has a weight; without any, all in one."""
+  groups = {d: [files[d]] for d in weights} or {'text': [*files.values()]}
+  found = {name: _Windows(paths, seq_len) for name, paths in groups.items()}
+  for name, windows in found.items():
+    if not len(windows):
+      what = f'{name} is not' if weights else 'no domain is'
+      raise errors.InputError(
+        f'{what} long enough for a window of {seq_len} tokens; add text, put '
+        'more of it into one domain, or lower --config.data.seq_len'
+      )
+  return found
 
 
 def _check_weights(
