@@ -88,16 +88,7 @@ def run(
     dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, text, source)
-  teacher = other = None
-  if plan.recipe.distill:
-    named, flag = config.distill.teacher, '--config.distill.teacher'
-    teacher = sources.load(named or config.source, cache, flag=flag)
-    if named:
-      other = sources.record(teacher)
-      if begun:
-        sources.check_same(workdir / _TEACHER, other, 'distill.teacher')
-    teacher = teacher_lib.fitted(teacher, source, config.data.seq_len)
-    teacher = teacher_lib.Teacher(teacher, plan.recipe)
+  teacher, named = _teacher(config, workdir, cache, plan, source, begun)
   if config.init == 'random':
     source = dataclasses.replace(
       source, description=f'from scratch, in the shape of {source.description}'
@@ -106,29 +97,58 @@ def run(
   else:
     # Read once and not held on to: the state has its own copy.
     initial = lambda: sources.load(config.source, cache).params
-  with _claimed(workdir, config.to_dict()):
-    try:
-      if jax.process_index() == 0 and not begun:
-        sources.save(source, workdir / 'source')
-        atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
-        if other:
-          atomic.write_json(workdir / _TEACHER, other)
-        if config.budget.table:
-          atomic.write_json(workdir / _TABLE, _table(config))
-      loop.Loop(
-        config, workdir, plan, source, initial, teacher, batches, heldout
-      ).train(profiled)
-    except OSError as e:
-      raise checkpoint_writer.write_error(e) from e
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
-      if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
-        raise errors.InputError(
-          f'out of memory with micro-batches of {config.data.batch_size} x '
-          f'{config.data.seq_len} tokens ({str(e)[:200]}); lower '
-          '--config.data.batch_size and raise --config.train.accumulate, or '
-          'set --config.model.remat=full'
-        ) from e
-      raise
+  with _claimed(workdir, config.to_dict()), _told(config):
+    if jax.process_index() == 0 and not begun:
+      sources.save(source, workdir / 'source')
+      atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
+      if named:
+        atomic.write_json(workdir / _TEACHER, named)
+      if config.budget.table:
+        atomic.write_json(workdir / _TABLE, _table(config))
+    loop.Loop(
+      config, workdir, plan, source, initial, teacher, batches, heldout
+    ).train(profiled)
+
+
+def _teacher(
+  config, workdir, cache, plan, source, begun
+) -> tuple[teacher_lib.Teacher | None, dict[str, Any] | None]:
+  """The teacher of a run, if it has one.
+
+  Returns:
+    The teacher, and what tells it from other models, where it is not the
+    source.
+  """
+  if not plan.recipe.distill:
+    return None, None
+  name, record = config.distill.teacher, None
+  model = sources.load(
+    name or config.source, cache, flag='--config.distill.teacher'
+  )
+  if name:
+    record = sources.record(model)
+    if begun:
+      sources.check_same(workdir / _TEACHER, record, 'distill.teacher')
+  model = teacher_lib.fitted(model, source, config.data.seq_len)
+  return teacher_lib.Teacher(model, plan.recipe), record
+
+
+@contextlib.contextmanager
+def _told(config: ml_collections.ConfigDict) -> Iterator[None]:
+  """Tells the user what to do about a full disk or too little memory."""
+  try:
+    yield
+  except OSError as e:
+    raise checkpoint_writer.write_error(e) from e
+  except (MemoryError, jax.errors.JaxRuntimeError) as e:
+    if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
+      raise errors.InputError(
+        f'out of memory with micro-batches of {config.data.batch_size} x '
+        f'{config.data.seq_len} tokens ({str(e)[:200]}); lower '
+        '--config.data.batch_size and raise --config.train.accumulate, or '
+        'set --config.model.remat=full'
+      ) from e
+    raise
 
 
 def check_source(
