@@ -31,6 +31,7 @@ def check(
     errors.InputError: a value that cannot work, with the key to change.
   """
   _check_ranges(config)
+  _check_training(config)
   _check_pairs(config, source)
 
 
@@ -140,6 +141,7 @@ def _check_hopper(config, source, mesh):
 
 
 def _check_ranges(config):
+  """Every value by itself."""
   at_least_one = [
     'data.seq_len', 'data.batch_size', 'train.accumulate', 'train.tokens',
     'train.log_every', 'train.max_skipped', 'prune.every',
@@ -177,6 +179,10 @@ def _check_ranges(config):
     ('distill.when', DISTILL_WHEN),
   ):
     _require(config, key, known.__contains__, f'one of {", ".join(known)}')
+
+
+def _check_training(config):
+  """What the values of schedule, repair and learning rate make of another."""
   prune, tokens = config.prune, config.train.tokens
   if prune.policy != 'none' and not (
     0 <= prune.begin_tokens < prune.end_tokens <= tokens
