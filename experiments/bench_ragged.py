@@ -37,26 +37,15 @@ def main(argv: list[str]) -> None:
   """Times the variants and prints one table."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import dataclasses
-  import random
   import statistics
-  import time
 
   import jax
-  import jax.numpy as jnp
   import rich.table
 
   from effllm_jax import selection
   from experiments import bench_setup
-  import kernels
 
-  runs = kernels.runnable()
-  for name in _IMPLEMENTATIONS.value:
-    if name not in runs:
-      raise errors.InputError(
-        f'--implementations names {name!r}, which does not run on this '
-        f'{jax.default_backend()}; those that do are {", ".join(runs)}'
-      )
+  _check_implementations()
   config = cli.config(_CONFIG)
   bench = bench_setup.make(config)
   for name in _IMPLEMENTATIONS.value:
@@ -64,42 +53,7 @@ def main(argv: list[str]) -> None:
     config.model.kernels = name
     bench_setup.make(config)
   cfg, plan = bench.cfg, bench.plan
-  # A step donates its state, the masks in it too.
-  states = {cfg: bench.fresh(cfg)}
-  steps = {
-    name: bench.step(states[cfg], cfg, kernels=name)
-    for name in dict.fromkeys(('xla', *_IMPLEMENTATIONS.value))
-  }
-  variants = {}
-  for share in HEADS:
-    masks = _masks(cfg, share)
-    for name, step in steps.items():
-      if name in _IMPLEMENTATIONS.value or share == 1:
-        variants[share, name] = cfg, step, masks
-    for heads in set(HEADS[share]) - {0}:
-      # Arrays without a head there are not: of layers like that, no model.
-      small = dataclasses.replace(cfg, K=heads, F=round(cfg.F * share))
-      if small != cfg:
-        states[small] = states.get(small) or bench.fresh(small)
-        variants[share, heads] = (
-          small, bench.step(states[small], small, kernels='xla'), None,
-        )  # fmt: skip
-  seconds = {key: [] for key in variants}
-  order = random.Random(0)
-  for _ in range(_REPEATS.value + 1):
-    # Shuffled: what runs after a small model finds its memory given back.
-    for key in order.sample(sorted(variants, key=str), len(variants)):
-      shape, step, masks = variants[key]
-      state = states[shape]
-      if masks is not None:
-        masks = jax.tree.map(jnp.copy, masks)
-        state = state.replace(prune=state.prune.replace(masks=masks))
-      start = time.perf_counter()
-      states[shape], numbers = step(state)
-      jax.block_until_ready((states[shape], numbers))
-      seconds[key].append(time.perf_counter() - start)
-
-  median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
+  median = bench_setup.medians(_steps(bench), _REPEATS.value)
   dense = median[1.0, 'xla']
   table = rich.table.Table(
     'live heads and ffn', 'live parameters', 'seconds dense',
@@ -123,6 +77,63 @@ def main(argv: list[str]) -> None:
     'ratios to the dense model'
   )
   console.print(table)
+
+
+def _check_implementations() -> None:
+  import jax
+
+  import kernels
+
+  runs = kernels.runnable()
+  for name in _IMPLEMENTATIONS.value:
+    if name not in runs:
+      raise errors.InputError(
+        f'--implementations names {name!r}, which does not run on this '
+        f'{jax.default_backend()}; those that do are {", ".join(runs)}'
+      )
+
+
+def _steps(bench):
+  """The steps to be timed, by live share and implementation or heads left.
+
+  The latter are of models that are physically that narrow.
+  """
+  import dataclasses
+  import functools
+
+  import jax
+  import jax.numpy as jnp
+
+  cfg = bench.cfg
+  states = {cfg: bench.fresh(cfg)}
+  steps = {
+    name: bench.step(states[cfg], cfg, kernels=name)
+    for name in dict.fromkeys(('xla', *_IMPLEMENTATIONS.value))
+  }
+
+  def take(shape, step, masks=None):
+    state = states[shape]
+    if masks is not None:
+      # A step donates its state, the masks in it too.
+      masks = jax.tree.map(jnp.copy, masks)
+      state = state.replace(prune=state.prune.replace(masks=masks))
+    states[shape], numbers = step(state)
+    return states[shape], numbers
+
+  calls = {}
+  for share in HEADS:
+    masks = _masks(cfg, share)
+    for name, step in steps.items():
+      if name in _IMPLEMENTATIONS.value or share == 1:
+        calls[share, name] = functools.partial(take, cfg, step, masks)
+    for heads in set(HEADS[share]) - {0}:
+      # Arrays without a head there are not: of layers like that, no model.
+      small = dataclasses.replace(cfg, K=heads, F=round(cfg.F * share))
+      if small != cfg:
+        states[small] = states.get(small) or bench.fresh(small)
+        step = bench.step(states[small], small, kernels='xla')
+        calls[share, heads] = functools.partial(take, small, step)
+  return calls
 
 
 def _masks(cfg, share: float):

@@ -9,9 +9,6 @@ machine that drifts drifts for all of them; printed are medians and ratios.
 """
 
 import functools
-import random
-import statistics
-import time
 
 from absl import flags
 from ml_collections import config_flags
@@ -31,7 +28,7 @@ def main(argv: list[str]) -> None:
   # After the flags have been parsed: these imports take seconds.
   import jax
 
-  from effllm_jax import selection
+  from effllm_jax import pruning
   from effllm_jax import shrink
   from effllm_jax import steps
   from effllm_jax import structure
@@ -40,20 +37,10 @@ def main(argv: list[str]) -> None:
   bench = bench_setup.make(cli.config(_CONFIG))
   cfg, plan = bench.cfg, bench.plan
 
-  def select(state, target):
-    return selection.select(
-      state.prune.scores,
-      state.prune.masks,
-      target,
-      plan.schedule.target,
-      plan.rules,
-      plan.cost,
-    )
-
   # One state at a time per shape: a step donates what it gets.
   states = {cfg: bench.fresh(cfg)}
   states[cfg], _ = bench.step(states[cfg], cfg, score=True)(states[cfg])
-  masks = select(states[cfg], plan.schedule.target)
+  masks = pruning.select(states[cfg].prune, plan, plan.schedule.target)
   small = shrink.shrunk_config(masks, cfg, structure.Groups(1, 1, 1))
   pruned = states[cfg].replace(prune=states[cfg].prune.replace(masks=masks))
   shrunk, _ = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=bench.tx)
@@ -63,10 +50,11 @@ def main(argv: list[str]) -> None:
 
   def take(key, step):
     states[key], numbers = step(states[key])
-    jax.block_until_ready((states[key], numbers))
+    return states[key], numbers
 
-  def prune():
-    jax.block_until_ready(select(states[cfg], cfg.num_params() - per_prune))
+  def select():
+    target = cfg.num_params() - per_prune
+    return pruning.select(states[cfg].prune, plan, target)
 
   calls = {
     name: functools.partial(take, key, bench.step(states[key], shape, score))
@@ -76,20 +64,12 @@ def main(argv: list[str]) -> None:
       ('step after the shrink', 'shrunk', small, False),
       ('step of a model built so', 'built', small, False),
     )
-  } | {'select, one prune': prune}
-  seconds = {name: [] for name in calls}
-  order = random.Random(0)
-  for _ in range(_REPEATS.value + 1):
-    # Shuffled: what runs after a small model finds its memory given back, and a
-    # step that always did took 1.03 to 1.07 of one that scores as well.
-    for name in order.sample(list(calls), len(calls)):
-      start = time.perf_counter()
-      calls[name]()
-      seconds[name].append(time.perf_counter() - start)
+  }
+  calls['select, one prune'] = select
+  median = bench_setup.medians(calls, _REPEATS.value)
 
   device = jax.devices()[0]
   table = rich.table.Table('', 'seconds, median', 'ratio to step')
-  median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
   for name, value in median.items():
     table.add_row(name, f'{value:.4f}', f'{value / median["step"]:.3f}')
   console = cli.tables()
