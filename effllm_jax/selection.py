@@ -16,30 +16,34 @@ one layer, as many as `multiple_of` says, wherever their mean price is lowest;
 or the lowest stem channel. So the widths differ from layer to layer but stay on
 multiples all the time, and where the floor is 0 a layer can lose a whole block.
 
-`multiple_of` of the other types (all under `uniform`, the stem under `ragged`:
-64 of its channels are 11 % of a small model, far more than one prune takes)
-holds for the final shape. Rounding at the end would have to take up to 63
-channels at a stroke or leave the budget unused, so selection keeps an eye on it
-from the first move: a type whose width is not on a multiple is *open* and its
-block will be finished; a further block is opened, by the price of its first
-move, only while finishing the open ones is not enough for the final target, and
-of the blocks that would overshoot it the smallest is taken. The last prune
-finishes all open blocks, of each open type up to one group less than a block.
+All other types have to be on a multiple only at the end of the run: every type
+under `uniform`, the stem under `ragged`, of which 64 channels are 11 % of a
+small model, far more than one prune takes. Rounding at the end would either
+take up to 63 channels at a stroke or leave some of the budget unused, so
+selection works towards it from the first move. A *block* is `multiple_of`
+groups, and a type whose width is not on a multiple has an *open* one, which
+will be finished. As long as finishing the open blocks is enough for the final
+target, no other block is opened. When it is not, the one whose first move has
+the lowest price is opened, of those that do not overshoot the target; where
+all do, it is the smallest. The last prune finishes all open blocks: for that
+it may take up to one group less than a block of each type.
 
-The last move may save more than was asked for: a head of every layer as much as
-some hundred channels. So every prune plans to the end: from where the run would
-end with the scores of now it takes back blocks that fit into the final target,
-the dearest first, until none does, and it removes nothing that stays in this
-plan. Without, a small model of a quarter ended 11 % below its target, with
-layers at their floors when the last block of the stem had to go.
+The last move may save more than was asked for: a head of every layer saves as
+much as some hundred channels. So every prune first plans the end of the run by
+the scores of now: it makes moves down to the final target, then takes back
+blocks that still fit into it, the dearest first, until none fits. The prune
+itself removes nothing that this plan keeps. Without such a plan, a small model
+that was pruned to a quarter ended 11 % below its target: the last block of the
+stem had to go when the layers had already come to their floors.
 
-What fits is small, and not always cheap: with channels of SmolLM2 in blocks of
-256 a head of every layer is the smallest block there is, and went first
-whatever it scored. So under `uniform`, where a block of channels saves more
-than one of heads, every prune plans a second time, by the price of whole blocks
-and with any of them: one that overshoots costs as much more as it saves in
-vain. Of both plans the first is kept, which wastes less, unless the second
-loses less than `_CLEARLY` of its score ("A block that fits" in HYPOTHESES.md).
+That plan prefers blocks that fit, which are small and not always cheap: with
+channels of SmolLM2 in blocks of 256, a head of every layer is the smallest
+block there is, and went first whatever it scored. So under `uniform`, where a
+block of channels saves more than one of heads, every prune makes a second plan.
+It compares whole blocks by their prices and may take any of them; one that
+overshoots is priced by the part of its saving that is still wanted. The first
+plan wastes less of the budget and is kept, unless the second loses less than
+`_CLEARLY` times as much score ("A block that fits" in HYPOTHESES.md).
 """
 
 import dataclasses
