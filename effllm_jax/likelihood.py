@@ -7,6 +7,8 @@ of one token to one question, share one pass through the model.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 
@@ -74,37 +76,54 @@ def score(
     # The last token is predicted, and never read.
     tokens = (*context, *continuation)[-cfg.context - 1 : -1]
     users.setdefault(tokens, []).append(i)
-  # The longest first: only the last batch can have rows to spare, and a machine
-  # that is too small says so at once.
-  rows = sorted(users, key=len, reverse=True)
   nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-  start = 0
-  while start < len(rows):
-    width = padded(len(rows[start]), cfg.context)
-    batch = rows[start : start + max(1, batch_tokens // width)]
-    tokens_BT = np.zeros((max(1, batch_tokens // width), width), np.int32)
-    points = []
-    for row, tokens in enumerate(batch):
-      tokens_BT[row, : len(tokens)] = tokens
-      for i in users[tokens]:
-        targets = requests[i][1]
-        first = len(tokens) - len(targets)
-        points += [(row, first + t, x, i) for t, x in enumerate(targets)]
+  done = 0
+  for batch, tokens_BT in _batches(users, cfg.context, batch_tokens):
+    # Of each target: row, position, token, request.
+    points = np.asarray(
+      [
+        (row, len(tokens) - len(requests[i][1]) + t, target, i)
+        for row, tokens in enumerate(batch)
+        for i in users[tokens]
+        for t, target in enumerate(requests[i][1])
+      ],
+      np.int32,
+    )
     final_BTD = _hidden(params, masks, tokens_BT, cfg, compute)
-    points = np.asarray(points, np.int32)
     for j in range(0, len(points), _POINTS):
       chunk = points[j : j + _POINTS]
       filled = np.pad(chunk, ((0, _POINTS - len(chunk)), (0, 0)))
       found_P, top_P = _score(params, final_BTD, filled, compute)
       np.add.at(nats, chunk[:, 3], np.asarray(found_P)[: len(chunk)])
       np.logical_and.at(greedy, chunk[:, 3], np.asarray(top_P)[: len(chunk)])
-    start += len(batch)
-    say(start, len(rows))
+    done += len(batch)
+    say(done, len(users))
   if not np.isfinite(nats).all():
     raise errors.InputError(
       'the model gives probabilities that are not finite; take another event'
     )
   return [(float(x), bool(y)) for x, y in zip(nats, greedy, strict=True)]
+
+
+def _batches(
+  sequences: Iterable[tuple[int, ...]], context: int, batch_tokens: int
+) -> Iterator[tuple[list[tuple[int, ...]], np.ndarray]]:
+  """Sequences of a batch, and the same padded to one width, int32 [B, T].
+
+  The longest come first: only the last batch can have rows to spare, and a
+  machine that is too small says so at once.
+  """
+  rows = sorted(sequences, key=len, reverse=True)
+  start = 0
+  while start < len(rows):
+    width = padded(len(rows[start]), context)
+    count = max(1, batch_tokens // width)
+    batch = rows[start : start + count]
+    tokens_BT = np.zeros((count, width), np.int32)
+    for row, tokens in enumerate(batch):
+      tokens_BT[row, : len(tokens)] = tokens
+    yield batch, tokens_BT
+    start += count
 
 
 def padded(length: int, context: int) -> int:
