@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from effllm_jax import config_checks
 from effllm_jax import errors
 from effllm_jax import optimizers
 from effllm_jax import plan
@@ -138,6 +139,11 @@ def test_no_key_has_a_hidden_default():
     ({'model.kernels': 'cuda'}, "'cuda' is not one of auto, xla, xla_loop"),
     ({'model.kernels': 'pallas_tpu'}, "'pallas_tpu' needs a tpu, .* has a cpu"),
     ({'prune.end_tokens': 10**9}, 'does not hold; change the three'),
+    ({'prune.begin_tokens': -1}, '0 <= prune.begin_tokens -1 < prune.end_tok'),
+    (
+      {'prune.begin_tokens': 20_480},
+      'begin_tokens 20,480 < prune.end_tokens 20,480 <= .* does not hold',
+    ),
     ({'optimizer.warmup_tokens': 10**9}, 'exceed train.tokens'),
     (
       {'optimizer.schedule': 'wsd', 'optimizer.decay_tokens': 61_000},
@@ -195,6 +201,66 @@ def test_values_that_cannot_work_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
+  ('keys', 'outside'),
+  [
+    (
+      (
+        'data.seq_len', 'data.batch_size', 'train.accumulate', 'train.tokens',
+        'train.log_every', 'train.max_skipped', 'prune.every',
+        'checkpoint.every_steps', 'checkpoint.keep', 'eval.every_tokens',
+        'shrink.quantum.heads', 'shrink.quantum.ffn', 'shrink.quantum.stem',
+        'distill.top_k', 'repair.batches',
+      ),
+      (0,),
+    ),
+    (
+      (
+        'data.workers', 'optimizer.warmup_tokens', 'optimizer.decay_tokens',
+        'eval.tokens_per_domain', 'seed',
+      ),
+      (-1,),
+    ),
+    (
+      ('optimizer.peak', 'optimizer.clip', 'distill.temperature'),
+      (0.0, math.inf, math.nan),
+    ),
+    (('data.timeout',), (0.0, math.nan)),
+    (
+      ('optimizer.b1', 'optimizer.b2', 'prune.ema', 'shrink.threshold'),
+      (-0.1, 1.0, math.nan),
+    ),
+    (('distill.weight', 'optimizer.embedding'), (-0.1, 1.1, math.nan)),
+    (
+      ('optimizer.end', 'optimizer.weight_decay', 'repair.damping'),
+      (-0.1, math.inf, math.nan),
+    ),
+  ],
+)  # fmt: skip
+def test_every_number_has_its_bounds(keys, outside):
+  """What is read long after the plan is made, too."""
+  for key in keys:
+    for value in outside:
+      with pytest.raises(errors.InputError, match=f'^{key} .*--config.{key}$'):
+        config_checks.check(small(**{key: value}), SMOLLM2)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'optimizer.warmup_tokens': 40_960},
+    {'optimizer.end': 1.5e-4},
+    {'data.seq_len': 8192, 'train.tokens': 10**6},
+    {'distill.weight': 1.0, 'distill.top_k': 49_152},
+    # Of two micro-batches one decides.
+    {'repair.batches': 1},
+    {'prune.begin_tokens': 0, 'prune.end_tokens': 61_440},
+  ],
+)
+def test_a_value_may_be_as_large_as_its_bound(change):
+  plan.make(small(**change), SMOLLM2)
+
+
+@pytest.mark.parametrize(
   ('change', 'message'),
   [
     ({}, "model.dtype 'float32' is not bfloat16"),
@@ -224,6 +290,7 @@ def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
       {'H': 32, 'K': 6},
       r'quantum\.heads 1 of 32 channels leave 32; .*quantum\.heads=2',
     ),
+    ({'H': 48}, r'quantum\.heads 1 of 48 channels .*quantum\.heads=4'),
     ({'F': 1540}, 'the source has 1540 ffn channels'),
     ({'H': 64, 'D': 600}, 'the source has 600 stem channels'),
     ({}, None),
@@ -292,7 +359,12 @@ def test_blocks_that_a_source_has_opened_are_refused_under_ragged():
   message = 'ffn in blocks of prune.multiple_of.ffn 4, and a layer .* has 7 al'
   with pytest.raises(errors.InputError, match=message):
     plan.make(small(**changes), cfg, masks)
-  plan.make(small(**changes | {'prune.multiple_of.ffn': 1}), cfg, masks)
+  changes |= {'prune.multiple_of.ffn': 1}
+  plan.make(small(**changes), cfg, masks)
+  # A block of the stem goes channel by channel: one that is open is finished.
+  masks = masks.replace(stem=masks.stem.at[13:].set(False))
+  assert changes['prune.multiple_of.stem'] == 8
+  plan.make(small(**changes), cfg, masks)
 
 
 def test_kernels_are_named_in_the_plan():
@@ -341,6 +413,27 @@ def test_pruning_ends_even_between_two_prunes():
   assert len(last) == 1
   assert made.prunes(last[0])
   assert last[0] % 7
+  phases = [made.phase(s) for s in (1, last[0], last[0] + 1, made.steps)]
+  assert phases == ['pruning'] * 2 + ['recovery'] * 2
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'every'), [(1, 1), (512, 1), (513, 2), (10**9, 121)]
+)
+def test_evaluations_go_by_tokens(tokens, every):
+  """At most once a step of 512, and where they must be."""
+  made = plan.make(small(**{'eval.every_tokens': tokens}), SMOLLM2)
+  found = {s for s in range(1, made.steps + 1) if made.evaluates(s)}
+  (last,) = (s for s in found if made.last_prune(s))
+  assert found == {*range(every, 121, every), last, 120}
+
+
+def test_the_seed_is_part_of_a_program_only_where_it_draws_scores():
+  """So that what one seed has compiled serves another."""
+  recipe = lambda **changes: plan.make(small(**changes), SMOLLM2).recipe
+  assert recipe(seed=0) == recipe(seed=7)
+  random = {'prune.saliency': 'random'}
+  assert recipe(seed=0, **random) != recipe(seed=7, **random)
 
 
 def test_a_prune_follows_whatever_fell_since_the_one_before():
