@@ -77,9 +77,18 @@ def test_learning_rates():
     [0.25, 0.5, 1, 1, 1, 0.1],
     rtol=1e-6,
   )
-  cosine = optimizers.learning_rate('cosine', 1.0, 0.1, 4, 0, 20)
+  stable = optimizers.learning_rate('wsd', 2.0, 0.1, 4, 0, 20)
   np.testing.assert_allclose(
-    [cosine(s) for s in (0, 3, 11, 19)], [0.25, 1, 0.55, 0.1], rtol=1e-6
+    [stable(s) for s in (0, 3, 19)], [0.5, 2, 2], rtol=1e-6
+  )
+  cosine = optimizers.learning_rate('cosine', 2.0, 0.2, 4, 0, 20)
+  np.testing.assert_allclose(
+    [cosine(s) for s in (0, 3, 11, 19)], [0.5, 2, 1.1, 0.2], rtol=1e-6
+  )
+  # Of a run that is all warm-up.
+  rise = optimizers.learning_rate('cosine', 2.0, 0.2, 20, 0, 20)
+  np.testing.assert_allclose(
+    [rise(s) for s in (0, 9, 19)], [0.1, 1, 2], rtol=1e-6
   )
   with pytest.raises(ValueError, match='triangle'):
     optimizers.learning_rate('triangle', 1.0, 0.1, 4, 5, 20)
