@@ -200,6 +200,17 @@ def test_activation_equals_a_walk_over_every_token(cfg):
   jax.tree.map(lambda s, m: np.testing.assert_array_equal(s > 0, m), got, masks)
 
 
+def test_activations_of_bfloat16_are_averaged_in_float32():
+  cfg = conftest.make_config()
+  masks, params = structure.all_alive(cfg), conftest.make_params(cfg)
+  score = jax.jit(saliency.activation)
+  taps = random_taps(cfg, masks)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), taps)
+  same = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+  got, want = (score(x, params, masks) for x in (half, same))
+  conftest.check_close(got, want, rtol=1e-5)
+
+
 def test_random_is_uniform_by_the_member(cfg):
   shapes = structure.shapes(cfg)
   masks = conftest.make_masks(cfg)
