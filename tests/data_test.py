@@ -219,6 +219,15 @@ def test_weights_are_shares_of_the_tokens(built, bpe):
   assert upper_share(built, bpe, {'low': 1, 'UP': 0}) == 0
   assert upper_share(built, bpe, {'UP': 5}) == 1
   assert 0.1 < upper_share(built, bpe, {}) < 0.35  # by size
+  # In whatever order they are named.
+  first, other = (
+    take(batches(built, bpe, weights=dict(weights)), 8)
+    for weights in (
+      [('low', 1.0), ('UP', 3.0)],
+      [('UP', 3.0), ('low', 1.0)],
+    )
+  )
+  np.testing.assert_array_equal(first, other)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -279,6 +288,16 @@ def test_a_share_of_the_newest_batches_repeats_nothing_of_the_rest(built, bpe):
     assert set(rest) == set(held[:-newest]), len(seen)
   assert rows == held
   iterator.close()
+
+
+def test_a_share_of_a_few_rows_is_one_of_them(built, bpe):
+  """Of a single one it is that one."""
+  for size, first in ((1, 4), (2, 6)):
+    iterator = batches(built, bpe, batch_size=size, recent=4)
+    batch = next(iterator)
+    want = [*batch[:1].tolist() * first, *batch[1:].tolist() * 2]
+    assert iterator.recent(0.25).tolist() == want
+    iterator.close()
 
 
 @pytest.mark.parametrize(
