@@ -135,6 +135,15 @@ def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
     checkpoints.restore_params(tmp_path, event=3)
 
 
+def test_the_tenth_event_follows_the_ninth(tmp_path, tx):
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
+  state, both = make_state(tx, 4), [make_event(CFG, index) for index in (9, 10)]
+  for event in both:
+    writer.save_event(event, state, make_data(), FLOPS, TRIALS)
+  writer.close()
+  assert checkpoints.read_events(tmp_path) == both
+
+
 def test_a_save_does_not_ask_whether_to_stop(tmp_path, tx, monkeypatch):
   """jax would take an event's number for the step that the run is at."""
   asked = []
@@ -183,6 +192,11 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
   assert item == 3
   assert 'cannot be read' in caplog.text
   assert 'taking the one before' in caplog.text
+  assert (tmp_path / 'damaged' / 'checkpoints-5').is_dir()
+  # The run writes it again, to a disk that is no better.
+  write(tmp_path, tx, [5])
+  spoil(tmp_path / 'checkpoints' / '5')
+  assert int(restore(tmp_path, tx)[0].step) == 3
   assert (tmp_path / 'damaged' / 'checkpoints-5').is_dir()
 
 
@@ -408,6 +422,8 @@ def test_a_moment_is_on_the_disk_before_it_has_its_name(
   for name in ('digests.json', 'arch', 'arch/metadata', 'data/metadata'):
     assert name in names
     assert any(x.endswith(f'tmp/{name}') for x in synced), name
+  # And the names of these.
+  assert any(x.endswith('checkpoints/1.orbax-checkpoint-tmp') for x in synced)
 
 
 def test_the_arrays_may_be_donated_right_after_a_save(tmp_path, tx):
