@@ -5,6 +5,8 @@ import json
 import shutil
 import threading
 import time
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from effllm_jax import console
 from effllm_jax import errors
 from effllm_jax import loop
 from effllm_jax import model
+from effllm_jax import plan as plan_lib
+from effllm_jax import pruning
 from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import steps
@@ -72,6 +76,38 @@ def test_a_shrink_that_changes_the_loss_stops_the_run(setting, monkeypatch):
   monkeypatch.undo()
   run('shrink', **changes)
   assert checkpoints.moments(root / 'shrink')[0].step == 24
+
+
+@pytest.mark.parametrize('event', [None, 'an event'])
+def test_rows_are_on_the_disk_before_the_moment_that_they_belong_to(event):
+  """Or a resume would begin behind the end of its log."""
+  run = mock.MagicMock()
+  loop.Loop._save(run, 3, event)
+  calls = [name for name, *_ in run.mock_calls]
+  saved = calls.index('writer.save_event' if event else 'writer.save')
+  assert {*calls[:saved]} >= {'metrics.sync', 'trace.sync'}
+
+
+def test_the_last_evaluation_is_final_also_where_pruning_ends_with_it():
+  config, cfg = smollm2_135m.get_config(), conftest.make_config(context=256)
+  config.update_from_flattened_dict(
+    conftest.small_run(
+      '', '', **{'prune.end_tokens': 24 * 64, 'budget.target': 3500.0}
+    )
+  )
+  run = types.SimpleNamespace(plan=plan_lib.make(config, cfg))
+  assert run.plan.last_prune(run.plan.steps)
+  assert loop.Loop._phase(run, run.plan.steps) == 'final'
+
+
+def test_the_rate_of_a_row_is_that_of_the_last_update(monkeypatch):
+  """Of seven steps of which two were skipped: the fifth, counted from 0."""
+  monkeypatch.setattr(pruning, 'sizes', lambda *_: {})
+  run = mock.MagicMock(busy_seconds=6.0, unlogged=3, rate=float)
+  run.state.skipped = 2
+  row = loop.Loop._row(run, 7, {'loss': float('nan')}, 0.5)
+  assert (row['learning_rate'], row['skipped']) == (4.0, 2)
+  assert (row['seconds'], row['data_seconds'], row['loss']) == (2.0, 0.5, None)
 
 
 def test_says_so_where_the_layers_would_have_to_go(setting, monkeypatch):
