@@ -91,8 +91,8 @@ class Plan:
     """Whether a prune follows this step: not where the size rests."""
     if not self.scores(step):
       return False
-    since = max(step - self.every, 0)
-    falls = self.schedule.falls(self.tokens(since), self.tokens(step))
+    since = self.tokens(step - self.every)
+    falls = self.schedule.falls(since, self.tokens(step))
     return (step % self.every == 0 and falls) or self.last_prune(step)
 
   def phase(self, step: int) -> str:
