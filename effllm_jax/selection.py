@@ -283,7 +283,7 @@ class _Search:
       ]
     )
     units = jnp.stack(_priced(self._groups(left), self.rules, self.form))
-    return _finite(_price(score, units))
+    return _price(score, units)
 
   def _taken(self, target, least, by_block):
     """What the greedy choice leaves at `target`, of no type below `least`."""

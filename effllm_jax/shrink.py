@@ -65,7 +65,7 @@ def kept_indices(
   def best(mask, score, letters):
     score = jnp.nan_to_num(score, nan=jnp.inf)
     ranked = jnp.argsort(jnp.where(mask, -score, jnp.inf), axis=-1)
-    return ranked[..., : getattr(cfg, letters[-1])].astype(jnp.int32)
+    return ranked[..., : getattr(cfg, letters[-1])]
 
   return jax.tree.map(best, masks, scores, structure.GROUP_AXES)
 

@@ -50,7 +50,7 @@ def test_trials_fade_step_by_step():
   made = plan('uniform')
   assert made.every == 2
   calibration = calibration_lib.Calibration(made.trial_decay())
-  trial = {'groups': 1, 'change': 0.5, 'score': 2.0}
+  before, trial = calibration.record, {'groups': 1, 'change': 0.5, 'score': 2.0}
   for _ in range(2):
     assert calibration.measured == bool(calibration.record['sums'])
     calibration.add(dict.fromkeys(structure.TYPES, trial))
@@ -58,6 +58,8 @@ def test_trials_fade_step_by_step():
   assert calibration.record['sums'] == {
     t: pytest.approx([0.5 * kept, 2.0 * kept]) for t in structure.TYPES
   }
+  # A thread may still be writing what a checkpoint was given.
+  assert before == {'sums': {}, 'broken': {}}
 
 
 def calibrate(scores, policy='uniform', params=None, masks=None, share=0.9):

@@ -55,6 +55,14 @@ def test_impossible_targets_are_refused(change, message):
   assert '--config.' in str(e.value) and '\n' not in str(e.value)
 
 
+def test_a_stem_need_not_be_on_a_multiple_under_ragged():
+  """It goes channel by channel, and is on one in the end."""
+  cfg = conftest.make_config(K=2, F=20, D=12)
+  cost = budgets.params(cfg)
+  rules = rules_lib.Rules('ragged', (0, 0, 1), (1, 1, 5), True)
+  rules_lib.check_target(cfg, rules, cost, cost.of_config(cfg) - 1)
+
+
 @pytest.mark.parametrize(
   ('floors', 'multiple_of'),
   [
