@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import types
 
 import grain
@@ -465,6 +466,55 @@ def test_a_half_written_folder_is_not_a_checkpoint(tmp_path, tx):
   assert checkpoints.moments(tmp_path) == []
   assert resume.restore_latest(tmp_path, tx, make_data()) is None
   assert not (tmp_path / 'damaged').exists()
+  # Nor in the way of the next one.
+  write(tmp_path, tx, [1])
+  assert os.listdir(tmp_path / 'checkpoints') == ['1']
+
+
+def test_a_file_in_place_of_a_checkpoint_is_damage(tmp_path, tx):
+  write(tmp_path, tx, [1])
+  (tmp_path / 'checkpoints' / '3').write_text('')
+  assert int(restore(tmp_path, tx)[0].step) == 1
+  assert (tmp_path / 'damaged' / 'checkpoints-3').is_file()
+
+
+def test_room_is_looked_for_when_the_last_save_is_over(tmp_path, monkeypatch):
+  """Which takes of it until then."""
+  done, usage = [], checkpoint_writer.shutil.disk_usage
+  monkeypatch.setattr(
+    checkpoint_writer.Writer, 'wait', lambda _: done.append('wait')
+  )
+  monkeypatch.setattr(
+    checkpoint_writer.shutil, 'disk_usage',
+    lambda path: done.append('look') or usage(path),
+  )  # fmt: skip
+  writer = checkpoint_writer.Writer(tmp_path, keep=2)
+  writer._check_space(np.zeros(3))
+  assert done == ['wait', 'look']
+  writer.close()
+
+
+@pytest.mark.parametrize(
+  ('error', 'message'),
+  [
+    (errno.ENOSPC, 'the disk is full; free space'),
+    (errno.EDQUOT, 'the disk is full; free space'),
+    (ValueError('RESOURCE_EXHAUSTED: no\nroom'), 'the disk is full; free'),
+    (errno.EACCES, r'Permission denied: .*; choose another --workdir'),
+    (errno.EROFS, r'Read-only file system: .*; choose another --workdir'),
+  ],
+)
+def test_what_cannot_be_written_is_told_in_one_line(error, message):
+  if isinstance(error, int):
+    error = OSError(error, os.strerror(error), 'checkpoints/3')
+  told = checkpoint_writer.write_error(error)
+  assert isinstance(told, errors.InputError) and '\n' not in str(told)
+  assert re.search(message, str(told))
+
+
+def test_another_failure_of_a_save_stays_what_it_is():
+  error = ValueError('a shape')
+  assert checkpoint_writer.write_error(error) is error
 
 
 def flip(path, bit):

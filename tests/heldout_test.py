@@ -171,6 +171,17 @@ def test_text_that_a_tokenizer_loses_is_told(tmp_path, caplog, kind):
       assert '\n' not in message
 
 
+def test_what_fills_up_a_window_is_no_text_that_is_lost(caplog):
+  """Where a model has no separator but its token of what is unknown."""
+  document = documents_lib.Document('a', '0', 'known known')
+  with caplog.at_level(logging.WARNING):
+    held = heldout_lib.windows_of(
+      [document], words_only('WordLevel'), 0, seq_len=64, tokens_per_domain=0
+    )['a']
+  assert held.windows[0].tolist() == [0, 2, 2] + [0] * 62
+  assert not caplog.records
+
+
 def test_bytes_lose_nothing(tmp_path, caplog, bpe):
   with caplog.at_level(logging.WARNING):
     make_heldout(tmp_path, ['\u65e5\u672c \U0001f642 \0 <unk>'], bpe)
