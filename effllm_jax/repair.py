@@ -80,7 +80,7 @@ def repair(
   mask. The rows of removed inputs come back as exactly 0.
 
   Args:
-    w_IO: the matrix, applied as x @ w.
+    w_IO: float32, the matrix, applied as x @ w.
     gram_II: `gram` of its inputs.
     keep_I: bool, True = stays.
     damping: lambda as a share of the mean diagonal of `gram_II`, where that is
@@ -88,13 +88,11 @@ def repair(
       Cholesky factor does not exist it is raised tenfold, up to 8 times.
 
   Returns:
-    The repaired matrix in the dtype of `w_IO`, and how it went. If no damping
-    helped, the survivors are as they were: never a nan.
+    The repaired matrix, and how it went. If no damping helped, the survivors
+    are as they were: never a nan.
   """
-  keep_I = keep_I.astype(bool)
-  w32_IO = w_IO.astype(jnp.float32)
-  kept_w_IO = jnp.where(keep_I[:, None], w32_IO, 0)
-  removed_w_IO = w32_IO - kept_w_IO
+  kept_w_IO = jnp.where(keep_I[:, None], w_IO, 0)
+  removed_w_IO = w_IO - kept_w_IO
   # In the rows R this is S_RP w_P; damping is diagonal and does not enter it.
   image_IO = _product(gram_II, removed_w_IO)
   lost_IO = jnp.where(keep_I[:, None], image_IO, 0)
@@ -126,7 +124,7 @@ def repair(
     # A difference: rounding may leave it below 0.
     error_with=jnp.maximum(without - gained, 0),
   )
-  return (kept_w_IO + change_IO).astype(w_IO.dtype), fit
+  return kept_w_IO + change_IO, fit
 
 
 def choose(
@@ -135,12 +133,12 @@ def choose(
   """The damping of `CANDIDATES` that serves other tokens best, float32 [].
 
   Args:
-    w_IO: the matrix; what nobody reads of its output is to be 0.
+    w_IO: float32, the matrix; what nobody reads of its output is to be 0.
     gram_II: of the tokens to fit.
     other_II: of those whose error decides.
     keep_I: bool, True = stays.
   """
-  removed_w_IO = jnp.where(keep_I[:, None], 0, w_IO.astype(jnp.float32))
+  removed_w_IO = jnp.where(keep_I[:, None], 0, w_IO)
 
   def best(w_IO):
     lost_IO = jnp.where(keep_I[:, None], _product(gram_II, w_IO), 0)
