@@ -500,6 +500,7 @@ def test_room_is_looked_for_when_the_last_save_is_over(tmp_path, monkeypatch):
     (errno.ENOSPC, 'the disk is full; free space'),
     (errno.EDQUOT, 'the disk is full; free space'),
     (ValueError('RESOURCE_EXHAUSTED: no\nroom'), 'the disk is full; free'),
+    (ValueError('open\nPermission denied'), 'workdir: open Permission denied'),
     (errno.EACCES, r'Permission denied: .*; choose another --workdir'),
     (errno.EROFS, r'Read-only file system: .*; choose another --workdir'),
   ],
