@@ -598,6 +598,14 @@ def test_next_to_nothing_is_not_what_is_held_out():
   assert splits['heldout'][0].size > 0.05 * total
 
 
+@pytest.mark.parametrize(('size', 'is_cut'), [(99, False), (100, True)])
+def test_no_part_of_a_document_is_next_to_nothing(size, is_cut):
+  """Each has at least a tenth of what is to be held out."""
+  text = f'{"a" * size}\n\n{"b" * 1500}'
+  document = documents_lib.Document('d', 'book', text)
+  assert bool(splitting._cut(document, 1000.0)) == is_cut
+
+
 class Books:
   """As many documents as wanted, made when they are read."""
 
