@@ -15,6 +15,9 @@ from effllm_jax import structure
 
 Array = jax.Array
 
+# Sums of float32 scores end soon behind it, and infinity is for what is kept.
+_HIGHEST = 1e30
+
 
 class Moves(NamedTuple):
   """The moves of one type, in the order in which they can be made.
@@ -55,7 +58,9 @@ def of_all_types(
   smallest, multiple = list(rules.smallest()), list(rules.multiple_of)
   moves = []
   for i, name in enumerate(structure.TYPES):
-    score_NX = jnp.atleast_2d(getattr(scores, name))
+    score_NX = jnp.atleast_2d(getattr(scores, name)).astype(jnp.float32)
+    score_NX = jnp.nan_to_num(score_NX, nan=_HIGHEST)
+    score_NX = jnp.clip(score_NX, -_HIGHEST, _HIGHEST)
     mask_NX = jnp.atleast_2d(getattr(masks, name))
     # The stem is one layer, taken channel by channel under both policies.
     if rules.policy == 'ragged' and name != 'stem':

@@ -132,12 +132,12 @@ def select(
 
   Args:
     scores: float32, nats per token. Ties go to the lower layer, then to the
-      lower index.
+      lower index. What is no number counts as infinite: it costs most.
     masks: under 'uniform' all layers have the same number of live heads, and of
       live channels; under 'ragged' these are multiples of `rules.multiple_of`.
     target: the result has at most this size, in units of `cost`.
-    final: the size that the run will end with. Where it equals `target` the
-      result has final widths (see the module's text).
+    final: the size that the run will end with, at most `target`. Where it is
+      `target` the result has final widths (see the module's text).
     rules: policy, floors, multiples, and what a price counts.
     cost: the budget.
 
@@ -399,7 +399,8 @@ def _priced(live, rules, form) -> tuple[Any, Any, Any]:
 
 
 def _price(score, units):
-  units = jnp.asarray(units).astype(score.dtype)
+  # Not in the scores' type: in float16 a head of a large model saves infinity.
+  units = jnp.asarray(units).astype(jnp.float32)
   return jnp.where(units > 0, score / units, jnp.inf)
 
 

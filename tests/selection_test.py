@@ -511,6 +511,41 @@ def test_blocks_keep_the_order_of_their_layer():
     assert ffn[1].all()
 
 
+@pytest.mark.parametrize('policy', rules_lib.POLICIES)
+def test_what_is_no_number_costs_most_and_floors_hold(policy):
+  cfg = conftest.make_config(K=4, N=3, F=8, D=16)
+  rules = dataclasses.replace(RAGGED, policy=policy, floors=(1, 1, 1))
+  cost, masks = budgets.params(cfg), structure.all_alive(cfg)
+  scores = conftest.make_scores(cfg)
+  target = cfg.num_params() // 2
+  select = lambda scores: selection.select(
+    scores, masks, target, target, rules, cost
+  )
+  dear = lambda value: scores.replace(heads=scores.heads.at[1, :3].set(value))
+  want = select(dear(1e20))
+  for value in (np.nan, np.inf):
+    jax.tree.map(np.testing.assert_array_equal, select(dear(value)), want)
+    alike = jax.tree.map(lambda s, v=value: jnp.full(s.shape, v), scores)
+    widths = selection.live_widths(select(alike))
+    assert min(x.min() for x in widths.values()) >= 1, widths
+
+
+def test_scores_of_half_precision_are_priced_in_float32():
+  """A head of this size saves more than float16 holds."""
+  cfg = conftest.make_config(K=4, H=64, F=64, D=256)
+  scores = conftest.make_scores(cfg)
+  scores = scores.replace(heads=1e4 * scores.heads)
+  masks = selection.select(
+    jax.tree.map(lambda s: s.astype(jnp.float16), scores),
+    structure.all_alive(cfg),
+    cfg.num_params() - 20 * 3 * cfg.D,
+    0,
+    RAGGED,
+    budgets.params(cfg),
+  )
+  assert masks.heads.all()
+
+
 def test_final_size_wastes_less_than_the_smallest_block():
   """SmolLM2-135M lands at or under any target, and not far under it."""
   cfg = conftest.make_config(V=49152, D=576, N=30, K=3, G=3, H=64, F=1536)
