@@ -54,7 +54,14 @@ def of_all_types(
   Returns:
     The moves; how many of each type are never made, because of the floors, [3];
     how many of each type make up one of its multiples, [3].
+
+  Raises:
+    ValueError: a policy that is none of `rules.POLICIES`.
   """
+  if rules.policy not in rules_lib.POLICIES:
+    raise ValueError(
+      f'policy {rules.policy!r} is not one of {", ".join(rules_lib.POLICIES)}'
+    )
   smallest, multiple = list(rules.smallest()), list(rules.multiple_of)
   moves = []
   for i, name in enumerate(structure.TYPES):

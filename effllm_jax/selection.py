@@ -145,6 +145,9 @@ def select(
     New masks; dead groups stay dead, and nothing goes that a run to `final`
     would keep by these scores. A target below the size at `rules.smallest()`
     gives that shape: check with `rules.check_target` before a run.
+
+  Raises:
+    ValueError: the policy is none of `rules.POLICIES`.
   """
   # Sizes need more than 32 bits; everything else keeps its type. The switch is
   # part of jit's key, so the compiled function is found again.

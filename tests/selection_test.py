@@ -546,6 +546,15 @@ def test_scores_of_half_precision_are_priced_in_float32():
   assert masks.heads.all()
 
 
+@pytest.mark.parametrize('policy', ('none', 'Ragged'))
+def test_another_policy_is_none_of_those_there_are(policy):
+  cfg = conftest.make_config()
+  scores, masks = conftest.make_scores(cfg), structure.all_alive(cfg)
+  rules = dataclasses.replace(FREE, policy=policy)
+  with pytest.raises(ValueError, match=f'policy {policy!r} is not one of'):
+    selection.select(scores, masks, 0, 0, rules, budgets.params(cfg))
+
+
 def test_final_size_wastes_less_than_the_smallest_block():
   """SmolLM2-135M lands at or under any target, and not far under it."""
   cfg = conftest.make_config(V=49152, D=576, N=30, K=3, G=3, H=64, F=1536)
