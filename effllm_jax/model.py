@@ -106,7 +106,8 @@ def forward(
   Args:
     params: float32 master parameters; shapes as in `structure.axes`.
     masks: bool, True = alive.
-    tokens_BT: int32 token ids.
+    tokens_BT: int32 token ids, which are not checked: jax reads one that is too
+      large as the last one. As a label it makes a loss that is no number.
     cfg: the architecture.
     compute: dtype and rematerialisation.
     taps: also return the inputs of every matrix product.
@@ -203,7 +204,9 @@ def embed(
 ) -> Array:
   """The stem before the first layer, [B, T, D] in the compute dtype."""
   dtype = jnp.dtype(compute.dtype)
-  table_VD = sharding.constrain(params.embed, 'VD', compute.mesh)
+  # A trace cannot index weights of numpy, which `sources.load` gives.
+  table_VD = jnp.asarray(params.embed)
+  table_VD = sharding.constrain(table_VD, 'VD', compute.mesh)
   x_BTD = table_VD[tokens_BT].astype(dtype) * masks.stem.astype(dtype)
   return sharding.constrain(x_BTD, 'BTD', compute.mesh)
 

@@ -171,6 +171,16 @@ def test_dead_weights_do_not_matter(cfg):
   )
 
 
+def test_weights_of_numpy_may_be_closed_over():
+  cfg = conftest.make_config()
+  params, masks = conftest.make_params(cfg), structure.all_alive(cfg)
+  tokens = conftest.make_tokens(cfg)
+  want, _ = conftest.forward(params, masks, tokens, cfg=cfg)
+  held = jax.tree.map(np.asarray, params)
+  logits = jax.jit(lambda x: model.forward(held, masks, x, cfg)[0])(tokens)
+  conftest.check_close(logits, want)
+
+
 def test_is_causal(cfg):
   """A logit depends on no later token, seen through the gradient."""
   params, tokens = conftest.make_params(cfg), conftest.make_tokens(cfg, 1)
