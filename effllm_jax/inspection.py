@@ -96,9 +96,14 @@ def prune(model: Model, target: int, policy: str = 'ragged') -> Model:
       every layer at a time, of a model whose layers have one width.
 
   Raises:
-    errors.InputError: the target is not below what is alive, or out of reach.
+    errors.InputError: the target is not below what is alive, or out of reach,
+      or nothing has been scored.
   """
   rules = _rules(policy)
+  if not int(model.prune.count):
+    raise errors.InputError(
+      f'{model.name} has no scores to prune by; take a run that prunes'
+    )
   if not 0 < target < model.live_params:
     raise errors.InputError(
       f'target {target:,} is not between 0 and the {model.live_params:,} live '
@@ -149,14 +154,20 @@ def logit_difference(a: Model, b: Model, tokens_BT: np.ndarray) -> float:
   """Largest absolute difference between the logits of two models.
 
   Raises:
-    errors.InputError: the tokens are none of their vocabulary.
+    errors.InputError: the tokens are no ids [B, T] of their vocabulary.
   """
-  tokens_BT = np.asarray(tokens_BT, np.int32)
+  tokens_BT = np.asarray(tokens_BT)
   vocab = min(a.cfg.V, b.cfg.V)
-  if not tokens_BT.size or tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
+  if (
+    tokens_BT.ndim != 2
+    or not tokens_BT.size
+    or not np.issubdtype(tokens_BT.dtype, np.integer)
+    or tokens_BT.min() < 0
+    or tokens_BT.max() >= vocab
+  ):
     raise errors.InputError(
-      f'there must be tokens, and all of them within 0 and {vocab - 1}; take '
-      'those of notebook.tokens'
+      'there must be rows of token ids, and all of them within 0 and '
+      f'{vocab - 1}; take those of notebook.tokens'
     )
   left, right = (
     _logits(x.params, x.prune.masks, tokens_BT, cfg=x.cfg) for x in (a, b)

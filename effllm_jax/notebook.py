@@ -135,8 +135,13 @@ def model(run: Run, event: int | None = None, step: int | None = None) -> Model:
     step: of a rolling checkpoint, the newest few of which a run keeps.
 
   Raises:
-    errors.InputError: there is no such event or checkpoint, or it is damaged.
+    errors.InputError: there is no such event or checkpoint, it is damaged, or
+      both are named.
   """
+  if event is not None and step is not None:
+    raise errors.InputError(
+      f'event {event} and step {step} are two moments; name one of them'
+    )
   if event is not None:
     path = run.workdir / 'events' / str(event)
   elif step is not None:
@@ -287,6 +292,8 @@ def overlap(
 
 
 def _some(runs: Sequence[Run]) -> Sequence[Run]:
+  if isinstance(runs, Run):
+    raise errors.InputError(f'{runs.workdir} is one run; give a list of runs')
   if not runs:
     raise errors.InputError('no run is given; open one by open_run')
   return runs

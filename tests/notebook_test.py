@@ -26,12 +26,13 @@ from effllm_jax import small_run
 from experiments import cli
 
 CFG = conftest.make_config(K=3)
+RUN = notebook.Run(pathlib.Path('runs/a'), None, None, [])
 
 
 def make_model(masks=None, cfg=CFG) -> notebook.Model:
   """A model with scores that have no ties, and with `masks`."""
   prune = state_lib.fresh_prune_state(cfg).replace(
-    scores=conftest.make_scores(cfg)
+    scores=conftest.make_scores(cfg), count=np.int32(1)
   )
   if masks is not None:
     prune = prune.replace(masks=masks)
@@ -233,9 +234,17 @@ def test_a_prune_that_cannot_be_made_is_refused(target, policy, words):
     notebook.prune(make_model(uneven), target, policy)
 
 
-def test_tokens_of_no_vocabulary_are_refused(masked):
+def test_what_was_never_scored_is_not_pruned():
+  model = make_model()
+  prune = model.prune.replace(count=np.int32(0))
+  with pytest.raises(errors.InputError, match='made has no scores'):
+    notebook.prune(dataclasses.replace(model, prune=prune), 3000)
+
+
+@pytest.mark.parametrize('tokens', ([[61]], [1, 2], [[0.7, 3.2]], [[]], 'text'))
+def test_tokens_of_no_vocabulary_are_refused(masked, tokens):
   with pytest.raises(errors.InputError, match='within 0 and 60'):
-    notebook.logit_difference(masked, masked, np.array([[61]]))
+    notebook.logit_difference(masked, masked, tokens)
 
 
 def test_survivors_are_listed_up_to_a_number(masked):
@@ -390,6 +399,8 @@ def test_a_run_that_does_not_exist_is_one_line(tmp_path, monkeypatch):
     (lambda: notebook.figure_2c([]), 'no run is given'),
     (lambda: notebook.quality([]), 'no run is given'),
     (lambda: notebook.overlap([]), 'no run is given'),
+    (lambda: notebook.figure_2c(RUN), 'runs/a is one run; give a list'),
+    (lambda: notebook.model(RUN, event=0, step=24), 'event 0 and step 24 are'),
     (lambda: notebook.overlap([None], part='dead'), "no part 'dead'; 'alive'"),
   ],
 )
