@@ -95,7 +95,7 @@ def repair_model(
   overlap = jax.lax.cond(
     task.narrower,
     lambda x: task.overlap(x, params.final_norm),
-    lambda x: jnp.zeros(2),
+    lambda x: _zeros(2),
     x_ABTD,
   )
   repaired = params.replace(
@@ -192,7 +192,7 @@ class _Task:
 
     zeros = {
       name: sharding.constrain(
-        jnp.zeros((self.sides, parts, len(alive_I), len(alive_I))),
+        _zeros(self.sides, parts, len(alive_I), len(alive_I)),
         'SBII',
         self.mesh,
       )
@@ -201,7 +201,7 @@ class _Task:
     # To which of the S Gram matrices a micro-batch adds.
     side_A = (jnp.arange(self.count) >= self.fitted).astype(int)
     (sums, overlaps), x_ABTD = jax.lax.scan(
-      add, (zeros, jnp.zeros((2, 2))), (x_ABTD, side_A)
+      add, (zeros, _zeros(2, 2)), (x_ABTD, side_A)
     )
     grams = {n: _replicated(s.mean(1), self.mesh) for n, s in sums.items()}
     return grams, overlaps, x_ABTD
@@ -253,7 +253,7 @@ class _Task:
       sides = jnp.split(final_ABTD, [self.fitted])[: self.sides]
       return jnp.stack([repair.gram(x) * (len(x) / self.count) for x in sides])
 
-    zeros = jnp.zeros((self.sides, self.cfg.D, self.cfg.D))
+    zeros = _zeros(self.sides, self.cfg.D, self.cfg.D)
     grams_SDD = jax.lax.cond(self.narrower, grams, lambda _: zeros, x_ABTD)
     return self._repaired(
       params.unembed, _replicated(grams_SDD, self.mesh), masks.stem,
@@ -272,7 +272,7 @@ class _Task:
       return repair.repair(w_IO, grams_SII.sum(0), keep, chosen)
 
     def none(w_IO):
-      zero = jnp.zeros((), jnp.float32)
+      zero = _zeros()
       return w_IO, repair.Fit(zero, zero, zero)
 
     # Every device solves for itself.
@@ -292,6 +292,11 @@ class _Task:
     )
     before *= self.new_masks.stem
     return jnp.stack([_dot(before, after), _dot(after, after)])
+
+
+def _zeros(*shape):
+  """Float32 also where a user has switched on float64."""
+  return jnp.zeros(shape, jnp.float32)
 
 
 def _ends(masks, new_masks, layer, cfg):

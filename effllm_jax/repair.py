@@ -171,7 +171,8 @@ def _narrowed(w_IO, removed_I, columns):
   (rows,) = jnp.nonzero(removed_I, size=columns, fill_value=len(removed_I))
   w_PO = w_IO.at[rows].get(mode='fill', fill_value=0)
   v_PP = jnp.linalg.qr(w_PO.T, mode='r').T
-  return jnp.zeros((len(w_IO), columns)).at[rows].set(v_PP, mode='drop')
+  zeros_IP = jnp.zeros((len(w_IO), columns), w_IO.dtype)
+  return zeros_IP.at[rows].set(v_PP, mode='drop')
 
 
 def deciding(count: int) -> int:

@@ -63,6 +63,7 @@ leaves 3.05 bits per byte where `fisher` leaves 1.472.
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -271,10 +272,11 @@ def random(
   """Uniform in [0, 1), times the number of live members."""
   keys = jax.random.split(key, 3)
   layers = shapes.layers
+  uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)
   draws = structure.Groups(
-    heads=jax.random.uniform(keys[0], layers.wo.shape[:2]),
-    ffn=jax.random.uniform(keys[1], layers.w_down.shape[:2]),
-    stem=jax.random.uniform(keys[2], shapes.embed.shape[1:]),
+    heads=uniform(keys[0], layers.wo.shape[:2]),
+    ffn=uniform(keys[1], layers.w_down.shape[:2]),
+    stem=uniform(keys[2], shapes.embed.shape[1:]),
   )
   return jax.tree.map(jnp.multiply, draws, _members(shapes, masks))
 

@@ -647,6 +647,24 @@ def test_one_compile_repairs_after_every_prune(prune):
   assert steps.repair_step._cache_size() == size
 
 
+def test_a_user_may_have_switched_float64_on(tx):
+  """The state stays float32, and nothing is of two types."""
+  cfg = conftest.make_config(N=1, tied=False)
+  state, masks = make_state(cfg, tx), conftest.make_masks(cfg)
+  tokens = micro_batches(cfg)
+  wanted = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  with jax.enable_x64(True):
+    for kind in ('fisher', 'random'):
+      train = functools.partial(step, cfg=cfg, tx=tx, saliency=kind)
+      got, _ = jax.eval_shape(train, state, tokens)
+      assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == wanted, kind
+    for damping in (DAMPING, 0.0):
+      again = functools.partial(steps.repair_step, cfg=cfg, damping=damping)
+      alive = state.prune.masks
+      got, _ = jax.eval_shape(again, state.params, alive, masks, tokens)
+      assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype('float32')}
+
+
 def test_accumulation_equals_one_large_batch(tx):
   cfg = CFG
   one, numbers = step(make_state(cfg, tx), one_batch(cfg), cfg, tx)
