@@ -62,6 +62,13 @@ def read(path: pathlib.Path, params: bool) -> weights.Source:
   """
   fields, tensors = contents(path)
   meta = _Metadata(path, fields)
+  # Before what the part lacks is asked for; 0 is in a file that was joined.
+  parts = meta.get('split.count', int, 1, least=0)
+  if parts > 1:
+    raise errors.InputError(
+      f'{path} is one of {parts} files that a model was split into; join them '
+      'with llama-gguf-split --merge'
+    )
   cfg = _config(meta, tensors)
   # What stands for a part of the architecture is in it already.
   read_already = {

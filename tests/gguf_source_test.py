@@ -253,6 +253,7 @@ def test_rows_that_no_token_has_are_no_tokens(tmp_path):
     ('llama.vocab_size', 321, ('token_embd.weight', (320, 64), (321, 64))),
     ('tokenizer.ggml.model', 'llama', ('tokenizer.ggml.model = llama',)),
     ('tokenizer.ggml.pre', 'tekken', ('tokenizer.ggml.pre = tekken', 'smollm')),
+    ('split.count', 2, ('one of 2 files', 'llama-gguf-split --merge')),
     ('tokenizer.ggml.tokens', ['a', 'b'], ('2 tokens',)),
     ('tokenizer.ggml.merges', ['a', 'b c'], ('merges',)),
     ('tokenizer.ggml.eos_token_id', 320, ('320',)),
