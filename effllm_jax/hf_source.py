@@ -254,6 +254,9 @@ def _tokenizer(folder):
   # Files may carry the settings of their training; documents stay whole here.
   tokenizer.no_truncation()
   tokenizer.no_padding()
+  if isinstance(tokenizer.model, tokenizers.models.BPE):
+    # Merges left out at random would make of a text other ids each time.
+    tokenizer.model.dropout = None
   template = folder / 'chat_template.jinja'
   if template.is_file():
     return tokenizer, untrusted.read_text(template, _AGAIN)

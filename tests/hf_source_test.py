@@ -334,6 +334,19 @@ def test_documents_are_never_truncated(tmp_path):
   assert read.encode('a').ids == model_files.bpe().encode('a').ids
 
 
+def test_merges_are_never_left_out_at_random(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  tokenizer = model_files.bpe()
+  tokenizer.model.dropout = 0.5
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  read = sources.load(folder, model_files.CACHE).tokenizer
+  want = model_files.bpe().encode(model_files.DARWIN).ids
+  assert read.encode(model_files.DARWIN).ids == want
+  # What an export and a later start of the run read is this text.
+  again = tokenizers.Tokenizer.from_str(read.to_str())
+  assert again.encode(model_files.DARWIN).ids == want
+
+
 V_328 = dataclasses.replace(model_files.CFG, V=328)
 LLAMA_TOKENS = [
   '<|begin_of_text|>', '<|end_of_text|>', '<|eom_id|>', '<|eot_id|>', '<|pad|>',
