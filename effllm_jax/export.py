@@ -91,7 +91,7 @@ def write(
   # Before the minute that the rest takes.
   formats.check_model(model, names)
   formats.check_packages(names)
-  notes = _notes(model, masks, pad)
+  notes = _licence_notes(model) + _width_notes(model, masks, pad)
   # Of the model as it is: what is padded must answer like it, and its zeros are
   # no parameters.
   want = agreement.answers(model)
@@ -134,8 +134,19 @@ def write(
   )
 
 
-def _notes(model, masks, pad) -> list[str]:
-  """What the user should know before any file is written."""
+def _licence_notes(model) -> list[str]:
+  """That the text of a licence is beside the source only, where it is."""
+  link = model.licence_link
+  if not link or '://' in link:
+    return []
+  return [
+    f'the card names {link} as the licence of {model.name}: a file beside its '
+    'weights, and none of the export; copy it into the folder'
+  ]
+
+
+def _width_notes(model, masks, pad) -> list[str]:
+  """That odd widths are slow, and what would fill them up."""
   odd = widths.odd(masks, model.cfg, widths.MULTIPLE)
   if not odd or pad % widths.MULTIPLE == 0:
     return []

@@ -512,6 +512,23 @@ def test_odd_widths_are_told_and_padded(tmp_path, tokenizer_folder, reference):
 
 
 @pytest.mark.parametrize(
+  ('link', 'told'),
+  [(None, []), ('https://a.b/LICENSE', []), ('LICENSE.txt', ['LICENSE.txt'])],
+)
+def test_a_licence_that_lies_beside_the_source_is_told(
+  tmp_path, tokenizer_folder, monkeypatch, link, told
+):
+  monkeypatch.setattr(llama_cpp, 'available', lambda: False)
+  names = {'licence': 'other', 'licence_link': link}
+  model = dataclasses.replace(finished_model(tokenizer_folder), **names)
+  report = export.write(model, tmp_path / 'out', ('gguf-f32',), made())
+  notes = [note for note in report.notes if 'licence' in note]
+  assert [note.split()[3] for note in notes] == told
+  card = (report.path / 'README.md').read_text()
+  assert (f'license_link: "{link}"' in card) == bool(link)
+
+
+@pytest.mark.parametrize(
   ('formats', 'match'),
   [
     ((), 'is not known'),
