@@ -47,6 +47,9 @@ _TURN_ENDS = (
 )  # fmt: skip
 _MESSAGE_END = '<|eom_id|>'
 _KNOWN_ENDS = (*_TURN_ENDS, _MESSAGE_END, '<|endoftext|>', '<|end_of_text|>')
+# Of an added token: whether it takes in the spaces before or after it, whether
+# it is one within a word.
+_BESIDE = ('lstrip', 'rstrip', 'single_word')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +298,13 @@ def _tokenizer(model):
   for token, i in parts['model']['vocab'].items():
     tokens[i], kinds[i] = token, int(gguf.TokenType.NORMAL)
   for added in parts['added_tokens']:
+    # llama.cpp finds the text of a token, whatever is beside it.
+    if rules := [x for x in _BESIDE if added[x]]:
+      raise errors.InputError(
+        f'{model.name}: its token {added["content"]!r} is found by '
+        f'{", ".join(rules)}, for which llama.cpp has no words; set them to '
+        f'false in tokenizer.json, or {_REMEDY}'
+      )
     kind = 'CONTROL' if added['special'] else 'USER_DEFINED'
     tokens[added['id']] = added['content']
     kinds[added['id']] = int(gguf.TokenType[kind])
