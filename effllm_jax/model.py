@@ -164,11 +164,8 @@ def unembed(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _project(x_BTD, matrix, letters):
-  return jnp.einsum(
-    f'BTD,{letters}->BTV',
-    x_BTD,
-    matrix.astype(x_BTD.dtype),
-    preferred_element_type=jnp.float32,
+  return kernels.einsum(
+    f'BTD,{letters}->BTV', x_BTD, matrix.astype(x_BTD.dtype), jnp.float32
   )
 
 
@@ -183,13 +180,14 @@ def _project_backward(letters, kept, dlogits_BTV):
   float32, which an accelerator takes twice as long for or more.
   """
   x_BTD, matrix = kept
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
-  dx_BTD = product(
-    f'BTV,{letters}->BTD', dlogits_BTV, matrix.astype(x_BTD.dtype)
+  dx_BTD = kernels.einsum(
+    f'BTV,{letters}->BTD', dlogits_BTV, matrix.astype(x_BTD.dtype), x_BTD.dtype
   )
-  dmatrix = product(f'BTD,BTV->{letters}', x_BTD, dlogits_BTV)
-  return dx_BTD.astype(x_BTD.dtype), dmatrix.astype(matrix.dtype)
+  dmatrix = kernels.einsum(
+    f'BTD,BTV->{letters}', x_BTD, dlogits_BTV, matrix.dtype
+  )
+  return dx_BTD, dmatrix
 
 
 _project.defvjp(_project_forward, _project_backward)

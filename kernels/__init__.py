@@ -22,6 +22,7 @@ from kernels.dispatch import KEPT
 from kernels.dispatch import refusal
 from kernels.dispatch import resolve
 from kernels.dispatch import runnable
+from kernels.forms import einsum
 from kernels.matmul import masked_matmul
 from kernels.swiglu import masked_swiglu
 
@@ -29,6 +30,7 @@ __all__ = [
   'IMPLEMENTATIONS',
   'KEPT',
   'autotune',
+  'einsum',
   'masked_attention',
   'masked_matmul',
   'masked_swiglu',

@@ -116,8 +116,8 @@ def _attention_forward(hidden, eps, keep, cos_sin, x, *weights):
     # A dead head in the bucket may have any finite weight: what it comes to can
     # be infinite, and a gradient of zero times that is none.
     q, k, v = (
-      _alive(keep, _plus(_einsum('btd,dk...->btk...', x, w), b))
-      for w, b in ((wq, bq), (wk, bk), (wv, bv))
+      _alive(keep, _plus(_einsum(f'btd,d{head}->bt{head}', x, w), b))
+      for head, w, b in (('kgh', wq, bq), ('kh', wk, bk), ('kh', wv, bv))
     )
     heads = _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm)
     return _einsum('btkgh,kghd->btd', heads, wo), heads, q, k, v

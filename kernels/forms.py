@@ -30,6 +30,7 @@ from collections.abc import Callable
 import dataclasses
 
 import jax
+from jax.experimental import layout
 import jax.numpy as jnp
 
 FORMS = ('nn', 'nt', 'tn')
@@ -132,10 +133,59 @@ def dense(
 def einsum(
   spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-  """A product of two arrays in `dtype`, accumulated in float32."""
-  # XLA sums bfloat16 in float32 and can round as it stores. Asked for float32,
-  # a GPU stores all of that, and converts it in a kernel more.
-  half = jnp.dtype(dtype) == a.dtype == b.dtype == jnp.bfloat16
-  return jnp.einsum(
-    spec, a, b, preferred_element_type=dtype if half else jnp.float32
-  ).astype(dtype)
+  """A product of two arrays in `dtype`, accumulated in float32.
+
+  Args:
+    spec: as of `jnp.einsum`, without an ellipsis; a letter of both operands is
+      summed.
+    a: first operand.
+    b: second operand.
+    dtype: of the result.
+  """
+  if not a.dtype == b.dtype == jnp.bfloat16:
+    product = jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return product.astype(dtype)
+  operands, out = spec.split('->')
+  pairs = zip(operands.split(','), (a, b), strict=True)
+  # What comes first in the result is on the left: nothing is transposed then.
+  (left, a), (right, b) = sorted(pairs, key=lambda pair: out[0] not in pair[0])
+
+  def on_cpu(a, b):
+    product = _dot(*_summed_last(left, a, out), right, b, out, jnp.float32)
+    return product.astype(dtype)
+
+  def elsewhere(a, b):
+    # XLA sums bfloat16 in float32 and can round as it stores. Asked for
+    # float32, a GPU stores all of that, and converts it in a kernel more.
+    return _dot(left, a, right, b, out, dtype)
+
+  return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
+
+
+def _dot(left, a, right, b, out, dtype):
+  # Summed in the order in which the left operand lies: `jnp.einsum` goes by the
+  # alphabet, and XLA then copies heads and weights first.
+  summed = [letter for letter in left if letter not in out]
+  axes = [[letters.index(x) for x in summed] for letters in (left, right)]
+  product = jax.lax.dot_general(
+    a, b, (axes, ((), ())), preferred_element_type=dtype
+  )
+  kept = [letter for letter in left + right if letter in out]
+  return product.transpose([kept.index(letter) for letter in out])
+
+
+def _summed_last(letters, x, out):
+  """Moves what is summed to the last axes of an operand, in memory too.
+
+  On a CPU XLA's fast product (YNNPACK) takes bfloat16 only if the left operand
+  is like that, and, in jax 0.10, if the result is float32. All else is summed
+  as float32, at 140 GFLOP/s where a core with AMX reaches 600 to 850
+  (BENCHMARKS.md, "Bfloat16 on a CPU").
+  """
+  order = ''.join(sorted(letters, key=lambda letter: letter not in out))
+  if order == letters:
+    return letters, x
+  moved = x.transpose([letters.index(letter) for letter in order])
+  # Without this XLA would only rename the axes, and read x as it is.
+  rows = layout.Layout(tuple(range(x.ndim)))
+  return order, layout.with_layout_constraint(moved, rows)

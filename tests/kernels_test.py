@@ -422,7 +422,11 @@ def halved(jaxpr):
         late.append(eqn)
     elif eqn.primitive.name == 'transpose' and eqn.invars[0] in made:
       made[eqn.outvars[0]] = eqn
-    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+    inners = [*jax.extend.core.jaxprs_in_params(eqn.params)]
+    if platforms := eqn.params.get('branches_platforms'):
+      # What is not a CPU runs the branch of no name.
+      inners = [inners[platforms.index(None)]]
+    for inner in inners:
       more = halved(inner)
       dots, late = dots + more[0], late + more[1]
   return dots, late

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -201,9 +202,70 @@ def test_only_bfloat16_of_bfloat16_is_asked_for_as_it_is(
   before = lambda a, b: jnp.einsum(
     'mk,kn->mn', a, b, preferred_element_type=asked
   ).astype(result)
-  found, want = (str(jax.make_jaxpr(f)(a, b)) for f in (run, before))
+  found, want = (dots(f, a, b, 'cuda') for f in (run, before))
   assert found == want
-  assert f'preferred_element_type={asked}' in found
+  assert found[0].endswith({'float32': 'xf32>', 'bfloat16': 'xbf16>'}[asked])
+  if operands != 'bfloat16':
+    found, want = (str(jax.make_jaxpr(f)(a, b)) for f in (run, before))
+    assert found == want
+    assert f'preferred_element_type={asked}' in found
+
+
+def dots(run, a, b, platform):
+  """Products and conversions of a program, as written for a platform."""
+  lowered = jax.jit(run).trace(a, b).lower(lowering_platforms=(platform,))
+  return re.findall(
+    r'stablehlo\.(?:dot_general|convert|transpose|custom_call @\w+).*',
+    re.sub(r'%\w+', '', lowered.as_text()),
+  )
+
+
+@pytest.mark.parametrize('result', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  ('spec', 'rows_first'),
+  [
+    ('mk,kn->mn', None),
+    ('mk,nk->mn', None),
+    ('km,kn->mn', '[1, 0]'),
+    # The result has the axes of the right operand first.
+    ('km,kn->nm', '[1, 0]'),
+    ('mk,kn->nm', '[1, 0]'),
+    ('jmk,jkn->mn', '[1, 0, 2]'),
+    ('jmk,jknl->mnl', '[1, 0, 2]'),
+    # Not in the order of the alphabet.
+    ('mkj,kjn->mn', None),
+    ('mkj,nkj->mn', None),
+  ],
+)
+def test_a_cpu_reads_what_is_summed_from_the_last_axes(
+  spec, rows_first, result
+):
+  """What its library multiplies as bfloat16; see `forms._on_cpu`."""
+  sizes = {'m': 5, 'n': 4, 'l': 2, 'k': 3, 'j': 7}
+  left, right = spec.split('->')[0].split(',')
+  rng = np.random.default_rng(0)
+  a, b = (
+    # Integers whose sums bfloat16 holds too.
+    jnp.asarray(rng.integers(-2, 3, [sizes[x] for x in axes]), jnp.bfloat16)
+    for axes in (left, right)
+  )
+  run = functools.partial(forms.einsum, spec, dtype=jnp.dtype(result))
+  want = np.einsum(spec, *(np.asarray(x, np.float64) for x in (a, b)))
+  c = jax.jit(run)(a, b)
+  assert c.dtype == result
+  np.testing.assert_array_equal(c, want.astype(result))
+  text = '\n'.join(dots(run, a, b, 'cpu'))
+  assert ('@LayoutConstraint' in text) == (rows_first is not None)
+  if rows_first:
+    assert f'dims = {rows_first}' in text
+  (product,) = re.findall('dot_general.*', text)
+  assert product.endswith('xf32>')
+  summed, shape = re.search(
+    r'contracting_dims = \[([\d, ]+)\] x .* : \(tensor<([\dx]+)xbf16>', product
+  ).groups()
+  rank = shape.count('x') + 1
+  summed = [int(x) for x in summed.split(', ')]
+  assert summed == [*range(rank - len(summed), rank)]
 
 
 @pytest.mark.parametrize(('form', 'axes'), CASES)
