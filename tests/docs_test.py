@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from effllm_jax import model
 from effllm_jax import selection
 from effllm_jax import small_run
 from effllm_jax import sources
@@ -49,12 +50,19 @@ def test_the_run_of_the_readme(tmp_path, monkeypatch):
   assert (tmp_path / 'out' / 'b' / 'README.md').is_file()
 
 
-def test_the_parts_of_the_readme(tmp_path, monkeypatch):
+def _run_the_parts(tmp_path, monkeypatch):
+  """What the loop of one's own has made, by name, and its source."""
   small_run.write_inputs(tmp_path)
   source = sources.load(tmp_path / 'model', tmp_path)
-  monkeypatch.setattr(sources, 'load', lambda name, cache: source)
   found = {'text': 'It was a dark and stormy night.'}
-  exec(_block('take_params'), found)
+  with monkeypatch.context() as m:
+    m.setattr(sources, 'load', lambda name, cache: source)
+    exec(_block('take_params'), found)
+  return found, source
+
+
+def test_the_parts_of_the_readme(tmp_path, monkeypatch):
+  found, source = _run_the_parts(tmp_path, monkeypatch)
   masks, small = found['masks'], found['small']
   left = selection.live_params(masks, small)
   assert 0.7 < left / source.cfg.num_params() <= 0.8
@@ -62,6 +70,18 @@ def test_the_parts_of_the_readme(tmp_path, monkeypatch):
   assert tokens[0] == 1 < tokens[1]
   assert found['logits_BTV'].shape == (*tokens, small.V)
   structure.check_shapes(found['params'], small)
+
+
+def test_the_export_of_those_parts_is_the_same_model(tmp_path, monkeypatch):
+  pytest.importorskip('torch', reason='requirements-torch.txt')
+  found, _ = _run_the_parts(tmp_path, monkeypatch)
+  monkeypatch.chdir(tmp_path)
+  exec(_block('hf_export.write'), found)
+  again = sources.load(tmp_path / 'out' / 'mine', tmp_path)
+  logits_BTV, _ = model.forward(
+    again.params, again.masks, found['window_BT'], again.cfg
+  )
+  np.testing.assert_allclose(logits_BTV, found['logits_BTV'], atol=1e-5)
 
 
 def test_the_saliency_of_the_readme_is_its_formula(cfg):
