@@ -14,6 +14,8 @@ outputs enter the step as data: nothing of it is recomputed in the backward
 pass.
 """
 
+import math
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -54,13 +56,41 @@ def targets(
 
   def likeliest(logits_BTV):
     scaled_BTV = logits_BTV / temperature
-    top_BTk, index_BTk = jax.lax.top_k(scaled_BTV, top_k)
+    top_BTk, index_BTk = largest(scaled_BTV, top_k)
     normaliser = jax.nn.logsumexp(scaled_BTV, axis=-1, keepdims=True)
     return Targets(probs=jnp.exp(top_BTk - normaliser), index=index_BTk)
 
   logits_BTV, _ = model.forward(params, masks, tokens_BT, cfg, compute)
   # XLA does not split its top_k: every device would have the logits of all.
   return sharding.over_batch(likeliest, compute.mesh)(logits_BTV)
+
+
+def largest(x: Array, k: int) -> tuple[Array, Array]:
+  """`jax.lax.top_k` of the last axis [V], of ever fewer numbers.
+
+  On a GPU that sorts all of V together with its indices, for 2,048 tokens of
+  128,256 numbers 263 million pairs beside 2.1 GB of temporaries. The k largest
+  lie in the k groups whose largest are largest: what is sorted here are the
+  largest of the groups, and then what these k hold, 6,100 numbers of a token
+  for 64 of them. Ties go to the lower index, as there: of groups whose largest
+  tie the first ones are taken, and groups stay in their order.
+  """
+  V = x.shape[-1]
+  # The power of 2 at which the two sorts together are about the shortest.
+  size = 1 << round(math.log2(V / k) / 2)
+  count = -(-V // size)
+  if k >= count:
+    return jax.lax.top_k(x, k)
+  # What fills up the last group comes behind all that is there.
+  fill = [(0, 0)] * (x.ndim - 1) + [(0, count * size - V)]
+  grouped = jnp.pad(x, fill, constant_values=-jnp.inf)
+  grouped = grouped.reshape(*x.shape[:-1], count, size)
+  _, best = jax.lax.top_k(grouped.max(-1), k)
+  best = jnp.sort(best, axis=-1)
+  some = jnp.take_along_axis(grouped, best[..., None], axis=-2)
+  top, at = jax.lax.top_k(some.reshape(*x.shape[:-1], k * size), k)
+  group = jnp.take_along_axis(best, at // size, axis=-1)
+  return top, group * size + at % size
 
 
 def divergence(

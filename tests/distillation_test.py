@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,28 @@ def test_targets_are_the_largest_probabilities_of_the_teacher():
   # A model is its own best teacher.
   divergence = DIVERGENCE(logits, targets, 2.0)
   np.testing.assert_allclose(divergence, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape, k', [((2, 3, 1000), 7), ((4, 515), 1)])
+def test_the_largest_are_those_of_top_k_ties_included(shape, k):
+  x = np.asarray(make_logits(7, shape=shape), np.float32)
+  x[0, ..., 5:400] = -np.inf
+  for some in (x, np.round(x), np.zeros_like(x), np.full_like(x, -np.inf)):
+    want, have = jax.lax.top_k(some, k), distillation.largest(some, k)
+    for a, b in zip(have, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_never_is_all_of_a_vocabulary_sorted():
+  """As a GPU and a TPU do to find the largest of it."""
+  V, k = 128_256, 64
+  text = (
+    jax.jit(distillation.largest, static_argnums=1)
+    .lower(jax.ShapeDtypeStruct((2, V), np.float32), k)
+    .as_text()
+  )
+  sizes = re.findall(r'chlo.top_k.* : tensor<2x(\d+)xf32>', text)
+  assert len(sizes) == 2 and sum(map(int, sizes)) < V / 16
 
 
 def test_a_teacher_is_traced_once(tmp_path, monkeypatch):
