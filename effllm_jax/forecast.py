@@ -26,7 +26,8 @@ class Forecast:
     flops: at most, by `accounting.PURPOSES`: arrays and live widths as they
       begin, and a repair of every matrix after every prune.
     state: bytes of weights and moments, which a checkpoint has too.
-    gradients: bytes beside them in a step.
+    gradients: bytes beside them in a step: a micro-batch's and, where there are
+      several, their sum; for `taylor2_micro` that of their squares.
   """
 
   steps: int
@@ -43,6 +44,7 @@ def of(
   cfg: structure.ModelConfig,
   *,
   seq_len: int,
+  accumulate: int,
   batches: int,
   teacher: structure.ModelConfig | None = None,
 ) -> Forecast:
@@ -52,6 +54,7 @@ def of(
     plan: of `plan.make`.
     cfg: architecture of the source's arrays.
     seq_len: targets of a sequence.
+    accumulate: micro-batches of an update.
     batches: updates whose text a repair reads.
     teacher: architecture of the teacher, where the plan has one.
   """
@@ -83,6 +86,9 @@ def of(
     parts.append(
       spent(len(prunes), lambda meter: meter.repair(cfg, every, batches, tried))
     )
+  # As compiled for an H100, where nothing else is as large as the weights.
+  trees = 1 + (accumulate > 1)
+  trees += plan.recipe.saliency == 'taylor2_micro' and scored > 0
   return Forecast(
     steps=plan.steps,
     scored=scored,
@@ -93,7 +99,7 @@ def of(
       for name in accounting.PURPOSES
     },
     state=_STATE * cfg.num_params(),
-    gradients=_GRADIENT * cfg.num_params(),
+    gradients=_GRADIENT * trees * cfg.num_params(),
   )
 
 

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     plan,
     source.cfg,
     seq_len=config.data.seq_len,
+    accumulate=config.train.accumulate,
     batches=config.repair.batches,
     teacher=teacher,
   )

@@ -57,7 +57,11 @@ def test_a_forecast_is_what_came(finished):
   config = ml_collections.ConfigDict(config)
   cfg = sources.load_saved(finished / 'source').cfg
   found = forecast.of(
-    plan_lib.make(config, cfg), cfg, seq_len=config.data.seq_len, batches=1
+    plan_lib.make(config, cfg),
+    cfg,
+    seq_len=config.data.seq_len,
+    accumulate=config.train.accumulate,
+    batches=1,
   )
   trace = list(workdir_lib.read(finished / 'trace.jsonl'))
   assert found.prunes == tuple(row['step'] for row in trace)

@@ -53,7 +53,9 @@ def spent(plan, taught=lambda step: False):
 def test_what_a_run_spends_that_never_gets_narrower(changes):
   plan = make_plan(**changes)
   teacher = CFG if plan.recipe.distill else None
-  found = forecast.of(plan, CFG, seq_len=32, batches=2, teacher=teacher)
+  found = forecast.of(
+    plan, CFG, seq_len=32, accumulate=2, batches=2, teacher=teacher
+  )
   assert found.flops == spent(plan, plan.teaches)
   assert found.prunes == tuple(
     step for step in range(1, 25) if plan.prunes(step)
@@ -62,9 +64,22 @@ def test_what_a_run_spends_that_never_gets_narrower(changes):
   assert found.steps == 24 and found.state == 12 * CFG.num_params()
 
 
+@pytest.mark.parametrize(
+  'saliency, accumulate, trees',
+  [('fisher', 1, 1), ('fisher', 4, 2), ('taylor2_micro', 4, 3)],
+)
+def test_what_a_step_holds_beside_the_state(saliency, accumulate, trees):
+  """Trees of float32 as large as the weights."""
+  plan = make_plan(
+    **{'prune.saliency': saliency, 'train.accumulate': accumulate}
+  )
+  found = forecast.of(plan, CFG, seq_len=32, accumulate=accumulate, batches=2)
+  assert found.gradients == 4 * trees * CFG.num_params()
+
+
 def test_the_table_says_what_there_is_to_say():
   plan = make_plan()
-  found = forecast.of(plan, CFG, seq_len=32, batches=2)
+  found = forecast.of(plan, CFG, seq_len=32, accumulate=2, batches=2)
   rows = dict(forecast.table(found, plan, 'toy', 49_000).rows)
   assert rows['source'] == 'toy, 49,000 parameters'
   assert rows['to'] == '30k parameters'
@@ -74,7 +89,7 @@ def test_the_table_says_what_there_is_to_say():
   assert rows['recovery'].endswith(f'in {24 - found.scored} steps')
   assert 'teacher' not in rows and 'repair, at most' not in rows
   plan = make_plan(**{'prune.policy': 'none'})
-  found = forecast.of(plan, CFG, seq_len=32, batches=2)
+  found = forecast.of(plan, CFG, seq_len=32, accumulate=2, batches=2)
   rows = dict(forecast.table(found, plan, 'toy', 49_000).rows)
   assert not {'to', 'prunes', 'recovery', 'scoring, at most'} & {*rows}
 
