@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 import dataclasses
 
+import jax.numpy as jnp
+
 from effllm_jax import accounting
 from effllm_jax import amounts
 from effllm_jax import plan as plan_lib
@@ -28,6 +30,7 @@ class Forecast:
     state: bytes of weights and moments, which a checkpoint has too.
     gradients: bytes beside them in a step: a micro-batch's and, where there are
       several, their sum; for `taylor2_micro` that of their squares.
+    teacher: bytes of the teacher's weights, in the dtype that they compute in.
   """
 
   steps: int
@@ -37,6 +40,7 @@ class Forecast:
   flops: Mapping[str, int]
   state: int
   gradients: int
+  teacher: int
 
 
 def of(
@@ -100,6 +104,9 @@ def of(
     },
     state=_STATE * cfg.num_params(),
     gradients=_GRADIENT * trees * cfg.num_params(),
+    teacher=jnp.dtype(plan.recipe.compute.dtype).itemsize * teacher.num_params()
+    if taught
+    else 0,
   )
 
 
@@ -127,7 +134,9 @@ def table(
     f'{found.prunes[-1]:,}'
     if found.prunes
     else '',
-    'teacher': f'in {found.taught:,} steps' if found.taught else '',
+    'teacher': f'in {found.taught:,} steps, {found.teacher / 1e9:.2f} GB'
+    if found.taught
+    else '',
     'weights and moments': f'{found.state / 1e9:.2f} GB, and '
     f'{found.gradients / 1e9:.2f} of gradients in a step',
     **{

@@ -62,6 +62,8 @@ def test_what_a_run_spends_that_never_gets_narrower(changes):
   )
   assert found.taught == sum(plan.teaches(step) for step in range(1, 25))
   assert found.steps == 24 and found.state == 12 * CFG.num_params()
+  of_teacher = 4 * CFG.num_params() if found.taught else 0
+  assert found.teacher == of_teacher
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,16 @@ def test_what_a_step_holds_beside_the_state(saliency, accumulate, trees):
   )
   found = forecast.of(plan, CFG, seq_len=32, accumulate=accumulate, batches=2)
   assert found.gradients == 4 * trees * CFG.num_params()
+
+
+def test_a_teacher_of_bfloat16_takes_half_the_memory():
+  plan = make_plan(**{'distill.weight': 0.5, 'model.dtype': 'bfloat16'})
+  found = forecast.of(
+    plan, CFG, seq_len=32, accumulate=2, batches=2, teacher=CFG
+  )
+  assert found.teacher == 2 * CFG.num_params()
+  row = dict(forecast.table(found, plan, 'toy', 49_000).rows)['teacher']
+  assert row == f'in {found.taught} steps, 0.00 GB'
 
 
 def test_the_table_says_what_there_is_to_say():
