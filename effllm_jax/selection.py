@@ -127,8 +127,9 @@ def select(
   """Masks with the cheapest groups removed.
 
   A move that saves nothing (a latency fit may say so of a type) is not made.
-  One that saves only what is not priced (see `rules.Rules`) costs
-  more than all others, and is made last.
+  One that saves only what is not priced (see `rules.Rules`) costs more than all
+  others, and is made last. This is compiled by itself; call it outside of
+  `jax.jit`.
 
   Args:
     scores: float32, nats per token. Ties go to the lower layer, then to the

@@ -56,7 +56,8 @@ def kept_indices(
     scores: orders the survivors, highest first (ties: lower index first). One
       that is no number comes first: what is alive is kept.
     cfg: the architecture after the shrink (`shrunk_config`). Where a layer has
-      fewer live groups than its width, dead slots fill the end.
+      fewer live groups than its width, dead slots fill the end; of more than
+      that the lowest would be lost.
 
   Returns:
     int32 indices into the present axes: heads [N, K'], ffn [N, F'], stem [D'].
