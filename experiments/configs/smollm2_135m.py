@@ -44,7 +44,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.weights = ml_collections.ConfigDict()
 
   config.model = ml_collections.ConfigDict()
-  config.model.dtype = 'float32'  # of activations; 'bfloat16' on accelerators
+  # Of activations: 'float32', or 'bfloat16' on accelerators and CPUs with AMX.
+  config.model.dtype = 'float32'
   # What a layer keeps for its backward pass; the rest is recomputed: 'none'
   # recomputes next to nothing, 'dots' keeps products with weights and the
   # output of attention, 'full' recomputes all, in the least memory.
