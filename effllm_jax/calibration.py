@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effllm_jax import moves
 from effllm_jax import plan as plan_lib
 from effllm_jax import selection
 from effllm_jax import sharding
@@ -23,8 +24,6 @@ from effllm_jax import structure
 # did not raise the loss, and where it broke the model: not 0 and infinity,
 # which would lose the order within the type.
 _LEAST, _MOST = 1e-12, 1e20
-# Float32 scores end soon behind it.
-_HIGHEST = 1e30
 
 
 def trials(
@@ -144,7 +143,7 @@ class Calibration:
       # What was taken may have a score of 0, as the zeros that fill a layer up
       # have. The scores stay as they are then: others are worth more.
       rate = max(change, _LEAST) / score if score > 0 else 1.0
-      rates[name] = np.float32(min(rate, _HIGHEST))
+      rates[name] = np.float32(min(rate, moves.HIGHEST))
     scores = _scaled(
       prune.scores, structure.Groups(**rates), structure.Groups(**extra)
     )
@@ -154,5 +153,5 @@ class Calibration:
 @jax.jit
 def _scaled(scores, rates, extra):
   return jax.tree.map(
-    lambda s, r, e: jnp.minimum(r * s + e, _HIGHEST), scores, rates, extra
+    lambda s, r, e: jnp.minimum(r * s + e, moves.HIGHEST), scores, rates, extra
   )

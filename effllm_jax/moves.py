@@ -15,8 +15,9 @@ from effllm_jax import structure
 
 Array = jax.Array
 
-# Sums of float32 scores end soon behind it, and infinity is for what is kept.
-_HIGHEST = 1e30
+# Of a score. Sums of float32 end soon behind it, and infinity is for what is
+# kept.
+HIGHEST = 1e30
 
 
 class Moves(NamedTuple):
@@ -66,8 +67,8 @@ def of_all_types(
   moves = []
   for i, name in enumerate(structure.TYPES):
     score_NX = jnp.atleast_2d(getattr(scores, name)).astype(jnp.float32)
-    score_NX = jnp.nan_to_num(score_NX, nan=_HIGHEST)
-    score_NX = jnp.clip(score_NX, -_HIGHEST, _HIGHEST)
+    score_NX = jnp.nan_to_num(score_NX, nan=HIGHEST)
+    score_NX = jnp.clip(score_NX, -HIGHEST, HIGHEST)
     mask_NX = jnp.atleast_2d(getattr(masks, name))
     # The stem is one layer, taken channel by channel under both policies.
     if rules.policy == 'ragged' and name != 'stem':

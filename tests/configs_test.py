@@ -245,19 +245,27 @@ def test_every_number_has_its_bounds(keys, outside):
 
 
 @pytest.mark.parametrize(
-  'change',
+  ('change', 'beyond'),
   [
-    {'optimizer.warmup_tokens': 40_960},
-    {'optimizer.end': 1.5e-4},
-    {'data.seq_len': 8192, 'train.tokens': 10**6},
-    {'distill.weight': 1.0, 'distill.top_k': 49_152},
+    ({'optimizer.warmup_tokens': 40_960}, {'optimizer.warmup_tokens': 40_961}),
+    ({'optimizer.end': 1.5e-4}, {'optimizer.end': 1.6e-4}),
+    ({'data.seq_len': 8192, 'train.tokens': 10**6}, {'data.seq_len': 8193}),
+    ({'distill.weight': 1.0, 'distill.top_k': 49_152}, {'distill.weight': 1.1}),
+    (
+      {'distill.weight': 1.0, 'distill.top_k': 49_152},
+      {'distill.top_k': 49_153},
+    ),
     # Of two micro-batches one decides.
-    {'repair.batches': 1},
-    {'prune.begin_tokens': 0, 'prune.end_tokens': 61_440},
+    ({'repair.batches': 1}, {'train.accumulate': 1}),
+    ({'prune.begin_tokens': 0}, {'prune.begin_tokens': -1}),
+    ({'prune.end_tokens': 61_440}, {'prune.end_tokens': 61_441}),
   ],
 )
-def test_a_value_may_be_as_large_as_its_bound(change):
+def test_a_value_may_be_as_large_as_its_bound(change, beyond):
   plan.make(small(**change), SMOLLM2)
+  (key,) = beyond
+  with pytest.raises(errors.InputError, match=key):
+    plan.make(small(**change | beyond), SMOLLM2)
 
 
 @pytest.mark.parametrize(
