@@ -34,7 +34,7 @@ quickstart: $(VENV)/.ready
 	@echo "model:  $(OUT)  (its README.md says what opens it)"
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -91,6 +91,23 @@ simulated = pytest.mark.skipif(
 )
 
 
+# Files of a minute and more, the longest first. A worker takes whole files, and
+# xdist starts with those of many tests: a few long ones were left for the end,
+# two minutes of each suite in which other workers had nothing to do.
+LONGEST = (
+  'sharding', 'variants', 'faults', 'steps', 'end_to_end', 'kernels', 'model',
+  'export', 'compare', 'kernels_lowering', 'brute_force', 'report', 'compiled',
+  'edge', 'data', 'selection', 'train', 'harness', 'peers', 'repair_trials',
+  'notebooks', 'overlap', 'sweep',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  names = [f'{name}_test' for name in LONGEST]
+  rank = {name: i for i, name in enumerate(names)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_collection_finish():
   # What jax traces is many objects and next to no cycles: to look for these
   # took a fifth of the time under 3.11, and a tenth under 3.13.
