@@ -128,16 +128,18 @@ class EffllmAttention(nn.Module):
       for _ in range(2)
     )
 
-  def forward(self, x, cos, sin, mask, cache, rows):
+  def forward(self, x, cos, sin, mask, cache, rows, keys):
     """[B, T, hidden] -> [B, T, hidden].
 
     Args:
       x: [B, T, hidden].
       cos: of the angles by which to rotate, [B or 1, 1, T, head_dim / 2].
       sin: of the same.
-      mask: True = seen, [B or 1, 1, T, keys], broadcast.
+      mask: True = seen, [B or 1, 1, T, keys], broadcast; or None: each token
+        sees all up to itself, and is the first one here or the only one.
       cache: or None.
       rows: of a static cache for these tokens, [T].
+      keys: how many there are, these tokens' included.
     """
     q, k, v = (
       project(x).unflatten(-1, (-1, self.head_dim))
@@ -151,8 +153,11 @@ class EffllmAttention(nn.Module):
       # and any static cache hands out those of later tokens too.
       k, v = cache.update(k, v, self.cache_index, {'cache_position': rows})
       if getattr(cache, 'is_compileable', False):
-        k, v = (states[:, :, : mask.shape[-1]] for states in (k, v))
-    heads = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        k, v = (states[:, :, :keys] for states in (k, v))
+    causal = mask is None and q.shape[2] > 1
+    heads = F.scaled_dot_product_attention(
+      q, k, v, mask, is_causal=causal, enable_gqa=True
+    )
     return self.o_proj(heads.transpose(1, 2).flatten(2))
 
 
@@ -235,15 +240,19 @@ class EffllmModel(nn.Module):
     if rows is None:
       rows = past + torch.arange(length, device=x.device)
     queries = rows[:, None]
-    if attention_mask is None or padded:
-      keys = torch.arange(past + length, device=x.device)
-      mask = keys <= queries
+    keys = past + length
+    if unmasked(attention_mask, cache) and (past == 0 or length == 1):
+      mask = None
+    elif attention_mask is None or padded:
+      columns = torch.arange(keys, device=x.device)
+      mask = columns <= queries
+      if padded:
+        # Padding sees itself: a row without any key would be NaN.
+        seen = attention_mask[:, None, None].bool()
+        mask = (mask & seen) | (columns == queries)
     else:
       mask = attention_mask
-    if padded:
-      # Padding sees itself: a row without any key would be NaN.
-      seen = attention_mask[:, None, None].bool()
-      mask = (mask & seen) | (keys == queries)
+      keys = mask.shape[-1]
     if position_ids is None:
       position_ids = queries.T
     angles = position_ids[:, None, :, None] * frequencies(self.config, x.device)
@@ -251,7 +260,7 @@ class EffllmModel(nn.Module):
     for layer in self.layers:
       if inside is not None:
         inside.append(x)
-      x = layer(x, cos, sin, mask, cache, rows)
+      x = layer(x, cos, sin, mask, cache, rows, keys)
     return self.norm(x)
 
 
@@ -380,6 +389,22 @@ class EffllmForCausalLM(PreTrainedModel, GenerationMixin):
     transformers 5 would ask a config for one, to prefill by chunks.
     """
     return None
+
+
+def unmasked(attention_mask, cache):
+  """Whether each token sees all before it, by what is known of the call.
+
+  Attention that needs no mask reads half as much of a text. Not while a program
+  is traced, which has no values to look at and is for every length, nor for a
+  static cache, whose rows transformers 4 numbers itself.
+  """
+  if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    return False
+  if getattr(cache, 'is_compileable', False):
+    return False
+  if attention_mask is None:
+    return True
+  return attention_mask.ndim == 2 and bool(attention_mask.all())
 
 
 def packed(position_ids):
