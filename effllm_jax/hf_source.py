@@ -37,6 +37,13 @@ _GENERATION = {
   'min_p': float, 'typical_p': float, 'repetition_penalty': float,
   'no_repeat_ngram_size': int, 'max_length': int, 'max_new_tokens': int,
 }  # fmt: skip
+# What a wrapper of PyTorch puts before the name of every tensor -> how to save
+# without.
+_WRAPPERS = {
+  '_orig_mod.': 'torch.compile; save model._orig_mod',
+  'module.': 'DistributedDataParallel; save model.module',
+  'base_model.': 'PEFT; save model.merge_and_unload()',
+}
 
 
 def read(folder: pathlib.Path, params: bool) -> weights.Source:
@@ -51,6 +58,11 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     errors.InputError: an incomplete folder, or something that the block
       here cannot represent.
   """
+  if (folder / 'adapter_config.json').is_file():
+    raise errors.InputError(
+      f'{folder} holds the adapter of a model, as PEFT saves it; give the '
+      'whole model: save what merge_and_unload() returns, with its tokenizer'
+    )
   raw = untrusted.read_json(
     folder / 'config.json', 'give a complete Hugging Face folder'
   )
@@ -225,6 +237,12 @@ def _shapes(tensors, folder):
     tensors: the open file that holds each.
     folder: named in errors.
   """
+  for prefix, how in _WRAPPERS.items():
+    if tensors and all(name.startswith(prefix) for name in tensors):
+      raise errors.InputError(
+        f'{folder}: all tensors are named {prefix}..., as of a model inside '
+        f'{how}'
+      )
   found, sizes = {}, collections.Counter()
   for name, opened in tensors.items():
     # Tables of angles that old conversions of Llama still carry.

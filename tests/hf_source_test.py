@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import types
 
@@ -606,6 +607,38 @@ def test_safetensors_that_do_not_fit(tmp_path, edit, parts):
   folder = model_files.hugging_face(tmp_path / 'a')
   edit_tensors(folder, edit)
   model_files.refused(folder, K_PROJ.removesuffix('weight'), *parts)
+
+
+@pytest.mark.parametrize(
+  'prefix, remedy',
+  [
+    ('_orig_mod.', 'save model._orig_mod'),
+    ('module.', 'save model.module'),
+    ('base_model.model.', 'merge_and_unload'),
+  ],
+)
+def test_a_model_saved_inside_a_wrapper(tmp_path, prefix, remedy):
+  folder = model_files.hugging_face(tmp_path / 'a')
+
+  def wrap(tensors):
+    for name in list(tensors):
+      tensors[prefix + name] = tensors.pop(name)
+
+  edit_tensors(folder, wrap)
+  model_files.refused(folder, prefix.split('.')[0], remedy)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_an_adapter_is_no_model(tmp_path, whole):
+  """Also one that was saved into the folder of its model."""
+  folder = model_files.hugging_face(tmp_path / 'a')
+  (folder / 'adapter_config.json').write_text('{"peft_type": "LORA"}')
+  if not whole:
+    (folder / 'config.json').unlink()
+    shutil.move(
+      folder / 'model.safetensors', folder / 'adapter_model.safetensors'
+    )
+  model_files.refused(folder, 'adapter', 'merge_and_unload')
 
 
 def test_safetensors_without_a_tensor(tmp_path):
