@@ -16,6 +16,8 @@ export is asked in PyTorch, by lm-eval's own code, in float32 on the CPU: the
 same items, so that the figures must be the same.
 """
 
+from typing import Any
+
 from absl import flags
 
 from effllm_jax import errors
@@ -54,84 +56,102 @@ def main(argv: list[str]) -> None:
   from effllm_jax import benchmark_items
 
   names = benchmark_items.names(_TASKS.value)
-  cli.check_model(_WORKDIR.value, _EVENT.value, _MODEL.value)
-  in_transformers = _BACKEND.value == 'transformers'
-  if in_transformers and _MODEL.value is None:
+  run = _WORKDIR.value
+  cli.check_model(run, _EVENT.value, _MODEL.value)
+  if _BACKEND.value == 'transformers' and _MODEL.value is None:
     raise errors.InputError(
       '--backend=transformers asks an export; write one with '
       'experiments.export, and set --model to its folder'
     )
   # After the flags have been checked: these imports take seconds.
   import pathlib
-  import time
-
-  import rich.progress
 
   from effllm_jax import console as console_lib
-  from effllm_jax import finished
   from effllm_jax import harness
   from effllm_jax import runlog
-  from effllm_jax import sources
   from effllm_jax import tables
 
+  first = 'model' if run is None else 'source'
+  record, asked = _asked(names)
+  console = console_lib.plain(stderr=True)
+  with harness.prepared(names, cli.CACHE.value) as manager:
+    for step, (model, tasks) in asked.items():
+      label = first if step is None else f'step {step}'
+      rows = _rows(model, manager, tasks, label, console)
+      record = (
+        harness.added(record, step, rows)
+        if run is None
+        else harness.keep(pathlib.Path(run), step, rows)
+      )
+  cli.tables().print(tables.benchmarks(record, first=first).rich())
+  if run is not None:
+    path = pathlib.Path(run) / runlog.BENCHMARKS
+    console.print(f'{path}', soft_wrap=True, highlight=False)
+
+
+def _asked(names: list[str]):
+  """What is known, and by step whom to ask what; None: not pruned here.
+
+  Returns:
+    The record of the run, or an empty one; model and tasks by step.
+  """
+  from effllm_jax import finished
+  from effllm_jax import harness
+  from effllm_jax import sources
+
   record = {'harness': harness.VERSION, 'rows': []}
-  models = {}
-  first = 'model'
-  if _WORKDIR.value is not None:
-    model, made = finished.read(_WORKDIR.value, _EVENT.value)
-    models[made.step] = model
-    first = 'source'
-    # Figures of another version may be of other prompts.
-    if made.run.benchmarks.get('harness') == harness.VERSION:
-      record = dict(made.run.benchmarks)
+  if _BACKEND.value == 'transformers':
+    return record, {None: (harness.in_transformers(_MODEL.value), names)}
+  if _WORKDIR.value is None:
+    found = sources.load(_MODEL.value, cli.CACHE.value, flag='--model')
+    return record, {None: (finished.tight(found), names)}
+  model, made = finished.read(_WORKDIR.value, _EVENT.value)
+  # Figures of another version may be of other prompts.
+  if made.run.benchmarks.get('harness') == harness.VERSION:
+    record = dict(made.run.benchmarks)
   known = {
     x['task']
     for x in record['rows']
     if x['step'] is None and x['limit'] == _LIMIT.value
   }
-  if in_transformers:
-    models = {None: harness.in_transformers(_MODEL.value)}
-  elif _WORKDIR.value is None:
-    found = sources.load(_MODEL.value, cli.CACHE.value, flag='--model')
-    models = {None: finished.tight(found)}
-  elif not known.issuperset(names):
-    found = finished.source(_WORKDIR.value, made, cli.CACHE.value)
-    models = {None: found, **models}
-  console = console_lib.plain(stderr=True)
-  with harness.prepared(names, cli.CACHE.value) as manager:
-    for step, model in models.items():
-      tasks = [x for x in names if step is not None or x not in known]
-      # lm-eval's code for PyTorch has bars of its own.
-      with rich.progress.Progress(
-        console=console, transient=True, disable=in_transformers
-      ) as bars:
-        label = first if step is None else f'step {step}'
-        bar = bars.add_task(label, total=None)
-        if not in_transformers:
-          model = harness.Model(
-            model,
-            _BATCH_TOKENS.value,
-            lambda done, total, bars=bars, bar=bar: bars.update(
-              bar, completed=done, total=total
-            ),
-          )
-        start = time.perf_counter()
-        rows = harness.run(model, manager, tasks, _LIMIT.value)
-        seconds = time.perf_counter() - start
-      items = sum({x['task']: x['items'] for x in rows}.values())
-      console.print(
-        f'{label}: {items:,} items in {seconds:,.0f} s, '
-        f'{items / seconds:.2f} items/s',
-        highlight=False,
+  asked = {made.step: (model, names)}
+  new = [x for x in names if x not in known]
+  if new:
+    source = finished.source(_WORKDIR.value, made, cli.CACHE.value)
+    asked = {None: (source, new), **asked}
+  return record, asked
+
+
+def _rows(model, manager, tasks, label, console) -> list[dict[str, Any]]:
+  """What `harness.run` answers, behind a bar; then says how fast it was."""
+  import time
+
+  import rich.progress
+
+  from effllm_jax import harness
+
+  in_transformers = _BACKEND.value == 'transformers'
+  # lm-eval's code for PyTorch has bars of its own.
+  with rich.progress.Progress(
+    console=console, transient=True, disable=in_transformers
+  ) as bars:
+    bar = bars.add_task(label, total=None)
+    if not in_transformers:
+      model = harness.Model(
+        model,
+        _BATCH_TOKENS.value,
+        lambda done, total: bars.update(bar, completed=done, total=total),
       )
-      if _WORKDIR.value is None:
-        record = harness.added(record, step, rows)
-      else:
-        record = harness.keep(pathlib.Path(_WORKDIR.value), step, rows)
-  cli.tables().print(tables.benchmarks(record, first=first).rich())
-  if _WORKDIR.value is not None:
-    path = pathlib.Path(_WORKDIR.value) / runlog.BENCHMARKS
-    console.print(f'{path}', soft_wrap=True, highlight=False)
+    start = time.perf_counter()
+    rows = harness.run(model, manager, tasks, _LIMIT.value)
+    seconds = time.perf_counter() - start
+  items = sum({x['task']: x['items'] for x in rows}.values())
+  console.print(
+    f'{label}: {items:,} items in {seconds:,.0f} s, '
+    f'{items / seconds:.2f} items/s',
+    highlight=False,
+  )
+  return rows
 
 
 if __name__ == '__main__':

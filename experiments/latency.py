@@ -15,6 +15,7 @@ that drifts drifts for all of them.
 
 from collections.abc import Mapping
 import itertools
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -46,24 +47,50 @@ def main(argv: list[str]) -> None:
   """Measures, writes the table, prints it beside what is fitted to it."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import dataclasses
-  import os
-  import platform
   import statistics
 
   import jax
-  import rich.table
 
   from effllm_jax import atomic
   from effllm_jax import budgets
   from effllm_jax import model
   from effllm_jax import sources
-  from effllm_jax import structure
 
   config = cli.config(_CONFIG)
   source = sources.load(config.source, cli.CACHE.value, params=False)
   cfg = source.cfg
   out = cli.out_file(_OUT.value)
+  _check(config, cfg)
+  shapes = _shapes(cfg.widths(), config.prune.multiple_of)
+  params = jax.device_get(model.init(jax.random.key(0), cfg))
+  cut = lambda shape: _cut(params, cfg, shape)
+  times = (
+    _jax_times(cut, shapes, config.model.dtype)
+    if _FORMAT.value == 'jax'
+    else _file_times(cut, shapes, source, out.absolute().parent)
+  )
+  median = {k: statistics.median(v) for k, v in times.items()}
+  machine = _machine(config.model.dtype)
+  with errors.writing(out):
+    atomic.write_json(out, _record(machine, cfg, median))
+
+  cost = budgets.milliseconds(cfg, out)
+  console = cli.tables()
+  console.print(
+    f'{machine["device"]}, {machine["cpus"]} cpus, {_what(config)}, '
+    + ('a token after ' if _DECODE.value else '')
+    + f'{_TOKENS.value} tokens'
+    + ('' if _DECODE.value else ' a pass')
+  )
+  console.print(_table(cfg, cost, median))
+  # A line, however long the path is.
+  console.print(
+    f'{out}: the fit is at most {cost.fit_error:.1%} off', soft_wrap=True
+  )
+
+
+def _check(config, cfg) -> None:
+  """Raises errors.InputError where a flag does not fit model or format."""
   if _TOKENS.value > cfg.context:
     raise errors.InputError(
       f"--tokens {_TOKENS.value} exceeds the source model's context "
@@ -79,42 +106,52 @@ def main(argv: list[str]) -> None:
       '--decode: format jax has no key/value cache; set --format to an '
       'exported one'
     )
-  shapes = _shapes(cfg.widths(), config.prune.multiple_of)
-  params = jax.device_get(model.init(jax.random.key(0), cfg))
-  cut = lambda shape: _cut(params, cfg, shape)
-  times = (
-    _jax_times(cut, shapes, config.model.dtype)
-    if _FORMAT.value == 'jax'
-    else _file_times(cut, shapes, source, out.absolute().parent)
-  )
+
+
+def _machine(dtype: str) -> dict[str, Any]:
+  """What was timed, and on what."""
+  import os
+  import platform
+
+  import jax
 
   # What is exported runs on the processor, whatever jax has here.
   ours = _FORMAT.value == 'jax'
-  device = jax.devices()[0].device_kind if ours else platform.machine()
-  median = {k: statistics.median(v) for k, v in times.items()}
-  record = {
-    'machine': {
-      'device': device,
-      'cpus': os.cpu_count(),
-      'jax': jax.__version__,
-      'format': _FORMAT.value,
-      **({'dtype': config.model.dtype} if ours else {}),
-      'threads': _THREADS.value,
-      'decode': _DECODE.value,
-      'batch': 1,
-      'tokens': _TOKENS.value,
-      'repeats': _REPEATS.value,
-    },
+  return {
+    'device': jax.devices()[0].device_kind if ours else platform.machine(),
+    'cpus': os.cpu_count(),
+    'jax': jax.__version__,
+    'format': _FORMAT.value,
+    **({'dtype': dtype} if ours else {}),
+    'threads': _THREADS.value,
+    'decode': _DECODE.value,
+    'batch': 1,
+    'tokens': _TOKENS.value,
+    'repeats': _REPEATS.value,
+  }
+
+
+def _record(machine, cfg, median) -> dict[str, Any]:
+  """What `budgets.milliseconds` reads; `median` milliseconds by shape."""
+  from effllm_jax import budgets
+  from effllm_jax import structure
+
+  return {
+    'machine': machine,
     'model': {x: getattr(cfg, x) for x in budgets.FIXED},
     'shapes': [
       dict(zip((*structure.TYPES, 'ms'), (*shape, ms), strict=True))
       for shape, ms in median.items()
     ],
   }
-  with errors.writing(out):
-    atomic.write_json(out, record)
 
-  cost = budgets.milliseconds(cfg, out)
+
+def _table(cfg, cost, median):
+  """Of what was measured, and what the budget makes of it."""
+  import dataclasses
+
+  import rich.table
+
   table = rich.table.Table(
     'heads', 'ffn', 'stem', 'parameters', 'ms, median', 'ms, fitted', 'off'
   )
@@ -130,18 +167,7 @@ def main(argv: list[str]) -> None:
       f'{fitted:.2f}',
       f'{fitted / measured - 1:+.1%}',
     )
-  console = cli.tables()
-  console.print(
-    f'{device}, {os.cpu_count()} cpus, {_what(config)}, '
-    + ('a token after ' if _DECODE.value else '')
-    + f'{_TOKENS.value} tokens'
-    + ('' if _DECODE.value else ' a pass')
-  )
-  console.print(table)
-  # A line, however long the path is.
-  console.print(
-    f'{out}: the fit is at most {cost.fit_error:.1%} off', soft_wrap=True
-  )
+  return table
 
 
 def _what(config) -> str:
