@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import conftest
+
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
@@ -203,6 +205,11 @@ def test_text_is_in_utf8_whatever_the_locale():
       for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
           assert says_its_encoding(node), f'{path}:{node.lineno}'
+
+
+def test_files_that_are_started_first_are_there():
+  found = {path.name for path in (ROOT / 'tests').glob('*_test.py')}
+  assert {f'{name}_test.py' for name in conftest.LONGEST} <= found
 
 
 def test_the_model_needs_jax_and_flax_only():
