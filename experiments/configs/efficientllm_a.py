@@ -71,7 +71,8 @@ def sweep() -> Iterator[dict[str, Any]]:
   batches = {'repair.batches': 8, 'repair.damping': 1.0}
   yield plain | repaired | batches | teacher
   yield repaired | batches
-  yield repaired | batches | {'repair.damping': 0.0}
+  batches |= {'repair.damping': 0.0}
+  yield repaired | batches
   yield {}
   yield {'repair.enabled': True} | batches
   yield ragged
