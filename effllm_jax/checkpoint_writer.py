@@ -135,7 +135,7 @@ class Writer:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Never asks jax whether the processes of a run are to stop.
+  """Waits for all it began; never asks jax whether processes are to stop.
 
   Orbax asks with the number of what it saves, an event's index or, from its
   thread, a step that is long past; jax takes the last number for the step that
@@ -146,6 +146,18 @@ class _Manager(ocp.CheckpointManager):
     """No: see above."""
     del step
     return False
+
+  def wait_until_finished(self) -> None:
+    """Also for the thread that deletes what a killed process has left.
+
+    Orbax waits for it before it saves. A process that saves nothing could end
+    before it, and had a traceback behind its last line.
+    """
+    begun = getattr(self, '_cleanup_tmp_directory_future', None)
+    self._cleanup_tmp_directory_future = None
+    if begun is not None:
+      begun.result()
+    super().wait_until_finished()
 
 
 def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:

@@ -119,6 +119,17 @@ def test_a_fresh_workdir_has_nothing(tmp_path, tx):
   assert checkpoints.moments(tmp_path / 'missing') == []
 
 
+def test_what_a_killed_process_left_is_gone_once_a_writer_is_closed(tmp_path):
+  """No thread is left that still deletes, and has a traceback at the end."""
+  for folder in (checkpoints.ROLLING, checkpoints.EVENTS):
+    for i in range(300):
+      left = tmp_path / folder / f'{i}.orbax-checkpoint-tmp'
+      left.mkdir(parents=True)
+      (left / 'a').touch()
+  checkpoint_writer.Writer(tmp_path, keep=2).close()
+  assert not list(tmp_path.rglob('*tmp*'))
+
+
 def test_an_event_is_a_moment_to_go_on_from(tmp_path, tx):
   write(tmp_path, tx, [1, 3])
   writer = checkpoint_writer.Writer(tmp_path, keep=2)
