@@ -89,11 +89,14 @@ def main(argv: list[str]) -> None:
     console.print(f'{path}', soft_wrap=True, highlight=False)
 
 
-def _asked(names: list[str]):
-  """What is known, and by step whom to ask what; None: not pruned here.
+def _asked(
+  names: list[str],
+) -> tuple[dict[str, Any], dict[int | None, tuple[Any, list[str]]]]:
+  """The record to which answers are added, and who is asked for them.
 
   Returns:
-    The record of the run, or an empty one; model and tasks by step.
+    What the run has on record, or an empty record; and by step, None for the
+    source or what --model names, the model and the tasks that it lacks.
   """
   from effllm_jax import finished
   from effllm_jax import harness

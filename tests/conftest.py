@@ -91,9 +91,9 @@ simulated = pytest.mark.skipif(
 )
 
 
-# Files of a minute and more, the longest first. A worker takes whole files, and
+# The files that take longest, in that order. A worker takes whole files, and
 # xdist starts with those of many tests: a few long ones were left for the end,
-# two minutes of each suite in which other workers had nothing to do.
+# and the last of them kept one worker busy for more than a minute by itself.
 LONGEST = (
   'sharding', 'variants', 'faults', 'steps', 'end_to_end', 'kernels', 'model',
   'export', 'compare', 'kernels_lowering', 'brute_force', 'report', 'compiled',
