@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from effllm_jax import model
 from effllm_jax import sharding
 from effllm_jax import structure
+from effllm_jax import unembedding
 
 Array = jax.Array
 
@@ -60,9 +61,10 @@ def targets(
     normaliser = jax.nn.logsumexp(scaled_BTV, axis=-1, keepdims=True)
     return Targets(probs=jnp.exp(top_BTk - normaliser), index=index_BTk)
 
-  logits_BTV, _ = model.forward(params, masks, tokens_BT, cfg, compute)
+  final_BTD, _ = model.hidden(params, masks, tokens_BT, cfg, compute)
   # XLA does not split its top_k: every device would have the logits of all.
-  return sharding.over_batch(likeliest, compute.mesh)(logits_BTV)
+  likeliest = sharding.over_batch(likeliest, compute.mesh)
+  return unembedding.per_token(likeliest, final_BTD, params, compute.mesh)
 
 
 def largest(x: Array, k: int) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ import numpy as np
 from effllm_jax import errors
 from effllm_jax import model
 from effllm_jax import structure
+from effllm_jax import unembedding
 
 Array = jax.Array
 
@@ -147,7 +148,7 @@ def _score(params, final_BTD, points, compute):
   row_P, position_P, target_P, _ = points.T
   rows_PD = final_BTD[row_P, position_P]
   with _exact():
-    logits_PV = model.unembed(rows_PD[None], params, compute)
+    logits_PV = unembedding.unembed(rows_PD[None], params, compute.mesh)
   logp_PV = jax.nn.log_softmax(logits_PV[0], axis=-1)
   found_P = jnp.take_along_axis(logp_PV, target_P[:, None], axis=-1)[:, 0]
   return found_P, logp_PV.argmax(-1) == target_P

@@ -21,6 +21,7 @@ import optax
 
 from effllm_jax import sharding
 from effllm_jax import structure
+from effllm_jax import unembedding
 import kernels
 
 Array = jax.Array
@@ -116,8 +117,7 @@ def forward(
     logits_BTV in float32, and `Taps` or None.
   """
   final_BTD, tapped = hidden(params, masks, tokens_BT, cfg, compute, taps)
-  logits_BTV = unembed(final_BTD, params, compute)
-  return logits_BTV, Taps(*tapped, final=final_BTD) if taps else None
+  return unembedding.unembed(final_BTD, params, compute.mesh), tapped
 
 
 def hidden(
@@ -127,13 +127,8 @@ def hidden(
   cfg: structure.ModelConfig,
   compute: Compute = Compute(),
   taps: bool = False,
-) -> tuple[Array, tuple[Array, ...] | None]:
-  """`forward` up to the output matrix.
-
-  Returns:
-    The input of the output matrix, [B, T, D], and the fields of `Taps` without
-    `final`, or None.
-  """
+) -> tuple[Array, Taps | None]:
+  """`forward` up to the output matrix, whose input it gives, [B, T, D]."""
   layer = block(masks, tokens_BT.shape[1], cfg, compute, taps)
   gathers = compute.mesh is not None and compute.mesh.shape['fsdp'] > 1
   if compute.remat != 'none' or gathers:
@@ -146,51 +141,8 @@ def hidden(
   x_BTD, tapped = jax.lax.scan(
     layer, x_BTD, (params.layers, masks.heads, masks.ffn)
   )
-  return final_norm(x_BTD, params, masks, cfg), tapped
-
-
-@jax.named_scope('unembed')
-def unembed(
-  final_BTD: Array, params: structure.Params, compute: Compute = Compute()
-) -> Array:
-  """Logits [B, T, V] in float32 of what `hidden` returns."""
-  matrix, letters = (
-    (params.embed, 'VD') if params.unembed is None else (params.unembed, 'DV')
-  )
-  matrix = sharding.constrain(matrix, letters, compute.mesh)
-  logits_BTV = _project(final_BTD, matrix, letters)
-  return sharding.constrain(logits_BTV, 'BTV', compute.mesh)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _project(x_BTD, matrix, letters):
-  return kernels.einsum(
-    f'BTD,{letters}->BTV', x_BTD, matrix.astype(x_BTD.dtype), jnp.float32
-  )
-
-
-def _project_forward(x_BTD, matrix, letters):
-  return _project(x_BTD, matrix, letters), (x_BTD, matrix)
-
-
-def _project_backward(letters, kept, dlogits_BTV):
-  """As of every other product: in the compute dtype, summed in float32.
-
-  By itself the cotangent, float32 as the logits are, makes both products
-  float32, which an accelerator takes twice as long for or more.
-  """
-  x_BTD, matrix = kept
-  dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
-  dx_BTD = kernels.einsum(
-    f'BTV,{letters}->BTD', dlogits_BTV, matrix.astype(x_BTD.dtype), x_BTD.dtype
-  )
-  dmatrix = kernels.einsum(
-    f'BTD,BTV->{letters}', x_BTD, dlogits_BTV, matrix.dtype
-  )
-  return dx_BTD, dmatrix
-
-
-_project.defvjp(_project_forward, _project_backward)
+  final_BTD = final_norm(x_BTD, params, masks, cfg)
+  return final_BTD, Taps(*tapped, final=final_BTD) if taps else None
 
 
 @jax.named_scope('embed')
@@ -292,9 +244,13 @@ def token_losses(
   compute: Compute = Compute(),
 ) -> Array:
   """Cross-entropy of each next token, nats, [B, T-1] for windows of T."""
-  logits, _ = forward(params, masks, window_BT[:, :-1], cfg, compute)
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits, window_BT[:, 1:]
+  final_BTD, _ = hidden(params, masks, window_BT[:, :-1], cfg, compute)
+  return unembedding.per_token(
+    optax.softmax_cross_entropy_with_integer_labels,
+    final_BTD,
+    params,
+    compute.mesh,
+    window_BT[:, 1:],
   )
 
 

@@ -242,6 +242,35 @@ def over_batch(op: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
   return split
 
 
+def summed_over_batch(
+  op: Callable[..., Any], mesh: Mesh | None
+) -> Callable[..., Any]:
+  """op(tree, *args) on every part of the batch, summed over them once.
+
+  The leaves of `tree` have the batch in front, and so has the first of the two
+  trees that `op` returns; the second one is summed. How `args` lie over
+  `tensor` is the compiler's, as outside.
+  """
+  if mesh is None or batch_parts(mesh) == 1:
+    return op
+
+  def split(tree, *args):
+    def part(tree, args):
+      rows, total = op(tree, *args)
+      return rows, jax.lax.psum(total, BATCH)
+
+    return jax.shard_map(
+      part,
+      mesh=mesh,
+      in_specs=(PartitionSpec(BATCH), PartitionSpec()),
+      out_specs=(PartitionSpec(BATCH), PartitionSpec()),
+      axis_names={*BATCH},
+      check_vma=False,
+    )(tree, args)
+
+  return split
+
+
 def put_rows(rows: np.ndarray, mesh: Mesh | None) -> np.ndarray | Array:
   """Rows that every process has, split over the mesh like a batch."""
   if mesh is None:

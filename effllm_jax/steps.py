@@ -18,6 +18,7 @@ from effllm_jax import sharding
 from effllm_jax import shrink
 from effllm_jax import state as state_lib
 from effllm_jax import structure
+from effllm_jax import unembedding
 
 Array = jax.Array
 
@@ -197,7 +198,7 @@ def _placed(state, tx, mesh):
 
 def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
   """What is minimised; and, not differentiated, numbers and activations."""
-  logits, taps = model.forward(
+  final_BTD, taps = model.hidden(
     params,
     masks,
     windows_BT[:, :-1],
@@ -205,17 +206,25 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
     recipe.compute,
     taps=kind == 'activation',
   )
-  loss = optax.softmax_cross_entropy_with_integer_labels(
-    logits, windows_BT[:, 1:]
-  ).mean()
-  numbers = {'loss': loss}
-  objective = loss
-  if teacher is not None:
-    divergence = distillation.divergence(
-      logits, teacher, recipe.temperature
-    ).mean()
-    numbers['divergence'] = divergence
-    objective = (1 - recipe.distill) * loss + recipe.distill * divergence
+
+  def read(logits_BtV, labels_Bt, teacher):
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    numbers = {'loss': entropy(logits_BtV, labels_Bt)}
+    if teacher is not None:
+      numbers['divergence'] = distillation.divergence(
+        logits_BtV, teacher, recipe.temperature
+      )
+    return numbers
+
+  objective, numbers = unembedding.mean(
+    read,
+    {'loss': 1 - recipe.distill, 'divergence': recipe.distill},
+    final_BTD,
+    params,
+    recipe.compute.mesh,
+    windows_BT[:, 1:],
+    teacher,
+  )
   activations = (
     None if taps is None else saliency.activation(taps, params, masks)
   )

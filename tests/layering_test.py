@@ -14,10 +14,10 @@ from tests import conftest
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
 ORDER = [
-  'errors', 'amounts', 'untrusted', 'console', 'structure', 'sharding', 'model',
-  'distillation', 'saliency', 'budgets', 'rules', 'moves', 'selection',
-  'schedules', 'optimizers', 'repair', 'model_repair', 'state', 'shrink',
-  'events', 'steps',
+  'errors', 'amounts', 'untrusted', 'console', 'structure', 'sharding',
+  'unembedding', 'model', 'distillation', 'saliency', 'budgets', 'rules',
+  'moves', 'selection', 'schedules', 'optimizers', 'repair', 'model_repair',
+  'state', 'shrink', 'events', 'steps',
   'accounting', 'atomic', 'fetch', 'benchmark_items', 'workdir', 'digests',
   'checkpoints', 'resume', 'checkpoint_writer',
   'documents', 'packages', 'text_files', 'text_folder', 'splitting', 'dataset',
@@ -63,7 +63,13 @@ ONLY = {
   'pyarrow': {'benchmark_items', 'text_files'},
   'absl': {'data'},
   'experiments': set(),
-  'kernels': {'model', 'config_checks', 'train', 'harness'},
+  'kernels': {
+    'unembedding',
+    'model',
+    'config_checks',
+    'train',
+    'harness',
+  },
 }
 
 
