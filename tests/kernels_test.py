@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+import math
+import re
 import sys
 import types
 
@@ -304,9 +306,11 @@ def test_attention_has_a_branch_for_each_number_of_live_heads(
   assert each_way == [widths, widths]
 
 
-@functools.cache
 def long_attention(implementation):
-  """A text of three blocks, the last of 88 rows: result, gradient, kept."""
+  """A text of three blocks, the last of 88 rows: result, gradient, kept.
+
+  And the size of the largest array of the program.
+  """
   x64 = implementation is None
   with jax.enable_x64(x64):
     dtype = jnp.float64 if x64 else jnp.float32
@@ -326,16 +330,52 @@ def long_attention(implementation):
       return y, *pull(weights)
 
     kept = []
-    return both_ways(*arrays), kept
+    lowered = both_ways.lower(*arrays)
+    shapes = re.findall(r'tensor<([\dx]+)xf', lowered.as_text())
+    largest = max(math.prod(map(int, shape.split('x'))) for shape in shapes)
+    return lowered.compile()(*arrays), kept, largest
 
 
-def test_attention_over_more_rows_than_a_block_has(name):
-  results, kept = long_attention(name)
-  wants, _ = long_attention(None)
-  for result, want in zip(results, wants, strict=True):
+@pytest.fixture(scope='module', name='exact_long_attention')
+def _exact_long_attention():
+  results, _, _ = long_attention(None)
+  return results
+
+
+# A block has up to 256 x 512 scores of a head, and may hold them, or goes
+# through 100, 50 and 42 rows at a time: the last part of each is filled up.
+@pytest.mark.parametrize('most', [2**22, 25_600], ids=['whole', 'in parts'])
+def test_attention_over_more_rows_than_a_block_has(
+  name, most, exact_long_attention, monkeypatch
+):
+  monkeypatch.setattr(attention_lib, '_MOST_SCORES', most)
+  results, kept, largest = long_attention(name)
+  for result, want in zip(results, exact_long_attention, strict=True):
     np.testing.assert_allclose(result, want, rtol=1e-4, atol=1e-4)
   # No probability of any block is kept for the backward pass.
   assert max(kept) < K * G * 88 * 600
+  assert largest == K * G * (256 * 512 if most == 2**22 else 100 * 256)
+
+
+def test_what_a_block_of_attention_holds_grows_with_its_text(name, monkeypatch):
+  """Not with its square: as many rows fewer as there are more keys."""
+  read = []
+  attend = jax.nn.dot_product_attention
+
+  def recorded(q, k, v, **kwargs):
+    read.append(q.shape[1] * k.shape[1])
+    return attend(q, k, v, **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', recorded)
+  run = lambda *arrays: attention(
+    *arrays, np.ones(K, bool), implementation=name
+  )
+  most = {}
+  for length in (4096, 16384, 131072):
+    read.clear()
+    jax.eval_shape(run, jnp.zeros((1, length, D)), *LLAMA[1:])
+    most[length] = max(read)
+  assert all(2**21 < x <= 2**22 for x in most.values()), most
 
 
 def test_a_block_of_attention_reads_no_key_after_its_last_row(
