@@ -2,7 +2,8 @@
 # make test         the whole suite
 # make lint         ruff
 # make docs         a page for each module, in out/api
-# make kernels-aot  compiles the kernels for TPU and Hopper; needs neither
+# make kernels-aot  compiles for TPU and Hopper, and needs neither: the kernels,
+#                   and training steps, whose memory it tells
 # make clean        removes the virtual environments, never a run
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,11 +47,12 @@ docs: $(VENV)/.ready
 kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
 	.venv-tpu/bin/python -m experiments.aot_tpu
 	.venv-cuda/bin/python -m experiments.aot_hopper
+	.venv-cuda/bin/python -m experiments.aot_steps
 
 .venv-tpu/.ready: AOT_PYTHON = $(PYTHON)
 .venv-tpu/.ready: AOT_WHEELS = 'jax[tpu]'
 .venv-cuda/.ready: AOT_PYTHON = $(PYTHON_CUDA)
-.venv-cuda/.ready: AOT_WHEELS = jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1
+.venv-cuda/.ready: AOT_WHEELS = jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 flax optax
 .venv-tpu/.ready .venv-cuda/.ready:
 	$(AOT_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -91,11 +91,7 @@ class Compiled:
 def main(argv: list[str]) -> None:
   """Compiles everything, prints a table."""
   del argv
-  if _version('jax-cuda13-plugin') is None:
-    raise errors.InputError(
-      'no CUDA plugin of jax here; run pip install jax==0.12.0.1 '
-      'jax-cuda13-plugin==0.12.0.1 on Python 3.13'
-    )
+  check_plugin()
   # After the wheels have been looked for: these imports take seconds.
   import jax
   import jax.numpy as jnp
@@ -104,7 +100,7 @@ def main(argv: list[str]) -> None:
   from kernels import forms
   from kernels import pallas_hopper
 
-  sharding = _device_of_no_machine()
+  sharding = device_of_no_machine()
   table = rich.table.Table(
     'model', 'form', 'm', 'n', 'k', 'tile', 'stages', 'registers',
     'spilled', 'shared KiB', 'remarks',
@@ -134,7 +130,7 @@ def main(argv: list[str]) -> None:
         try:
           log = _said(lambda lower=lower: lower().compile())
         except Exception as e:
-          _fail(f'{name} does not compile: {str(e).splitlines()[0]}')
+          fail(f'{name} does not compile: {str(e).splitlines()[0]}')
         compiled = parse(log, blocks.shared_bytes())
         faults += [f'{name}: {x}' for x in compiled.faults()]
         table.add_row(
@@ -153,7 +149,16 @@ def main(argv: list[str]) -> None:
   ptxas = _version('nvidia-cuda-nvcc') or 'of the plugin'
   console.print(f'sm_90a, jax {jax.__version__}, ptxas {ptxas}')
   if faults:
-    _fail(faults[0])
+    fail(faults[0])
+
+
+def check_plugin() -> None:
+  """Raises errors.InputError where nothing compiles for a GPU."""
+  if _version('jax-cuda13-plugin') is None:
+    raise errors.InputError(
+      'no CUDA plugin of jax here; run pip install jax==0.12.0.1 '
+      'jax-cuda13-plugin==0.12.0.1 on Python 3.13'
+    )
 
 
 def parse(log: str, shared_bytes: int) -> Compiled:
@@ -192,7 +197,7 @@ def parse(log: str, shared_bytes: int) -> Compiled:
   )
 
 
-def _device_of_no_machine():
+def device_of_no_machine():
   """A sharding on one H100 that exists for the compiler only."""
   import jax
   from jax.experimental import topologies
@@ -230,7 +235,8 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _fail(line: str) -> None:
+def fail(line: str) -> None:
+  """Ends with one line, and with 1: what is asked for does not hold."""
   print(f'error: {line}', file=sys.stderr)
   sys.exit(1)
 

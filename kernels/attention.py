@@ -206,7 +206,7 @@ _MOST_BLOCKS, _LEAST_ROWS = 4, 256
 # of float32; of up to 4,096 tokens no block has more. Compiled for an H100, a
 # step of Llama-3.2-1B on 2 x 8,192 tokens has 12 GB of temporaries for 30, on
 # 32,768 tokens 10 for 168. A CPU takes 8,192 tokens 2.7 times as fast.
-_MOST_SCORES = 2**22
+MOST_SCORES = 2**22
 
 
 @jax.custom_vjp
@@ -216,7 +216,7 @@ def _causal(q, k, v):
   A block reads no key after its last row: four read 5/8 of the square. Its
   probabilities are computed again in the backward pass, whatever a policy of
   `jax.checkpoint` around it keeps: memory never has those of two layers. Beyond
-  `_MOST_SCORES` it goes through its rows a few at a time, so that memory grows
+  `MOST_SCORES` it goes through its rows a few at a time, so that memory grows
   with T and not with its square.
   """
   blocks = [
@@ -258,7 +258,7 @@ def _attend_rows(start, stop, q, k, v):
     return jax.nn.dot_product_attention(q, k, v, mask=before[None, None])
 
   rows = jnp.arange(start, stop)
-  size = max(_MOST_SCORES // max(stop, 1), 1)
+  size = max(MOST_SCORES // max(stop, 1), 1)
   if len(rows) <= size:
     return attend(rows, q)
   parts = -(-len(rows) // size)

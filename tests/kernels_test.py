@@ -348,7 +348,7 @@ def _exact_long_attention():
 def test_attention_over_more_rows_than_a_block_has(
   name, most, exact_long_attention, monkeypatch
 ):
-  monkeypatch.setattr(attention_lib, '_MOST_SCORES', most)
+  monkeypatch.setattr(attention_lib, 'MOST_SCORES', most)
   results, kept, largest = long_attention(name)
   for result, want in zip(results, exact_long_attention, strict=True):
     np.testing.assert_allclose(result, want, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from tests import conftest
+from tests import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Each module imports only modules that stand above it.
@@ -256,7 +258,7 @@ for name in ['experiments.cli', *{COMMANDS}]:
   assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize('name', ['aot_hopper', 'aot_tpu'])
+@pytest.mark.parametrize('name', ['aot_hopper', 'aot_steps', 'aot_tpu'])
 def test_jax_finds_the_environment_that_a_compiler_needs(name):
   code = f"""
 import os, runpy, sys
@@ -272,3 +274,17 @@ runpy.run_module('experiments.{name}', run_name='__main__')
     capture_output=True, text=True, check=True, cwd=ROOT, env=others,
   )  # fmt: skip
   assert done.stdout.split() == ['False', 'cpu']
+
+
+@pytest.mark.parametrize(
+  'name, wheel, words',
+  [
+    ('aot_hopper', 'jax-cuda13-plugin', 'no CUDA plugin of jax here'),
+    ('aot_steps', 'jax-cuda13-plugin', 'no CUDA plugin of jax here'),
+    ('aot_tpu', 'libtpu', 'libtpu is not installed'),
+  ],
+)
+def test_says_which_compiler_is_missing(name, wheel, words):
+  if any(x.name == wheel for x in importlib.metadata.distributions()):
+    pytest.skip(f'{wheel} is here')
+  runs.refused(conftest.command(name), words, 'pip install')
