@@ -5,14 +5,8 @@ No other array of a step is as large: 16,384 tokens of Qwen's 151,936 logits are
 `MOST_LOGITS` at once, the positions of all sequences are cut into blocks, and
 logits exist for one block at a time. A mean takes its gradient right there, as
 all that this can get later is a factor: no logit is kept, or computed twice.
-(Liger Kernel does so in Triton; Hsu et al. 2024, arXiv 2410.10989.)
-
-Compiled for an H100, a step of 8 x 2,048 tokens in bfloat16 has temporaries,
-gradients among them, of
-
-    Llama-3.2-1B    18.5 GB whole, 11.8 in blocks; with a teacher 37.5 and 11.8
-    Qwen3-1.7B      22.6 GB whole, 12.3 in blocks; with a teacher 44.3 and 12.3
-    SmolLM2-1.7B    14.4 GB whole, 14.3 in blocks; with a teacher 16.2 and 14.3
+(Liger Kernel does so in Triton; Hsu et al. 2024, arXiv 2410.10989.) What that
+saves is in BENCHMARKS.md, "Memory of a step on an H100".
 """
 
 from collections.abc import Callable

@@ -203,9 +203,8 @@ def _alive(keep, x):
 # costs").
 _MOST_BLOCKS, _LEAST_ROWS = 4, 256
 # Of one head in one sequence, what a block holds of the square at a time: 16 MB
-# of float32; of up to 4,096 tokens no block has more. Compiled for an H100, a
-# step of Llama-3.2-1B on 2 x 8,192 tokens has 12 GB of temporaries for 30, on
-# 32,768 tokens 10 for 168. A CPU takes 8,192 tokens 2.7 times as fast.
+# of float32; of up to 4,096 tokens no block has more. A CPU takes 8,192 tokens
+# 2.7 times as fast; what memory it saves is in BENCHMARKS.md.
 MOST_SCORES = 2**22
 
 

@@ -27,6 +27,7 @@ from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import train
+from effllm_jax import unembedding
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from tests import conftest
@@ -151,10 +152,12 @@ def on_eight_devices(root):
   repair._COLUMNS = (48,)
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
   params = jax.tree.map(np.asarray, conftest.make_params(CFG))
-  large = checkpoint_writer._LARGE
+  large, most = checkpoint_writer._LARGE, unembedding.MOST_LOGITS
   for name, (sizes, kernels) in MESHES.items():
-    # Some arrays are written in pieces, as those of a large model are.
+    # Some arrays are written in pieces, and logits are cut into three blocks,
+    # as those of a large model are.
     checkpoint_writer._LARGE = 2**14 if name == '2-2-2' else large
+    unembedding.MOST_LOGITS = 6_000 if name == '2-2-2' else most
     with (
       conftest.counted_programs() as programs,
       training_steps() as (made[name], compiled),
@@ -176,6 +179,7 @@ def on_eight_devices(root):
   rewound(root, 'one', 'one-then-eight')
   with training_steps() as (made['one-then-eight'], _):
     run(root, 'one-then-eight', (2, 2, 2))
+  unembedding.MOST_LOGITS = most
   rewound(root, '8-1-1', 'eight-then-two')
   run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
   return said, made, exchanged_on_eight_devices()
