@@ -129,6 +129,7 @@ def _memory(shape, rows, length, taught) -> tuple[int, int]:
 
 
 if __name__ == '__main__':
-  # Before anything imports jax, which reads them as it starts.
-  os.environ |= aot_hopper.ENVIRONMENT
+  # Before anything imports jax, which reads them as it starts. XLA would say of
+  # what is whole that it does not fit.
+  os.environ |= aot_hopper.ENVIRONMENT | {'TF_CPP_MIN_LOG_LEVEL': '3'}
   cli.run(main)
