@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import tempfile
+from typing import Any
 
 from effllm_jax import errors
 from experiments import cli
@@ -197,7 +198,7 @@ def parse(log: str, shared_bytes: int) -> Compiled:
   )
 
 
-def device_of_no_machine():
+def device_of_no_machine() -> Any:
   """A sharding on one H100 that exists for the compiler only."""
   import jax
   from jax.experimental import topologies

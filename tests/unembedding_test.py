@@ -149,6 +149,14 @@ def test_per_token_is_that_of_whole_logits(limited, size):
   conftest.check_close(jax.jit(jax.grad(lambda x: loss(x)))(x), gradient)
 
 
+@pytest.mark.parametrize('shape', [(0, T), (B, 0)], ids=['rows', 'positions'])
+def test_of_no_tokens_there_is_nothing(shape):
+  params, x, labels = make_params(True)
+  x, labels = (y[: shape[0], : shape[1]] for y in (x, labels))
+  found = unembedding.per_token(read, x, params, None, labels)
+  assert {y.shape for y in found.values()} == {shape}
+
+
 # A training step whose logits are its largest arrays.
 CFG = conftest.make_config(N=1, V=257)
 ROWS, LENGTH = 6, 11
