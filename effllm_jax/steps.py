@@ -207,6 +207,9 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
     taps=kind == 'activation',
   )
 
+  # A teacher may be silent, as before the recovery.
+  taught = 0.0 if teacher is None else recipe.distill
+
   def read(logits_BtV, labels_Bt, teacher):
     entropy = optax.softmax_cross_entropy_with_integer_labels
     numbers = {'loss': entropy(logits_BtV, labels_Bt)}
@@ -218,7 +221,7 @@ def _objective(params, masks, windows_BT, teacher, cfg, recipe, kind):
 
   objective, numbers = unembedding.mean(
     read,
-    {'loss': 1 - recipe.distill, 'divergence': recipe.distill},
+    {'loss': 1 - taught, 'divergence': taught},
     final_BTD,
     params,
     recipe.compute.mesh,

@@ -348,6 +348,16 @@ def test_distillation_at_weight_0_changes_nothing(tx, taught):
   assert 'divergence' not in plain
 
 
+def test_a_teacher_that_is_silent_changes_no_bit(tx):
+  """As before the recovery: the loss has its whole weight."""
+  tokens = micro_batches(CFG)
+  found = [
+    step(make_state(CFG, tx), tokens, CFG, tx, distill=weight)
+    for weight in (0.0, 0.3)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_distillation_mixes_the_gradients_by_its_weight(taught):
   """Against the formula on the teacher's own logits, not on what is stored."""
   cfg, big, teacher_params, tokens, recipe, teacher = taught
