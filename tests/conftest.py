@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from typing import Any
 
 # Before jax is imported: tests never look for an accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -464,6 +465,24 @@ def python(*arguments) -> subprocess.CompletedProcess:
     [sys.executable, *map(str, arguments)],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
+
+
+def on_eight_devices(script: str, *arguments) -> tuple[Any, str]:
+  """Runs a script in a process with eight simulated devices.
+
+  Returns:
+    What its last line says, in JSON, and its standard error.
+  """
+  flags = os.environ['XLA_FLAGS']
+  done = subprocess.run(
+    [sys.executable, '-c', script, *map(str, arguments)],
+    cwd=ROOT,
+    env=os.environ
+    | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 CONFIG_FILE = '--config=experiments/configs/smollm2_135m.py'

@@ -1,10 +1,5 @@
 """Kernels under shard_map: eight simulated devices, in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests import conftest
@@ -55,16 +50,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope='module', name='found')
 def _found():
-  flags = os.environ['XLA_FLAGS']
-  done = subprocess.run(
-    [sys.executable, '-c', SCRIPT, *NAMES],
-    cwd=conftest.ROOT,
-    env=os.environ
-    | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  found, _ = conftest.on_eight_devices(SCRIPT, *NAMES)
+  return found
 
 
 @pytest.mark.parametrize('name', NAMES)

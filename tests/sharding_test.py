@@ -252,17 +252,8 @@ def _ran(tmp_path_factory):
   conftest.write_text_folder(root / 'text')
   with training_steps() as (alone, _):
     run(root, 'one', (1, 1, 1))
-  flags = os.environ['XLA_FLAGS']
-  done = subprocess.run(
-    [sys.executable, '-c', SCRIPT, str(root)],
-    cwd=conftest.ROOT,
-    env=os.environ
-    | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  said, made, sent = json.loads(done.stdout.splitlines()[-1])
-  return root, said, done.stderr, sent, made | {'one': alone}
+  (said, made, sent), stderr = conftest.on_eight_devices(SCRIPT, root)
+  return root, said, stderr, sent, made | {'one': alone}
 
 
 def same(a: pathlib.Path, b: pathlib.Path):

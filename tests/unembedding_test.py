@@ -1,11 +1,7 @@
 """Blocks of logits against all of them at once, and against float64."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -298,16 +294,8 @@ print(json.dumps(sent))
 
 def test_eight_devices_sum_a_gradient_once():
   """It is that of one device; no loop over blocks sends the matrix around."""
-  flags = os.environ['XLA_FLAGS']
-  done = subprocess.run(
-    [sys.executable, '-c', SCRIPT],
-    cwd=conftest.ROOT,
-    env=os.environ
-    | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8'},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
+  sent, _ = conftest.on_eight_devices(SCRIPT)
   # In loops and outside: gathered over `fsdp`, summed over the batch.
-  assert json.loads(done.stdout.splitlines()[-1]) == {
+  assert sent == {
     '8-1-1': [0, 1], '1-8-1': [0, 2], '1-1-8': [0, 0], '2-2-2': [0, 2],
   }  # fmt: skip
