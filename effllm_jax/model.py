@@ -26,7 +26,8 @@ import kernels
 
 Array = jax.Array
 
-_GATHERED = ('sharding_constraint', 'reshape')
+# By the last of which `sharding.gathered` rounds what it sends.
+_GATHERED = ('sharding_constraint', 'reshape', 'custom_vjp_call')
 # What is kept for the backward pass. Gathered weights, and what is but another
 # form of them, would be whole copies of all layers: 5.2 instead of 1.1 MB a
 # layer of 4.2 MB on a mesh of 8.
@@ -215,7 +216,7 @@ def block(
   # takes off all that an extent could.
   def layer(x_BTD, scanned):
     w, heads_K, ffn_F = scanned
-    w = sharding.gathered(w, compute.mesh)
+    w = sharding.gathered(w, dtype, compute.mesh)
     attn_in_BTD = norm(x_BTD, w.attn_norm)
     out_BTD = attention(
       attn_in_BTD, w.wq, w.wk, w.wv, w.wo, heads_K, cos_sin_2TH,

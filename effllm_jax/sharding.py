@@ -14,12 +14,14 @@ heads over 2 devices, a width after a shrink) is kept whole on every device:
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -206,18 +208,51 @@ def constrain_params(
   )
 
 
-def gathered(layers: structure.Layers, mesh: Mesh | None) -> structure.Layers:
-  """The weights of one layer, without N, as its products read them."""
+def gathered(
+  layers: structure.Layers, dtype: jnp.dtype, mesh: Mesh | None
+) -> structure.Layers:
+  """The weights of one layer, without N, as its products read them.
+
+  Matrices travel in `dtype`, as half of the bytes that they are kept in. Left
+  to itself, XLA sends one in float32 wherever two products read it, as in the
+  backward pass on a GPU.
+
+  Args:
+    layers: float32.
+    dtype: that products read matrices in.
+    mesh: of the devices.
+
+  Returns:
+    Float32, matrices rounded to `dtype`. Their gradients are float32, and so
+    is the sum of these over the devices.
+  """
   if mesh is None or mesh.size == 1:
     return layers
   table = structure.axes_of(
     structure.Params(embed=None, layers=layers, final_norm=None)
   ).layers
-  return jax.tree.map(
-    lambda letters, x: constrain(x, letters.removeprefix('N'), mesh),
-    table,
-    layers,
-  )
+
+  def leaf(letters, x):
+    inside = letters.removeprefix('N')
+    # Norm scales and biases are multiplied and added in float32.
+    if x.dtype == dtype or not structure.is_matrix(letters):
+      return constrain(x, inside, mesh)
+    return _sent(x, inside, dtype, mesh)
+
+  return jax.tree.map(leaf, table, layers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _sent(x, letters, dtype, mesh):
+  # Where it lies is said twice, so that it is rounded before it travels.
+  narrow = constrain(x.astype(dtype), letters, mesh, AT_REST)
+  return constrain(narrow, letters, mesh).astype(x.dtype)
+
+
+_sent.defvjp(
+  lambda x, *how: (_sent(x, *how), None),
+  lambda letters, _, mesh, kept, dx: (constrain(dx, letters, mesh),),
+)
 
 
 def over_batch(op: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
