@@ -145,6 +145,16 @@ def _splits(part, size, mesh) -> bool:
   return devices > 1 and size % devices == 0
 
 
+def part_shape(
+  letters: str, shape: tuple[int, ...], mesh: Mesh | None
+) -> tuple[int, ...]:
+  """What one device holds of an activation with these axes."""
+  if mesh is None:
+    return shape
+  lies = NamedSharding(mesh, spec(letters, shape, mesh, IN_USE))
+  return lies.shard_shape(shape)
+
+
 def undivided(cfg: structure.ModelConfig, mesh: Mesh) -> list[str]:
   """What a mesh does not divide and every device holds whole, in words."""
   names = structure.PRUNABLE | {'V': 'vocabulary'}

@@ -97,6 +97,8 @@ def mean(
   """
   count = _blocks(final_BTD, params, mesh)
   if count == 1:
+    # Nor are the rows differentiated in blocks.
+    rows = jax.lax.stop_gradient(rows)
     numbers = read(unembed(final_BTD, params, mesh), *rows)
     means = {name: x.mean() for name, x in numbers.items()}
     return _weighted(weights, means), jax.lax.stop_gradient(means)
@@ -154,19 +156,22 @@ def _mean_forward(read, weights, letters, mesh, count, x_BTD, matrix, rows):
 
 def _mean_backward(read, weights, letters, mesh, count, gradients, cotangents):
   factor, _ = cotangents
-  dx_BTD, dmatrix = gradients
-  return (factor * dx_BTD).astype(dx_BTD.dtype), factor * dmatrix, None
+  return *((factor * x).astype(x.dtype) for x in gradients), None
 
 
 _mean_in_blocks.defvjp(_mean_forward, _mean_backward)
 
 
 def _blocks(final_BTD, params, mesh) -> int:
-  """Number of blocks of positions, of which no device holds too many."""
+  """Number of blocks of positions, of which no device holds too many.
+
+  Blocks are as few as that, and of one position at least.
+  """
   B, T, D = final_BTD.shape
-  logits = B * T * (_output(params)[0].size // D)
-  devices = 1 if mesh is None else mesh.size
-  return max(1, min(T, -(-logits // (devices * MOST_LOGITS))))
+  V = _output(params)[0].size // D
+  b, _, v = sharding.part_shape('BTV', (B, T, V), mesh)
+  most = max(MOST_LOGITS // max(b * v, 1), 1)
+  return max(-(-T // most), 1)
 
 
 def _split(tree, count):

@@ -11,6 +11,7 @@ import pytest
 import scipy.special
 
 from effllm_jax import distillation
+from effllm_jax import sharding
 from effllm_jax import steps
 from effllm_jax import structure
 from effllm_jax import unembedding
@@ -96,7 +97,7 @@ def test_the_gradient_takes_a_factor_later(limited):
   """As where the mean is a part of what is minimised."""
   params, x, labels = make_params(True)
 
-  def half(x):
+  def half(params, x):
     value, means = unembedding.mean(read, WEIGHTS, x, params, None, labels)
     # The means are told, not differentiated.
     return 0.5 * value + means['square']
@@ -104,11 +105,85 @@ def test_the_gradient_takes_a_factor_later(limited):
   found = []
   for size in ('one', 'filled'):
     limited(SIZES[size])
-    found.append(jax.jit(jax.grad(lambda x: half(x)))(x))
+    fresh = jax.grad(lambda params, x: half(params, x), argnums=(0, 1))
+    found.append(jax.jit(fresh)(params, x))
   limited(SIZES['one'])
-  _, (_, dx) = mean(params, x, labels)
+  _, gradients = mean(params, x, labels)
+  want = jax.tree.map(lambda x: 0.5 * x, gradients)
   for half_of_it in found:
-    np.testing.assert_allclose(half_of_it, 0.5 * dx, rtol=1e-5, atol=1e-8)
+    conftest.check_close(half_of_it, want, 1e-5, 1e-8)
+
+
+@pytest.mark.parametrize('size', ['one', 'filled'])
+def test_no_row_is_differentiated(limited, size):
+  """However many blocks there are."""
+  limited(SIZES[size])
+  params, x, labels = make_params(True)
+
+  def scaled(scale):
+    read_scaled = lambda logits, labels, scale: {
+      'entropy': scale * read(logits, labels)['entropy']
+    }
+    rows = labels, scale
+    return unembedding.mean(read_scaled, WEIGHTS, x, params, None, *rows)[0]
+
+  assert not np.any(jax.grad(scaled)(jnp.ones((B, T))))
+
+
+@pytest.mark.parametrize('size', ['one', 'filled'])
+def test_a_gradient_has_the_dtype_of_its_matrix(limited, size):
+  limited(SIZES[size])
+  params, x, labels = make_params(True)
+  params = params.replace(embed=params.embed.astype(jnp.bfloat16))
+  _, (dparams, dx) = mean(params, x, labels)
+  assert dparams.embed.dtype == jnp.bfloat16 and dx.dtype == jnp.float32
+
+
+def largest_block(batch, length, vocabulary):
+  """Number of logits that are read at a time; nothing is computed."""
+  sizes = []
+
+  def recorded(logits, labels):
+    sizes.append(logits.size)
+    return read(logits, labels)
+
+  array = jax.ShapeDtypeStruct
+  jax.eval_shape(
+    lambda x, matrix, labels: unembedding.mean(
+      recorded, WEIGHTS, x,
+      structure.Params(embed=matrix, layers=None, final_norm=None), None,
+      labels,
+    ),
+    array((batch, length, D), jnp.float32),
+    array((vocabulary, D), jnp.float32),
+    array((batch, length), jnp.int32),
+  )  # fmt: skip
+  return max(sizes)
+
+
+def test_no_block_has_more_logits_than_a_device_may_hold(monkeypatch):
+  """Also where they do not come out even."""
+  for most in range(B * V, B * T * V + 1, 13):
+    monkeypatch.setattr(unembedding, 'MOST_LOGITS', most)
+    assert largest_block(B, T, V) <= most
+
+
+def test_a_device_holds_up_to_a_gibibyte_of_logits():
+  """As the README has it: one text of SmolLM2 whole, and no eight of them."""
+  assert largest_block(1, 2048, 49152) == 2048 * 49152
+  assert 2**29 < 4 * largest_block(8, 2048, 49152) <= 2**30
+
+
+@pytest.mark.parametrize('vocabulary, blocks', [(48, 3), (49, 6)])
+def test_a_vocabulary_that_no_mesh_divides_is_whole_on_each(
+  monkeypatch, vocabulary, blocks
+):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
+  matrix = np.zeros((vocabulary, D), np.float32)
+  params = structure.Params(embed=matrix, layers=None, final_norm=None)
+  # Two of eight sequences, and half of the vocabulary where it is even.
+  monkeypatch.setattr(unembedding, 'MOST_LOGITS', 2 * 4 * 49 // 2)
+  assert unembedding._blocks(jnp.zeros((8, 12, D)), params, mesh) == blocks
 
 
 def test_bfloat16_gives_what_it_gives_whole(limited):
