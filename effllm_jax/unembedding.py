@@ -49,6 +49,8 @@ def per_token(
 ) -> Any:
   """What `read` makes of the logits at every position.
 
+  A gradient through it would keep the logits of all blocks; see `mean`.
+
   Args:
     read: sees some of the positions of all sequences at a time.
     final_BTD: of `model.hidden`.
@@ -87,7 +89,7 @@ def mean(
 
   Args:
     read: gives numbers [B, t] by name.
-    weights: of the mean of each.
+    weights: of the mean of each, not traced.
     final_BTD, params, mesh, *rows: as for `per_token`; what is differentiated
       are the first and the output matrix.
 
