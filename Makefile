@@ -46,17 +46,19 @@ docs: $(VENV)/.ready
 
 kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
 	.venv-tpu/bin/python -m experiments.aot_tpu
+	.venv-tpu/bin/python -m experiments.aot_slice --device=v5e
 	.venv-cuda/bin/python -m experiments.aot_hopper
 	.venv-cuda/bin/python -m experiments.aot_steps
+	.venv-cuda/bin/python -m experiments.aot_slice --device=h100
 
 .venv-tpu/.ready: AOT_PYTHON = $(PYTHON)
 .venv-tpu/.ready: AOT_WHEELS = 'jax[tpu]'
 .venv-cuda/.ready: AOT_PYTHON = $(PYTHON_CUDA)
-.venv-cuda/.ready: AOT_WHEELS = jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 flax optax
+.venv-cuda/.ready: AOT_WHEELS = jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1
 .venv-tpu/.ready .venv-cuda/.ready:
 	$(AOT_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  $(AOT_WHEELS) absl-py ml-collections rich
+	  $(AOT_WHEELS) absl-py flax ml-collections optax rich
 	@touch $@
 
 clean:

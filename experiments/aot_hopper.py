@@ -18,6 +18,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -162,6 +163,13 @@ def check_plugin() -> None:
     )
 
 
+def check_packages(*names: str) -> None:
+  """Raises errors.InputError where a package is missing."""
+  for name in names:
+    if importlib.util.find_spec(name) is None:
+      raise errors.InputError(f'no {name} here; run pip install {name}')
+
+
 def parse(log: str, shared_bytes: int) -> Compiled:
   """Reads what Mosaic and ptxas print about one kernel.
 
@@ -201,14 +209,19 @@ def parse(log: str, shared_bytes: int) -> Compiled:
 def device_of_no_machine() -> Any:
   """A sharding on one H100 that exists for the compiler only."""
   import jax
-  from jax.experimental import topologies
   import numpy as np
 
-  topology = topologies.get_topology_desc(
-    '', 'cuda', topology='1x1x1', target_config=_TARGET
-  )
-  mesh = jax.sharding.Mesh(np.asarray(topology.devices), ('device',))
+  mesh = jax.sharding.Mesh(np.asarray(devices(1)), ('device',))
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def devices(count: int) -> list[Any]:
+  """H100s of one host, which exist for the compiler only."""
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(
+    '', 'cuda', topology=f'1x1x{count}', target_config=_TARGET
+  ).devices
 
 
 def _said(action: Callable[[], object]) -> str:

@@ -13,11 +13,9 @@ where a step does not fit into its memory, 2 where the wheels are missing.
 Fifteen minutes on one core.
 """
 
-import importlib.util
 import os
 
 from effllm_jax import console
-from effllm_jax import errors
 from experiments import aot_hopper
 from experiments import cli
 
@@ -42,9 +40,7 @@ def main(argv: list[str]) -> None:
   """Compiles all, prints one table."""
   del argv
   aot_hopper.check_plugin()
-  for package in 'flax', 'optax':
-    if importlib.util.find_spec(package) is None:
-      raise errors.InputError(f'no {package} here; run pip install {package}')
+  aot_hopper.check_packages('flax', 'optax')
   # After the wheels have been looked for: these imports take seconds.
   import jax
   import rich.progress

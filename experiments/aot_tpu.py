@@ -12,6 +12,7 @@ the precision 'highest', which takes the most VMEM. Ends with 1 where a compile
 fails, with 2 where libtpu is missing. Five minutes on one core.
 """
 
+import importlib.metadata
 import os
 import sys
 
@@ -52,7 +53,6 @@ def main(argv: list[str]) -> None:
   """Compiles all, prints one table; exits with 1 if any failed."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import importlib.metadata
   import itertools
   import time
 
@@ -63,12 +63,7 @@ def main(argv: list[str]) -> None:
   from kernels import forms
   from kernels import pallas_tpu
 
-  try:
-    libtpu = importlib.metadata.version('libtpu')
-  except importlib.metadata.PackageNotFoundError as e:
-    raise errors.InputError(
-      "libtpu is not installed; pip install 'jax[tpu]' in a venv of its own"
-    ) from e
+  libtpu = check_plugin()
   table = rich.table.Table(
     'chip', 'layer', 'form', 'm n k', 'dtype', 'precision', 'blocks',
     'VMEM MiB', 'HBM MiB', 'code KiB', 'seconds',
@@ -111,6 +106,16 @@ def main(argv: list[str]) -> None:
       file=sys.stderr,
     )
     sys.exit(1)
+
+
+def check_plugin() -> str:
+  """The version of libtpu; errors.InputError where there is none."""
+  try:
+    return importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError as e:
+    raise errors.InputError(
+      "libtpu is not installed; pip install 'jax[tpu]' in a venv of its own"
+    ) from e
 
 
 def _compile(form, size, dtype, device):

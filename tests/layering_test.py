@@ -258,7 +258,9 @@ for name in ['experiments.cli', *{COMMANDS}]:
   assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize('name', ['aot_hopper', 'aot_steps', 'aot_tpu'])
+@pytest.mark.parametrize(
+  'name', ['aot_hopper', 'aot_slice', 'aot_steps', 'aot_tpu']
+)
 def test_jax_finds_the_environment_that_a_compiler_needs(name):
   code = f"""
 import os, runpy, sys
@@ -280,6 +282,7 @@ runpy.run_module('experiments.{name}', run_name='__main__')
   'name, wheel, words',
   [
     ('aot_hopper', 'jax-cuda13-plugin', 'no CUDA plugin of jax here'),
+    ('aot_slice', 'libtpu', 'libtpu is not installed'),
     ('aot_steps', 'jax-cuda13-plugin', 'no CUDA plugin of jax here'),
     ('aot_tpu', 'libtpu', 'libtpu is not installed'),
   ],

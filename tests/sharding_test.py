@@ -707,3 +707,24 @@ def test_goes_on_with_other_processes(processes):
   rewound(root, 'one', 'one-then-two')
   finished(start('one-then-two'))
   same(root / 'one-then-two', root / 'one')
+
+
+def test_tells_in_what_dtype_layers_are_gathered():
+  """As XLA writes it for a TPU, and for a GPU several together."""
+  from experiments import aot_slice
+
+  tpu = (
+    '  %a = bf16[1,2048,8192]{2,1,0:T(8,128)} all-gather(%b), dimensions={1}'
+  )
+  gpu = (
+    '  %s = ((f32[256,32,64], bf16[256,8192]), (f32[2048,32,64], '
+    'bf16[2048,8192])) all-gather-start(%x, %y)'
+  )
+  others = """
+    %n = f32[24,2048]{1,0} all-gather(%v)
+    %e = f32[49152,2048]{1,0} all-gather(%embed)
+    %r = f32[2048,8192]{1,0} all-reduce(%g)
+  """
+  assert aot_slice.gathered(others + tpu) == {'bf16'}
+  assert aot_slice.gathered(others + gpu) == {'bf16', 'f32'}
+  assert aot_slice.gathered(others) == set()
