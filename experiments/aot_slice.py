@@ -10,7 +10,8 @@ docstring says, with what other configs add: a teacher, a repair, trials. Told
 are the bytes of one device, arrays and what XLA plans to hold besides, and in
 what dtype the matrices of layers are sent. Exits 1 where a program does not
 compile, does not fit, or sends one of these in float32, 2 where the wheels are
-missing. A quarter of an hour on one core for v5e, and 10 GB.
+missing. Each kind takes some twenty minutes on one core, v5e 10 GB of memory,
+most of it for the step by Pallas: `--programs=step,select` names others.
 """
 
 from collections.abc import Callable
