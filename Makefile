@@ -46,7 +46,8 @@ docs: $(VENV)/.ready
 
 kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
 	.venv-tpu/bin/python -m experiments.aot_tpu
-	.venv-tpu/bin/python -m experiments.aot_slice --device=v5e
+	.venv-tpu/bin/python -m experiments.aot_slice --device=v5e \
+	  --programs=step,select,shrink
 	.venv-cuda/bin/python -m experiments.aot_hopper
 	.venv-cuda/bin/python -m experiments.aot_steps
 	.venv-cuda/bin/python -m experiments.aot_slice --device=h100

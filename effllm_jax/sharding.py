@@ -223,8 +223,8 @@ def gathered(
 ) -> structure.Layers:
   """The weights of one layer, without N, as its products read them.
 
-  Matrices travel in `dtype`, as half of the bytes that they are kept in. Left
-  to itself, XLA sends one in float32 wherever two products read it, as in the
+  Matrices travel in `dtype`, of which bfloat16 is half the bytes. Left to
+  itself, XLA sends one in float32 wherever two products read it, as in the
   backward pass on a GPU.
 
   Args:
@@ -254,6 +254,7 @@ def gathered(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _sent(x, letters, dtype, mesh):
+  """A matrix rounded to `dtype`, gathered, and widened; differentiated as x."""
   # Where it lies is said twice, so that it is rounded before it travels.
   narrow = constrain(x.astype(dtype), letters, mesh, AT_REST)
   return constrain(narrow, letters, mesh).astype(x.dtype)
