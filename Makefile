@@ -67,8 +67,8 @@ clean:
 
 $(VENV)/.ready: $(REQUIREMENTS)
 	@rm -f $@
-	$(PYTHON) -m venv $(VENV) || { echo "error: no venv; install the package \
-	  python3-venv, or set PYTHON to another Python >= 3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { echo "error: no venv; install the package" \
+	  "python3-venv, or set PYTHON to another Python >= 3.11"; exit 2; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 	  $(foreach file,$(REQUIREMENTS),-r $(file))

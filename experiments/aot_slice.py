@@ -34,10 +34,6 @@ from experiments import cli
 
 # Bytes of memory.
 DEVICES = {'v5e': 16e9, 'h100': 80e9}
-_SHAPE = dict(
-  V=49152, D=2048, N=24, K=32, G=1, H=64, F=8192, context=2048, rope_theta=1e4,
-  norm_eps=1e-5, tied=True,
-)  # fmt: skip
 # Sequences of a micro-batch, these of an update, and those of a repair. Of an
 # update of 64, as that docstring has it, libtpu takes longer for the same loop.
 _ROWS, _REPAIRED_ON = 8, 16
@@ -62,7 +58,10 @@ def main(argv: list[str]) -> None:
   import rich.progress
   import rich.table
 
-  programs = _programs(device)
+  from experiments import bench_setup
+
+  cfg = bench_setup.SHAPES['1.7b']
+  programs = _programs(device, cfg)
   asked = _PROGRAMS.value or list(programs)
   if unknown := set(asked) - set(programs):
     raise errors.InputError(
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> None:
     # What goes in may be what comes out.
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
     arrays -= memory.alias_size_in_bytes
-    sent = gathered(compiled.as_text())
+    sent = gathered(compiled.as_text(), cfg)
     table.add_row(
       name,
       f'{arrays / 1e9:.2f}',
@@ -107,9 +106,9 @@ def main(argv: list[str]) -> None:
     aot_hopper.fail(faults[0])
 
 
-def gathered(text: str) -> set[str]:
+def gathered(text: str, cfg: Any) -> set[str]:
   """Dtypes in which a compiled program gathers matrices of one layer."""
-  sizes = {_SHAPE['D'] * width for width in (_SHAPE['D'], _SHAPE['F'])}
+  sizes = {cfg.D * cfg.D, cfg.D * cfg.F}
   found = re.findall(r' = (.*) all-gather(?:-start)?\(', text)
   return {
     dtype
@@ -119,7 +118,7 @@ def gathered(text: str) -> set[str]:
   }
 
 
-def _programs(device: str) -> dict[str, Callable[[], Any]]:
+def _programs(device: str, cfg: Any) -> dict[str, Callable[[], Any]]:
   """What lowers each program of a run, by its name in the table."""
   import jax
   import jax.numpy as jnp
@@ -130,7 +129,6 @@ def _programs(device: str) -> dict[str, Callable[[], Any]]:
   from effllm_jax import sharding
   from effllm_jax import state as state_lib
   from effllm_jax import steps
-  from effllm_jax import structure
   from experiments.configs import smollm_1p7b_to_469m
 
   types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
@@ -140,7 +138,6 @@ def _programs(device: str) -> dict[str, Callable[[], Any]]:
   config = smollm_1p7b_to_469m.get_config()
   micro_batches = _MICRO_BATCHES[device]
   config.data.batch_size, config.train.accumulate = _ROWS, micro_batches
-  cfg = structure.ModelConfig(**_SHAPE)
   plan = plan_lib.make(config, cfg, None, mesh)
   tx = plan_lib.optimizer(config)
   state = state_lib.abstract_state(cfg, tx, mesh)

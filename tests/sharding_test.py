@@ -48,7 +48,7 @@ CFG = conftest.make_config(
 SCRIPT = """
 import json, pathlib, sys
 from tests import sharding_test
-print(json.dumps(sharding_test.on_eight_devices(pathlib.Path(sys.argv[1]))))
+print(json.dumps(sharding_test.in_the_other_process(pathlib.Path(sys.argv[1]))))
 """
 
 
@@ -139,7 +139,7 @@ def repaired(mesh):
   )  # fmt: skip
 
 
-def on_eight_devices(root):
+def in_the_other_process(root):
   """What the other process does and tells; imports of its own."""
   import collections
 
@@ -712,6 +712,7 @@ def test_goes_on_with_other_processes(processes):
 def test_tells_in_what_dtype_layers_are_gathered():
   """As XLA writes it for a TPU, and for a GPU several together."""
   from experiments import aot_slice
+  from experiments import bench_setup
 
   tpu = (
     '  %a = bf16[1,2048,8192]{2,1,0:T(8,128)} all-gather(%b), dimensions={1}'
@@ -725,6 +726,8 @@ def test_tells_in_what_dtype_layers_are_gathered():
     %e = f32[49152,2048]{1,0} all-gather(%embed)
     %r = f32[2048,8192]{1,0} all-reduce(%g)
   """
-  assert aot_slice.gathered(others + tpu) == {'bf16'}
-  assert aot_slice.gathered(others + gpu) == {'bf16', 'f32'}
-  assert aot_slice.gathered(others) == set()
+  cfg = bench_setup.SHAPES['1.7b']
+  gathered = lambda text: aot_slice.gathered(text, cfg)
+  assert gathered(others + tpu) == {'bf16'}
+  assert gathered(others + gpu) == {'bf16', 'f32'}
+  assert gathered(others) == set()
