@@ -65,6 +65,7 @@ from effllm_jax import structure
 from tests import fork_server
 
 ROOT = pathlib.Path(__file__).parents[1]
+fork_server.step_back()
 
 # The blocks of Llama; what those of Qwen2 (biases) and Qwen3 (norms) add. Not a
 # model for each: every program takes seconds to compile.

@@ -19,9 +19,39 @@ import sys
 import tempfile
 import time
 
+from jax import monitoring
+
 # New objects before Python looks for cycles among them, and how often it looks
 # among older ones.
 GARBAGE = 1_000_000, 10, 10
+
+
+def step_back() -> None:
+  """Lets XLA's threads that compile run before the one that gives them work.
+
+  The newest jax sets up a context of MLIR for each fusion that waits for them:
+  265 for 480 fusions of a small training step where all threads share a core, 7
+  where this one has a lower priority, and the step is compiled in two thirds of
+  the time and of the memory (steps_test: 106 s of CPU time, now 76). On Linux a
+  thread has a priority of its own, at first its parent's: the first program
+  that is compiled, not loaded, starts the others.
+  """
+  loaded = stepped_back = False
+
+  def event(name, **_):
+    nonlocal loaded
+    loaded = loaded or name == '/jax/compilation_cache/cache_hits'
+
+  def duration(name, seconds, **_):
+    nonlocal loaded, stepped_back
+    if name == '/jax/core/compile/backend_compile_duration':
+      if not (loaded or stepped_back):
+        stepped_back = True
+        os.nice(10)
+      loaded = False
+
+  monitoring.register_event_listener(event)
+  monitoring.register_event_duration_secs_listener(duration)
 
 
 class Process:
@@ -107,6 +137,7 @@ def serve() -> None:
         path = os.open(request[stream], os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(path, number)
       module = f'experiments.{request["name"]}'
+      step_back()
       sys.argv = [module, *request['flags']]
       runpy.run_module(module, run_name='__main__', alter_sys=True)
       return
