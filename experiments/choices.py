@@ -93,9 +93,7 @@ def sweep(
 
 def _module(path, flag) -> tuple[types.ModuleType, pathlib.Path]:
   """A Python file of the user's, not run yet."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise errors.InputError(f'{path} is not a file; set {flag}')
+  path = cli.program(path, flag)
   spec = importlib.util.spec_from_file_location('of_the_user', path)
   if spec is None:
     raise errors.InputError(f'{path} is no Python file; set {flag}')

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import difflib
+import glob
 import itertools
 import os
 import pathlib
@@ -139,14 +141,28 @@ def config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     errors.InputError: the file does not exist, has no `get_config`, or that
       returns something else than a config with all keys, see `check`.
   """
-  path = pathlib.Path(flags.FLAGS[flag.name].config_filename)
-  if not path.is_file():
-    raise errors.InputError(f'{path} is not a file; set --config')
+  path = program(flags.FLAGS[flag.name].config_filename, '--config')
   with reading(path):
     # The flag reports a broken file only when its value is used.
     flag.value.to_dict()
   check(flag.value, path)
   return flag.value
+
+
+def program(path: str | os.PathLike, flag: str) -> pathlib.Path:
+  """A config or a study of the user's, which `flag` names.
+
+  Raises:
+    errors.InputError: no such file; the nearest name beside it is told.
+  """
+  path = pathlib.Path(path)
+  # Unlike pathlib, these two raise nothing where a path is too long.
+  if os.path.isfile(path):
+    return path
+  names = glob.glob('*.py', root_dir=path.parent)
+  near = difflib.get_close_matches(path.name, names, n=1)
+  hint = f'; did you mean {path.with_name(near[0])}?' if near else ''
+  raise errors.InputError(f'{path} is not a file; set {flag}{hint}')
 
 
 @contextlib.contextmanager
@@ -238,13 +254,13 @@ def _config_at_home(flag: str) -> str:
 
 
 def _check_files(argv: Sequence[str]) -> None:
-  """Raises ValueError where --config is a pipe or a device, which block."""
+  """Raises InputError where --config is no file; a pipe or a device blocks."""
   for flag, value in itertools.pairwise([*argv, '']):
     name, equals, given = flag.partition('=')
-    path = given if equals else value
-    blocks = os.path.exists(path) and not os.path.isfile(path)
-    if name in ('--config', '-config') and blocks:
-      raise ValueError(f'{path} is not a file; set --config')
+    # What follows a colon is an argument of `get_config`.
+    path = (given if equals else value).partition(':')[0]
+    if name in ('--config', '-config') and path:
+      program(path, '--config')
 
 
 def join() -> None:

@@ -172,6 +172,10 @@ def test_the_arms_of_a_file_may_be_a_list(tmp_path):
     (lambda _: choices.seeds(['one']), "seed 'one' is not a number"),
     (lambda _: choices.budgets(['hours']), "'hours' is not one of tokens, fl"),
     (lambda _: choices.load('none.py'), 'none.py is not a file; set --study'),
+    (
+      lambda _: choices.load(FOLDER / 'smal.py'),
+      r'smal.py is not a file; set --study; did you mean .*/small.py\?',
+    ),
     (lambda _: choices.load(FOLDER), 'is not a file'),
     (lambda _: choices.load(__file__), 'cannot be read as a study'),
   ],

@@ -148,9 +148,13 @@ def test_another_worker_count_is_refused(setting, finished):
       '--config.budget.targt=5',
       ("no key 'budget.targt'", "did you mean 'target'?"),
     ),
+    ('--config=no/such.py', ('no/such.py is not a file; set --config',)),
     (
-      '--config=no/such.py',
-      ('--config cannot be read', 'no/such.py', 'set --config to another'),
+      '--config=experiments/configs/smolm2_135.py',
+      (
+        'smolm2_135.py is not a file; set --config; did you mean '
+        'experiments/configs/smollm2_135m.py?',
+      ),
     ),
     ('surplus', ("unexpected argument 'surplus'",)),
     (
