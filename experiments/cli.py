@@ -155,6 +155,7 @@ def program(path: str | os.PathLike, flag: str) -> pathlib.Path:
   Raises:
     errors.InputError: no such file; the nearest name beside it is told.
   """
+  given = os.fspath(path) or "''"
   path = pathlib.Path(path)
   # Unlike pathlib, these two raise nothing where a path is too long.
   if os.path.isfile(path):
@@ -162,7 +163,7 @@ def program(path: str | os.PathLike, flag: str) -> pathlib.Path:
   names = glob.glob('*.py', root_dir=path.parent)
   near = difflib.get_close_matches(path.name, names, n=1)
   hint = f'; did you mean {path.with_name(near[0])}?' if near else ''
-  raise errors.InputError(f'{path} is not a file; set {flag}{hint}')
+  raise errors.InputError(f'{given} is not a file; set {flag}{hint}')
 
 
 @contextlib.contextmanager
@@ -259,7 +260,7 @@ def _check_files(argv: Sequence[str]) -> None:
     name, equals, given = flag.partition('=')
     # What follows a colon is an argument of `get_config`.
     path = (given if equals else value).partition(':')[0]
-    if name in ('--config', '-config') and path:
+    if name in ('--config', '-config') and (path or equals):
       program(path, '--config')
 
 

@@ -149,6 +149,12 @@ def test_another_worker_count_is_refused(setting, finished):
       ("no key 'budget.targt'", "did you mean 'target'?"),
     ),
     ('--config=no/such.py', ('no/such.py is not a file; set --config',)),
+    ('--config=', ("'' is not a file; set --config",)),
+    # A user's own may take the argument that follows a colon.
+    (
+      '--config=experiments/configs/smollm2_135m.py:8b',
+      ('get_config() takes 0 positional arguments',),
+    ),
     (
       '--config=experiments/configs/smolm2_135.py',
       (
