@@ -56,13 +56,19 @@ ALL = {
   'distill.temperature': 2.0,
   'distill.top_k': 16,
   'shrink.threshold': 0.15,
+  'checkpoint.every_steps': 10,
 }
 
 
 # Twelve steps, the last prune after the eighth, one shrink.
 BRIEF = {
   'train.tokens': 12 * 64, 'prune.end_tokens': 8 * 64, 'shrink.threshold': 0.9,
+  'checkpoint.every_steps': 10,
 }  # fmt: skip
+
+
+class Stop(BaseException):
+  pass
 
 
 class Setting(runs.Setting):
@@ -75,6 +81,20 @@ class Setting(runs.Setting):
       conftest.small_run(self.model, self.text, **changes)
     )
     train.run(config, self.root / name, self.root / 'cache')
+    return self.root / name
+
+  def run_until(self, step, name, **changes):
+    """Stops before a step, as if the process had ended there."""
+
+    def one_step(run, now, original=loop.Loop._one_step):
+      if now == step:
+        raise Stop
+      original(run, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop.Loop, '_one_step', one_step)
+      with pytest.raises(Stop):
+        self.run(name, **changes)
     return self.root / name
 
 
@@ -280,27 +300,13 @@ def test_a_teacher_that_waits_changes_nothing_before(setting, plain):
 
 
 def test_the_same_seed_gives_the_same_bits_also_across_a_stop(
-  setting, everything, monkeypatch
+  setting, everything
 ):
   """Invariant 8 for the whole method: stopped after step 13, and resumed.
 
   A checkpoint is all that this takes: what was logged before it may be lost.
   """
-  good = steps.train_step
-
-  class Stop(BaseException):
-    pass
-
-  def one_step(self, step, original=loop.Loop._one_step):
-    if step == 14:
-      raise Stop
-    original(self, step)
-
-  monkeypatch.setattr(loop.Loop, '_one_step', one_step)
-  with pytest.raises(Stop):
-    setting.run('stopped', **ALL)
-  monkeypatch.undo()
-  assert steps.train_step is good
+  setting.run_until(14, 'stopped', **ALL)
   log = setting.root / 'stopped' / 'trace.jsonl'
   pruned = {row['step']: row for row in trace(log.parent)}
   log.unlink()
@@ -330,8 +336,15 @@ def test_in_bfloat16_a_teacher_is_its_student_and_checks_are_float32(
     return batch_loss(*args, compute=compute, **kwargs)
 
   monkeypatch.setattr(steps, 'batch_loss', spied)
+  # It ends with its last prune.
   half = setting.run(
-    'half', **BRIEF | {'model.dtype': 'bfloat16', 'distill.weight': 0.5}
+    'half',
+    **BRIEF
+    | {
+      'train.tokens': 8 * 64,
+      'model.dtype': 'bfloat16',
+      'distill.weight': 0.5,
+    },
   )
   assert runs.rows(half, 'train')[0]['divergence'] == pytest.approx(0, abs=1e-5)
   (shrink,) = runs.rows(half, 'shrink')
@@ -517,7 +530,9 @@ def test_what_decides_on_a_damping_is_not_what_is_fitted(
     return recent(self, apart)
 
   monkeypatch.setattr(data.TrainIterator, 'recent', recorded)
-  done = setting.run(
+  # Prunes after steps 4 and 6.
+  done = setting.run_until(
+    7,
     f'apart-{damping:g}',
     **BRIEF
     | {
@@ -533,9 +548,12 @@ def test_what_decides_on_a_damping_is_not_what_is_fitted(
 
 def test_uniform_bytes_and_a_whole_repair(setting):
   """Variant B as in the paper, in bytes of a block format; one shot."""
-  done = setting.run(
+  # Until its one prune has left smaller arrays.
+  done = setting.run_until(
+    4,
     'uniform',
-    **{
+    **BRIEF
+    | {
       'budget.kind': 'bytes',
       'budget.format': 'q8_0',
       'budget.target': 28_000.0,
