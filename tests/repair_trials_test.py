@@ -34,7 +34,8 @@ def test_a_repair_gives_back_what_a_prune_took(trials):
   masks = trials.prune(batches, 0.1)
   left = selection.live_params(masks, trials.cfg) / trials.cfg.num_params()
   assert 0.85 < left <= 0.9
-  windows = np.concatenate(batches)
+  # As many as the command repairs on: a program that both have.
+  windows = np.concatenate(batches[:2])
   masked, found = trials.masked(masks), trials.repaired(masks, windows, 1.0)
   assert (masked.error_left, masked.seconds) == (1, 0)
   assert 0 < found.error_left < 1
