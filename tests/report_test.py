@@ -250,6 +250,21 @@ class Page(html.parser.HTMLParser):
     self.cell = False
 
 
+@pytest.fixture(name='draw_only')
+def _draw_only(monkeypatch):
+  """Reports with these figures alone, which are what takes time."""
+  draw = figures.draw
+  return lambda *names: monkeypatch.setattr(
+    figures, 'draw', lambda run: draw(run, names)
+  )
+
+
+@pytest.fixture(name='undrawn')
+def _undrawn(draw_only):
+  """Reports without figures."""
+  draw_only()
+
+
 @pytest.fixture(name='done', scope='module')
 def _done(tmp_path_factory):
   """A finished run, its report and the rows of its metrics."""
@@ -551,7 +566,8 @@ def test_layer_maps_are_what_the_trace_says(which, request):
     assert (live['heads'] == 3).all() and np.ptp(live['ffn']) == 0
 
 
-def test_layer_maps_before_the_first_prune(tmp_path):
+def test_layer_maps_before_the_first_prune(tmp_path, draw_only):
+  draw_only('layers')
   write_run(tmp_path / 'a', until=3)
   run = runlog.read(tmp_path / 'a')
   assert all(np.isinf(x).all() for x in figures.layer_maps(run).values())
@@ -712,7 +728,9 @@ COSTS = {
 
 
 @pytest.mark.parametrize('kind', COSTS)
-def test_budgets_other_than_parameters(tmp_path, kind):
+def test_budgets_other_than_parameters(tmp_path, draw_only, kind):
+  # Those that tell of the budget.
+  draw_only('size', 'price')
   name, before, after, target = COSTS[kind]
   write_run(tmp_path / 'a', kind=kind, ragged=True)
   spaced = lambda text: text.replace('\N{NO-BREAK SPACE}', ' ')
@@ -763,6 +781,7 @@ def test_page_is_self_contained(done):
   assert '@import' not in style
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_command_gives_the_same_config(tmp_path):
   write_run(tmp_path / 'a b')
   config = smollm2_135m.get_config()
@@ -893,12 +912,6 @@ def test_same_run_same_bytes_and_nothing_left_behind(tmp_path, ragged):
   assert not list((tmp_path / 'a').glob('.effllm*'))
 
 
-@pytest.fixture(name='undrawn')
-def _undrawn(monkeypatch):
-  """Reports without figures, which are what takes time."""
-  monkeypatch.setattr(figures, 'draw', lambda *_: [])
-
-
 @pytest.mark.usefixtures('undrawn')
 def test_a_report_stays_where_its_successor_fails(tmp_path, monkeypatch):
   folder = tmp_path / 'a'
@@ -1014,6 +1027,7 @@ def test_bad_workdir_is_one_line_and_writes_nothing(tmp_path, said):
   assert not (folder / 'report').exists()
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_a_file_in_place_of_the_folder(tmp_path):
   write_run(tmp_path / 'a', until=3)
   (tmp_path / 'a/report').write_text('a file of the user')
