@@ -317,29 +317,23 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(finished):
     assert same or after['step'] not in bad
 
 
-def test_trials_behind_a_skipped_batch_are_measured(setting, servers, tokens):
-  """On held-out text: that batch has no loss."""
-  folder = setting.root / 'calibrated'
-  # One shrink: each has programs of its own for the trials.
-  flags = setting.arguments(
-    folder, **CHANGES | {'prune.calibrate': True, 'shrink.threshold': 0.9}
-  )
-  done = servers[0].run('main', flags)
-  assert done.returncode == 0, done.stderr
-  bad = {row['step'] for row in runs.rows(folder, 'train') if not row['loss']}
-  trace = list(workdir_lib.read(folder / 'trace.jsonl'))
-  assert bad & {row['step'] for row in trace}
-  for row in trace:
-    assert all(x['change'] is not None for x in row['trials'].values())
-
-
-def test_too_many_skipped_steps_end_in_one_line(setting, servers, tokens):
+@pytest.fixture(scope='module', name='skipped')
+def _skipped(setting, servers, tokens) -> pathlib.Path:
+  """The workdir of a run that begins with bad batches, and has trials."""
   before = tokens.copy()
   tokens[:] = 60_000
   tokens.flush()
   workdir = setting.root / 'skipped'
+  # One shrink: each has programs of its own for the trials.
   flags = setting.arguments(
-    workdir, **CHANGES | {'train.max_skipped': 2, 'checkpoint.every_steps': 9}
+    workdir,
+    **CHANGES
+    | {
+      'prune.calibrate': True,
+      'shrink.threshold': 0.9,
+      'train.max_skipped': 2,
+      'checkpoint.every_steps': 9,
+    },
   )
   runs.refused(
     servers[0].run('main', flags), '2 steps in a row were skipped, step 2'
@@ -354,10 +348,24 @@ def test_too_many_skipped_steps_end_in_one_line(setting, servers, tokens):
   tokens.flush()
   done = servers[0].run('main', flags)
   assert done.returncode == 0, done.stderr
-  rows = runs.rows(workdir, 'train')
+  return workdir
+
+
+def test_too_many_skipped_steps_end_in_one_line(skipped):
+  """As `skipped` has seen; with good batches the run goes on."""
+  rows = runs.rows(skipped, 'train')
   bad = [row['step'] for row in rows if row['loss'] is None]
   assert bad[:2] == [1, 2]
   assert rows[-1]['skipped'] == len(bad)
+
+
+def test_trials_behind_a_skipped_batch_are_measured(skipped):
+  """On held-out text: that batch has no loss."""
+  bad = {row['step'] for row in runs.rows(skipped, 'train') if not row['loss']}
+  trace = list(workdir_lib.read(skipped / 'trace.jsonl'))
+  assert bad & {row['step'] for row in trace}
+  for row in trace:
+    assert all(x['change'] is not None for x in row['trials'].values())
 
 
 def test_a_killed_data_worker_ends_in_one_line(setting, finished):
