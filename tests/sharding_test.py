@@ -99,28 +99,37 @@ def rewound(root, name, new):
 
 
 @contextlib.contextmanager
-def training_steps():
-  """Digests of the steps of what runs within, by their text, and the steps.
+def programs_of_steps():
+  """What of these steps is compiled within, by name.
 
-  Equal digests are one program for jax's cache of them.
+  Digests of what is compiled, by its text: equal ones are one program for jax's
+  cache of them. And the programs.
   """
-  digests, compiled, whole = [], [], steps.train_step
+  names = 'train_step', 'repair_step', 'shrink_step'
+  digests, compiled = ({name: [] for name in names} for _ in range(2))
+  whole = {name: getattr(steps, name) for name in names}
 
-  def lower(*arrays, **static):
-    lowered = whole.lower(*arrays, **static)
-    digests.append(hashlib.sha256(lowered.as_text().encode()).hexdigest())
+  def followed(name):
+    def lower(*arrays, **static):
+      lowered = whole[name].lower(*arrays, **static)
+      text = lowered.as_text().encode()
+      digests[name].append(hashlib.sha256(text).hexdigest())
 
-    def compile():
-      compiled.append(lowered.compile())
-      return compiled[-1]
+      def compile():
+        compiled[name].append(lowered.compile())
+        return compiled[name][-1]
 
-    return types.SimpleNamespace(compile=compile)
+      return types.SimpleNamespace(compile=compile)
 
-  steps.train_step = types.SimpleNamespace(lower=lower)
-  try:
+    # A shrink is called, and compiled by the way.
+    step = lambda *arrays, **static: lower(*arrays, **static).compile()(*arrays)
+    step.lower = lower
+    return step
+
+  with pytest.MonkeyPatch.context() as patch:
+    for name in names:
+      patch.setattr(steps, name, followed(name))
     yield digests, compiled
-  finally:
-    steps.train_step = whole
 
 
 def repaired(mesh):
@@ -147,7 +156,7 @@ def in_the_other_process(root):
   from effllm_jax import repair
   from effllm_jax import state as state_lib
 
-  said, made = {}, {}
+  said, made, texts = {}, {}, {}
   # Of a small model too; one device looks at all outputs.
   repair._COLUMNS = (48,)
   tx = optimizers.optimizer(lambda _: 1e-3, 0.9, 0.95, 0.1, 1.0)
@@ -160,11 +169,13 @@ def in_the_other_process(root):
     unembedding.MOST_LOGITS = 6_000 if name == '2-2-2' else most
     with (
       conftest.counted_programs() as programs,
-      training_steps() as (made[name], compiled),
+      programs_of_steps() as (digests, compiled),
     ):
       run(root, name, sizes, kernels)
+    made[name] = digests['train_step']
+    texts[name] = {step: x[0].as_text() for step, x in compiled.items()}
     gathers = collections.Counter(
-      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', compiled[0].as_text())
+      re.findall(r'= f32\[([\d,]*)\]\S* all-gather', texts[name]['train_step'])
     )
     np.savez(root / f'repaired-{name}.npz', *repaired(sharding.make(*sizes)))
     state = state_lib.placed_state(params, CFG, tx, sharding.make(*sizes))
@@ -177,12 +188,13 @@ def in_the_other_process(root):
     }
   checkpoint_writer._LARGE = large
   rewound(root, 'one', 'one-then-eight')
-  with training_steps() as (made['one-then-eight'], _):
+  with programs_of_steps() as (digests, _):
     run(root, 'one-then-eight', (2, 2, 2))
+  made['one-then-eight'] = digests['train_step']
   unembedding.MOST_LOGITS = most
   rewound(root, '8-1-1', 'eight-then-two')
   run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
-  return said, made, exchanged_on_eight_devices()
+  return said, made, exchanged_on_eight_devices(texts)
 
 
 def exchanged(text) -> list[tuple[int, ...]]:
@@ -197,8 +209,12 @@ def exchanged(text) -> list[tuple[int, ...]]:
   ]
 
 
-def exchanged_on_eight_devices():
-  """By mesh, what a shrink and a teacher exchange; in the other process."""
+def exchanged_on_eight_devices(texts):
+  """By mesh, what a shrink and a teacher exchange; in the other process.
+
+  Args:
+    texts: of the programs of a run, by mesh and step.
+  """
   from effllm_jax import model
   from effllm_jax import optimizers
   from effllm_jax import state as state_lib
@@ -208,10 +224,6 @@ def exchanged_on_eight_devices():
   for name, (sizes, _) in MESHES.items():
     mesh = sharding.make(*sizes)
     state = state_lib.abstract_state(CFG, tx, mesh)
-    small = dataclasses.replace(CFG, F=CFG.F - 16)
-    shrink = steps.shrink_step.lower(
-      state, cfg=CFG, new_cfg=small, tx=tx, mesh=mesh
-    )
     recipe = steps.Recipe(
       compute=model.Compute(mesh=mesh), saliency='taylor1', decay=0.0, b1=0.9,
       b2=0.95, clip=1.0, distill=0.5, temperature=1.0, top_k=4, seed=0,
@@ -222,22 +234,19 @@ def exchanged_on_eight_devices():
     teach = steps.teach_step.lower(
       state.params, state.prune.masks, windows, cfg=CFG, recipe=recipe
     )
-    said[name] = [exchanged(x.compile().as_text()) for x in (shrink, teach)]
-  mesh = sharding.make(1, 8, 1)
-  state = state_lib.abstract_state(CFG, tx, mesh)
-  masks = state.prune.masks
-  windows = jax.ShapeDtypeStruct((3, 8, 17), np.int32)
-  repair = steps.repair_step.lower(
-    state.params, masks, masks, windows, cfg=CFG, damping=1.0, mesh=mesh
-  )
+    said[name] = [
+      exchanged(texts[name]['shrink_step']),
+      exchanged(teach.compile().as_text()),
+    ]
   product = rf'f32\[(?:1,)?{CFG.F},{CFG.F}\]\S* (?:dot|custom-call)'
   said['repair'] = [
     [
       (CFG.F, CFG.F) in [x[-2:] for x in exchanged(computation)],
       bool(re.search(product, computation)),
     ]
-    for computation in re.split(r'\n(?=\S)', repair.compile().as_text())
+    for computation in re.split(r'\n(?=\S)', texts['1-8-1']['repair_step'])
   ]
+  mesh = sharding.make(1, 8, 1)
   said['rounded'] = {remat: rounded(mesh, remat) for remat in model.REMAT}
   return said
 
@@ -265,9 +274,10 @@ def rounded(mesh, remat):
     rf'\[(?:1,)?{CFG.D},{CFG.F}\]\S* all-gather', gradient.as_text()
   )
   layers = gradient(params, masks, windows).layers
+  matrices = layers.wq, layers.wo, layers.w_gate, layers.w_up, layers.w_down
   inexact = [
     float((x != x.astype('bfloat16').astype('float32')).mean())
-    for x in (layers.wq, layers.wo, layers.w_gate, layers.w_up, layers.w_down)
+    for x in map(np.asarray, matrices)
   ]
   return sent, len(gathers), min(inexact)
 
@@ -281,10 +291,10 @@ def _ran(tmp_path_factory):
   root = tmp_path_factory.mktemp('sharding')
   conftest.write_model_folder(root / 'model', CFG)
   conftest.write_text_folder(root / 'text')
-  with training_steps() as (alone, _):
+  with programs_of_steps() as (alone, _):
     run(root, 'one', (1, 1, 1))
   (said, made, sent), stderr = conftest.on_eight_devices(SCRIPT, root)
-  return root, said, stderr, sent, made | {'one': alone}
+  return root, said, stderr, sent, made | {'one': alone['train_step']}
 
 
 def same(a: pathlib.Path, b: pathlib.Path):
@@ -332,10 +342,10 @@ def test_goes_on_on_other_devices(ran, name):
 def test_goes_on_on_one_device(ran):
   root, *_, made = ran
   rewound(root, '2-2-2', 'eight-then-one')
-  with training_steps() as (digests, _):
+  with programs_of_steps() as (digests, _):
     run(root, 'eight-then-one', (1, 1, 1))
   same(root / 'eight-then-one', root / 'one')
-  check_nothing_new(made['one'], digests)
+  check_nothing_new(made['one'], digests['train_step'])
 
 
 def test_goes_on_on_eight_devices_without_compiling(ran):
