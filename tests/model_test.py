@@ -300,7 +300,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_gradients(cfg):
     conftest.make_tokens(cfg),
   )
   exact, _ = conftest.loss_and_grad(*args, cfg=cfg, compute=KEPT)
-  half = model.Compute(dtype='bfloat16', remat='none')
+  half = model.Compute(dtype='bfloat16')
   value, grads = conftest.loss_and_grad(*args, cfg=cfg, compute=half)
   assert value.dtype == jnp.float32
   assert abs(float(value) - float(exact)) < 0.05 * float(exact)
