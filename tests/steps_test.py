@@ -115,6 +115,20 @@ def test_scores_come_from_the_training_gradient(tx):
     assert (scores[dead] == 0).all()
 
 
+def test_scores_of_steps_are_averaged_by_the_decay(tx):
+  """Each step before counts half as much; the start has no bias."""
+  seen = {}
+  for decay in (0.0, 0.5):
+    state, seen[decay] = make_state(CFG, tx), []
+    for seed in range(2):
+      state, _ = step(state, one_batch(CFG, seed), CFG, tx, decay=decay)
+      seen[decay].append(jax.tree.map(np.array, state.prune.scores))
+  (first, second), (start, mean) = seen.values()
+  conftest.check_close(start, first, 1e-5)
+  want = jax.tree.map(lambda a, b: (a + 2 * b) / 3, first, second)
+  conftest.check_close(mean, want, 1e-5)
+
+
 def test_parts_of_a_step_have_names_in_a_profile(tx):
   """A profiler shows the names that the program has."""
   lowered = steps.train_step.lower(
