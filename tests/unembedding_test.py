@@ -267,33 +267,26 @@ def program(name, distill=0.4, saliency='activation'):
   return jax.jit(lambda *args: wrapped(*args, **settings)), arguments
 
 
-@pytest.fixture(scope='module', params=PROGRAMS, name='lowered')
-def _lowered(request):
-  """By positions of a block: a program, and its arguments."""
-  found = {}
-  for positions in (4, LENGTH):
-    with pytest.MonkeyPatch.context() as patch:
-      most = positions * CFG.V * ROWS
-      patch.setattr(unembedding, 'MOST_LOGITS', most)
-      fresh, arguments = program(request.param)
-      found[positions] = fresh.lower(*arguments), arguments
-  return found
-
-
-def test_steps_in_blocks_are_steps(lowered):
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_steps_in_blocks_are_steps(limited, name):
   """Gradients and norm, scores of activations, what a teacher says."""
-  got, want = (
-    lowered[positions][0].compile()(*lowered[positions][1])
-    for positions in (4, LENGTH)
-  )
+  limited(4, CFG.V, ROWS)
+  fresh, arguments = program(name)
+  got = fresh(*arguments)
+  limited(LENGTH, CFG.V, ROWS)
+  fresh, arguments = program(name)
+  want = fresh(*arguments)
   conftest.check_close(got, want, 1e-4, 1e-6)
 
 
-def test_no_program_holds_all_logits(lowered):
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_no_program_holds_all_logits(limited, name):
   """Nor anything else of that size; with one block it does."""
   held = {}
-  for positions, (program, _) in lowered.items():
-    text = program.as_text()
+  for positions in (4, LENGTH):
+    limited(positions, CFG.V, ROWS)
+    fresh, arguments = program(name)
+    text = fresh.lower(*arguments).as_text()
     shapes = re.findall(r'tensor<([\dx]+)x(?:f32|bf16)>', text)
     sizes = [np.prod([*map(int, x.split('x'))]) for x in shapes]
     held[positions] = max(sizes)
