@@ -100,24 +100,17 @@ def rewound(root, name, new):
 
 @contextlib.contextmanager
 def programs_of_steps():
-  """What of these steps is compiled within, by name.
-
-  Digests of what is compiled, by its text: equal ones are one program for jax's
-  cache of them. And the programs.
-  """
+  """What of these steps is lowered within, and then compiled, by name."""
   names = 'train_step', 'repair_step', 'shrink_step'
-  digests, compiled = ({name: [] for name in names} for _ in range(2))
-  whole = {name: getattr(steps, name) for name in names}
+  made = {name: [] for name in names}
 
-  def followed(name):
+  def followed(name, whole):
     def lower(*arrays, **static):
-      lowered = whole[name].lower(*arrays, **static)
-      text = lowered.as_text().encode()
-      digests[name].append(hashlib.sha256(text).hexdigest())
+      lowered = whole.lower(*arrays, **static)
 
       def compile():
-        compiled[name].append(lowered.compile())
-        return compiled[name][-1]
+        made[name].append((lowered, lowered.compile()))
+        return made[name][-1][1]
 
       return types.SimpleNamespace(compile=compile)
 
@@ -128,8 +121,16 @@ def programs_of_steps():
 
   with pytest.MonkeyPatch.context() as patch:
     for name in names:
-      patch.setattr(steps, name, followed(name))
-    yield digests, compiled
+      patch.setattr(steps, name, followed(name, getattr(steps, name)))
+    yield made
+
+
+def digests(made):
+  """Of training steps: equal ones are one program for jax's cache of them."""
+  return [
+    hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    for lowered, _ in made['train_step']
+  ]
 
 
 def repaired(mesh):
@@ -169,11 +170,11 @@ def in_the_other_process(root):
     unembedding.MOST_LOGITS = 6_000 if name == '2-2-2' else most
     with (
       conftest.counted_programs() as programs,
-      programs_of_steps() as (digests, compiled),
+      programs_of_steps() as compiled,
     ):
       run(root, name, sizes, kernels)
-    made[name] = digests['train_step']
-    texts[name] = {step: x[0].as_text() for step, x in compiled.items()}
+    made[name] = digests(compiled)
+    texts[name] = {step: x[0][1].as_text() for step, x in compiled.items()}
     gathers = collections.Counter(
       re.findall(r'= f32\[([\d,]*)\]\S* all-gather', texts[name]['train_step'])
     )
@@ -188,9 +189,9 @@ def in_the_other_process(root):
     }
   checkpoint_writer._LARGE = large
   rewound(root, 'one', 'one-then-eight')
-  with programs_of_steps() as (digests, _):
+  with programs_of_steps() as compiled:
     run(root, 'one-then-eight', (2, 2, 2))
-  made['one-then-eight'] = digests['train_step']
+  made['one-then-eight'] = digests(compiled)
   unembedding.MOST_LOGITS = most
   rewound(root, '8-1-1', 'eight-then-two')
   run(root, 'eight-then-two', (1, 2, 1), 'xla_loop')
@@ -291,10 +292,10 @@ def _ran(tmp_path_factory):
   root = tmp_path_factory.mktemp('sharding')
   conftest.write_model_folder(root / 'model', CFG)
   conftest.write_text_folder(root / 'text')
-  with programs_of_steps() as (alone, _):
+  with programs_of_steps() as alone:
     run(root, 'one', (1, 1, 1))
   (said, made, sent), stderr = conftest.on_eight_devices(SCRIPT, root)
-  return root, said, stderr, sent, made | {'one': alone['train_step']}
+  return root, said, stderr, sent, made | {'one': digests(alone)}
 
 
 def same(a: pathlib.Path, b: pathlib.Path):
@@ -342,10 +343,10 @@ def test_goes_on_on_other_devices(ran, name):
 def test_goes_on_on_one_device(ran):
   root, *_, made = ran
   rewound(root, '2-2-2', 'eight-then-one')
-  with programs_of_steps() as (digests, _):
+  with programs_of_steps() as compiled:
     run(root, 'eight-then-one', (1, 1, 1))
   same(root / 'eight-then-one', root / 'one')
-  check_nothing_new(made['one'], digests['train_step'])
+  check_nothing_new(made['one'], digests(compiled))
 
 
 def test_goes_on_on_eight_devices_without_compiling(ran):
