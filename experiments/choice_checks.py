@@ -129,14 +129,15 @@ def check_folder(
       and (known[name].start != 'found' or name in names)
     ):
       _check_row(folder, known[name], seed)
-  for row in folder.rows.values():
-    asked = {x['task'] for x in row.tasks if x['limit'] == choice.limit}
-    missing = sorted({*choice.tasks} - asked)
-    if missing and row.arm in names and row.seed in choice.seeds:
+  again = {x.key for x in comparison.unequal([*folder.rows.values()])}
+  for key in folder.rows.keys() & choice.keys - again:
+    missing = choice.unasked(folder.rows[key])
+    if missing and not folder.left(key):
       raise errors.InputError(
-        f'{row.arm}, seed {row.seed}, was not asked {", ".join(missing)} '
-        f'with --limit={choice.limit}, and its model is gone; set another '
-        '--workdir'
+        f'{", ".join(key[:2])}, seed {key[2]}, was not asked '
+        f'{", ".join(missing)} with --limit={choice.limit}, and its model is '
+        'gone; set another --workdir, and --keep where more is to be asked '
+        'later'
       )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pathlib
 import types
@@ -26,6 +27,7 @@ class Choice:
     budgets: of `comparison.BUDGETS`; equal FLOPs come after equal tokens.
     tasks: public benchmarks that every model is asked.
     limit: first items of each; 0: all.
+    keep: what finished runs ended as stays on disk.
   """
 
   arms: tuple[arms_lib.Arm, ...]
@@ -33,6 +35,18 @@ class Choice:
   budgets: tuple[str, ...]
   tasks: tuple[str, ...] = ()
   limit: int = 100
+  keep: bool = False
+
+  @property
+  def keys(self) -> set[tuple[str, str, int]]:
+    """Of the rows that it asks for: budget, arm, seed."""
+    names = [arm.name for arm in self.arms]
+    return {*itertools.product(self.budgets, names, self.seeds)}
+
+  def unasked(self, row: comparison.Row) -> list[str]:
+    """Tasks that the model of a row has not been asked, so many items of."""
+    asked = {x['task'] for x in row.tasks if x['limit'] == self.limit}
+    return sorted({*self.tasks} - asked)
 
 
 def load(path: str | os.PathLike) -> arms_lib.Study:

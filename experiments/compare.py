@@ -39,6 +39,13 @@ _BUDGETS = flags.DEFINE_list(
 _TASKS = flags.DEFINE_list(
   'tasks', [], 'Public benchmarks to ask, as in experiments.evaluate.'
 )
+_KEEP = flags.DEFINE_bool(
+  'keep',
+  False,
+  'Keep what the runs of this call end as, 12 bytes a parameter each: a later '
+  'call can ask other --tasks, and experiments.evaluate and experiments.export '
+  'take their folders. Without, only ours_a at equal tokens keeps its weights.',
+)
 _LIMIT = flags.DEFINE_integer(
   'limit', 100, 'The first items of each task; 0: all.', lower_bound=0
 )
@@ -60,6 +67,7 @@ def main(argv: list[str]) -> None:
     budgets=choices.budgets(_BUDGETS.value),
     tasks=tuple(benchmark_items.names(_TASKS.value)) if _TASKS.value else (),
     limit=_LIMIT.value,
+    keep=_KEEP.value,
   )
   cache = cli.CACHE.value
   made = same_budget.run(study, path.stem, _WORKDIR.value, cache, choice)

@@ -196,23 +196,25 @@ class Runner:
     return None
 
   def _pending(self) -> set[study_folder.Key]:
-    """Keys without a row, or with one of FLOPs that are no longer the most.
+    """Keys without a row, or with one of a model that was not asked enough.
 
     Not those which failed.
     """
-    rows, choice = self.folder.rows, self.choice
+    rows = self._done_rows()
+    done = {key for key in rows if not self.choice.unasked(rows[key])}
+    return self.choice.keys - done - self.failed.keys()
+
+  def _done_rows(self) -> dict[study_folder.Key, comparison.Row]:
+    """Rows by key, but for those of FLOPs that are no longer the most."""
+    rows = self.folder.rows
     stale = {x.key for x in comparison.unequal([*rows.values()])}
-    return {
-      (budget, arm.name, seed)
-      for budget in choice.budgets
-      for arm in choice.arms
-      for seed in choice.seeds
-      if (budget, arm.name, seed) not in rows
-      or (budget, arm.name, seed) in stale
-    } - self.failed.keys()
+    return {key: rows[key] for key in rows.keys() - stale}
 
   def _one(self, budget: str, arm: arms_lib.Arm, seed: int) -> None:
-    folder = self.folder
+    folder, key = self.folder, (budget, arm.name, seed)
+    if key in self._done_rows():
+      self._ask_later(key)
+      return
     config = folder.config(arm, seed)
     if budget == 'flops':
       first = folder.rows['tokens', arm.name, seed]
@@ -221,9 +223,10 @@ class Runner:
       tokens = first.tokens + missing / first.flops_per_token
       if missing < comparison.TOLERANCE / 2 * most:
         folder.keep(dataclasses.replace(first, budget=budget))
+        if self.choice.unasked(first) and folder.left(key):
+          self._ask_later(key)
         return
       config = arms_lib.lengthened(config, tokens)
-    key = (budget, arm.name, seed)
     workdir = folder.workdir(key, config.train.tokens)
     # Of the run before; see `pruning.shrink`. After 27 runs XLA aborted.
     jax.clear_caches()
@@ -243,22 +246,42 @@ class Runner:
       )
     if arm.name == 'dense' and budget == 'tokens':
       self._keep_source(row, log)
+    with errors.writing(workdir):
+      folder.mark(key, workdir if self.choice.keep else None)
     folder.keep(row)
     folder.tidy()
 
   def _keep_source(self, dense: comparison.Row, log: runlog.Run) -> None:
     """The row of the source, which is `dense` before its first step."""
     before = log.evaluation('source')
-    tasks = []
-    if self.ask:
-      tasks = self.ask(sources.load(self.folder.source, self.folder.cache))
     self.folder.keep(
       dataclasses.replace(
-        dense, arm='source', tokens=0, seconds=0.0, tasks=tasks,
+        dense, arm='source', tokens=0, seconds=0.0, tasks=self._ask_source(),
         flops=dict.fromkeys(accounting.PURPOSES, 0),
         bits_per_byte=before['bits_per_byte'], domains=before['domains'],
       )
     )  # fmt: skip
+
+  def _ask_source(self) -> list[dict[str, Any]]:
+    if not self.ask:
+      return []
+    return self.ask(sources.load(self.folder.source, self.folder.cache))
+
+  def _ask_later(self, key: study_folder.Key) -> None:
+    """Adds what was not asked to the row of a model that was kept."""
+    folder, (budget, arm, seed) = self.folder, key
+    source = 'tokens', 'source', seed
+    if (budget, arm) == ('tokens', 'dense') and source in folder.rows:
+      folder.keep(_with(folder.rows[source], self._ask_source()))
+    model, _ = finished.read(folder.left(key), None)
+    folder.keep(_with(folder.rows[key], self.ask(model)))
+
+
+def _with(row: comparison.Row, tasks: Sequence) -> comparison.Row:
+  """A row with these answers, in place of its own to the same items."""
+  same = lambda x, y: (x['task'], x['limit']) == (y['task'], y['limit'])
+  others = [x for x in row.tasks if not any(same(x, y) for y in tasks)]
+  return dataclasses.replace(row, tasks=[*others, *tasks])
 
 
 def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:

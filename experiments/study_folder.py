@@ -10,7 +10,8 @@
     <workdir>/<study>/summary.md, *.png          made of these rows alone
 
 A finished run loses its checkpoints and events, but for the last of either kind
-of `ours_a` at equal tokens, whose shape other arms start from.
+where the run has a file `kept`, or is `ours_a` at equal tokens, whose shape
+other arms start from.
 """
 
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from effllm_jax import weights
 from experiments import arms as arms_lib
 
 RESULTS = 'results.jsonl'
+_KEPT = 'kept'
 
 # Of a run and of its row: budget, arm, seed.
 Key = tuple[str, str, int]
@@ -167,6 +169,28 @@ class StudyFolder:
       folder.mkdir(parents=True, exist_ok=True)
     return folder / f'{seed}.lock'
 
+  def left(self, key: Key) -> pathlib.Path | None:
+    """The run that has the model of a row yet; None: it is gone."""
+    budget, arm, seed = key
+    first = self.rows.get(('tokens', arm, seed))
+    if first and first.tokens == self.rows[key].tokens:
+      # Equal FLOPs of the costliest arm have no run of their own.
+      budget = 'tokens'
+    return next(
+      filter(checkpoints.any_left, self._runs(budget, arm, seed)), None
+    )
+
+  def mark(self, key: Key, kept: pathlib.Path | None) -> None:
+    """Of all runs of a key `kept` is the one whose last state stays, if any."""
+    for run in self._runs(*key):
+      (run / _KEPT).unlink(missing_ok=True)
+    if kept:
+      (kept / _KEPT).touch()
+
+  def _runs(self, budget, arm, seed) -> list[pathlib.Path]:
+    """Of a key: those of an older budget may be among them."""
+    return sorted(self.path.absolute().glob(f'runs/{budget}/{arm}/{seed}-*'))
+
   def read(self) -> None:
     """Takes in the rows of now, those of other processes among them."""
     self.rows = {row.key: row for row in comparison.read(self.results)}
@@ -185,13 +209,13 @@ class StudyFolder:
       comparison.write(self.results, self.rows.values())
 
   def tidy(self) -> None:
-    """Deletes the states of finished runs that no other arm starts from."""
+    """Deletes states of finished runs that nobody starts from or asked for."""
     # A run that replaces a row is at work yet, or was interrupted.
     again = {x.key for x in comparison.unequal([*self.rows.values()])}
-    for budget, arm, seed in self.rows.keys() - again:
-      for run in self.path.absolute().glob(f'runs/{budget}/{arm}/{seed}-*'):
+    for key in self.rows.keys() - again:
+      for run in self._runs(*key):
         kept = None
-        if (budget, arm) == ('tokens', arms_lib.OURS):
+        if key[:2] == ('tokens', arms_lib.OURS) or (run / _KEPT).exists():
           try:
             saved = checkpoints.every_moment(run)
           except errors.InputError as e:

@@ -12,6 +12,7 @@ import types
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
 from effllm_jax import atomic
@@ -137,6 +138,75 @@ def test_a_study_from_start_to_end(root, monkeypatch):
   monkeypatch.setattr(train, 'run', None)
   assert compare(root, choose('dense', 'ours_a')) == made
   assert (folder / 'results.jsonl').read_bytes() == before
+
+
+def test_a_model_that_is_kept_can_be_asked_later(root, tmp_path, monkeypatch):
+  """Of what was asked before nothing is lost, and nothing is run again."""
+  study = study_of(root)
+  folder = study_folder.StudyFolder(
+    study, tmp_path / 'mini', root / 'cache', study.config.source
+  )
+  choice = choose('dense', seeds=(0,))
+
+  def run(*tasks, ask=None, keep=False):
+    asked = dataclasses.replace(choice, tasks=tasks, keep=keep)
+    choice_checks.check_folder(folder, asked)
+    runner = same_budget.Runner(folder, asked, ask)
+    runner.run()
+    assert not runner.failed
+
+  def asking(*tasks):
+    facts = {'metric': 'acc', 'items': 1, 'limit': 100, 'stderr': 0.0}
+
+    def ask(model):
+      size = float(sum(np.abs(x).sum() for x in jax.tree.leaves(model.params)))
+      return [{'task': task, 'value': size, **facts} for task in tasks]
+
+    return ask
+
+  run('piqa', ask=asking('piqa'), keep=True)
+  first = folder.rows
+  assert first.keys() == choice.keys | {('tokens', 'source', 0)}
+  # The costliest arm's equal FLOPs are its run at equal tokens.
+  left = {folder.left(key) for key in choice.keys}
+  assert left == {*folder.path.glob('runs/tokens/dense/0-*')}
+  values = {key: row.tasks[0]['value'] for key, row in first.items()}
+  assert len({*values.values()}) == 2
+
+  # A call that keeps nothing takes nothing from those before it.
+  monkeypatch.setattr(train, 'run', None)
+  run('piqa', 'boolq', ask=asking('piqa', 'boolq'))
+  run('boolq')
+  assert {
+    key: [(x['task'], x['value']) for x in row.tasks]
+    for key, row in folder.rows.items()
+  } == {key: [('piqa', x), ('boolq', x)] for key, x in values.items()}
+
+  folder.mark(('tokens', 'dense', 0), None)
+  folder.tidy()
+  with pytest.raises(
+    errors.InputError, match='dense, seed 0, was not asked mmlu with --limit='
+  ):
+    run('mmlu')
+
+
+def test_of_runs_at_equal_flops_the_newest_keeps_its_model(root, tmp_path):
+  """Those of a lower budget, which a costlier arm has raised, lose theirs."""
+  compare(root, choose('ours_a', seeds=(0,), budgets=('tokens',)))
+  ours = next((root / 'runs' / 'mini').glob('runs/tokens/ours_a/0-*'))
+  rows = [
+    comparison_test.row('ours_b', 0, 2.0, budget, tokens=tokens)
+    for budget, tokens in (('tokens', 90), ('flops', 99))
+  ]
+  comparison.write(tmp_path / 'results.jsonl', rows)
+  folder = study_folder.StudyFolder(study_of(root), tmp_path, None, None)
+  key = ('flops', 'ours_b', 0)
+  for tokens in (95, 99):
+    run = shutil.copytree(ours, folder.workdir(key, tokens))
+    folder.mark(key, run)
+  folder.tidy()
+  kept = {x.parent for x in tmp_path.glob('runs/*/*/*/checkpoints')}
+  assert kept == {folder.left(key)} == {folder.workdir(key, 99)}
 
 
 def test_what_a_model_is_asked(root, monkeypatch):
@@ -641,18 +711,6 @@ def test_results_of_another_table_are_refused(root, tmp_path, monkeypatch):
     errors.InputError, match=r'^budget\.table .* is not known'
   ):
     choice_checks.check_folder(folder, choice)
-
-
-def test_benchmarks_of_models_that_are_gone_are_refused(root):
-  choice = choose('ours_a', seeds=(0,), budgets=('tokens',))
-  compare(root, choice)
-  study = study_of(root)
-  folder = study_folder.StudyFolder(
-    study, root / 'runs' / 'mini', root / 'cache', study.config.source
-  )
-  asked = choices.Choice(choice.arms, (0,), ('tokens',), ('piqa',))
-  with pytest.raises(errors.InputError, match='was not asked piqa with --limi'):
-    choice_checks.check_folder(folder, asked)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
