@@ -15,6 +15,7 @@ from effllm_jax import agreement
 from effllm_jax import atomic
 from effllm_jax import errors
 from effllm_jax import formats
+from effllm_jax import licences
 from effllm_jax import model_card
 from effllm_jax import selection
 from effllm_jax import structure
@@ -119,6 +120,7 @@ def write(
           f'{formats.FORMATS[name].file}: every tensor was read back, but '
           'llama.cpp was not asked; pip install -r requirements-edge.txt'
         )
+    licences.write(model.licence_files, folder)
     _write_pruning(folder, model, layer_widths, made, pad)
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     card = model_card.text(model, made, files, agreements, pad)
@@ -137,7 +139,7 @@ def write(
 def _licence_notes(model) -> list[str]:
   """That the text of a licence is beside the source only, where it is."""
   link = model.licence_link
-  if not link or '://' in link:
+  if not link or '://' in link or link in model.licence_files:
     return []
   return [
     f'the card names {link} as the licence of {model.name}: a file beside its '

@@ -22,6 +22,7 @@ from effllm_jax import errors
 from effllm_jax import fetch
 from effllm_jax import hf_config
 from effllm_jax import hf_trimmed
+from effllm_jax import licences
 from effllm_jax import state
 from effllm_jax import structure
 from effllm_jax import untrusted
@@ -133,6 +134,7 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     generation=generation_settings(stated, str(generation)),
     licence_name=licence_name,
     licence_link=licence_link,
+    licence_files=licences.read(folder),
   )
 
 

@@ -23,6 +23,7 @@ from effllm_jax import fetch
 from effllm_jax import gguf_source
 from effllm_jax import hf_folder
 from effllm_jax import hf_source
+from effllm_jax import licences
 from effllm_jax import selection
 from effllm_jax import structure
 from effllm_jax import untrusted
@@ -261,6 +262,7 @@ def load_saved(folder: str | os.PathLike) -> Source:
     about['generation'] = hf_source.generation_settings(
       about['generation'], str(folder / 'source.json')
     )
+    about['licence_files'] = licences.checked(about['licence_files'])
     for name, kind in _SAVED.items():
       if not isinstance(about[name], kind):
         raise TypeError(f'{name} = {about[name]!r}')

@@ -95,6 +95,8 @@ class Source:
     licence_name: what a licence 'other' is called, or None.
     licence_link: where its text is, an address or a file beside the weights, or
       None.
+    licence_files: text of the files beside the weights that are about it, by
+      name (`licences.read`).
     saved: of an event or checkpoint of a run the SHA-256 of its digests
       (`sha256` is that of the run's own source); None: it is none.
   """
@@ -120,6 +122,7 @@ class Source:
   )
   licence_name: str | None = None
   licence_link: str | None = None
+  licence_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
   saved: str | None = None
 
   @property

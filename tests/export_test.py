@@ -528,6 +528,22 @@ def test_a_licence_that_lies_beside_the_source_is_told(
   assert (f'license_link: "{link}"' in card) == bool(link)
 
 
+def test_files_about_a_licence_go_where_the_weights_go(
+  tmp_path, tokenizer_folder, monkeypatch
+):
+  monkeypatch.setattr(llama_cpp, 'available', lambda: False)
+  files = {'LICENSE.txt': 'All\r\nof it, \N{COPYRIGHT SIGN}', 'NOTICE': ''}
+  model = dataclasses.replace(
+    finished_model(tokenizer_folder),
+    licence='other', licence_link='LICENSE.txt', licence_files=files,
+  )  # fmt: skip
+  report = export.write(model, tmp_path / 'out', ('gguf-f32',), made())
+  assert not [note for note in report.notes if 'licence' in note]
+  for name, text in files.items():
+    assert (report.path / name).read_bytes() == text.encode()
+  assert {*files} < {*report.files}
+
+
 @pytest.mark.parametrize(
   ('formats', 'match'),
   [

@@ -213,6 +213,25 @@ def test_licence_in_the_front_matter(tmp_path, front, licence):
   assert source.licence == licence
 
 
+def test_files_about_a_licence_are_read(tmp_path):
+  folder = model_files.hugging_face(tmp_path / 'toy')
+  texts = {
+    'LICENSE': 'Two\r\nlines, \N{COPYRIGHT SIGN}\n', 'LICENSE-MODEL': '',
+    'Llama-3.2_LICENCE.txt': 'w', 'notice.md': 'x', 'USE_POLICY': 'y',
+    'COPYING-3': 'z',
+  }  # fmt: skip
+  others = 'LICENSE.pdf', 'licensed.txt', '.license', 'LICENSE.safetensors.md'
+  for name in texts:
+    (folder / name).write_text(texts[name], encoding='utf-8', newline='')
+  for name in others:
+    (folder / name).write_text('')
+  (folder / 'NOTICE').write_bytes(b'\xa9 of old')
+  (folder / 'NOTICE.txt').write_bytes(b' ' * (2**20 + 1))
+  (folder / 'license').mkdir()
+  found = sources.load(folder, model_files.CACHE, params=False).licence_files
+  assert found == texts | {'NOTICE': '\N{REPLACEMENT CHARACTER} of old'}
+
+
 @pytest.mark.parametrize(
   'front, name, link',
   [

@@ -48,7 +48,9 @@ def test_default_source_talks_unless_its_rows_stay_permuted(monkeypatch):
 
 def test_saved_source_comes_back_without_its_weights(tmp_path):
   path = model_files.write_gguf(tmp_path / 'a.gguf')
-  source = sources.load(path, model_files.CACHE)
+  source = dataclasses.replace(
+    sources.load(path, model_files.CACHE), licence_files={'LICENSE': 'a\r\nb'}
+  )
   folder = sources.save(source, tmp_path / 'run' / 'source')
   sources.save(source, folder)  # A resume writes it again.
   path.unlink()
@@ -73,6 +75,12 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
   file.write_text(json.dumps(about))
   with pytest.raises(errors.InputError, match=r"saved source .'licence_link'"):
     sources.load_saved(folder)
+  for hostile in ({'../LICENSE': ''}, {'config.json': ''}, {'LICENSE': 1}):
+    file.write_text(
+      json.dumps(about | {'licence_link': None, 'licence_files': hostile})
+    )
+    with pytest.raises(errors.InputError, match=r'licence_files|LICENSE'):
+      sources.load_saved(folder)
   file.write_text('{')
   with pytest.raises(errors.InputError, match=r'source\.json is not JSON'):
     sources.load_saved(folder)
