@@ -262,7 +262,8 @@ def load_saved(folder: str | os.PathLike) -> Source:
     about['generation'] = hf_source.generation_settings(
       about['generation'], str(folder / 'source.json')
     )
-    about['licence_files'] = licences.checked(about['licence_files'])
+    # Runs that began before 2026-12-02 have none.
+    about['licence_files'] = licences.checked(about.get('licence_files', {}))
     for name, kind in _SAVED.items():
       if not isinstance(about[name], kind):
         raise TypeError(f'{name} = {about[name]!r}')

@@ -68,6 +68,9 @@ def test_saved_source_comes_back_without_its_weights(tmp_path):
   ]
   file = folder / 'source.json'
   about = json.loads(file.read_text())
+  del about['licence_files']
+  file.write_text(json.dumps(about))
+  assert sources.load_saved(folder).licence_files == {}
   file.write_text(json.dumps(about | {'licence_link': 1}))
   with pytest.raises(errors.InputError, match='licence_link = 1'):
     sources.load_saved(folder)
