@@ -5,7 +5,6 @@ takes minutes to make; `check_folder` looks at both.
 """
 
 from collections.abc import Iterable
-import itertools
 
 from effllm_jax import comparison
 from effllm_jax import dataset
@@ -30,10 +29,7 @@ def check_order(rows: Iterable[comparison.Row], choice: choices.Choice) -> None:
   Raises:
     errors.InputError: names the first such run, and what to add.
   """
-  there = {row.key for row in rows}
-  if 'tokens' in choice.budgets:
-    names = [arm.name for arm in choice.arms]
-    there.update(itertools.product(['tokens'], names, choice.seeds))
+  there = {row.key for row in rows} | choice.keys
   for arm in choice.arms:
     for seed in choice.seeds:
       ours = ('tokens', arms_lib.OURS, seed)
@@ -129,8 +125,7 @@ def check_folder(
       and (known[name].start != 'found' or name in names)
     ):
       _check_row(folder, known[name], seed)
-  again = {x.key for x in comparison.unequal([*folder.rows.values()])}
-  for key in folder.rows.keys() & choice.keys - again:
+  for key in folder.done.keys() & choice.keys:
     missing = choice.unasked(folder.rows[key])
     if missing and not folder.left(key):
       raise errors.InputError(

@@ -196,23 +196,20 @@ class Runner:
     return None
 
   def _pending(self) -> set[study_folder.Key]:
-    """Keys without a row, or with one of a model that was not asked enough.
+    """Keys that are not done, or of models that were not asked enough.
 
     Not those which failed.
     """
-    rows = self._done_rows()
-    done = {key for key in rows if not self.choice.unasked(rows[key])}
+    done = {
+      key
+      for key, row in self.folder.done.items()
+      if not self.choice.unasked(row)
+    }
     return self.choice.keys - done - self.failed.keys()
-
-  def _done_rows(self) -> dict[study_folder.Key, comparison.Row]:
-    """Rows by key, but for those of FLOPs that are no longer the most."""
-    rows = self.folder.rows
-    stale = {x.key for x in comparison.unequal([*rows.values()])}
-    return {key: rows[key] for key in rows.keys() - stale}
 
   def _one(self, budget: str, arm: arms_lib.Arm, seed: int) -> None:
     folder, key = self.folder, (budget, arm.name, seed)
-    if key in self._done_rows():
+    if key in folder.done:
       self._ask_later(key)
       return
     config = folder.config(arm, seed)

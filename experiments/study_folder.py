@@ -169,6 +169,15 @@ class StudyFolder:
       folder.mkdir(parents=True, exist_ok=True)
     return folder / f'{seed}.lock'
 
+  @property
+  def done(self) -> dict[Key, comparison.Row]:
+    """The rows but for those of equal FLOPs that are no longer the most.
+
+    A run that replaces one of these is at work yet, or was interrupted.
+    """
+    again = {x.key for x in comparison.unequal([*self.rows.values()])}
+    return {key: row for key, row in self.rows.items() if key not in again}
+
   def left(self, key: Key) -> pathlib.Path | None:
     """The run that has the model of a row yet; None: it is gone."""
     budget, arm, seed = key
@@ -210,9 +219,7 @@ class StudyFolder:
 
   def tidy(self) -> None:
     """Deletes states of finished runs that nobody starts from or asked for."""
-    # A run that replaces a row is at work yet, or was interrupted.
-    again = {x.key for x in comparison.unequal([*self.rows.values()])}
-    for key in self.rows.keys() - again:
+    for key in self.done:
       for run in self._runs(*key):
         kept = None
         if key[:2] == ('tokens', arms_lib.OURS) or (run / _KEPT).exists():

@@ -148,8 +148,8 @@ def test_a_model_that_is_kept_can_be_asked_later(root, tmp_path, monkeypatch):
   )
   choice = choose('dense', seeds=(0,))
 
-  def run(*tasks, ask=None, keep=False):
-    asked = dataclasses.replace(choice, tasks=tasks, keep=keep)
+  def run(*tasks, ask=None, **changes):
+    asked = dataclasses.replace(choice, tasks=tasks, **changes)
     choice_checks.check_folder(folder, asked)
     runner = same_budget.Runner(folder, asked, ask)
     runner.run()
@@ -181,6 +181,13 @@ def test_a_model_that_is_kept_can_be_asked_later(root, tmp_path, monkeypatch):
     key: [(x['task'], x['value']) for x in row.tasks]
     for key, row in folder.rows.items()
   } == {key: [('piqa', x), ('boolq', x)] for key, x in values.items()}
+
+  # Equal FLOPs that are made of a row which was not asked.
+  first.pop(('flops', 'dense', 0))
+  comparison.write(folder.results, first.values())
+  run('boolq', ask=asking('boolq'), budgets=('flops',))
+  added = folder.rows['flops', 'dense', 0].tasks
+  assert [x['task'] for x in added] == ['piqa', 'boolq']
 
   folder.mark(('tokens', 'dense', 0), None)
   folder.tidy()
