@@ -121,30 +121,37 @@ def train_step(
   kind, mesh = recipe.saliency if score else None, recipe.compute.mesh
   grad = jax.value_and_grad(_objective, has_aux=True)
 
-  def gradients(batch):
-    (_, aux), grads = grad(
-      state.params, state.prune.masks, *batch, cfg, recipe, kind
-    )
+  # Traced once, though its shapes are asked for before it is called.
+  @jax.jit
+  def gradients(params, batch):
+    (_, aux), grads = grad(params, state.prune.masks, *batch, cfg, recipe, kind)
     squares = None
     if kind == 'taylor2_micro':
       squares = jax.tree.map(jnp.square, grads)
     elif kind == 'fisher':
-      squares = saliency.fisher(state.params, grads, windows_ABT[0, :, 1:].size)
+      squares = saliency.fisher(params, grads, windows_ABT[0, :, 1:].size)
     return sharding.constrain_params(grads, mesh), squares, aux
 
-  # The first micro-batch starts the sum: without accumulation no second copy
-  # of the gradient is ever held.
   batches = (windows_ABT, teacher)
-  total = gradients(jax.tree.map(lambda x: x[0], batches))
+  first = jax.tree.map(lambda x: x[0], batches)
   accumulate = windows_ABT.shape[0]
-  if accumulate > 1:
+  if accumulate == 1:
+    # No second copy of the gradient is ever held.
+    total = gradients(state.params, first)
+  else:
+    # The first is added to zeros: to begin with it, in front of the loop, is
+    # one more model to trace and to compile, and no step is faster for it.
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(gradients, state.params, first),
+    )
     total, _ = jax.lax.scan(
       lambda total, batch: (
-        jax.tree.map(jnp.add, total, gradients(batch)),
+        jax.tree.map(jnp.add, total, gradients(state.params, batch)),
         None,
       ),
-      total,
-      jax.tree.map(lambda x: x[1:], batches),
+      zeros,
+      batches,
     )
     total = jax.tree.map(lambda x: x / accumulate, total)
   grads, squares, (numbers, activations) = total

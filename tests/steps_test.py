@@ -28,7 +28,6 @@ CFG = conftest.make_config(N=1)
 UNTIED = conftest.make_config(N=1, tied=False)
 
 
-# Three micro-batches: the first starts a sum, and not only one more enters it.
 def micro_batches(cfg, seed=0):
   return conftest.make_tokens(cfg, 6, seed=seed).reshape(3, 2, -1)
 
