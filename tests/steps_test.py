@@ -702,6 +702,20 @@ def test_accumulation_equals_one_large_batch(tx):
   conftest.check_close(numbers, same, 1e-4)
 
 
+def test_more_micro_batches_are_no_larger_program(tx):
+  """All go through one loop: to compile them costs what one does."""
+  state = make_state(CFG, tx)
+  products = [
+    str(
+      steps.train_step.trace(
+        state, batch, cfg=CFG, tx=tx, recipe=RECIPE, score=True
+      ).jaxpr
+    ).count('dot_general[')
+    for batch in (one_batch(CFG), micro_batches(CFG))
+  ]
+  assert products[0] == products[1] > 10
+
+
 def test_without_scoring_the_update_is_the_same(tx):
   cfg = UNTIED
   tokens = micro_batches(cfg)
