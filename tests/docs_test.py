@@ -120,7 +120,8 @@ def test_the_documents_name_what_there_is():
       assert (ROOT / 'experiments' / f'{name}.py').exists(), (path.name, name)
     for name in re.findall(r'experiments/(?:configs|studies)/\w+\.py', text):
       assert (ROOT / name).exists(), (path.name, name)
-  assert {'README.md', 'BENCHMARKS.md', 'HYPOTHESES.md'} <= set(titles)
+  names = {'README.md', 'BENCHMARKS.md', 'HYPOTHESES.md', 'STUDIES.md'}
+  assert names <= set(titles)
   commands = ' '.join(path.read_text() for path in documents)
   for file, name in re.findall(r'(tests/\w+\.py) -k (\w+)', commands):
     named_tests = re.findall(r'def test_(\w+)', (ROOT / file).read_text())
@@ -137,7 +138,7 @@ def test_the_documents_name_what_there_is():
     for name, title in found:
       assert title in titles[name], (path.name, name, title)
       named.add(path.name)
-  assert {'README.md', 'BENCHMARKS.md', 'dispatch.py'} <= named
+  assert {'README.md', 'STUDIES.md', 'dispatch.py'} <= named
 
 
 def test_the_citation_is_of_this_version():

@@ -123,7 +123,7 @@ def get_config() -> ml_collections.ConfigDict:
   # The fewest groups left: heads and ffn per layer, stem in the model. Under
   # 'ragged' heads and ffn may be 0, and a layer may then lose the whole block;
   # for a small model that was worse at a half and at a quarter of its size
-  # (BENCHMARKS.md). This model comes near these floors only below 70M.
+  # (STUDIES.md). This model comes near these floors only below 70M.
   config.prune.floors = ml_collections.ConfigDict(
     {'heads': 1, 'ffn': 64, 'stem': 64}
   )
