@@ -12,6 +12,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
+from effllm_jax import digests
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import untrusted
@@ -114,15 +115,7 @@ def check_same(path: pathlib.Path, data_dir: pathlib.Path, text: str) -> None:
   Raises:
     errors.InputError: it is another text, or the record is missing.
   """
-  remedy = 'restore it or choose another --workdir'
-  then = untrusted.read_shaped(path, {'digest': str}, remedy)['digest']
-  now = manifest(data_dir)['digest']
-  if then != now:
-    raise errors.InputError(
-      f'data.text {text!r} is not the text that the run was started with: '
-      f'digest={then[:12]!r} there, {now[:12]!r} now; put the old one back, or '
-      'choose another --workdir'
-    )
+  digests.check_same(path, manifest(data_dir)['digest'], 'data.text', text)
 
 
 def domains(data_dir: str | os.PathLike) -> list[str]:

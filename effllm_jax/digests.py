@@ -12,6 +12,7 @@ import hashlib
 import json
 import pathlib
 
+from effllm_jax import errors
 from effllm_jax import untrusted
 
 NAME = 'digests.json'
@@ -78,3 +79,25 @@ def verify(folder: pathlib.Path, part: str = '') -> None:
   for name in names:
     if found[name] != saved[name]:
       raise ValueError(f'{name} is not what was written: its digest differs')
+
+
+def check_same(path: pathlib.Path, now: str, key: str, value: str) -> None:
+  """Checks that a text is the one that a run was started with.
+
+  Args:
+    path: of the run's record of it, a JSON object with a `digest`.
+    now: the digest of what lies where the config says.
+    key: of the config.
+    value: what the config says.
+
+  Raises:
+    errors.InputError: it is another text, or the record is missing.
+  """
+  remedy = 'restore it or choose another --workdir'
+  then = untrusted.read_shaped(path, {'digest': str}, remedy)['digest']
+  if then != now:
+    raise errors.InputError(
+      f'{key} {value!r} is not the text that the run was started with: '
+      f'digest={then[:12]!r} there, {now[:12]!r} now; put the old one back, or '
+      'choose another --workdir'
+    )

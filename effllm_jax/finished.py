@@ -11,13 +11,17 @@ import numpy as np
 from effllm_jax import checkpoints
 from effllm_jax import corpus
 from effllm_jax import dataset
+from effllm_jax import digests
 from effllm_jax import events
+from effllm_jax import heldout as heldout_lib
 from effllm_jax import model_card
 from effllm_jax import runlog
 from effllm_jax import selection
 from effllm_jax import shrink
 from effllm_jax import sources
 from effllm_jax import structure
+from effllm_jax import tables
+from effllm_jax import text_folder
 from effllm_jax import weights
 from effllm_jax import widths
 
@@ -138,24 +142,45 @@ def source(
   return tight(found)
 
 
-def text(
-  workdir: str | os.PathLike, made: model_card.Made, cache: str | os.PathLike
-) -> pathlib.Path:
-  """The dataset that a run was trained on, whose other split is held out.
+def heldout(
+  workdir: str | os.PathLike,
+  made: model_card.Made,
+  model: weights.Source,
+  cache: str | os.PathLike,
+  tokens: int,
+) -> dict[str, heldout_lib.HeldOut]:
+  """What a run was scored on, by domain.
 
   Args:
     workdir: of the run.
     made: of `read`.
+    model: of `read`; its tokenizer reads the text.
     cache: as in `corpus.prepare`.
+    tokens: at most so many of every domain; 0: all.
 
   Raises:
-    errors.InputError: as `corpus.prepare`, or another text lies there now.
+    errors.InputError: there is no such text, or another one lies there now.
   """
-  named = made.run.config['data']['text']
-  remedy = 'put the folder that the run was trained on back'
-  found = corpus.prepare(named, cache, remedy)
-  dataset.check_same(pathlib.Path(workdir, runlog.TEXT), found, named)
-  return found
+  settings = dict(tables.config(made.run).rows)
+  # Runs of older versions have no such key.
+  own, folder = settings.get('eval.text'), pathlib.Path(workdir)
+  if own:
+    text = text_folder.read(own, 'put the text that the run was scored on back')
+    now = text.record['digest']
+    digests.check_same(folder / runlog.EVAL_TEXT, now, 'eval.text', own)
+  else:
+    named = settings['data.text']
+    remedy = 'put the folder that the run was trained on back'
+    text = corpus.prepare(named, cache, remedy)
+    dataset.check_same(folder / runlog.TEXT, text, named)
+  windows = heldout_lib.windows_of if own else heldout_lib.windows
+  return windows(
+    text,
+    model.tokenizer,
+    model.separator_id,
+    seq_len=made.run.config['data']['seq_len'],
+    tokens_per_domain=tokens,
+  )
 
 
 def shrinks(run: runlog.Run, step: int) -> list[dict[str, Any]]:

@@ -78,6 +78,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
   about = run.source
   settings = dict(tables.config(run).rows)
   setting = lambda key: settings.get(key, 'not recorded')
+  own = settings.get('eval.text')
   name = str(about.get('name') or setting('source'))
   start, live = run.source_params(), run.train['live_params'][-1]
   source = [name, about.get('description'), about.get('licence')]
@@ -104,6 +105,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
     [
       ('source model', ', '.join(str(x) for x in source if x)),
       ('text', setting('data.text')),
+      *([('scored on', own)] if own else []),
       ('target', target),
       ('workdir', run.name),
       ('progress', progress),

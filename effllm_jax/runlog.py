@@ -43,6 +43,7 @@ from effllm_jax import workdir
 # Manifest of the training text, and what `experiments.edge` and
 # `experiments.evaluate` measured.
 TEXT = 'text.json'
+EVAL_TEXT = 'eval_text.json'
 EDGE = 'edge.json'
 BENCHMARKS = 'benchmarks.json'
 _SCALARS = (

@@ -122,7 +122,7 @@ def config(
       'shrink': {
         'threshold': 0.2, 'quantum': {'heads': 1, 'ffn': 1, 'stem': 1},
       },
-      'eval': {'every_tokens': 9 * step, 'tokens_per_domain': 512},
+      'eval': {'text': '', 'every_tokens': 9 * step, 'tokens_per_domain': 512},
       'checkpoint': {'every_steps': 4, 'keep': 8},
     }
   )  # fmt: skip

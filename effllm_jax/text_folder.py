@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -93,6 +95,13 @@ class Documents:
         '.jsonl files (one a line, key "text") or .parquet files (column '
         f'"text") into it, or {self.remedy}'
       )
+
+  @property
+  def record(self) -> dict[str, Any]:
+    """What tells it from another text; `digest` is of all the rest."""
+    about = {'text': self.label, 'files': self.digests}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    return about | {'digest': digest.hexdigest()}
 
   def _documents(self, name: str) -> Iterator[Document]:
     """Those of a file, which in the end must be the one that it was."""

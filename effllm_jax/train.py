@@ -21,6 +21,7 @@ from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import dataset
+from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import loop
@@ -32,6 +33,7 @@ from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
+from effllm_jax import text_folder
 from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
 import kernels
@@ -83,6 +85,10 @@ def run(
     config_checks.device_tokens(config, mesh),
     source.cfg,
   )
+  # Before the other text is built, which may take hours.
+  evaluated = eval_text(config)
+  if begun:
+    check_eval_text(config, workdir)
   text = corpus.prepare(config.data.text, cache)
   if begun:
     dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
@@ -101,6 +107,8 @@ def run(
     if jax.process_index() == 0 and not begun:
       sources.save(source, workdir / 'source')
       atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
+      if evaluated:
+        atomic.write_json(workdir / runlog.EVAL_TEXT, evaluated.record)
       if named:
         atomic.write_json(workdir / _TEACHER, named)
       if config.budget.table:
@@ -212,6 +220,49 @@ def check_table(
     )
 
 
+def eval_text(
+  config: ml_collections.ConfigDict,
+) -> text_folder.Documents | None:
+  """The text of a run's own that it is scored on; None: what is held out.
+
+  Raises:
+    errors.InputError: there is no text at `eval.text`, or it is trained on.
+  """
+  own, text = map(os.path.expanduser, (config.eval.text, config.data.text))
+  if not own:
+    return None
+  found = text_folder.read(config.eval.text, 'set --config.eval.text')
+  # Of a named text there is no folder.
+  if os.path.isdir(text):
+    own, text = os.path.realpath(own), os.path.realpath(text)
+    if os.path.commonpath([own, text]) in (own, text):
+      raise errors.InputError(
+        f'eval.text {config.eval.text!r} and data.text {config.data.text!r} '
+        'have files in common, which would be trained on; move them apart'
+      )
+  return found
+
+
+def check_eval_text(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> None:
+  """Checks that a run's `eval.text` is what it was when the run began.
+
+  Args:
+    config: of the run, that of the workdir but for paths.
+    workdir: of the run.
+
+  Raises:
+    errors.InputError: as `eval_text`; it is another text, or the workdir's
+      record of it is missing.
+  """
+  text = eval_text(config)
+  if text:
+    path = pathlib.Path(workdir, runlog.EVAL_TEXT)
+    now = text.record['digest']
+    digests.check_same(path, now, 'eval.text', config.eval.text)
+
+
 def _table(config: ml_collections.ConfigDict) -> dict[str, Any]:
   path = pathlib.Path(config.budget.table).expanduser()
   return untrusted.read_json(path, 'set --config.budget.table')
@@ -277,9 +328,15 @@ def heldout_text(
   text: pathlib.Path,
   source: sources.Source,
 ) -> dict[str, heldout_lib.HeldOut]:
-  """What a run is evaluated on, by domain; arguments as `train_batches`."""
-  return heldout_lib.windows(
-    text,
+  """What a run is evaluated on, by domain; arguments as `train_batches`.
+
+  Raises:
+    errors.InputError: as `eval_text`.
+  """
+  own = eval_text(config)
+  windows = heldout_lib.windows_of if own else heldout_lib.windows
+  return windows(
+    own or text,
     source.tokenizer,
     source.separator_id,
     seq_len=config.data.seq_len,

@@ -13,11 +13,13 @@ from effllm_jax import errors
 from effllm_jax import untrusted
 
 # Of a config: where models, text and a table lie, and which of their values are
-# no path. `train` and the checkpoints compare what lies there.
+# no path; '': none, as where an older version knew no such key. `train` and the
+# checkpoints compare what lies there.
 _PATHS = {
   'source': ('smollm2-135m',),
   'distill.teacher': ('', 'smollm2-135m'),
   'data.text': ('pypi', 'debian'),
+  'eval.text': ('',),
   'budget.table': ('',),
 }
 # Keys of a config, or how they begin, that a run may go on with otherwise.
@@ -73,7 +75,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
   text, how often it is saved, in which folder a model or a text lies. No weight
   depends on that.
   """
-  old, new = _flat(old), _flat(new)
+  none = {key: '' for key, known in _PATHS.items() if '' in known}
+  old, new = none | _flat(old), none | _flat(new)
   return '; '.join(
     f'{key}={old.get(key, "absent")!r} there, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())

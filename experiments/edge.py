@@ -52,7 +52,6 @@ def main(argv: list[str]) -> None:
   from effllm_jax import edge
   from effllm_jax import finished
   from effllm_jax import formats
-  from effllm_jax import heldout as heldout_lib
   from effllm_jax import runlog
   from effllm_jax import tables
   from effllm_jax import widths
@@ -68,12 +67,8 @@ def main(argv: list[str]) -> None:
   widths.check_multiple(_PAD.value, model.cfg)
   heldout = {}
   if _TOKENS.value:
-    heldout = heldout_lib.windows(
-      finished.text(_WORKDIR.value, made, cli.CACHE.value),
-      model.tokenizer,
-      model.separator_id,
-      seq_len=made.run.config['data']['seq_len'],
-      tokens_per_domain=_TOKENS.value,
+    heldout = finished.heldout(
+      _WORKDIR.value, made, model, cli.CACHE.value, _TOKENS.value
     )
   params, masks, cfg = widths.padded(
     model.params, model.masks, model.cfg, _PAD.value

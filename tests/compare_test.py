@@ -687,18 +687,23 @@ def test_results_of_other_settings_are_refused(root, tmp_path):
       compare(root, choose('ours_a', **once), **{key: str(other)})
 
 
-def test_results_of_another_table_are_refused(root, tmp_path, monkeypatch):
+def test_results_of_another_table_or_text_are_refused(
+  root, tmp_path, monkeypatch
+):
   """Only the loop of a run is left out."""
   cfg = sources.load(root / 'model', root / 'cache', params=False).cfg
   table = tmp_path / 'table.json'
   time = lambda k, f, d: d * (3e-4 * k + 2e-6 * f + 1e-3) + 1e-3 * k + 0.01
   more = lambda k, f, d: time(k, f, d) + 1e-4 * f
   budgets_test.write_table(table, cfg, more)
+  text = tmp_path / 'mine.txt'
+  text.write_text('To be scored on.')
   study = study_of(
     root,
     **{
       'budget.kind': 'ms',
       'budget.table': str(table),
+      'eval.text': str(text),
       'budget.target': 0.8 * more(cfg.K, cfg.F, cfg.D),
     },
   )
@@ -716,6 +721,12 @@ def test_results_of_another_table_are_refused(root, tmp_path, monkeypatch):
   budgets_test.write_table(table, cfg, time)
   with pytest.raises(
     errors.InputError, match=r'^budget\.table .* is not known'
+  ):
+    choice_checks.check_folder(folder, choice)
+  budgets_test.write_table(table, cfg, more)
+  text.write_text('Another one.')
+  with pytest.raises(
+    errors.InputError, match=r'^eval\.text .* is not the text'
   ):
     choice_checks.check_folder(folder, choice)
 

@@ -683,6 +683,10 @@ def test_what_was_dead_before_the_run_was_not_pruned_by_it(tmp_path):
   title, facts = report._heading(run)
   assert title.startswith(f'smollm2-135m: {amounts.si(params)} to ')
   assert share in dict(facts)['target']
+  assert 'scored on' not in dict(facts)
+  config = run.config | {'eval': {'text': 'mine.txt'}}
+  _, facts = report._heading(dataclasses.replace(run, config=config))
+  assert dict(facts)['scored on'] == 'mine.txt'
   size, drawn, maps = figures.draw(run, ['size', 'widths', 'layers'])
   assert f'{amounts.si(params)} to {amounts.si(live)} live' in size.title
   assert f'mean: {widths["ffn"].mean():,.6g} to ' in drawn.title

@@ -16,6 +16,8 @@ import safetensors.numpy
 from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import errors
+from effllm_jax import evaluate
+from effllm_jax import finished
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
@@ -269,6 +271,81 @@ def test_a_model_and_a_text_that_have_moved_are_the_same(swapped, setting):
   with pytest.raises(errors.InputError, match=r"digest='\w+' there, '\w+' no"):
     run(source=str(moved), **{'data.text': str(text)})
   assert config()['source'] == str(moved)
+
+
+def test_a_run_is_scored_on_a_text_of_its_own(setting, tmp_path):
+  """Whatever it is trained on, and the same one after a resume."""
+  run, root = setting
+  text = tmp_path / 'mine'
+  text.mkdir()
+  bodies = {'a': conftest.real_text()[0][:900], 'b': 'Und noch etwas.'}
+  for name, body in bodies.items():
+    (text / f'{name}.txt').write_text(f'{body}\n')
+  short = {
+    'prune.policy': 'none', 'train.tokens': 6 * 64, 'checkpoint.every_steps': 6
+  }  # fmt: skip
+  own = short | {'eval.text': str(text), 'eval.tokens_per_domain': 0}
+  run('held-out', **short)
+  run('own', **own)
+  workdir = root / 'own'
+  rows = {
+    name: [*workdir_lib.read(root / name / 'metrics.jsonl')]
+    for name in ('held-out', 'own')
+  }
+  of = lambda name, kind: [x for x in rows[name] if x['kind'] == kind]
+  losses = [[x['loss'] for x in of(name, 'train')] for name in rows]
+  assert losses[0] == losses[1] and len(losses[0]) == 6
+  found, made = finished.read(workdir, None)
+  held = finished.heldout(workdir, made, found, root / 'cache', 0)
+  (domain,) = held
+  assert domain == 'mine'
+  size = sum(len(x.strip().encode()) for x in bodies.values())
+  assert held['mine'].num_bytes == size
+  want = evaluate.bits_per_byte(
+    found.params, found.masks, held, found.cfg, model.Compute(), 2
+  )
+  last = of('own', 'eval')[-1]
+  assert last['heldout_bytes'] == size
+  assert last['domains'] == pytest.approx(want['domains'], rel=1e-5)
+  assert {*of('held-out', 'eval')[-1]['domains']} == {'text'}
+
+  run('own', **own)
+  # Of the same name at another place.
+  moved = shutil.copytree(text, tmp_path / 'there' / 'mine')
+  run('own', **own | {'eval.text': str(moved)})
+  record = (workdir / 'eval_text.json').read_text()
+  (moved / 'b.txt').write_text('Something else.')
+  other = (
+    r"^eval\.text .* is not the text .*: digest='\w+' there, '\w+' now; put"
+  )
+  with pytest.raises(errors.InputError, match=other):
+    run('own', **own | {'eval.text': str(moved)})
+  with pytest.raises(errors.InputError, match=r"eval\.text='/.* there, '' now"):
+    run('own', **own | {'eval.text': ''})
+  (workdir / 'eval_text.json').unlink()
+  with pytest.raises(errors.InputError, match=r'eval_text\.json: .*restore it'):
+    run('own', **own)
+  (workdir / 'eval_text.json').write_text(record)
+  run('own', **own)
+
+
+def test_a_text_to_score_on_that_cannot_be_is_refused_first(
+  setting, monkeypatch
+):
+  """Before the other text is built, or a folder made."""
+  run, root = setting
+  monkeypatch.setattr(train.corpus, 'prepare', mock.Mock(side_effect=KeyError))
+  inside = next((root / 'text').rglob('*.txt'))
+  common = r'^eval\.text .* and data\.text .* in common, .*; move them apart$'
+  for text, message in (
+    ('no/such', r"^'no/such' is neither .*; set --config\.eval\.text$"),
+    (str(inside), common),
+    (str(root / 'text'), common),
+    (str(root), common),
+  ):
+    with pytest.raises(errors.InputError, match=message):
+      run('new', **{'eval.text': text})
+  assert not (root / 'new').exists()
 
 
 def test_a_run_goes_on_with_the_table_that_it_was_started_with(

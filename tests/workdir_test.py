@@ -47,6 +47,16 @@ def test_what_no_weight_depends_on_may_change(tmp_path):
     workdir.check(tmp_path, config | other | {'data': {'text': 'pypi'}})
 
 
+def test_a_config_of_before_there_was_a_key_had_no_such_text(tmp_path):
+  old = CONFIG | {'eval': {'every_tokens': 9}}
+  new = lambda text: CONFIG | {'eval': {'every_tokens': 9, 'text': text}}
+  claim(tmp_path, old)
+  claim(tmp_path, new(''))
+  assert json.loads((tmp_path / 'config.json').read_text()) == old
+  with pytest.raises(errors.InputError, match=r"eval\.text='' there, 'a' now"):
+    claim(tmp_path, new('a'))
+
+
 def test_a_model_and_a_text_may_lie_elsewhere(tmp_path):
   """What they are is compared where they have been read."""
   config = lambda source, text, rest='a/b': {

@@ -165,6 +165,9 @@ def get_config() -> ml_collections.ConfigDict:
   )
 
   config.eval = ml_collections.ConfigDict()
+  # A file or a folder of your own to score on, all of it; '': what data.text
+  # holds out. Nothing of it is taken out of the text that is trained on.
+  config.eval.text = ''
   config.eval.every_tokens = 1_000_000  # besides start, last prune and end
   config.eval.tokens_per_domain = 2_048  # 0: all
 
