@@ -240,6 +240,7 @@ def eval_text(
         f'eval.text {config.eval.text!r} and data.text {config.data.text!r} '
         'have files in common, which would be trained on; move them apart'
       )
+  next(iter(found))  # Refuses one without a word.
   return found
 
 

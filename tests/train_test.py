@@ -330,15 +330,17 @@ def test_a_run_is_scored_on_a_text_of_its_own(setting, tmp_path):
 
 
 def test_a_text_to_score_on_that_cannot_be_is_refused_first(
-  setting, monkeypatch
+  setting, tmp_path, monkeypatch
 ):
   """Before the other text is built, or a folder made."""
   run, root = setting
   monkeypatch.setattr(train.corpus, 'prepare', mock.Mock(side_effect=KeyError))
   inside = next((root / 'text').rglob('*.txt'))
+  (tmp_path / 'empty.txt').touch()
   common = r'^eval\.text .* and data\.text .* in common, .*; move them apart$'
   for text, message in (
     ('no/such', r"^'no/such' is neither .*; set --config\.eval\.text$"),
+    (str(tmp_path / 'empty.txt'), 'holds no text; .* or set --config'),
     (str(inside), common),
     (str(root / 'text'), common),
     (str(root), common),
