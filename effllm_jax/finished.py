@@ -173,8 +173,7 @@ def heldout(
     remedy = 'put the folder that the run was trained on back'
     text = corpus.prepare(named, cache, remedy)
     dataset.check_same(folder / runlog.TEXT, text, named)
-  windows = heldout_lib.windows_of if own else heldout_lib.windows
-  return windows(
+  return heldout_lib.windows(
     text,
     model.tokenizer,
     model.separator_id,

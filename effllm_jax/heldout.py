@@ -34,22 +34,24 @@ class HeldOut:
 
 
 def windows(
-  data_dir: str | os.PathLike,
+  text: str | os.PathLike | Iterable[documents.Document],
   tokenizer: tokenizers.Tokenizer,
   separator_id: int,
   *,
   seq_len: int,
   tokens_per_domain: int,
 ) -> dict[str, HeldOut]:
-  """Held-out windows by domain, for bits per byte.
+  """Windows by domain, for bits per byte.
 
-  Documents follow each other in the order of their hashes, each after a
-  separator, which is the context of its first token. Windows overlap by one
-  token, so every token of the text is a target exactly once. Text that the
-  tokenizer has no tokens for is told in a warning.
+  Documents follow each other, each after a separator, which is the context of
+  its first token. Windows overlap by one token, so every token of the text is a
+  target exactly once. Text that the tokenizer has no tokens for is told in a
+  warning.
 
   Args:
-    data_dir: folder of `corpus.prepare`.
+    text: folder of `corpus.prepare`, of which the held-out part is read in the
+      order of its documents' hashes; or documents of any origin, all of which
+      are held in memory, in the order in which they come.
     tokenizer: its special tokens are not looked for in the text.
     separator_id: token between documents, and padding.
     seq_len: targets a window.
@@ -58,48 +60,16 @@ def windows(
       a character. 0 takes all.
 
   Raises:
-    errors.InputError: a number that makes no sense.
+    errors.InputError: a number that makes no sense, or what reading the
+      documents does.
   """
   _check(seq_len, tokens_per_domain)
-  source = dataset.source(data_dir, 'heldout')
-  read = lambda i: dataset.as_document(source[i])
-  # Not the documents: they would be in the memory of every process.
-  ranks = {domain: [] for domain in dataset.domains(data_dir)}
-  for i, document in enumerate(dataset.documents(data_dir, 'heldout')):
-    ranks[document.domain].append((_rank(document), i))
-  encoder = tokenizing.encoder(tokenizer)
-  found = {
-    domain: _score_windows(
-      domain, (read(i) for _, i in sorted(members)), encoder, separator_id,
-      seq_len, tokens_per_domain or math.inf,
-    )
-    for domain, members in ranks.items()
-  }  # fmt: skip
-  _warn_of_unknown(found, tokenizer)
-  return found
-
-
-def windows_of(
-  texts: Iterable[documents.Document],
-  tokenizer: tokenizers.Tokenizer,
-  separator_id: int,
-  *,
-  seq_len: int,
-  tokens_per_domain: int,
-) -> dict[str, HeldOut]:
-  """`windows` over documents of any origin, in the order in which they come.
-
-  Args:
-    texts: all are held in memory.
-    tokenizer, separator_id, seq_len, tokens_per_domain: as in `windows`.
-
-  Raises:
-    errors.InputError: a number that makes no sense, or what reading them does.
-  """
-  _check(seq_len, tokens_per_domain)
-  domains = {}
-  for document in texts:
-    domains.setdefault(document.domain, []).append(document)
+  if isinstance(text, str | os.PathLike):
+    domains = _held_out(text)
+  else:
+    domains = {}
+    for document in text:
+      domains.setdefault(document.domain, []).append(document)
   encoder = tokenizing.encoder(tokenizer)
   found = {
     domain: _score_windows(
@@ -110,6 +80,22 @@ def windows_of(
   }  # fmt: skip
   _warn_of_unknown(found, tokenizer)
   return found
+
+
+def _held_out(
+  data_dir: str | os.PathLike,
+) -> dict[str, Iterable[documents.Document]]:
+  """What a dataset holds out, by domain, in the order of the hashes."""
+  source = dataset.source(data_dir, 'heldout')
+  read = lambda i: dataset.as_document(source[i])
+  # Not the documents: they would be in the memory of every process.
+  ranks = {domain: [] for domain in dataset.domains(data_dir)}
+  for i, document in enumerate(dataset.documents(data_dir, 'heldout')):
+    ranks[document.domain].append((_rank(document), i))
+  return {
+    domain: (read(i) for _, i in sorted(members))
+    for domain, members in ranks.items()
+  }
 
 
 def _check(seq_len: int, tokens: int) -> None:

@@ -88,12 +88,12 @@ def run(
   # Before the other text is built, which may take hours.
   evaluated = eval_text(config)
   if begun:
-    check_eval_text(config, workdir)
+    check_eval_text(evaluated, config, workdir)
   text = corpus.prepare(config.data.text, cache)
   if begun:
     dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
-  heldout = heldout_text(config, text, source)
+  heldout = heldout_text(config, evaluated or text, source)
   teacher, named = _teacher(config, workdir, cache, plan, source, begun)
   if config.init == 'random':
     source = dataclasses.replace(
@@ -245,19 +245,21 @@ def eval_text(
 
 
 def check_eval_text(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+  text: text_folder.Documents | None,
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
 ) -> None:
   """Checks that a run's `eval.text` is what it was when the run began.
 
   Args:
+    text: of `eval_text`.
     config: of the run, that of the workdir but for paths.
     workdir: of the run.
 
   Raises:
-    errors.InputError: as `eval_text`; it is another text, or the workdir's
-      record of it is missing.
+    errors.InputError: it is another text, or the workdir's record of it is
+      missing.
   """
-  text = eval_text(config)
   if text:
     path = pathlib.Path(workdir, runlog.EVAL_TEXT)
     now = text.record['digest']
@@ -326,18 +328,18 @@ def train_batches(
 
 def heldout_text(
   config: ml_collections.ConfigDict,
-  text: pathlib.Path,
+  text: text_folder.Documents | pathlib.Path,
   source: sources.Source,
 ) -> dict[str, heldout_lib.HeldOut]:
-  """What a run is evaluated on, by domain; arguments as `train_batches`.
+  """What a run is evaluated on, by domain.
 
-  Raises:
-    errors.InputError: as `eval_text`.
+  Args:
+    config: as in `experiments/configs`.
+    text: of `eval_text`, or else of `corpus.prepare`.
+    source: whose tokenizer reads it.
   """
-  own = eval_text(config)
-  windows = heldout_lib.windows_of if own else heldout_lib.windows
-  return windows(
-    own or text,
+  return heldout_lib.windows(
+    text,
     source.tokenizer,
     source.separator_id,
     seq_len=config.data.seq_len,

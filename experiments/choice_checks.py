@@ -161,5 +161,5 @@ def _check_row(folder, arm, seed) -> None:
   if arm.start == 'source':
     train.check_source(config, workdir, folder.shape)
   train.check_table(config, workdir)
-  train.check_eval_text(config, workdir)
+  train.check_eval_text(train.eval_text(config), config, workdir)
   dataset.check_same(workdir / runlog.TEXT, folder.text, config.data.text)

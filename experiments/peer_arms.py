@@ -255,7 +255,8 @@ class Bench:
     windows = np.stack([next(batches) for _ in range(plan.steps)])
     batches.close()
     rate = plan_lib.learning_rate(config)
-    heldout = train.heldout_text(config, text, source)
+    evaluated = train.eval_text(config) or text
+    heldout = train.heldout_text(config, evaluated, source)
     begin, end = self._window()
     return torch_peers.Task(
       folder=str(self.folder()),

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     models = {'source': source, f'step {made.step:,}': model}
   last = [*models.values()][-1]
   seq_len = min(_SEQ_LEN.value, last.cfg.context)
-  text = heldout_lib.windows_of(
+  text = heldout_lib.windows(
     documents,
     last.tokenizer,
     last.separator_id,

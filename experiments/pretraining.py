@@ -98,7 +98,8 @@ def make(
 
 def _unigram(config, text, cache) -> float:
   source = sources.load(config.source, cache, params=False)
-  held = train.heldout_text(config, text, source)
+  evaluated = train.eval_text(config) or text
+  held = train.heldout_text(config, evaluated, source)
   files = tokenizing.tokenize(text, source.tokenizer, source.separator_id)
   seen = np.concatenate([tokenizing.read(path) for path in files.values()])
   return unigram(seen, held, source.cfg.V)

@@ -159,7 +159,7 @@ def test_text_that_a_tokenizer_loses_is_told(tmp_path, caplog, kind):
       held = make_heldout(tmp_path / str(lost), [text], made)
       assert scored(held).count(0) == lost
       document = documents_lib.Document
-      heldout_lib.windows_of(
+      heldout_lib.windows(
         [document('a', '0', text), document('b', '1', '[EOS]')],
         made, SEPARATOR, seq_len=8, tokens_per_domain=0,
       )  # fmt: skip
@@ -175,7 +175,7 @@ def test_what_fills_up_a_window_is_no_text_that_is_lost(caplog):
   """Where a model has no separator but its token of what is unknown."""
   document = documents_lib.Document('a', '0', 'known known')
   with caplog.at_level(logging.WARNING):
-    held = heldout_lib.windows_of(
+    held = heldout_lib.windows(
       [document], words_only('WordLevel'), 0, seq_len=64, tokens_per_domain=0
     )['a']
   assert held.windows[0].tolist() == [0, 2, 2] + [0] * 62

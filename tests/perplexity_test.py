@@ -143,7 +143,7 @@ def test_windows_are_those_of_a_dataset():
   bpe = conftest.byte_bpe(conftest.real_text()[:6])
   texts = [Document('a', 'z', 'one two'), Document('b', 'y', 'three'),
            Document('a', 'x', 'four')]  # fmt: skip
-  found = heldout.windows_of(texts, bpe, 7, seq_len=4, tokens_per_domain=0)
+  found = heldout.windows(texts, bpe, 7, seq_len=4, tokens_per_domain=0)
   assert [*found] == ['a', 'b']
   ids = [bpe.encode(x).ids for x in ('one two', 'four')]
   tokens = [7, *ids[0], 7, *ids[1]]
@@ -157,7 +157,7 @@ def test_windows_are_those_of_a_dataset():
   assert not held.weight.ravel()[len(tokens) - 1 :].any()
   for settings in ({'seq_len': 0}, {'tokens_per_domain': -1}):
     with pytest.raises(errors.InputError, match='is too small; set a positive'):
-      heldout.windows_of(
+      heldout.windows(
         texts, bpe, 7, **{'seq_len': 4, 'tokens_per_domain': 0} | settings
       )
 
