@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 from typing import Any
@@ -21,9 +19,9 @@ from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import dataset
-from effllm_jax import digests
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
+from effllm_jax import inputs
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
@@ -34,13 +32,11 @@ from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from effllm_jax import text_folder
-from effllm_jax import untrusted
 from effllm_jax import workdir as workdir_lib
 import kernels
 
-# What a workdir says of a teacher that is not the source, and its copy of the
-# table of a budget.
-_TEACHER, _TABLE = 'teacher.json', 'budget.json'
+# What a workdir says of a teacher that is not the source.
+_TEACHER = 'teacher.json'
 
 
 def run(
@@ -69,11 +65,11 @@ def run(
   begun = checkpoints.any_left(workdir)
   source = sources.load(config.source, cache, params=False)
   if begun:
-    check_source(config, workdir, source)
+    inputs.check_source(config, workdir, source)
   mesh = sharding.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   plan = plan_lib.make(config, source.cfg, source.masks, mesh)
   if begun:
-    check_table(config, workdir)
+    inputs.check_table(config, workdir)
   if profiled and profiled[-1] > plan.steps:
     raise errors.InputError(
       f'the run has no step {profiled[-1]} to profile, it ends with '
@@ -86,9 +82,9 @@ def run(
     source.cfg,
   )
   # Before the other text is built, which may take hours.
-  evaluated = eval_text(config)
+  evaluated = inputs.eval_text(config)
   if begun:
-    check_eval_text(evaluated, config, workdir)
+    inputs.check_eval_text(evaluated, config, workdir)
   text = corpus.prepare(config.data.text, cache)
   if begun:
     dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
@@ -112,7 +108,7 @@ def run(
       if named:
         atomic.write_json(workdir / _TEACHER, named)
       if config.budget.table:
-        atomic.write_json(workdir / _TABLE, _table(config))
+        atomic.write_json(workdir / inputs.TABLE, inputs.table(config))
     loop.Loop(
       config, workdir, plan, source, initial, teacher, batches, heldout
     ).train(profiled)
@@ -157,118 +153,6 @@ def _told(config: ml_collections.ConfigDict) -> Iterator[None]:
         'set --config.model.remat=full'
       ) from e
     raise
-
-
-def check_source(
-  config: ml_collections.ConfigDict,
-  workdir: str | os.PathLike,
-  source: sources.Source,
-) -> None:
-  """Checks that `source` is the model that a run was started with.
-
-  Args:
-    config: of the run; what never reads the weights may have others.
-    workdir: of the run.
-    source: the model that lies now where the config says.
-
-  Raises:
-    errors.InputError: it has other weights or another shape, or the workdir's
-      record of it is missing.
-  """
-  known = sources.record(source)
-  if config.init == 'random' and (
-    config.distill.teacher or not config.distill.weight
-  ):
-    known |= {'sha256': None, 'saved': None}
-  path = pathlib.Path(workdir, 'source', 'source.json')
-  sources.check_same(path, known, 'source')
-
-
-def check_table(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike
-) -> None:
-  """Checks that a run's `budget.table` is what it was when the run began.
-
-  Args:
-    config: of the run, that of the workdir but for paths.
-    workdir: of the run. One from before it kept a copy of its table is known to
-      have the same one by its path alone.
-
-  Raises:
-    errors.InputError: it is another table.
-  """
-  table, copy = config.budget.table, pathlib.Path(workdir, _TABLE)
-  if not table:
-    return
-  remedy = 'restore it or choose another --workdir'
-  if copy.exists():
-    then, now = (
-      hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:12]
-      for x in (untrusted.read_json(copy, remedy), _table(config))
-    )
-    changed = f'digest={then!r} there, {now!r} now'
-    old = f'the old one back, of which {copy} is a copy'
-  else:
-    known = untrusted.read_json(copy.with_name('config.json'), remedy)
-    then, now = known['budget']['table'], table
-    changed = f'it was {then!r}, of which the workdir has no copy'
-    old = 'the old one back there'
-  if then != now:
-    raise errors.InputError(
-      f'budget.table {table!r} is not known to be the table that the run was '
-      f'started with: {changed}; put {old}, or choose another --workdir'
-    )
-
-
-def eval_text(
-  config: ml_collections.ConfigDict,
-) -> text_folder.Documents | None:
-  """The text of a run's own that it is scored on; None: what is held out.
-
-  Raises:
-    errors.InputError: there is no text at `eval.text`, or it is trained on.
-  """
-  own, text = map(os.path.expanduser, (config.eval.text, config.data.text))
-  if not own:
-    return None
-  found = text_folder.read(config.eval.text, 'set --config.eval.text')
-  # Of a named text there is no folder.
-  if os.path.isdir(text):
-    own, text = os.path.realpath(own), os.path.realpath(text)
-    if os.path.commonpath([own, text]) in (own, text):
-      raise errors.InputError(
-        f'eval.text {config.eval.text!r} and data.text {config.data.text!r} '
-        'have files in common, which would be trained on; move them apart'
-      )
-  next(iter(found))  # Refuses one without a word.
-  return found
-
-
-def check_eval_text(
-  text: text_folder.Documents | None,
-  config: ml_collections.ConfigDict,
-  workdir: str | os.PathLike,
-) -> None:
-  """Checks that a run's `eval.text` is what it was when the run began.
-
-  Args:
-    text: of `eval_text`.
-    config: of the run, that of the workdir but for paths.
-    workdir: of the run.
-
-  Raises:
-    errors.InputError: it is another text, or the workdir's record of it is
-      missing.
-  """
-  if text:
-    path = pathlib.Path(workdir, runlog.EVAL_TEXT)
-    now = text.record['digest']
-    digests.check_same(path, now, 'eval.text', config.eval.text)
-
-
-def _table(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  path = pathlib.Path(config.budget.table).expanduser()
-  return untrusted.read_json(path, 'set --config.budget.table')
 
 
 @contextlib.contextmanager
@@ -335,7 +219,7 @@ def heldout_text(
 
   Args:
     config: as in `experiments/configs`.
-    text: of `eval_text`, or else of `corpus.prepare`.
+    text: of `inputs.eval_text`, or else of `corpus.prepare`.
     source: whose tokenizer reads it.
   """
   return heldout_lib.windows(

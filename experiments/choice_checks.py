@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from effllm_jax import comparison
 from effllm_jax import dataset
 from effllm_jax import errors
+from effllm_jax import inputs
 from effllm_jax import plan as plan_lib
 from effllm_jax import runlog
 from effllm_jax import structure
-from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments import arms as arms_lib
 from experiments import choices
@@ -159,7 +159,7 @@ def _check_row(folder, arm, seed) -> None:
     return
   workdir_lib.check(workdir, config.to_dict())
   if arm.start == 'source':
-    train.check_source(config, workdir, folder.shape)
-  train.check_table(config, workdir)
-  train.check_eval_text(train.eval_text(config), config, workdir)
+    inputs.check_source(config, workdir, folder.shape)
+  inputs.check_table(config, workdir)
+  inputs.check_eval_text(inputs.eval_text(config), config, workdir)
   dataset.check_same(workdir / runlog.TEXT, folder.text, config.data.text)

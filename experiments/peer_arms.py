@@ -246,6 +246,7 @@ class Bench:
   def task(self) -> torch_peers.Task:
     """Text, rates and weights, the same as `train.run` takes."""
     from effllm_jax import corpus
+    from effllm_jax import inputs
     from effllm_jax import plan as plan_lib
     from effllm_jax import train
 
@@ -255,7 +256,7 @@ class Bench:
     windows = np.stack([next(batches) for _ in range(plan.steps)])
     batches.close()
     rate = plan_lib.learning_rate(config)
-    evaluated = train.eval_text(config) or text
+    evaluated = inputs.eval_text(config) or text
     heldout = train.heldout_text(config, evaluated, source)
     begin, end = self._window()
     return torch_peers.Task(

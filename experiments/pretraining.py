@@ -17,6 +17,7 @@ from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import hf_folder
+from effllm_jax import inputs
 from effllm_jax import model
 from effllm_jax import runlog
 from effllm_jax import sources
@@ -98,7 +99,7 @@ def make(
 
 def _unigram(config, text, cache) -> float:
   source = sources.load(config.source, cache, params=False)
-  evaluated = train.eval_text(config) or text
+  evaluated = inputs.eval_text(config) or text
   held = train.heldout_text(config, evaluated, source)
   files = tokenizing.tokenize(text, source.tokenizer, source.separator_id)
   seen = np.concatenate([tokenizing.read(path) for path in files.values()])

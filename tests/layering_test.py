@@ -32,8 +32,8 @@ ORDER = [
   'export', 'finished', 'overlap', 'edge', 'config_checks', 'plan', 'forecast',
   'calibration', 'pruning', 'evaluate', 'likelihood', 'harness', 'plots',
   'figures', 'report', 'comparison', 'comparison_report', 'interrupts',
-  'profiling', 'advice', 'loop', 'train', 'small_run', 'inspection', 'pictures',
-  'notebook',
+  'profiling', 'advice', 'loop', 'inputs', 'train', 'small_run', 'inspection',
+  'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
