@@ -132,8 +132,10 @@ def arms(
   wanted = set()
   for name in names:
     if name not in groups and name not in known:
+      all_ = [*groups, *known]
       raise errors.InputError(
-        f'arm {name!r} is not one of {", ".join([*groups, *known])}; set --arms'
+        f'arm {name!r} is not one of {", ".join(all_)}; set --arms'
+        f'{cli.suggestion(name, all_)}'
       )
     if name in groups and not groups[name]:
       raise errors.InputError(f'the study has no arms for {name!r}; set --arms')

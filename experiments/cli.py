@@ -161,9 +161,16 @@ def program(path: str | os.PathLike, flag: str) -> pathlib.Path:
   if os.path.isfile(path):
     return path
   names = glob.glob('*.py', root_dir=path.parent)
-  near = difflib.get_close_matches(path.name, names, n=1)
-  hint = f'; did you mean {path.with_name(near[0])}?' if near else ''
-  raise errors.InputError(f'{given} is not a file; set {flag}{hint}')
+  meant = suggestion(path.name, names, path.with_name)
+  raise errors.InputError(f'{given} is not a file; set {flag}{meant}')
+
+
+def suggestion(
+  word: str, known: Sequence[str], say: Callable[[str], object] = repr
+) -> str:
+  """The end of an error: which known word may be meant, as `say` has it."""
+  found = difflib.get_close_matches(word, known, n=1)
+  return f'; did you mean {say(found[0])}?' if found else ''
 
 
 @contextlib.contextmanager

@@ -168,6 +168,11 @@ def test_the_arms_of_a_file_may_be_a_list(tmp_path):
   ('call', 'message'),
   [
     (lambda s: choices.arms(s, ['ours_c']), "arm 'ours_c' is not one of all"),
+    (
+      lambda s: choices.arms(s, ['oneshot_activations']),
+      r"; set --arms; did you mean 'oneshot_activation'\?$",
+    ),
+    (lambda s: choices.arms(s, ['dark']), 'ours_a_batch_2x; set --arms$'),
     (lambda s: choices.arms(s, []), 'no arm is named; set --arms'),
     (lambda _: choices.seeds(['one']), "seed 'one' is not a number"),
     (lambda _: choices.budgets(['hours']), "'hours' is not one of tokens, fl"),
