@@ -12,6 +12,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
+from effllm_jax import console
 from effllm_jax import digests
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
@@ -145,6 +146,24 @@ def documents(data_dir: str | os.PathLike, split: str) -> Iterator[Document]:
     yield from map(as_document, block)
     size = sum(len(record['text']) for record in block)
     start, count = stop, min(2 * count, 256) if size < _BLOCK else 1
+
+
+def passing(
+  data_dir: str | os.PathLike, split: str, what: str
+) -> Iterator[Document]:
+  """As `documents`; shows how many bytes have gone by.
+
+  Args:
+    data_dir, split: of `documents`.
+    what: is done with them: 'reading tales'.
+  """
+  sizes = manifest(data_dir)['domains'].values()
+  return console.passing(
+    what,
+    documents(data_dir, split),
+    lambda document: document.size,
+    sum(domain[split]['bytes'] for domain in sizes),
+  )
 
 
 def as_document(record: dict[str, bytes]) -> Document:

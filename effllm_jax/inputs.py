@@ -1,15 +1,20 @@
 """What a run reads besides its config, and whether it began with the same."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from typing import Any
 
 import ml_collections
 
+from effllm_jax import atomic
+from effllm_jax import dataset
 from effllm_jax import digests
 from effllm_jax import errors
+from effllm_jax import ngrams
 from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import text_folder
@@ -17,6 +22,9 @@ from effllm_jax import untrusted
 
 # A workdir's copy of the table of a budget.
 TABLE = 'budget.json'
+# Of a domain that is scored, the share that stands in the training text by
+# chance or by quotation.
+_MOST_SHARED = 0.01
 
 
 def check_source(
@@ -124,6 +132,52 @@ def check_eval_text(
     path = pathlib.Path(workdir, runlog.EVAL_TEXT)
     now = text.record['digest']
     digests.check_same(path, now, 'eval.text', config.eval.text)
+
+
+def record_of(
+  text: text_folder.Documents, trained: pathlib.Path
+) -> dict[str, Any]:
+  """What a run keeps of its `eval.text`.
+
+  A domain that the training text has much of is told in a warning: a run looks
+  better on it than on a text that it does not know. The two are compared once,
+  at some 7 MB of training text a second, by one of the processes that share a
+  cache; the others wait.
+
+  Args:
+    text: of `eval_text`.
+    trained: folder of `corpus.prepare`.
+
+  Returns:
+    What tells it from other texts, and as `shared` of each domain the share
+    that is trained on (`ngrams.shared`).
+
+  Raises:
+    errors.InputError: a file of the text has changed, or what the cache has of
+      it cannot be read.
+  """
+  path = trained / f'shared-{text.record["digest"][:16]}.json'
+  with atomic.in_turn(path.with_suffix('.lock')):
+    if path.exists():
+      known = untrusted.read_shaped(
+        path, {'shared': {str: float}}, 'delete it, it is written again'
+      )
+    else:
+      what = f'looking for {text.label} in the training text'
+      documents = dataset.passing(trained, 'train', what)
+      known = {'shared': ngrams.shared(text, documents)}
+      # A cache that cannot be written is read all the same.
+      with contextlib.suppress(OSError):
+        atomic.write_json(path, known)
+  for domain, share in known['shared'].items():
+    if share > _MOST_SHARED:
+      logging.warning(
+        'eval.text: of the runs of %d words of domain %r, %.1f %% stand in the '
+        'training text too, so that bits per byte look better than they are; '
+        'take them out of either',
+        ngrams.N, domain, 100 * share,
+      )  # fmt: skip
+  return text.record | known
 
 
 def table(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -78,7 +78,11 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
   about = run.source
   settings = dict(tables.config(run).rows)
   setting = lambda key: settings.get(key, 'not recorded')
-  own = settings.get('eval.text')
+  scored_on, shared = settings.get('eval.text'), run.eval_text.get('shared')
+  if scored_on and shared:
+    scored_on += (
+      f'; at most {max(shared.values()):.1%} of a domain of it is trained on'
+    )
   name = str(about.get('name') or setting('source'))
   start, live = run.source_params(), run.train['live_params'][-1]
   source = [name, about.get('description'), about.get('licence')]
@@ -105,7 +109,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
     [
       ('source model', ', '.join(str(x) for x in source if x)),
       ('text', setting('data.text')),
-      *([('scored on', own)] if own else []),
+      *([('scored on', scored_on)] if scored_on else []),
       ('target', target),
       ('workdir', run.name),
       ('progress', progress),

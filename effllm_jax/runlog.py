@@ -40,8 +40,8 @@ from effllm_jax import structure
 from effllm_jax import untrusted
 from effllm_jax import workdir
 
-# Manifest of the training text, and what `experiments.edge` and
-# `experiments.evaluate` measured.
+# Manifest of the training text, what is known of `eval.text`, and what
+# `experiments.edge` and `experiments.evaluate` measured.
 TEXT = 'text.json'
 EVAL_TEXT = 'eval_text.json'
 EDGE = 'edge.json'
@@ -72,6 +72,7 @@ _TEXT = {
     None,
   ),
 }
+_EVAL_TEXT = {'shared': ({str: float}, None)}
 _EDGE = {
   'step': (int, None),
   'pad': int,
@@ -114,6 +115,7 @@ class Run:
     save_seconds: that the run waited for its checkpoints, all together.
     prune_tokens: tokens seen at each prune, float64 [prunes].
     text: manifest of the training text; empty when not recorded.
+    eval_text: what is recorded of `eval.text`; empty when not recorded.
     edge: what `experiments.edge` measured, of which `step`, its widths filled
       up to multiples of `pad`; empty before.
     benchmarks: what `experiments.evaluate` measured, a row for each step (None:
@@ -134,6 +136,7 @@ class Run:
   removed: dict[str, np.ndarray]
   save_seconds: float = 0.0
   text: dict = dataclasses.field(default_factory=dict)
+  eval_text: dict = dataclasses.field(default_factory=dict)
   edge: dict = dataclasses.field(default_factory=dict)
   benchmarks: dict = dataclasses.field(default_factory=dict)
 
@@ -333,6 +336,7 @@ def read(folder: str | os.PathLike) -> Run:
     save_seconds=math.fsum(rows.save_seconds),
     removed=removed,
     text=_found(folder / TEXT, _TEXT),
+    eval_text=_found(folder / EVAL_TEXT, _EVAL_TEXT),
     edge=_found(folder / EDGE, _EDGE),
     benchmarks=benchmarks(folder),
   )

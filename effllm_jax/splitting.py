@@ -13,27 +13,16 @@ import numpy as np
 
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
+from effllm_jax import ngrams
 
 Document = documents_lib.Document
 
 HELD_OUT = 0.05  # of each domain's bytes
 MOST_HELD_OUT = 2**24  # bytes of a domain: more would take memory, to no use
-WINDOW = 13  # words, lower case
-MAX_SHARED = 0.1  # of a held-out document's windows
+MAX_SHARED = 0.1  # of a held-out document's runs of words
 # Each is a file of tokens and an evaluation.
 MOST_DOMAINS = 1000
 _END = '#end'  # of the id of what was cut off
-
-# Letters of scripts that put no spaces between words: those of Thai, Lao,
-# Tibetan, Burmese, Khmer, Japanese and Chinese.
-_UNSPACED = (
-  r'\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
-  r'\uff66-\uff9f\U00020000-\U0003ffff'
-)
-_LETTER = re.compile(f'[{_UNSPACED}]')
-_BORDER = re.compile(f'[\\s{_UNSPACED}]')
-# Characters whose words are in memory at a time.
-_BLOCK = 2**16
 
 
 def paragraphs(text: str) -> tuple[list[str], str]:
@@ -44,36 +33,6 @@ def paragraphs(text: str) -> tuple[list[str], str]:
   return text.split('\n'), '\n'
 
 
-def windows(text: str) -> np.ndarray:
-  """Hashes uint64 of each run of WINDOW words; of all, if there are fewer."""
-  ids = np.fromiter(map(hash, _words(text)), np.int64).view(np.uint64)
-  length = min(WINDOW, len(ids))
-  out = np.zeros(len(ids) - length + 1, np.uint64)
-  for k in range(length):
-    out *= np.uint64(0x9E3779B97F4A7C15)
-    out += ids[k : k + len(out)]
-  return out
-
-
-def _words(text: str) -> Iterator[str]:
-  """What is between white space, and each letter of _UNSPACED; lower case."""
-  return itertools.chain.from_iterable(_blocks(text))
-
-
-def _blocks(text: str) -> Iterator[list[str]]:
-  """The words of one part of the text after another."""
-  start = 0
-  while start < len(text):
-    border = _BORDER.search(text, start + _BLOCK)
-    end = border.start() if border else len(text)
-    block = text[start:end].lower()
-    if not block.isascii():
-      block = _LETTER.sub(r' \g<0> ', block)
-    # Twice as fast as a search for words.
-    yield block.split()
-    start = end
-
-
 def split(
   documents: Iterable[Document],
 ) -> tuple[dict[str, Iterable[Document]], dict]:
@@ -81,13 +40,13 @@ def split(
 
   Of each domain, documents in the order of their hashed ids are held out until
   they make HELD_OUT of the bytes that may be, or MOST_HELD_OUT. One that shares
-  more than MAX_SHARED of its windows with the training documents may not: it is
-  trained on, and the next one takes its place. Paragraphs of WINDOW or more
-  words that stand in a held-out document are then taken out of the training
-  documents; shorter ones ("Exit.") are the language's own. Where a domain is
-  one document, or one is too large to be held out and the others are next to
-  nothing, such a one is cut at a paragraph, within one where that alone comes
-  near HELD_OUT.
+  more than MAX_SHARED of its runs of `ngrams.N` words with the training
+  documents may not: it is trained on, and the next one takes its place.
+  Paragraphs of so many words that stand in a held-out document are then taken
+  out of the training documents; shorter ones ("Exit.") are the language's own.
+  Where a domain is one document, or one is too large to be held out and the
+  others are next to nothing, such a one is cut at a paragraph, within one where
+  that alone comes near HELD_OUT.
 
   Args:
     documents: iterated over four times or more, with the same outcome. Of what
@@ -208,11 +167,11 @@ def _first(keys: bytes, of: np.ndarray | slice = slice(None)) -> np.ndarray:
 
 
 class _Seen:
-  """What may be held out, and which of its windows stand in how many documents.
+  """What may be held out, and in how many documents its runs of words stand.
 
   Attributes:
     documents: that were added, by index.
-    met: bool, of each index, whether it has a window of one of these.
+    met: bool, of each index, whether it has a run of words of one of these.
   """
 
   def __init__(self, text: _Text):
@@ -223,36 +182,25 @@ class _Seen:
     """Reads documents, and those that have been cut since; then all."""
     wanted = {*self.documents, *indices}
     self.documents = {i: d for i, d in self._text if i in wanted}
-    self._hashes = {i: windows(d.text) for i, d in self.documents.items()}
-    self._windows = np.unique(np.concatenate([*self._hashes.values()]))
-    self._counts = np.zeros(len(self._windows), np.int64)
+    self._hashes = {i: ngrams.hashes(d.text) for i, d in self.documents.items()}
+    self._index = ngrams.Index(self._hashes.values())
+    self._counts = np.zeros(len(self._index), np.int64)
     self.met = np.zeros(len(self._text.sizes), bool)
-    # Few windows begin as one of these does: the rest need no search, which
-    # took half of the time. At most 128 MB.
-    bits = min(3 + len(self._windows).bit_length(), 27)
-    begins, shift = np.zeros(2**bits, bool), np.uint64(64 - bits)
-    begins[self._windows >> shift] = True
     for i, document in self._text:
       hashes = self._hashes.get(i)
       if hashes is None:
-        hashes = windows(document.text)
-        hashes = hashes[begins[hashes >> shift]]
-      at = self._at(hashes)
-      at = np.unique(at[self._windows[at] == hashes])
+        hashes = ngrams.hashes(document.text)
+      at = self._index.find(hashes)
       self._counts[at] += 1
       self.met[i] = at.size
 
   def shares(self, held: Collection[int]) -> dict[int, float]:
-    """Of the windows of each, the share that stands in one that is not held."""
+    """Of the runs of each, the share that stands in one that is not held."""
     counts = self._counts.copy()
     for i in held:
-      counts[np.unique(self._at(self._hashes[i]))] -= 1
-    return {i: (counts[self._at(self._hashes[i])] > 0).mean() for i in held}
-
-  def _at(self, hashes: np.ndarray) -> np.ndarray:
-    # Searched in what is sorted: numpy's isin took 100 s here, this takes 1 s.
-    at = np.searchsorted(self._windows, hashes)
-    return np.minimum(at, len(self._windows) - 1)
+      counts[self._index.find(self._hashes[i])] -= 1
+    at = {i: self._index.at(self._hashes[i]) for i in held}
+    return {i: (counts[at[i]] > 0).mean() for i in held}
 
 
 def _train(
@@ -270,7 +218,7 @@ def _train(
   for i, document in text:
     if i in held:
       continue
-    # A paragraph of WINDOW words is one of its windows, or several.
+    # A paragraph of N words is one of its runs, or several.
     if seen.met[i]:
       parts, joint = paragraphs(document.text)
       rest = [p for p in parts if not (_is_long(p) and _normal(p) in said)]
@@ -285,11 +233,12 @@ def _train(
 
 
 def _normal(paragraph: str) -> str:
-  return ' '.join(_words(paragraph))
+  return ' '.join(ngrams.words(paragraph))
 
 
 def _is_long(paragraph: str) -> bool:
-  return len([*itertools.islice(_words(paragraph), WINDOW)]) == WINDOW
+  first = itertools.islice(ngrams.words(paragraph), ngrams.N)
+  return len([*first]) == ngrams.N
 
 
 def _hold_out(

@@ -9,7 +9,6 @@ import numpy as np
 import tokenizers
 
 from effllm_jax import atomic
-from effllm_jax import console
 from effllm_jax import dataset
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
@@ -103,13 +102,8 @@ def _build(
 
   def write(new):
     paths = {domain: _token_file(new, domain, domains) for domain in domains}
-    facts = dataset.manifest(data_dir)
-    every = console.passing(
-      f'tokenising {facts["text"]}',
-      dataset.documents(data_dir, 'train'),
-      lambda document: document.size,
-      sum(x['train']['bytes'] for x in facts['domains'].values()),
-    )
+    name = dataset.manifest(data_dir)['text']
+    every = dataset.passing(data_dir, 'train', f'tokenising {name}')
     for documents in documents_lib.in_blocks(every, _CHUNK, _CHUNK_BYTES):
       texts = [document.text for document in documents]
       pieces = {}

@@ -88,6 +88,7 @@ def run(
   text = corpus.prepare(config.data.text, cache)
   if begun:
     dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
+  own = inputs.record_of(evaluated, text) if evaluated and not begun else None
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, evaluated or text, source)
   teacher, named = _teacher(config, workdir, cache, plan, source, begun)
@@ -103,8 +104,8 @@ def run(
     if jax.process_index() == 0 and not begun:
       sources.save(source, workdir / 'source')
       atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
-      if evaluated:
-        atomic.write_json(workdir / runlog.EVAL_TEXT, evaluated.record)
+      if own:
+        atomic.write_json(workdir / runlog.EVAL_TEXT, own)
       if named:
         atomic.write_json(workdir / _TEACHER, named)
       if config.budget.table:

@@ -30,6 +30,7 @@ from effllm_jax import digests as digests_lib
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import fetch
+from effllm_jax import ngrams
 from effllm_jax import packages
 from effllm_jax import splitting
 from effllm_jax import text_files
@@ -139,7 +140,7 @@ def test_splits_share_no_document_and_no_long_paragraph(splits):
       ' '.join(p.lower().split())
       for d in documents
       for p in splitting.paragraphs(d.text)[0]
-      if len(p.split()) >= splitting.WINDOW
+      if len(p.split()) >= ngrams.N
     }
     for split, documents in splits.items()
   }
@@ -744,14 +745,6 @@ def test_text_without_spaces_is_compared_too(first):
   more = documents_lib.Document('d', 'more', f'{letters(300)}{gap}{top.text}')
   splits, notes = split([*docs, more])
   assert notes['unfit_to_hold_out'] == [f'd/{top.id}']
-
-
-def test_words_are_those_between_spaces():
-  """Also where a text is split in several parts."""
-  text = f'{prose(0, 30_000)}\u3000X\x1fy  Ärger\n'
-  assert [*splitting._words(text)] == text.lower().split()
-  mixed = ['ein', '日', '本', '語', 'wort']
-  assert [*splitting._words('ein 日本語Wort')] == mixed
 
 
 def test_a_footer_costs_no_training_text():

@@ -147,9 +147,13 @@ def _done(place):
   for name, content in (
     (runlog.EDGE, {**model_card_test.SPEEDS, 'step': 40}),
     (runlog.TEXT, model_card_test.TEXT),
+    (runlog.EVAL_TEXT, {'digest': 'abc', 'shared': {'mine': 0.01}}),
     (runlog.BENCHMARKS, model_card_test.BENCHMARKS),
   ):
     (folder / name).write_text(json.dumps(content))
+  config = json.loads((folder / 'config.json').read_bytes())
+  config['eval'] = {'text': 'mine.txt'}
+  (folder / 'config.json').write_text(json.dumps(config))
   return folder
 
 
@@ -178,6 +182,7 @@ def _read_run(monkeypatch, place):
     'source/source.json',
     'edge.json',
     'text.json',
+    'eval_text.json',
     'benchmarks.json',
   ],
 )
@@ -226,7 +231,7 @@ def test_rows_of_a_workdir(done, read_run, name, tmp_path):
 @pytest.mark.parametrize(
   'name',
   ['config.json', 'metrics.jsonl', 'trace.jsonl', 'edge.json', 'text.json',
-   'benchmarks.json', 'source/source.json', 'source'],
+   'eval_text.json', 'benchmarks.json', 'source/source.json', 'source'],
 )  # fmt: skip
 def test_a_thing_in_a_workdir(done, read_run, tmp_path, name, thing):
   folder = shutil.copytree(done, tmp_path / 'run')

@@ -687,6 +687,12 @@ def test_what_was_dead_before_the_run_was_not_pruned_by_it(tmp_path):
   config = run.config | {'eval': {'text': 'mine.txt'}}
   _, facts = report._heading(dataclasses.replace(run, config=config))
   assert dict(facts)['scored on'] == 'mine.txt'
+  record = {'shared': {'a': 0.002, 'b': 0.0313}}
+  _, facts = report._heading(
+    dataclasses.replace(run, config=config, eval_text=record)
+  )
+  want = 'mine.txt; at most 3.1% of a domain of it is trained on'
+  assert dict(facts)['scored on'] == want
   size, drawn, maps = figures.draw(run, ['size', 'widths', 'layers'])
   assert f'{amounts.si(params)} to {amounts.si(live)} live' in size.title
   assert f'mean: {widths["ffn"].mean():,.6g} to ' in drawn.title

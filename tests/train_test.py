@@ -15,11 +15,14 @@ import safetensors.numpy
 
 from effllm_jax import checkpoints
 from effllm_jax import console
+from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import finished
 from effllm_jax import loop
 from effllm_jax import model
+from effllm_jax import ngrams
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
 from effllm_jax import sharding
@@ -31,6 +34,7 @@ from experiments.configs import smollm2_135m
 from kernels import autotune
 from tests import budgets_test
 from tests import conftest
+from tests import ngrams_test
 
 
 @pytest.fixture(scope='module', name='setting')
@@ -273,12 +277,24 @@ def test_a_model_and_a_text_that_have_moved_are_the_same(swapped, setting):
   assert config()['source'] == str(moved)
 
 
-def test_a_run_is_scored_on_a_text_of_its_own(setting, tmp_path):
+def test_a_run_is_scored_on_a_text_of_its_own(
+  setting, tmp_path, caplog, monkeypatch
+):
   """Whatever it is trained on, and the same one after a resume."""
   run, root = setting
   text = tmp_path / 'mine'
   text.mkdir()
-  bodies = {'a': conftest.real_text()[0][:900], 'b': 'Und noch etwas.'}
+  trained = [*dataset.documents(
+    corpus.prepare(str(root / 'text'), root / 'cache'), 'train'
+  )]  # fmt: skip
+  bodies = {
+    'a': trained[0].text[:900], 'b': ' '.join(map(str, range(50))),
+    'c': 'Und noch etwas.',
+  }  # fmt: skip
+  known = {run for x in trained for run in ngrams_test.runs_of(x.text)}
+  found = [x in known for y in bodies.values() for x in ngrams_test.runs_of(y)]
+  shared = sum(found) / len(found)
+  assert 0.1 < shared < 0.9
   for name, body in bodies.items():
     (text / f'{name}.txt').write_text(f'{body}\n')
   short = {
@@ -310,10 +326,19 @@ def test_a_run_is_scored_on_a_text_of_its_own(setting, tmp_path):
   assert {*of('held-out', 'eval')[-1]['domains']} == {'text'}
 
   run('own', **own)
+  record = (workdir / 'eval_text.json').read_text()
+  assert json.loads(record)['shared'] == {'mine': pytest.approx(shared)}
+  # When the run began, and no more.
+  (told,) = [x for x in caplog.messages if x.startswith('eval.text')]
+  assert f"domain 'mine', {100 * shared:.1f} % stand in the train" in told
+  # The next run does not look again.
+  monkeypatch.setattr(ngrams, 'shared', None)
+  run('another', **own)
+  assert (root / 'another' / 'eval_text.json').read_text() == record
+  assert caplog.messages.count(told) == 2
   # Of the same name at another place.
   moved = shutil.copytree(text, tmp_path / 'there' / 'mine')
   run('own', **own | {'eval.text': str(moved)})
-  record = (workdir / 'eval_text.json').read_text()
   (moved / 'b.txt').write_text('Something else.')
   other = (
     r"^eval\.text .* is not the text .*: digest='\w+' there, '\w+' now; put"
