@@ -22,6 +22,7 @@ from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import evaluate
 from effllm_jax import heldout as heldout_lib
+from effllm_jax import inputs
 from effllm_jax import optimizers
 from effllm_jax import plan as plan_lib
 from effllm_jax import selection
@@ -71,10 +72,13 @@ class Trials:
     source = sources.load_whole(config.source, cache, '--config.source')
     self.cfg, self._alive = source.cfg, structure.all_alive(source.cfg)
     self._params = jax.tree.map(jnp.asarray, source.params)
+    scored = inputs.eval_text(config)
     text = corpus.prepare(config.data.text, cache)
     self._encoding = text, source.tokenizer, source.separator_id
     self._heldout = heldout_lib.windows(
-      *self._encoding,
+      scored or text,
+      source.tokenizer,
+      source.separator_id,
       seq_len=config.data.seq_len,
       tokens_per_domain=heldout_tokens,
     )

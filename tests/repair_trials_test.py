@@ -51,6 +51,20 @@ def test_a_repair_gives_back_what_a_prune_took(trials):
   assert weak.loss == pytest.approx(masked.loss, rel=1e-5)
 
 
+def test_a_text_of_its_own_is_scored(setting, trials, tmp_path):
+  text = tmp_path / 'mine.txt'
+  text.write_text('Nothing that the model was trained on.')
+  config = smollm2_135m.get_config()
+  config.update_from_flattened_dict(
+    conftest.small_run(setting.model, setting.text, **{'eval.text': str(text)})
+  )
+  mine = repair_trials.Trials(config, setting.root / 'cache', 64)
+  batches = mine.batches(seed=0, count=1)
+  np.testing.assert_array_equal(batches, trials.batches(seed=0, count=1))
+  masks = mine.prune(batches, 0.1)
+  assert mine.masked(masks).loss != trials.masked(masks).loss
+
+
 def bench(setting, *flags):
   return conftest.command(
     'bench_repair', conftest.CONFIG_FILE, '--seeds=1', '--batches=2',
