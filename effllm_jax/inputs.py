@@ -134,7 +134,7 @@ def check_eval_text(
     digests.check_same(path, now, 'eval.text', config.eval.text)
 
 
-def record_of(
+def eval_record(
   text: text_folder.Documents, trained: pathlib.Path
 ) -> dict[str, Any]:
   """What a run keeps of its `eval.text`.

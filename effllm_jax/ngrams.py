@@ -94,6 +94,9 @@ def shared(
 ) -> dict[str, float]:
   """How much of a text stands in another one.
 
+  A document of fewer than N words is found where it is one of `others`, whole,
+  and not where it stands within one.
+
   Args:
     documents: of which all hashes are in memory, 8 bytes a word.
     others: of which one is in memory at a time.

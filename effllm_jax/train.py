@@ -88,7 +88,9 @@ def run(
   text = corpus.prepare(config.data.text, cache)
   if begun:
     dataset.check_same(workdir / runlog.TEXT, text, config.data.text)
-  own = inputs.record_of(evaluated, text) if evaluated and not begun else None
+  eval_record = None
+  if evaluated and not begun:
+    eval_record = inputs.eval_record(evaluated, text)
   batches = train_batches(config, text, source, *sharding.reader(mesh))
   heldout = heldout_text(config, evaluated or text, source)
   teacher, named = _teacher(config, workdir, cache, plan, source, begun)
@@ -104,8 +106,8 @@ def run(
     if jax.process_index() == 0 and not begun:
       sources.save(source, workdir / 'source')
       atomic.write_json(workdir / runlog.TEXT, dataset.manifest(text))
-      if own:
-        atomic.write_json(workdir / runlog.EVAL_TEXT, own)
+      if eval_record:
+        atomic.write_json(workdir / runlog.EVAL_TEXT, eval_record)
       if named:
         atomic.write_json(workdir / _TEACHER, named)
       if config.budget.table:

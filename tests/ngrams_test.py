@@ -65,15 +65,21 @@ def test_what_two_texts_share_is_counted_by_domain():
     document('half', third),
     document('half', 'Too short to share more than itself.'),
     document('known', second),
+    document('known', 'Word for word.'),
+    document('short', 'Word for word.'),
+    document('short', ' '.join(second.split()[:12])),
   ]
+  others.append(document('y', 'word  for word.'))
   known = {run for other in others for run in runs_of(other.text)}
   want = {}
-  for domain in ('new', 'half', 'known'):
+  for domain in ('new', 'half', 'known', 'short'):
     found = [
       x in known for d in mine if d.domain == domain for x in runs_of(d.text)
     ]
     want[domain] = sum(found) / len(found)
   assert want['known'] == 1 > want['half'] > 0.4 > 0.1 > want['new']
+  # What is short is compared whole.
+  assert want['short'] == 0.5
   # In any order, and of others that can be read but once.
   for order in (others, others[::-1]):
     assert ngrams.shared(iter(mine), iter(order)) == want

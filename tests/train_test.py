@@ -20,6 +20,7 @@ from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import finished
+from effllm_jax import inputs
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import ngrams
@@ -28,6 +29,7 @@ from effllm_jax import pruning
 from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import steps
+from effllm_jax import text_folder
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
@@ -352,6 +354,29 @@ def test_a_run_is_scored_on_a_text_of_its_own(
     run('own', **own)
   (workdir / 'eval_text.json').write_text(record)
   run('own', **own)
+
+
+def test_what_texts_share_is_told_whatever_the_cache_holds(
+  setting, tmp_path, monkeypatch
+):
+  _, root = setting
+  folder = corpus.prepare(str(root / 'text'), root / 'cache')
+  mine = tmp_path / 'mine.txt'
+  mine.write_text(next(dataset.documents(folder, 'train')).text)
+  text = text_folder.read(str(mine), 'set it')
+  before = {*folder.iterdir()}
+  full = mock.Mock(side_effect=OSError('read-only'))
+  with monkeypatch.context() as m:
+    m.setattr(inputs.atomic, 'write_json', full)
+    record = inputs.eval_record(text, folder)
+  assert full.called and {*folder.iterdir()} == before
+  assert record == text.record | {'shared': {'mine': 1.0}}
+  assert inputs.eval_record(text, folder) == record
+  (kept,) = {*folder.iterdir()} - before
+  for damaged in ('', '{}', '{"shared": {"mine": "all"}}'):
+    kept.write_text(damaged)
+    with pytest.raises(errors.InputError, match=f'{kept.name}.*; delete it'):
+      inputs.eval_record(text, folder)
 
 
 def test_a_text_to_score_on_that_cannot_be_is_refused_first(
