@@ -321,7 +321,10 @@ def _unknown_key(argv: Sequence[str], text: str) -> str:
       """--config.data.weights="{'drama': 2.0, 'wiki': 1.0}\""""
     )
   key = wrong[0].partition('=')[0].removeprefix('--config.')
-  hint = f'did you mean {near.group(1)!r}? All' if near else 'all'
+  hint = 'all'
+  if near:
+    parts = (near.group(1) if x == part.group() else x for x in key.split('.'))
+    hint = f'did you mean {".".join(parts)!r}? All'
   return (
     f'the config has no key {key!r}; {hint} keys are in the file given as '
     '--config'

@@ -15,6 +15,7 @@ import numpy as np
 from effllm_jax import errors
 from effllm_jax import untrusted
 from experiments import alone
+from experiments import cli
 from experiments import torch_peers
 
 # Changes of the config, as `experiments/configs/ragged.py` makes them.
@@ -44,9 +45,10 @@ def check(names: list[str]) -> None:
   known = [*OURS, *OTHERS]
   wrong = [x for x in names if x not in known]
   if wrong or not names or len({*names}) < len(names):
+    meant = cli.suggestion(wrong[0], known) if wrong else ''
     raise errors.InputError(
       f'arms {",".join(names)!r} are not some of {",".join(known)}, each once; '
-      'set --arms'
+      f'set --arms{meant}'
     )
   if any(x in OTHERS for x in names):
     hf_export.import_transformers()

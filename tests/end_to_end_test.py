@@ -146,8 +146,10 @@ def test_another_worker_count_is_refused(setting, finished):
   [
     (
       '--config.budget.targt=5',
-      ("no key 'budget.targt'", "did you mean 'target'?"),
+      ("no key 'budget.targt'", "did you mean 'budget.target'?"),
     ),
+    ('--config.bugdet.target=5', ("did you mean 'budget.target'?",)),
+    ('--config.eval.txt=a.txt', ("did you mean 'eval.text'?",)),
     ('--config=no/such.py', ('no/such.py is not a file; set --config',)),
     ('--config=', ("'' is not a file; set --config",)),
     # A user's own may take the argument that follows a colon.

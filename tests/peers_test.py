@@ -377,8 +377,10 @@ def test_the_command_prints_every_arm(root, tmp_path):
 
 def test_a_mistake_is_one_line(bench):
   for names in ([], ['ours', 'ours'], ['wanda']):
-    with pytest.raises(errors.InputError, match=r'set --arms'):
+    with pytest.raises(errors.InputError, match=r'set --arms$'):
       peer_arms.check(names)
+  with pytest.raises(errors.InputError, match="did you mean 'llm_pruner'"):
+    peer_arms.check(['ours', 'llm_prunr'])
   with pytest.raises(errors.InputError, match=r'--config\.budget\.kind=params'):
     bench(**{'budget.kind': 'flops'})
   for change, remedy in (
