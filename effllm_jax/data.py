@@ -14,8 +14,8 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import concurrent.futures
-import contextlib
 import copy
+import gc
 import math
 import multiprocessing
 from multiprocessing import connection
@@ -202,8 +202,10 @@ class TrainIterator(grain.DatasetIterator):
         process.kill()
     # A process that dies within a lock never gives it back, and Grain takes the
     # same one on the way out.
-    with contextlib.suppress(TimeoutError):
+    try:
       _within(_CLOSING_SECONDS, close)
+    except TimeoutError:
+      _let_go()
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -222,6 +224,19 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
   threading.Thread(target=run, daemon=True).start()
   return answer.result(timeout=seconds)
+
+
+def _let_go() -> None:
+  """Has Grain close no reader again whose worker has died.
+
+  It does when a reader is deleted, and at the end of the process, where a run
+  that had told its error hung for ever. Grain has no function for this.
+  """
+  for x in gc.get_objects():
+    if issubclass(type(x), grain.DatasetIterator):
+      process = vars(x).get('_prefetch_process')
+      if process and not process.is_alive():
+        x._prefetch_process = None
 
 
 def _end_with_parent(index: int, count: int) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import itertools
 import json
 import multiprocessing
@@ -434,6 +435,27 @@ def test_a_worker_ends_with_the_process_that_reads():
     while worker.read_bytes():
       assert time.monotonic() - start < 60
       time.sleep(0.01)
+
+
+def test_nor_does_it_hang_the_end_of_the_process(built, bpe, monkeypatch):
+  """Where Grain closes its readers again, as it does when one is deleted."""
+  monkeypatch.setattr(data, '_CLOSING_SECONDS', 1.0)
+  iterator = batches(built, bpe, workers=1, timeout=60.0)
+  take(iterator, 1)
+  (reader,) = (
+    x for x in gc.get_objects()
+    if isinstance(x, grain.DatasetIterator) and '_prefetch_process' in vars(x)
+    and x._prefetch_process
+  )  # fmt: skip
+  # As of a worker that died while it looked whether it has to stop.
+  reader._prefetch_should_stop._cond._lock.acquire()
+  reader._prefetch_process.kill()
+  iterator._timeout = 1.0
+  with pytest.raises(errors.InputError, match='gave no batch in 1 s'):
+    for _ in range(100):
+      next(iterator)
+  iterator.close()
+  data._within(10, reader.close)
 
 
 @pytest.mark.parametrize(
