@@ -297,8 +297,8 @@ def _logits(params, masks, tokens_BT, *, cfg):
 @functools.partial(jax.jit, static_argnames='cfg')
 def _shrunk(params, prune, *, cfg):
   kept = shrink_lib.kept_indices(prune.masks, prune.scores, cfg)
-  params = shrink_lib.take_params(params, kept)
-  return params, shrink_lib.take_prune(prune, kept)
+  letters = structure.axes_of(params), state_lib.PRUNE_AXES
+  return shrink_lib.take(letters, (params, prune), kept)
 
 
 @functools.partial(jax.jit, static_argnames='cfg')

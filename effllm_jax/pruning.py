@@ -209,7 +209,7 @@ def shrink(
     jax.clear_caches()
   live = selection.live_widths(state.prune.masks)
   state, kept = steps.shrink_step(
-    state, cfg=cfg, new_cfg=new, tx=tx, mesh=plan.recipe.compute.mesh
+    state, cfg=new, tx=tx, mesh=plan.recipe.compute.mesh
   )
   after = loss(state, new)
   if not abs(after - before) <= TOLERANCE * before:

@@ -32,6 +32,15 @@ class PruneState:
   origin: structure.Groups
 
 
+# The axis letters of each array.
+PRUNE_AXES = PruneState(
+  masks=structure.GROUP_AXES,
+  scores=structure.GROUP_AXES,
+  count='',
+  origin=structure.GROUP_AXES,
+)
+
+
 @struct.dataclass
 class TrainState:
   """A run at one moment.
@@ -118,6 +127,23 @@ def abstract_state(
     state,
     shardings(state, tx, mesh),
   )
+
+
+def axes(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
+  """The axis letters of every array: of moments those of their parameters.
+
+  '' for counters and other scalars.
+  """
+  params = structure.axes_of(state.params)
+  moments = optax.tree.map_params(
+    tx,
+    lambda _, letters: letters,
+    state.opt_state,
+    params,
+    transform_non_params=lambda _: '',
+  )
+  scalars = jax.tree.map(lambda _: '', state)
+  return scalars.replace(params=params, opt_state=moments, prune=PRUNE_AXES)
 
 
 def shardings(

@@ -378,29 +378,30 @@ def sum_losses(
   return (losses * weight_BT).sum()
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'new_cfg', 'tx', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('cfg', 'tx', 'mesh'))
 def shrink_step(
   state: state_lib.TrainState,
   *,
   cfg: structure.ModelConfig,
-  new_cfg: structure.ModelConfig,
   tx: optax.GradientTransformation,
   mesh: sharding.Mesh | None = None,
 ) -> tuple[state_lib.TrainState, structure.Groups]:
-  """Gathers the survivors of a state into arrays of `new_cfg`.
+  """Gathers the survivors of a state into smaller arrays.
 
   On a mesh the devices exchange them; no array goes through a host.
 
+  Args:
+    state: before.
+    cfg: the architecture after the shrink (`shrink.shrunk_config`).
+    tx: of the state.
+    mesh: None: one device.
+
   Returns:
-    The smaller state, and the kept indices into the axes of `cfg`.
+    The smaller state, and the kept indices into the axes of the larger one.
   """
   prune = state.prune
-  kept = shrink.kept_indices(prune.masks, prune.scores, new_cfg)
-  small = state.replace(
-    params=shrink.take_params(state.params, kept),
-    opt_state=shrink.take_opt_state(tx, state.opt_state, cfg, kept),
-    prune=shrink.take_prune(prune, kept),
-  )
+  kept = shrink.kept_indices(prune.masks, prune.scores, cfg)
+  small = shrink.take(state_lib.axes(state, tx), state, kept)
   if mesh is not None:
     replicated = sharding.replicated(mesh)
     kept = jax.lax.with_sharding_constraint(kept, replicated)

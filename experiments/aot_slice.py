@@ -11,7 +11,7 @@ are the bytes of one device, arrays and what XLA plans to hold besides, and in
 what dtype the matrices of layers are sent. Exits 1 where a program does not
 compile, does not fit, or sends one of these in float32, 2 where the wheels are
 missing. For h100 it takes twenty minutes on one core. libtpu is slower: a step
-takes it 4 minutes, and 18 by Pallas, with 10 GB of memory; a repair was not
+takes it 10 minutes, and more by Pallas, with 10 GB of memory; a repair was not
 done after 7. So for v5e name `--programs=step,select,shrink`.
 """
 
@@ -197,8 +197,7 @@ def _programs(device: str, cfg: Any) -> dict[str, Callable[[], Any]]:
     ),
     'shrink': lambda: steps.shrink_step.lower(
       state,
-      cfg=cfg,
-      new_cfg=dataclasses.replace(
+      cfg=dataclasses.replace(
         cfg, K=cfg.K - 1, F=cfg.F - 256, D=cfg.D - 128
       ),
       tx=tx,

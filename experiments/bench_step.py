@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
   masks = pruning.select(states[cfg].prune, plan, plan.schedule.target)
   small = shrink.shrunk_config(masks, cfg, structure.Groups(1, 1, 1))
   pruned = states[cfg].replace(prune=states[cfg].prune.replace(masks=masks))
-  shrunk, _ = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=bench.tx)
+  shrunk, _ = steps.shrink_step(pruned, cfg=small, tx=bench.tx)
   states['shrunk'], states['built'] = shrunk, bench.fresh(small)
   del pruned, shrunk
   per_prune = (plan.schedule.start - plan.schedule.target) // 25

@@ -270,7 +270,7 @@ def test_scores_are_the_same_before_a_shrink_and_after_it(history, tx, kind):
     masks, cfg, structure.Groups(heads=1, ffn=1, stem=1)
   )
   assert small.F < cfg.F and small.D < cfg.D
-  shrunk, kept = steps.shrink_step(pruned, cfg=cfg, new_cfg=small, tx=tx)
+  shrunk, kept = steps.shrink_step(pruned, cfg=small, tx=tx)
   pruned, _ = step(pruned, then, cfg, tx, saliency=kind)
   if kind not in ('taylor2_micro', 'fisher'):
     # The mean of one micro-batch is that of three, and compiles sooner.
