@@ -388,7 +388,9 @@ def shrink_step(
 ) -> tuple[state_lib.TrainState, structure.Groups]:
   """Gathers the survivors of a state into smaller arrays.
 
-  On a mesh the devices exchange them; no array goes through a host.
+  Counters stay as they are: the learning rate and the bias correction of the
+  moments go on as if nothing had happened. On a mesh the devices exchange the
+  survivors; no array goes through a host.
 
   Args:
     state: before.
