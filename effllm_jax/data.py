@@ -10,20 +10,12 @@ metrics is what a step waited).
 """
 
 import collections
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import concurrent.futures
 import copy
-import gc
 import math
-import multiprocessing
-from multiprocessing import connection
 import os
 import pathlib
-import signal
-import threading
-from typing import Any
 
 from absl import flags
 import grain
@@ -33,9 +25,7 @@ import tokenizers
 from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import tokenizing
-
-# For Grain to let go of its threads, once a worker was lost.
-_CLOSING_SECONDS = 5.0
+from effllm_jax import workers as workers_lib
 
 
 class _Windows:
@@ -145,7 +135,7 @@ class TrainIterator(grain.DatasetIterator):
       '--config.data.workers=0'
     )
     try:
-      return _within(self._timeout, lambda: next(self._parent))
+      return workers_lib.within(self._timeout, lambda: next(self._parent))
     except TimeoutError as e:
       self._lost = True
       raise errors.InputError(
@@ -191,69 +181,12 @@ class TrainIterator(grain.DatasetIterator):
   def close(self) -> None:
     """Ends the worker processes, whatever one that was lost has left."""
     close = super().close
-    if not self._lost:
+    if self._lost:
+      # Grain's does nothing the second time, as when this object is deleted.
+      self._lost = False
+      workers_lib.close_lost(close)
+    else:
       close()
-      return
-    # Grain's does nothing the second time, as when this object is deleted.
-    self._lost = False
-    for process in multiprocessing.active_children():
-      # Grain would wait 25 seconds for each.
-      if process.name.startswith('grain-'):
-        process.kill()
-    # A process that dies within a lock never gives it back, and Grain takes the
-    # same one on the way out.
-    try:
-      _within(_CLOSING_SECONDS, close)
-    except TimeoutError:
-      _let_go()
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-  """What `call` returns; raises TimeoutError after so many seconds.
-
-  In a thread that dies with the process: reading from a worker that was stopped
-  in the middle of a message never returns.
-  """
-  answer = concurrent.futures.Future()
-
-  def run():
-    try:
-      answer.set_result(call())
-    except BaseException as e:
-      answer.set_exception(e)
-
-  threading.Thread(target=run, daemon=True).start()
-  return answer.result(timeout=seconds)
-
-
-def _let_go() -> None:
-  """Has Grain close no reader again whose worker has died.
-
-  It does when a reader is deleted, and at the end of the process, where a run
-  that had told its error hung for ever. Grain has no function for this.
-  """
-  for x in gc.get_objects():
-    if issubclass(type(x), grain.DatasetIterator):
-      process = vars(x).get('_prefetch_process')
-      if process and not process.is_alive():
-        x._prefetch_process = None
-
-
-def _end_with_parent(index: int, count: int) -> None:
-  """Has a worker process end with the one that reads, and not before.
-
-  A process that is killed tells nobody, and Grain's workers would wait for it
-  for ever. Ctrl-C reaches them too, and is for the other one to answer.
-  """
-  del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def watch():
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
 
 
 def train_iterator(
@@ -331,7 +264,7 @@ def train_iterator(
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(workers, per_worker_buffer_size=8),
-      worker_init_fn=_end_with_parent,
+      worker_init_fn=workers_lib.end_with_parent,
     )
   stream = {
     'dataset': manifest['digest'],

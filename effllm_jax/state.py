@@ -135,13 +135,7 @@ def axes(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
   '' for counters and other scalars.
   """
   params = structure.axes_of(state.params)
-  moments = optax.tree.map_params(
-    tx,
-    lambda _, letters: letters,
-    state.opt_state,
-    params,
-    transform_non_params=lambda _: '',
-  )
+  moments = _of_moments(params, state, tx, other='')
   scalars = jax.tree.map(lambda _: '', state)
   return scalars.replace(params=params, opt_state=moments, prune=PRUNE_AXES)
 
@@ -151,15 +145,20 @@ def shardings(
 ) -> TrainState:
   """Where each array of a state lives: moments where their parameters do."""
   params, whole = sharding.params(state.params, mesh), sharding.replicated(mesh)
-  moments = optax.tree.map_params(
-    tx,
-    lambda _, s: s,
-    state.opt_state,
-    params,
-    transform_non_params=lambda _: whole,
-  )
+  moments = _of_moments(params, state, tx, other=whole)
   replicated = jax.tree.map(lambda _: whole, state)
   return replicated.replace(params=params, opt_state=moments)
+
+
+def _of_moments(table, state, tx, other):
+  """A table of parameters as one of an optimizer state; `other`: of scalars."""
+  return optax.tree.map_params(
+    tx,
+    lambda _, entry: entry,
+    state.opt_state,
+    table,
+    transform_non_params=lambda _: other,
+  )
 
 
 def placed_state(

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import gc
 import itertools
 import json
 import multiprocessing
@@ -10,6 +9,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -24,6 +25,7 @@ from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import tokenizing
+from effllm_jax import workers as workers_lib
 from tests import conftest
 
 SEPARATOR = 0
@@ -394,7 +396,7 @@ class Stuck(grain.DatasetIterator):
 
 
 def test_a_lock_that_a_lost_worker_held_hangs_nothing(monkeypatch):
-  monkeypatch.setattr(data, '_CLOSING_SECONDS', 0.1)
+  monkeypatch.setattr(workers_lib, '_CLOSING_SECONDS', 0.1)
   iterator = data.TrainIterator(
     Stuck(), {}, timeout=0.1, recent=1, new_tokens=1, unread=[]
   )
@@ -414,7 +416,7 @@ def test_a_worker_ends_with_the_process_that_reads():
   here, there = context.Pipe()
 
   def work():
-    data._end_with_parent(0, 1)
+    workers_lib.end_with_parent(0, 1)
     there.send(os.getpid())
     time.sleep(600)
 
@@ -437,25 +439,45 @@ def test_a_worker_ends_with_the_process_that_reads():
       time.sleep(0.01)
 
 
-def test_nor_does_it_hang_the_end_of_the_process(built, bpe, monkeypatch):
-  """Where Grain closes its readers again, as it does when one is deleted."""
-  monkeypatch.setattr(data, '_CLOSING_SECONDS', 1.0)
-  iterator = batches(built, bpe, workers=1, timeout=60.0)
-  take(iterator, 1)
-  (reader,) = (
-    x for x in gc.get_objects()
-    if issubclass(type(x), grain.DatasetIterator)
-    and vars(x).get('_prefetch_process')
-  )  # fmt: skip
-  # As of a worker that died while it looked whether it has to stop.
+# What has a lock that its worker took along, as one that died while it looked
+# whether it has to stop.
+LOST_LOCK = """
+import gc, sys
+import grain, tokenizers
+from effllm_jax import data, errors, workers
+workers._CLOSING_SECONDS = 1.0
+iterator = data.train_iterator(
+  sys.argv[1], tokenizers.Tokenizer.from_file(sys.argv[2]), 0, seq_len=16,
+  batch_size=4, seed=0, weights={}, workers=2, timeout=60.0,
+)
+next(iterator), next(iterator)
+readers = [
+  x for x in gc.get_objects() if issubclass(type(x), grain.DatasetIterator)
+  and vars(x).get('_prefetch_process')
+]
+for reader in readers:
   reader._prefetch_should_stop._cond._lock.acquire()
-  reader._prefetch_process.kill()
-  iterator._timeout = 1.0
-  with pytest.raises(errors.InputError, match='gave no batch in 1 s'):
-    for _ in range(100):
-      next(iterator)
-  iterator.close()
-  data._within(10, reader.close)
+readers[0]._prefetch_process.kill()
+iterator._timeout = 1.0
+try:
+  while True:
+    next(iterator)
+except errors.InputError as e:
+  print(len(readers), e)
+iterator.close()
+sys.exit(2)
+"""
+
+
+def test_nor_does_it_hang_the_end_of_the_process(built, bpe, tmp_path):
+  """Where Grain closes its readers again; in a process of its own."""
+  bpe.save(str(tmp_path / 'tokenizer.json'))
+  done = subprocess.run(
+    [sys.executable, '-c', LOST_LOCK, built, tmp_path / 'tokenizer.json'],
+    cwd=conftest.ROOT, capture_output=True, text=True, check=False, timeout=60,
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  assert done.stdout.startswith('2 the data workers gave no batch in 1 s')
 
 
 @pytest.mark.parametrize(

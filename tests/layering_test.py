@@ -23,7 +23,7 @@ ORDER = [
   'accounting', 'atomic', 'fetch', 'benchmark_items', 'workdir', 'digests',
   'checkpoints', 'resume', 'checkpoint_writer',
   'documents', 'packages', 'text_files', 'text_folder', 'ngrams', 'splitting',
-  'dataset', 'corpus', 'tokenizing', 'data', 'heldout',
+  'dataset', 'corpus', 'tokenizing', 'workers', 'data', 'heldout',
   'hf_config', 'licences', 'bpe', 'weights', 'widths', 'hf_trimmed',
   'hf_folder', 'gguf_source', 'hf_source', 'sources', 'teacher', 'runlog',
   'tables', 'agreement', 'tokenization_effllm',
