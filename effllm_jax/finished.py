@@ -161,18 +161,14 @@ def heldout(
   Raises:
     errors.InputError: there is no such text, or another one lies there now.
   """
-  settings = dict(tables.config(made.run).rows)
   # Runs of older versions have no such key.
-  own, folder = settings.get('eval.text'), pathlib.Path(workdir)
+  own = dict(tables.config(made.run).rows).get('eval.text')
   if own:
     text = text_folder.read(own, 'put the text that the run was scored on back')
-    now = text.record['digest']
-    digests.check_same(folder / runlog.EVAL_TEXT, now, 'eval.text', own)
+    now, then = text.record['digest'], pathlib.Path(workdir, runlog.EVAL_TEXT)
+    digests.check_same(then, now, 'eval.text', own)
   else:
-    named = settings['data.text']
-    remedy = 'put the folder that the run was trained on back'
-    text = corpus.prepare(named, cache, remedy)
-    dataset.check_same(folder / runlog.TEXT, text, named)
+    text = training_text(workdir, made, cache)
   return heldout_lib.windows(
     text,
     model.tokenizer,
@@ -180,6 +176,28 @@ def heldout(
     seq_len=made.run.config['data']['seq_len'],
     tokens_per_domain=tokens,
   )
+
+
+def training_text(
+  workdir: str | os.PathLike,
+  made: model_card.Made,
+  cache: str | os.PathLike,
+) -> pathlib.Path:
+  """The dataset that a run was trained on, of which a part was held out.
+
+  Args:
+    workdir: of the run.
+    made: of `read`.
+    cache: as in `corpus.prepare`.
+
+  Raises:
+    errors.InputError: there is no such text, or another one lies there now.
+  """
+  named = dict(tables.config(made.run).rows)['data.text']
+  remedy = 'put the folder that the run was trained on back'
+  text = corpus.prepare(named, cache, remedy)
+  dataset.check_same(pathlib.Path(workdir, runlog.TEXT), text, named)
+  return text
 
 
 def shrinks(run: runlog.Run, step: int) -> list[dict[str, Any]]:

@@ -140,17 +140,44 @@ def eval_record(
   """What a run keeps of its `eval.text`.
 
   A domain that the training text has much of is told in a warning: a run looks
-  better on it than on a text that it does not know. The two are compared once,
-  at some 7 MB of training text a second, by one of the processes that share a
-  cache; the others wait.
+  better on it than on a text that it does not know.
 
   Args:
     text: of `eval_text`.
     trained: folder of `corpus.prepare`.
 
   Returns:
-    What tells it from other texts, and as `shared` of each domain the share
-    that is trained on (`ngrams.shared`).
+    What tells it from other texts, and `shared`.
+
+  Raises:
+    errors.InputError: as `shared`.
+  """
+  found = shared(text, trained)
+  for domain, share in found.items():
+    if share > _MOST_SHARED:
+      logging.warning(
+        'eval.text: of the runs of %d words of domain %r, %.1f %% stand in the '
+        'training text too, so that bits per byte look better than they are; '
+        'take them out of either',
+        ngrams.N, domain, 100 * share,
+      )  # fmt: skip
+  return text.record | {'shared': found}
+
+
+def shared(
+  text: text_folder.Documents, trained: pathlib.Path
+) -> dict[str, float]:
+  """How much of a text is trained on.
+
+  The two are compared once, at some 7 MB of training text a second, by one of
+  the processes that share a cache; the others wait.
+
+  Args:
+    text: that is to be scored.
+    trained: folder of `corpus.prepare`.
+
+  Returns:
+    By domain, the share that is in the training split (`ngrams.shared`).
 
   Raises:
     errors.InputError: a file of the text has changed, or what the cache has of
@@ -169,15 +196,7 @@ def eval_record(
       # A cache that cannot be written is read all the same.
       with contextlib.suppress(OSError):
         atomic.write_json(path, known)
-  for domain, share in known['shared'].items():
-    if share > _MOST_SHARED:
-      logging.warning(
-        'eval.text: of the runs of %d words of domain %r, %.1f %% stand in the '
-        'training text too, so that bits per byte look better than they are; '
-        'take them out of either',
-        ngrams.N, domain, 100 * share,
-      )  # fmt: skip
-  return text.record | known
+  return known['shared']
 
 
 def table(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -313,15 +313,22 @@ def edge(run: runlog.Run) -> Table:
   )  # fmt: skip
 
 
-def perplexity(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+def perplexity(
+  results: Mapping[str, Mapping[str, Any]],
+  title: str,
+  shared: Mapping[str, float] | None = None,
+) -> Table:
   """Losses on a text, one model beside the other.
 
   Args:
     results: of `evaluate.bits_per_byte` on one text, by the model's name.
     title: of the table.
+    shared: how much of each domain was trained on, `ngrams.shared`; None: not
+      to be shown.
   """
   first, *_ = results.values()
-  domains = first['domains'] if len(first['domains']) > 1 else {}
+  only, *others = first['domains']
+  domains = first['domains'] if others else {}
   rows = {
     'bits per byte': lambda x: amounts.bits(x['bits_per_byte']),
     **{
@@ -331,12 +338,19 @@ def perplexity(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     'nats per token': lambda x: f'{x["nats_per_token"]:.4f}',
     'perplexity': lambda x: f'{np.exp(x["nats_per_token"]):,.2f}',
   }
+  columns = {
+    model: [show(x) for show in rows.values()] for model, x in results.items()
+  }
+  if shared is not None:
+    # A single domain has no row of its own.
+    of = shared if domains else {'bits per byte': shared[only]}
+    columns['in training text'] = [
+      f'{of[name]:.1%}' if name in of else '' for name in rows
+    ]
   return Table(
     title=title,
-    columns=('', *results),
-    rows=tuple(
-      (name, *map(shown, results.values())) for name, shown in rows.items()
-    ),
+    columns=('', *columns),
+    rows=tuple(zip(rows, *columns.values(), strict=True)),
   )
 
 

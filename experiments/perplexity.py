@@ -1,7 +1,7 @@
 r"""Bits per byte and perplexity of a model on a text of your own.
 
     python -m experiments.perplexity --workdir=runs/a [--event=1] \
-      --text=wiki.test.txt [--seq_len=2048]
+      --text=wiki.test.txt [--seq_len=2048] [--contamination]
     python -m experiments.perplexity --model=smollm2-135m --text=texts
 
 A run's model is measured beside its source, on the same text. `--text` is a
@@ -10,11 +10,13 @@ A run's model is measured beside its source, on the same text. `--text` is a
 follow each other, each after a separator, and are read in windows of
 `--seq_len` that do not overlap, so that every token counts once. Perplexity is
 e to the nats per token, and so compares models with one tokenizer only, at one
-`--seq_len`; bits per byte compare any.
+`--seq_len`; bits per byte compare any. `--contamination` also counts how much
+of the text, as runs of 13 words, a run was trained on.
 """
 
 from absl import flags
 
+from effllm_jax import errors
 from experiments import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -37,6 +39,11 @@ _TOKENS = flags.DEFINE_integer(
 _BATCH_TOKENS = flags.DEFINE_integer(
   'batch_tokens', 2048, 'Tokens that are read at once.', lower_bound=1
 )
+_CONTAMINATION = flags.DEFINE_bool(
+  'contamination', False,
+  'Of a run: how much of each domain is in the text that it was trained on, '
+  'which is looked through once, some 7 MB a second.',
+)  # fmt: skip
 flags.mark_flag_as_required('text')
 
 
@@ -44,6 +51,11 @@ def main(argv: list[str]) -> None:
   """Measures, and prints the table."""
   del argv
   cli.check_model(_WORKDIR.value, _EVENT.value, _MODEL.value)
+  if _CONTAMINATION.value and _WORKDIR.value is None:
+    raise errors.InputError(
+      f'what {_MODEL.value!r} was trained on is not known; leave '
+      '--contamination out, or set --workdir instead of --model'
+    )
   # After the flags have been checked: these imports take seconds.
   import rich.progress
 
@@ -51,6 +63,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import evaluate
   from effllm_jax import finished
   from effllm_jax import heldout as heldout_lib
+  from effllm_jax import inputs
   from effllm_jax import model as model_lib
   from effllm_jax import sources
   from effllm_jax import tables
@@ -58,7 +71,7 @@ def main(argv: list[str]) -> None:
   from effllm_jax import widths
   import kernels
 
-  documents = text_folder.read(_TEXT.value, 'set --text')
+  documents, shared = text_folder.read(_TEXT.value, 'set --text'), None
   if _WORKDIR.value is None:
     found = sources.load(_MODEL.value, cli.CACHE.value, flag='--model')
     models = {'model': finished.tight(found)}
@@ -66,6 +79,9 @@ def main(argv: list[str]) -> None:
     model, made = finished.read(_WORKDIR.value, _EVENT.value)
     source = finished.source(_WORKDIR.value, made, cli.CACHE.value)
     models = {'source': source, f'step {made.step:,}': model}
+    if _CONTAMINATION.value:
+      trained = finished.training_text(_WORKDIR.value, made, cli.CACHE.value)
+      shared = inputs.shared(documents, trained)
   last = [*models.values()][-1]
   seq_len = min(_SEQ_LEN.value, last.cfg.context)
   text = heldout_lib.windows(
@@ -99,7 +115,7 @@ def main(argv: list[str]) -> None:
           bar, completed=done, total=total
         ),
       )
-  table = tables.perplexity(results, f'Losses on {documents.label}')
+  table = tables.perplexity(results, f'Losses on {documents.label}', shared)
   cli.tables().print(table.rich())
 
 

@@ -8,10 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from effllm_jax import atomic
+from effllm_jax import corpus
+from effllm_jax import dataset
 from effllm_jax import documents as documents_lib
 from effllm_jax import errors
 from effllm_jax import heldout
 from effllm_jax import model
+from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import structure
 from effllm_jax import tables
@@ -19,6 +23,7 @@ from effllm_jax import text_folder
 from tests import conftest
 from tests import export_test
 from tests import model_files
+from tests import ngrams_test
 from tests import runs
 
 Document = documents_lib.Document
@@ -61,13 +66,31 @@ def test_a_run_beside_its_source(tmp_path):
   params, masks = export_test.write_checkpoint(
     workdir, folder, lambda m: m.replace(ffn=m.ffn.at[0, 64:].set(False))
   )
-  (workdir / 'config.json').write_text(json.dumps({'source': str(gguf)}))
+  # It was trained on a part of one domain of what it is measured on.
+  cache, trained = tmp_path / 'cache', tmp_path / 'trained'
+  trained.mkdir()
+  config = {'source': str(gguf), 'data': {'text': str(trained)}}
+  (workdir / 'config.json').write_text(json.dumps(config))
   texts = [x[:500] for x in conftest.real_text()[:3]]
   text = tmp_path / 'text'
   (text / 'b').mkdir(parents=True)
   (text / 'a1.txt').write_text(texts[0])
   with gzip.open(text / 'b' / 'rows.jsonl.gz', 'wt') as file:
     file.writelines(json.dumps({'text': x}) + '\n' for x in texts[1:])
+  for i, document in enumerate([texts[1][:250], *conftest.real_text()[3:]]):
+    (trained / f'{i}.txt').write_text(document)
+  dataset_dir = corpus.prepare(str(trained), cache)
+  known = {
+    run
+    for x in dataset.documents(dataset_dir, 'train')
+    for run in ngrams_test.runs_of(x.text)
+  }
+  shares = [
+    np.mean([run in known for x in some for run in ngrams_test.runs_of(x)])
+    for some in (texts[:1], texts[1:])
+  ]
+  assert shares[0] == 0 and 0.2 < shares[1] < 0.8
+  atomic.write_json(workdir / runlog.TEXT, dataset.manifest(dataset_dir))
 
   def by_hand(*domains):
     """Of the source, and of what the run has made of it."""
@@ -94,18 +117,21 @@ def test_a_run_beside_its_source(tmp_path):
       losses.append((total / size / np.log(2), total / count))
     return losses, size, count
 
-  flags = f'--cache={model_files.CACHE}', '--seq_len=16', '--batch_tokens=50'
-  done = conftest.command(
-    'perplexity', f'--workdir={workdir}', f'--text={text}', *flags
-  )
+  flags = f'--cache={cache}', '--seq_len=16', '--batch_tokens=50'
+  of_run = f'--workdir={workdir}', f'--text={text}', *flags
+  done = conftest.command('perplexity', *of_run, '--contamination')
   assert done.returncode == 0, done.stderr
   first, second = by_hand(texts[:1]), by_hand(texts[1:])
   both = by_hand(texts[:1], texts[1:])
   assert 'source' in done.stdout and 'step 5' in done.stdout
-  for row, (losses, *_) in (
-    ('text', first), ('b', second), ('bits per byte', both)
-  ):  # fmt: skip
-    cells = [float(x) for x in shown(done.stdout, row)]
+  for row, (losses, *_), share in (
+    ('text', first, [f'{shares[0]:.1%}']),
+    ('b', second, [f'{shares[1]:.1%}']),
+    ('bits per byte', both, []),
+  ):
+    cells = shown(done.stdout, row)
+    assert cells[2:] == share
+    cells = [float(x) for x in cells[:2]]
     assert cells == pytest.approx([bits for bits, _ in losses], abs=2e-4)
   losses, size, count = both
   cells = [float(x) for x in shown(done.stdout, 'nats per token')]
@@ -114,6 +140,13 @@ def test_a_run_beside_its_source(tmp_path):
   assert cells == pytest.approx([np.exp(x) for _, x in losses], rel=1e-3)
   assert f'text: {size:,} bytes, {count:,} tokens' in done.stderr
   assert 'in windows of 16' in done.stderr
+
+  # Another text lies there now: of it nothing is said.
+  (trained / '0.txt').write_text('Something else.')
+  runs.refused(
+    conftest.command('perplexity', *of_run, '--contamination'),
+    'data.text', 'is not the text', 'digest=',
+  )  # fmt: skip
 
   done = conftest.command(
     'perplexity', f'--model={gguf}', f'--text={text / "a1.txt"}', *flags
@@ -182,6 +215,7 @@ def test_what_is_no_text(tmp_path):
   [
     (['--text=a'], 'set one of --workdir and --model'),
     (['--model=a', '--event=1', '--text=a'], '--event 1 is that of a run'),
+    (['--model=a', '--contamination', '--text=a'], "what 'a' was trained on"),
     (['--model=a'], '--text is not given'),
     (['--model=a', '--text=README.md'], "'README.md' is neither a .txt"),
     (['--model=a', '--text=requirements.txt'], "source 'a' is not known"),
@@ -204,5 +238,8 @@ def test_a_table_of_one_domain_does_not_say_it_twice():
     ('perplexity', '1.00'),
   )
   two = result | {'domains': {'a': 1.0, 'b': 1.5}}
+  table = tables.perplexity({'model': result}, 'Losses', {'a': 0.1234})
+  assert table.columns == ('', 'model', 'in training text')
+  assert [row[2] for row in table.rows] == ['12.3%', '', '']
   rows = tables.perplexity({'model': two, 'other': two}, 'Losses').rows
   assert rows[1:3] == (('a', '1.0000', '1.0000'), ('b', '1.5000', '1.5000'))
