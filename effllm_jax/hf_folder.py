@@ -68,6 +68,7 @@ def write_tokenizer(source: weights.Source, folder: pathlib.Path) -> None:
     'bos_token': token(source.bos_id),
     'eos_token': token(source.eos_id),
     'pad_token': token(source.pad_id),
+    'padding_side': source.padding_side,
     'chat_template': source.chat_template,
   }
   atomic.write_text(folder / 'tokenizer.json', source.tokenizer.to_str())

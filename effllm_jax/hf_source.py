@@ -135,6 +135,7 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     licence_name=licence_name,
     licence_link=licence_link,
     licence_files=licences.read(folder),
+    padding_side=_padding_side(folder),
   )
 
 
@@ -325,6 +326,18 @@ def _named_id(folder, key, tokenizer):
       f'{path}: {key} is not a text; correct it or leave it out'
     )
   return None if token is None else tokenizer.token_to_id(token)
+
+
+def _padding_side(folder):
+  """'left' or 'right', as tokenizer_config.json states it, or None."""
+  path = folder / 'tokenizer_config.json'
+  side = _object(path).get('padding_side')
+  if side not in (None, 'left', 'right'):
+    raise errors.InputError(
+      f'{path}: padding_side = {str(side)[:60]!r} is neither left nor right; '
+      'correct it or leave it out'
+    )
+  return side
 
 
 def _front_matter(folder):

@@ -43,7 +43,7 @@ _SAVED = {
   'dtype': str, 'separator_id': int, 'bos_id': int | None,
   'pad_id': int | None, 'chat_template': str | None,
   'tokenizer_eos_id': int | None, 'licence_name': str | None,
-  'licence_link': str | None, 'saved': str | None,
+  'licence_link': str | None, 'padding_side': str | None, 'saved': str | None,
 }  # fmt: skip
 # In a config.json, of what a run has read.
 _READ = {'seed': int, 'data': {'text': str, 'weights': {str: float}}}
@@ -262,8 +262,9 @@ def load_saved(folder: str | os.PathLike) -> Source:
     about['generation'] = hf_source.generation_settings(
       about['generation'], str(folder / 'source.json')
     )
-    # Runs that began before 2026-12-02 have none.
+    # Runs that began before 2026-12-02 have none, nor a side before 2026-12-03.
     about['licence_files'] = licences.checked(about.get('licence_files', {}))
+    about.setdefault('padding_side', None)
     for name, kind in _SAVED.items():
       if not isinstance(about[name], kind):
         raise TypeError(f'{name} = {about[name]!r}')

@@ -97,6 +97,8 @@ class Source:
       None.
     licence_files: text of the files beside the weights that are about it, by
       name (`licences.read`).
+    padding_side: where transformers fills up the shorter texts of a batch,
+      'left' or 'right'; None: the source does not say.
     saved: of an event or checkpoint of a run the SHA-256 of its digests
       (`sha256` is that of the run's own source); None: it is none.
   """
@@ -123,6 +125,7 @@ class Source:
   licence_name: str | None = None
   licence_link: str | None = None
   licence_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  padding_side: str | None = None
   saved: str | None = None
 
   @property

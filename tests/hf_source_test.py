@@ -428,6 +428,24 @@ def test_padding_that_a_config_states_comes_first(tmp_path):
   assert (source.eos_id, source.pad_id) == (321, 320)
 
 
+@pytest.mark.parametrize('side', [None, 'left', 'right'])
+def test_a_batch_is_filled_up_on_the_side_of_the_source(tmp_path, side):
+  stated = {'padding_side': side} if side else {}
+  folder = instruct(
+    tmp_path / 'a', tokenizer_class='PreTrainedTokenizerFast', **stated
+  )
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert source.padding_side == side
+  out = sources.save(source, tmp_path / 'saved')
+  assert sources.load_saved(out).padding_side == side
+  transformers = pytest.importorskip('transformers', reason='opens both')
+  theirs, ours = (
+    transformers.AutoTokenizer.from_pretrained(x).padding_side
+    for x in (folder, out)
+  )
+  assert theirs == ours == (side or 'right')
+
+
 def letters_for_ends(folder, name=None, **config):
   """A vocabulary of its own, with the ids of a class's defaults in its config.
 
@@ -520,6 +538,12 @@ def test_settings_that_no_generation_takes(tmp_path, key, value):
     model_files.refused(instruct(folder, **{key: value}), key, 'not a text')
   else:
     model_files.refused(instruct(folder, {key: value}), f'{key} = ')
+
+
+@pytest.mark.parametrize('side', ['both', ['left']])
+def test_a_side_that_there_is_not(tmp_path, side):
+  folder = instruct(tmp_path / 'a', padding_side=side)
+  model_files.refused(folder, 'padding_side = ', 'neither left nor right')
 
 
 @pytest.mark.parametrize(
