@@ -12,6 +12,7 @@ from effllm_jax import checkpoints
 from effllm_jax import corpus
 from effllm_jax import dataset
 from effllm_jax import digests
+from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import model_card
@@ -191,9 +192,15 @@ def training_text(
     cache: as in `corpus.prepare`.
 
   Raises:
-    errors.InputError: there is no such text, or another one lies there now.
+    errors.InputError: the config names no text, there is no such text, or
+      another one lies there now.
   """
-  named = dict(tables.config(made.run).rows)['data.text']
+  named = dict(tables.config(made.run).rows).get('data.text')
+  if named is None:
+    raise errors.InputError(
+      f'{workdir}/config.json has no data.text, which says what the run was '
+      'trained on; restore it'
+    )
   remedy = 'put the folder that the run was trained on back'
   text = corpus.prepare(named, cache, remedy)
   dataset.check_same(pathlib.Path(workdir, runlog.TEXT), text, named)

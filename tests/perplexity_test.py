@@ -147,6 +147,11 @@ def test_a_run_beside_its_source(tmp_path):
     conftest.command('perplexity', *of_run, '--contamination'),
     'data.text', 'is not the text', 'digest=',
   )  # fmt: skip
+  (workdir / 'config.json').write_text(json.dumps({'source': str(gguf)}))
+  runs.refused(
+    conftest.command('perplexity', *of_run, '--contamination'),
+    'config.json has no data.text',
+  )
 
   done = conftest.command(
     'perplexity', f'--model={gguf}', f'--text={text / "a1.txt"}', *flags
