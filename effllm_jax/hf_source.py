@@ -31,6 +31,7 @@ from effllm_jax import widths
 
 _DTYPES = ('F64', 'F32', 'F16', 'BF16')
 _AGAIN = 'fetch it again'
+_PADS_LEFT = 'LlamaTokenizer', 'LlamaTokenizerFast'
 # What of generation_config.json is carried over -> its type. A name that is not
 # one of these may be that of a method of transformers' class.
 _GENERATION = {
@@ -135,7 +136,7 @@ def read(folder: pathlib.Path, params: bool) -> weights.Source:
     licence_name=licence_name,
     licence_link=licence_link,
     licence_files=licences.read(folder),
-    padding_side=_padding_side(folder),
+    padding_side=_padding_side(folder, tokenizer),
   )
 
 
@@ -328,10 +329,18 @@ def _named_id(folder, key, tokenizer):
   return None if token is None else tokenizer.token_to_id(token)
 
 
-def _padding_side(folder):
-  """'left' or 'right', as tokenizer_config.json states it, or None."""
+def _padding_side(folder, tokenizer):
+  """'left' or 'right', as tokenizer_config.json states or implies it, or None.
+
+  What states none and names Llama's own class is filled up on the left, unless
+  its letters are bytes: then transformers (since 5) takes another class.
+  """
   path = folder / 'tokenizer_config.json'
-  side = _object(path).get('padding_side')
+  config = _object(path)
+  side = config.get('padding_side')
+  if side is None and config.get('tokenizer_class') in _PADS_LEFT:
+    byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
+    return None if byte_level else 'left'
   if side not in (None, 'left', 'right'):
     raise errors.InputError(
       f'{path}: padding_side = {str(side)[:60]!r} is neither left nor right; '

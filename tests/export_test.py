@@ -235,20 +235,6 @@ def test_wrong_tokenizer_is_not_kept(
   refuse(errors.InputError, match, tmp_path, tokenizer_folder)
 
 
-def sentencepiece():
-  """Pieces of words after a mark for a space, as in Llama 2."""
-  built = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>'))
-  built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-  built.decoder = tokenizers.decoders.Metaspace()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=CFG.V,
-    special_tokens=['<|endoftext|>', '<|im_end|>', '<unk>'],
-    show_progress=False,
-  )
-  built.train_from_iterator([model_files.DARWIN], trainer)
-  return built
-
-
 def qwens(composed=True):
   """As the tokenizer of Qwen2, or as a GGUF file has it: not composed."""
   parts = json.loads(model_files.bpe().to_str())['model']
@@ -264,7 +250,7 @@ def qwens(composed=True):
   'kind, make',
   [
     ('TokenizersBackend', model_files.bpe),
-    ('TokenizersBackend', sentencepiece),
+    ('TokenizersBackend', model_files.sentencepiece),
     ('TokenizersBackend', lambda: qwens(composed=False)),
     ('Qwen2Tokenizer', qwens),
   ],

@@ -446,6 +446,29 @@ def test_a_batch_is_filled_up_on_the_side_of_the_source(tmp_path, side):
   assert theirs == ours == (side or 'right')
 
 
+@pytest.mark.parametrize('name', ['LlamaTokenizer', 'LlamaTokenizerFast'])
+@pytest.mark.parametrize('byte_level', [False, True])
+def test_the_side_that_a_class_implies_is_that_of_a_batch(
+  tmp_path, name, byte_level
+):
+  folder = model_files.hugging_face(tmp_path / 'a')
+  if not byte_level:
+    model_files.sentencepiece().save(str(folder / 'tokenizer.json'))
+  path = folder / 'tokenizer_config.json'
+  path.write_text(json.dumps({'tokenizer_class': name}))
+  source = sources.load(folder, model_files.CACHE, params=False)
+  assert source.padding_side == (None if byte_level else 'left')
+  transformers = pytest.importorskip('transformers', reason='opens both')
+  out = sources.save(source, tmp_path / 'saved')
+  theirs, ours = (
+    transformers.AutoTokenizer.from_pretrained(x).padding_side
+    for x in (folder, out)
+  )
+  assert ours == (source.padding_side or 'right')
+  if int(transformers.__version__.partition('.')[0]) > 4 or not byte_level:
+    assert theirs == ours
+
+
 def letters_for_ends(folder, name=None, **config):
   """A vocabulary of its own, with the ids of a class's defaults in its config.
 

@@ -110,6 +110,20 @@ def _trained_bpe(vocab):
   return tokenizer.to_str()
 
 
+def sentencepiece():
+  """Pieces of words after a mark for a space, as in Llama 2."""
+  built = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>'))
+  built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  built.decoder = tokenizers.decoders.Metaspace()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=CFG.V,
+    special_tokens=['<|endoftext|>', '<|im_end|>', '<unk>'],
+    show_progress=False,
+  )
+  built.train_from_iterator([DARWIN], trainer)
+  return built
+
+
 def hugging_face(folder, cfg=CFG, dtype=np.float32, shards=1, **changes):
   """Writes a Hugging Face folder; `changes` go over its config.json."""
   folder.mkdir()
