@@ -1,11 +1,12 @@
-"""Compiles the TPU kernel for real, on a machine without a TPU.
+"""Compiles the TPU kernels for real, on a machine without a TPU.
 
     python3 -m venv .venv-tpu
     .venv-tpu/bin/pip install 'jax[tpu]' absl-py ml-collections rich
     .venv-tpu/bin/python -m experiments.aot_tpu
 
 Every form of product, layer and dtype, with the default blocks and traced
-extents, for a TPU v5e, v5p and v6e, by the compiler in the wheel libtpu. It
+extents, and attention with its gradient, for a TPU v5e, v5p and v6e, by the
+compiler in the wheel libtpu. It
 refuses what lowering lets pass: a layout that Mosaic lacks, more VMEM than
 there is. Nothing is run. Printed is what the compiler reports; float32 also in
 the precision 'highest', which takes the most VMEM. Ends with 1 where a compile
@@ -36,6 +37,13 @@ LAYERS = {
   '1.7B down': (8192, 8192, 2048),
   'ragged': (1000, 1100, 2100),
 }
+# tokens, heads of the keys, query heads to each, channels of a head
+ATTENTION = {
+  '135M': (512, 3, 3, 64),
+  '1.7B': (2048, 32, 1, 64),
+  'Llama 3.1 8B': (8192, 8, 4, 128),
+  'ragged': (1000, 5, 2, 80),
+}
 # No chip is asked for, so none need be found; others may compile meanwhile.
 ENVIRONMENT = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -53,48 +61,41 @@ def main(argv: list[str]) -> None:
   """Compiles all, prints one table; exits with 1 if any failed."""
   del argv
   # After the flags have been parsed: these imports take seconds.
-  import itertools
   import time
 
   import jax
   from jax.experimental import topologies
   import rich.table
 
-  from kernels import forms
-  from kernels import pallas_tpu
-
   libtpu = check_plugin()
   table = rich.table.Table(
-    'chip', 'layer', 'form', 'm n k', 'dtype', 'precision', 'blocks',
+    'chip', 'layer', 'form', 'size', 'dtype', 'precision', 'blocks',
     'VMEM MiB', 'HBM MiB', 'code KiB', 'seconds',
   )  # fmt: skip
   failed = []
   for chip, topology in CHIPS.items():
     device = topologies.get_topology_desc(topology, 'tpu').devices[0]
-    for layer, form, (dtype, precision) in itertools.product(
-      LAYERS, forms.FORMS, ARITHMETIC
-    ):
-      size = forms.layer_sizes(form, *LAYERS[layer])
-      start = time.perf_counter()
-      try:
-        with jax.default_matmul_precision(precision):
-          figures = _figures(_compile(form, size, dtype, device))
-      except Exception as e:
-        # Of whatever class: lowering, Mosaic and XLA have one each.
-        figures = ['failed', '', '']
-        failed.append(f'{chip} {form} {size} {dtype} {precision}: {e}')
-      blocks = pallas_tpu.default_blocks(form, *size, dtype)
-      table.add_row(
-        chip,
-        layer,
-        form,
-        ' '.join(map(str, size)),
-        dtype,
-        precision,
-        f'{blocks.m} {blocks.n} {blocks.k}',
-        *figures,
-        f'{time.perf_counter() - start:.1f}',
-      )
+    for dtype, precision in ARITHMETIC:
+      for layer, form, size, blocks, lower in _programs(dtype, device):
+        start = time.perf_counter()
+        try:
+          with jax.default_matmul_precision(precision):
+            figures = _figures(lower().compile())
+        except Exception as e:
+          # Of whatever class: lowering, Mosaic and XLA have one each.
+          figures = ['failed', '', '']
+          failed.append(f'{chip} {form} {size} {dtype} {precision}: {e}')
+        table.add_row(
+          chip,
+          layer,
+          form,
+          ' '.join(map(str, size)),
+          dtype,
+          precision,
+          ' '.join(map(str, blocks)),
+          *figures,
+          f'{time.perf_counter() - start:.1f}',
+        )
   console = cli.tables()
   console.print(f'jax {jax.__version__}, libtpu {libtpu}')
   console.print(table)
@@ -118,42 +119,87 @@ def check_plugin() -> str:
     ) from e
 
 
-def _compile(form, size, dtype, device):
+def _programs(dtype, device):
+  """Layer, form, size, blocks of each, and what lowers it for the device."""
+  import dataclasses
+  import functools
+  import itertools
+
+  from kernels import forms
+  from kernels import pallas_tpu
+  from kernels import pallas_tpu_attention
+
+  for layer, form in itertools.product(LAYERS, forms.FORMS):
+    size = forms.layer_sizes(form, *LAYERS[layer])
+    blocks = pallas_tpu.default_blocks(form, *size, dtype)
+    lower = functools.partial(_lower_product, form, size, dtype, device)
+    yield layer, form, size, dataclasses.astuple(blocks), lower
+  for layer, size in ATTENTION.items():
+    blocks = (pallas_tpu_attention.block_rows(size[0]),)
+    lower = functools.partial(_lower_attention, *size, dtype, device)
+    yield f'{layer} attention', 'causal', size, blocks, lower
+
+
+def _lower_product(form, size, dtype, device):
   import jax
   import jax.numpy as jnp
 
   from kernels import forms
   from kernels import pallas_tpu
 
-  sharding = jax.sharding.SingleDeviceSharding(device)
   named = dict(zip('mnk', size, strict=True))
   a, b = (
-    jax.ShapeDtypeStruct([named[i] for i in letters], dtype, sharding=sharding)
+    _array(device, [named[i] for i in letters], dtype)
     for letters in forms.AXES[form]
   )
-  extent = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+  extent = _array(device, (), jnp.int32)
   out = forms.result_dtype(form, dtype)
 
   def fn(a, b, m, n, k):
     return pallas_tpu.product(a, b, form, forms.Extents(m, n, k), out)
 
-  return jax.jit(fn).lower(a, b, extent, extent, extent).compile()
+  return jax.jit(fn).lower(a, b, extent, extent, extent)
+
+
+def _lower_attention(T, K, G, H, dtype, device):
+  import jax
+  import jax.numpy as jnp
+
+  from kernels import pallas_tpu_attention
+
+  q, k = (_array(device, (1, T, heads, H), dtype) for heads in (K * G, K))
+
+  def fn(q, k, v, dout, live):
+    run = lambda *arrays: pallas_tpu_attention.causal(*arrays, live)
+    out, pull = jax.vjp(run, q, k, v)
+    return out, *pull(dout)
+
+  return jax.jit(fn).lower(q, k, k, q, _array(device, (), jnp.int32))
+
+
+def _array(device, shape, dtype):
+  import jax
+
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _figures(compiled) -> list[str]:
-  """VMEM of the kernel and HBM beside its arrays in MiB, code in KiB."""
+  """VMEM of the kernels, the most of any of them, and HBM beside the arrays.
+
+  Both in MiB; and their code in KiB.
+  """
   import re
 
   # The compiler notes the VMEM of each operation in its text alone.
-  (kernel,) = (
-    line
+  vmem = [
+    int(re.search(r'"used_scoped_memory_configs":\[.*?"size":"(\d+)"', line)[1])
     for line in compiled.as_text().splitlines()
     if 'custom_call_target="tpu_custom_call"' in line
-  )
-  vmem = re.search(r'"used_scoped_memory_configs":\[.*?"size":"(\d+)"', kernel)
+  ]
   memory = compiled.memory_analysis()
   return [
-    f'{int(vmem[1]) / 2**20:.1f}',
+    f'{max(vmem) / 2**20:.1f}',
     f'{memory.temp_size_in_bytes / 2**20:.1f}',
     f'{memory.generated_code_size_in_bytes / 2**10:.0f}',
   ]

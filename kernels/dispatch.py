@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import importlib
+import types
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -15,7 +16,7 @@ from kernels import forms
 
 Array = jax.Array
 
-# Modules of this package, each imported when it is first used.
+# Modules of this package, see `module`.
 IMPLEMENTATIONS = ('xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
 # Those that one platform alone can run.
 PLATFORMS = {'pallas_tpu': 'tpu', 'pallas_hopper': 'gpu'}
@@ -54,7 +55,7 @@ def refusal(name: str) -> str | None:
   here, needs = jax.default_backend(), PLATFORMS.get(name)
   if needs not in (None, here):
     return f'needs a {needs}, this machine has a {here}'
-  return _module(name).refusal() if name == 'pallas_hopper' else None
+  return module(name).refusal() if name == 'pallas_hopper' else None
 
 
 def forward(
@@ -96,13 +97,14 @@ def to_weight(
     k=x.shape[0],
   )
   dw = _product(name, x, dy, 'tn', extents, dtype)
-  if _module(name).ZERO_BEYOND_EXTENTS:
+  if module(name).ZERO_BEYOND_EXTENTS:
     # Dead rows and columns come of zeros, or are beyond the extents.
     return dw
   return mask(mask(dw, keep_out).T, keep_in).T
 
 
-def _module(name):
+def module(name: str) -> types.ModuleType:
+  """A module of this package, imported when it is first asked for."""
   return importlib.import_module(f'kernels.{name}')
 
 
@@ -112,7 +114,7 @@ def _product(name, a, b, form, extents, dtype):
     # No loop and no grid can cut an axis of nothing.
     return jnp.zeros((m, n), dtype)
   blocks = autotune.choice(name, form, *size, a.dtype)
-  return _module(name).product(a, b, form, extents, dtype, blocks)
+  return module(name).product(a, b, form, extents, dtype, blocks)
 
 
 def named(result: Array) -> Array:

@@ -11,10 +11,12 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from effllm_jax import model
 from kernels import pallas_tpu
+from kernels import pallas_tpu_attention as attention
 from tests import conftest
 
-# A CPU runs the TPU's kernel step by step.
+# A CPU runs the TPU's kernels step by step.
 pallas_tpu.product = functools.partial(pallas_tpu.product, interpret=True)
+attention.causal = functools.partial(attention.causal, interpret=True)
 cfg = conftest.make_config(N=2, F=48)
 args = conftest.make_params(cfg), conftest.make_masks(cfg)
 tokens = conftest.make_tokens(cfg, batch=8)

@@ -18,6 +18,7 @@ import kernels
 from kernels import attention as attention_lib
 from kernels import bucket
 from kernels import dispatch
+from kernels import pallas_tpu_attention
 from kernels import swiglu as swiglu_lib
 from kernels import xla
 from tests import conftest
@@ -55,6 +56,9 @@ def interpret(monkeypatch, name, how):
     monkeypatch.setattr(
       module, 'product', functools.partial(module.product, interpret=how)
     )
+  if name == 'pallas_tpu':
+    causal = functools.partial(pallas_tpu_attention.causal, interpret=how)
+    monkeypatch.setattr(pallas_tpu_attention, 'causal', causal)
 
 
 def draw(*shape, seed=0):
@@ -281,7 +285,10 @@ def test_nan_in_the_bias_of_a_dead_head_does_no_harm(name):
 def test_attention_has_a_branch_for_each_number_of_live_heads(
   name, monkeypatch
 ):
-  """The cost follows the extent, forward and back; only xla runs all heads."""
+  """The cost follows the extent, forward and back; only xla runs all heads.
+
+  The kernels for a TPU have no branch: see pallas_tpu_attention_test.py.
+  """
   seen, each_way = [], []
   attend = jax.nn.dot_product_attention
 
@@ -303,7 +310,7 @@ def test_attention_has_a_branch_for_each_number_of_live_heads(
   jax.eval_shape(
     traced, [jnp.asarray(x, jnp.float32) for x in LLAMA], jnp.ones(K, bool)
   )
-  widths = {K} if name == 'xla' else set(range(1, K + 1))
+  widths = {'xla': {K}, 'pallas_tpu': set()}.get(name, set(range(1, K + 1)))
   assert each_way == [widths, widths]
 
 
@@ -355,7 +362,11 @@ def test_attention_over_more_rows_than_a_block_has(
     np.testing.assert_allclose(result, want, rtol=1e-4, atol=1e-4)
   # No probability of any block is kept for the backward pass.
   assert max(kept) < K * G * 88 * 600
-  assert largest == K * G * (256 * 512 if most == 2**22 else 86 * 256)
+  if name == 'pallas_tpu':
+    # Two blocks of rows, of which a step has the scores of one head.
+    assert largest == 384**2
+  else:
+    assert largest == K * G * (256 * 512 if most == 2**22 else 86 * 256)
 
 
 def test_gradients_of_many_parts_are_summed_in_float32(monkeypatch):
@@ -402,14 +413,20 @@ def test_what_a_block_of_attention_holds_grows_with_its_text(name, monkeypatch):
   for length in (4096, 16384, 131072):
     read.clear()
     jax.eval_shape(run, jnp.zeros((1, length, D)), *LLAMA[1:])
-    most[length] = max(read)
+    most[length] = max(read, default=0)
+  if name == 'pallas_tpu':
+    assert not any(most.values())
+    return
   assert all(2**21 < x <= 2**22 for x in most.values()), most
 
 
 def test_a_block_of_attention_reads_no_key_after_its_last_row(
   name, monkeypatch
 ):
-  """Four blocks read 5/8 of the square; a short text is one block."""
+  """Four blocks read 5/8 of the square; a short text is one block.
+
+  The kernels for a TPU read less: see pallas_tpu_attention_test.py.
+  """
   read = []
   attend = jax.nn.dot_product_attention
 
@@ -428,7 +445,7 @@ def test_a_block_of_attention_reads_no_key_after_its_last_row(
       lambda *arrays: attention(*arrays, np.ones(K, bool), implementation=name),
       jnp.zeros((1, length, D)), *LLAMA[1:],
     )  # fmt: skip
-    assert set(read) == want
+    assert set(read) == (set() if name == 'pallas_tpu' else want)
 
 
 def test_a_mask_of_groups_is_one_of_their_channels(name):

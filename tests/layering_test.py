@@ -36,7 +36,8 @@ ORDER = [
   'pictures', 'notebook',
 ]  # fmt: skip
 KERNELS = [
-  'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper',
+  'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_tpu_attention',
+  'pallas_hopper',
   'autotune', 'dispatch', 'matmul', 'swiglu', 'attention',
 ]  # fmt: skip
 # Package -> the only modules of effllm_jax that may import it.

@@ -1,0 +1,211 @@
+"""Attention for a TPU: run by Pallas' interpreters, lowered for a TPU."""
+
+import functools
+import math
+import re
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import pallas_tpu_attention as attention
+
+K, G, H = 3, 2, 16
+ROWS = 128
+# One block, half empty; two of them, the last half empty; three full ones.
+LENGTHS = (60, 200, 384)
+EACH_LENGTH = pytest.mark.parametrize('T', LENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+  monkeypatch.setattr(attention, '_MOST_ROWS', ROWS)
+
+
+def draw(T, B=1, dtype=np.float32):
+  """Queries, keys, values and the gradient of the result."""
+  rng = np.random.default_rng(T)
+  shapes = (B, T, K * G, H), (B, T, K, H), (B, T, K, H), (B, T, K * G, H)
+  return [jnp.asarray(rng.standard_normal(x), dtype) for x in shapes]
+
+
+def both_ways(how=True, traces=None):
+  """(q, k, v, dout, live) -> out, dq, dk, dv; live is traced."""
+
+  @jax.jit
+  def run(q, k, v, dout, live):
+    if traces is not None:
+      traces.append(q.shape)
+    fn = lambda *arrays: attention.causal(*arrays, live, how)
+    out, pull = jax.vjp(fn, q, k, v)
+    return out, *pull(dout)
+
+  return run
+
+
+def exact(q, k, v, dout, live):
+  """The same in float64, by whole squares."""
+  T = q.shape[1]
+
+  def fn(q, k, v):
+    k, v = (x.repeat(G, 2) for x in (k, v))
+    scores = jnp.einsum('bqhx,bkhx->bhqk', q, k) / H**0.5
+    scores = jnp.where(np.tri(T, dtype=bool), scores, -jnp.inf)
+    out = jnp.einsum('bhqk,bkhx->bqhx', jax.nn.softmax(scores), v)
+    return jnp.where((np.arange(K * G) < live * G)[:, None], out, 0)
+
+  with jax.enable_x64(True):
+    arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, dout)]
+    out, pull = jax.vjp(fn, *arrays[:3])
+    return [np.asarray(x) for x in (out, *pull(arrays[3]))]
+
+
+@EACH_LENGTH
+def test_value_and_gradient_against_float64(T):
+  """For any number of live heads in one trace; the dead are exactly zero."""
+  arrays, traces = draw(T, B=2), []
+  run = both_ways(traces=traces)
+  for live in range(K + 1):
+    found = run(*arrays, live)
+    for x, want in zip(found, exact(*arrays, live), strict=True):
+      np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
+      heads = live * x.shape[2] // K
+      assert not np.any(x[:, :, heads:])
+      assert np.all(np.any(x[:, :, :heads], (0, 1, 3)))
+  assert len(traces) == 1
+
+
+def test_blocks_are_those_of_the_length(monkeypatch):
+  monkeypatch.undo()
+  blocks = {T: attention.block_rows(T) for T in (1, 128, 129, 512, 600, 2048)}
+  assert blocks == {1: 128, 128: 128, 129: 256, 512: 512, 600: 384, 2048: 512}
+  arrays = draw(600)
+  for x, want in zip(both_ways()(*arrays, 2), exact(*arrays, 2), strict=True):
+    np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_that_of_xla():
+  arrays = draw(200, dtype=jnp.bfloat16)
+
+  def xla(q, k, v, dout):
+    run = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    out, pull = jax.vjp(run, q, k, v)
+    return out, *pull(dout)
+
+  wants = exact(*arrays, K)
+  for ours, theirs, want in zip(
+    both_ways()(*arrays, K), xla(*arrays), wants, strict=True
+  ):
+    assert ours.dtype == jnp.bfloat16
+    off = [np.linalg.norm(np.asarray(x, 'd') - want) for x in (ours, theirs)]
+    assert off[0] < 1.2 * off[1]
+    assert off[0] < 0.01 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize('live', [0, 1, K])
+def test_right_on_memory_that_starts_as_nan(live):
+  """Blocks are copied as on a TPU, to buffers that are NaN before."""
+  arrays = draw(200)
+  found = both_ways(pltpu.InterpretParams())(*arrays, live)
+  for x, want in zip(found, exact(*arrays, live), strict=True):
+    np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dead_head_has_no_step():
+  """No kernel writes a block of it: its memory is the NaN that it was."""
+  q, k, v, dout = (jnp.moveaxis(x, 1, 2) for x in draw(2 * ROWS))
+
+  @jax.jit
+  def run(q, k, v, dout, live):
+    fn = functools.partial(attention._attend, ROWS, True, live)
+    out, pull = jax.vjp(fn, q, k, v)
+    return out, *pull(jnp.moveaxis(dout, 2, 3))
+
+  for live in range(K + 1):
+    for x in run(q, k, v, dout, live):
+      heads = live * x.shape[1] // K
+      assert np.all(np.isfinite(x[:, :heads]))
+      assert np.all(np.isnan(x[:, heads:]))
+
+
+def test_nan_in_a_dead_head_does_no_harm():
+  arrays = draw(200)
+  dead = [x.at[:, :, x.shape[2] // K :].set(jnp.nan) for x in arrays]
+  run = both_ways()
+  for x, want in zip(run(*dead, 1), run(*arrays, 1), strict=True):
+    np.testing.assert_array_equal(x, want)
+
+
+def test_no_block_above_the_diagonal_is_read():
+  """Forward no later key, backward no earlier query: NaN there is not seen."""
+  q, k, v, dout = draw(3 * ROWS)
+  run = both_ways()
+  out, dq, dk, dv = run(q, k, v, dout, K)
+  k_late, v_late = (x.at[:, 2 * ROWS :].set(jnp.nan) for x in (k, v))
+  found, dq_found, *_ = run(q, k_late, v_late, dout, K)
+  for x, want in ((found, out), (dq_found, dq)):
+    np.testing.assert_array_equal(x[:, : 2 * ROWS], want[:, : 2 * ROWS])
+    assert np.all(np.isnan(x[:, 2 * ROWS :]))
+  q_early, dout_early = (x.at[:, :ROWS].set(jnp.nan) for x in (q, dout))
+  _, _, *found = run(q_early, k, v, dout_early, K)
+  for x, want in zip(found, (dk, dv), strict=True):
+    np.testing.assert_array_equal(x[:, ROWS:], want[:, ROWS:])
+    assert np.all(np.isnan(x[:, :ROWS]))
+
+
+@EACH_LENGTH
+def test_same_bits_as_arrays_without_the_dead_heads(T):
+  """What a shrink does: fewer heads, all alive."""
+  arrays, live = draw(T), 2
+  cut = [x[:, :, : live * x.shape[2] // K] for x in arrays]
+  run = both_ways()
+  for x, want in zip(run(*arrays, live), run(*cut, live), strict=True):
+    np.testing.assert_array_equal(x[:, :, : want.shape[2]], want)
+
+
+def lowered(T, dtype=jnp.bfloat16, heads=32, group=1, size=64):
+  """Forward and back for a TPU, as text, with blocks as shipped."""
+  shapes = [(1, T, heads * n, size) for n in (group, 1, 1, group)]
+  arrays = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
+  live = jax.ShapeDtypeStruct((), jnp.int32)
+  traced = both_ways(how=False).trace(*arrays, live)
+  return traced.lower(lowering_platforms=('tpu',)).as_text()
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('T', [100, 512, 2048, 8192])
+@pytest.mark.parametrize(
+  'heads', [(3, 3, 64), (32, 1, 64), (8, 4, 128)], ids=str
+)
+def test_lowers_for_a_tpu(T, dtype, heads, monkeypatch):
+  monkeypatch.undo()
+  text = lowered(T, dtype, *heads)
+  assert text.count('tpu_custom_call') == 3
+  for name in ('causal_forward', 'causal_dq', 'causal_dkv'):
+    assert name in text
+
+
+def test_no_array_grows_with_the_square_of_a_text(monkeypatch):
+  monkeypatch.undo()
+
+  def largest(T):
+    shapes = re.findall(r'tensor<([\dx]+)x(?:bf16|f32)>', lowered(T))
+    return max(math.prod(map(int, shape.split('x'))) for shape in shapes)
+
+  assert largest(2048) == 32 * 2048 * 64
+  assert largest(32768) == 16 * largest(2048)
+
+
+@pytest.mark.parametrize(
+  ('dtypes', 'said'),
+  [
+    (('float16',) * 3, 'float16, float16, float16'),
+    (('float32', 'bfloat16', 'float32'), 'float32, bfloat16, float32'),
+  ],
+)
+def test_a_dtype_that_it_does_not_take(dtypes, said):
+  arrays = [x.astype(dtype) for x, dtype in zip(draw(8), dtypes, strict=False)]
+  with pytest.raises(ValueError, match=f'q, k, v are {said}; the attention'):
+    attention.causal(*arrays, K)
