@@ -6,11 +6,11 @@
 
 Every form of product, layer and dtype, with the default blocks and traced
 extents, and attention with its gradient, for a TPU v5e, v5p and v6e, by the
-compiler in the wheel libtpu. It
-refuses what lowering lets pass: a layout that Mosaic lacks, more VMEM than
-there is. Nothing is run. Printed is what the compiler reports; float32 also in
-the precision 'highest', which takes the most VMEM. Ends with 1 where a compile
-fails, with 2 where libtpu is missing. Five minutes on one core.
+compiler in the wheel libtpu. It refuses what lowering lets pass: a layout that
+Mosaic lacks, more VMEM than there is. Nothing is run. Printed is what the
+compiler reports; float32 also in the precision 'highest', which takes the most
+VMEM. Ends with 1 where a compile fails, with 2 where libtpu is missing. Eight
+minutes on one core.
 """
 
 import importlib.metadata
