@@ -204,30 +204,25 @@ def _column_by_column(T, rows):
   return row.astype(np.int32), column.astype(np.int32)
 
 
-def _queries(rows, G=None):
-  """Blocks of [B, K * G, T, H] by the row; with G by key head and group."""
+def _queries(rows, G=None, turned=False):
+  """Blocks by the row of [B, K * G, T, H]; `turned`: of [B, K * G, X, T].
+
+  For a grid of K * G heads, or with G for one of K heads and G groups.
+  """
 
   def block(shape):
     def index(b, h, s, *rest):
       *group, row, _ = rest
-      return b, (h * G + group[0] if group else h), row[s], 0
+      head = h * G + group[0] if group else h
+      return (b, head, 0, row[s]) if turned else (b, head, row[s], 0)
 
-    return pl.BlockSpec((None, None, rows, shape[3]), index)
-
-  return block
-
-
-def _turned(rows, G=None):
-  """Likewise of [B, K * G, X, T]."""
-
-  def block(shape):
-    def index(b, h, s, *rest):
-      *group, row, _ = rest
-      return b, (h * G + group[0] if group else h), 0, row[s]
-
-    return pl.BlockSpec((None, None, shape[2], rows), index)
+    size = (shape[2], rows) if turned else (rows, shape[3])
+    return pl.BlockSpec((None, None, *size), index)
 
   return block
+
+
+_turned = functools.partial(_queries, turned=True)
 
 
 def _keys(rows, G=1):
