@@ -28,6 +28,9 @@ _LANES = 128
 # holds a few at a time. Not tuned, there was no TPU to time it on.
 _MOST_ROWS = 512
 _VMEM_BYTES = 32 * 2**20
+# The lists of blocks are in scalar memory: 263 kB at 131,072 tokens; at 262,144
+# they would be all of its 1 MB.
+_MOST_TOKENS = 2**17
 # Contracts the axes of the left and of the right, by their names in `forms`.
 _CONTRACTED = {'nn': (1, 0), 'nt': (1, 1), 'tn': (0, 0)}
 
@@ -56,7 +59,8 @@ def causal(
     exactly zero.
 
   Raises:
-    ValueError: dtypes that differ, or that the kernel does not take.
+    ValueError: dtypes that differ, or that the kernel does not take; more than
+      131,072 tokens in a text.
   """
   if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (
     jnp.bfloat16,
@@ -70,6 +74,11 @@ def causal(
     # No grid can be cut out of nothing.
     return jnp.zeros_like(q)
   T = q.shape[1]
+  if T > _MOST_TOKENS:
+    raise ValueError(
+      f'a text of {T:,} tokens: the attention of pallas_tpu takes up to '
+      f'{_MOST_TOKENS:,}; use implementation=xla'
+    )
   rows = block_rows(T)
   # What fills up the last block is seen by no row before it.
   ends = [(0, 0), (0, 0), (0, -T % rows), (0, 0)]

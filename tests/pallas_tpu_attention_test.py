@@ -198,6 +198,15 @@ def test_no_array_grows_with_the_square_of_a_text(monkeypatch):
   assert largest(32768) == 16 * largest(2048)
 
 
+def test_the_longest_text(monkeypatch):
+  monkeypatch.undo()
+  assert 'causal_dkv' in lowered(2**17)
+  with pytest.raises(
+    ValueError, match=r'of 131,073 tokens: .* up to 131,072; '
+  ):
+    lowered(2**17 + 1)
+
+
 @pytest.mark.parametrize(
   ('dtypes', 'said'),
   [
