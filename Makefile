@@ -46,8 +46,7 @@ docs: $(VENV)/.ready
 
 kernels-aot: .venv-tpu/.ready .venv-cuda/.ready
 	.venv-tpu/bin/python -m experiments.aot_tpu
-	.venv-tpu/bin/python -m experiments.aot_slice --device=v5e \
-	  --programs=step,select,shrink
+	.venv-tpu/bin/python -m experiments.aot_slice --device=v5e
 	.venv-cuda/bin/python -m experiments.aot_hopper
 	.venv-cuda/bin/python -m experiments.aot_steps
 	.venv-cuda/bin/python -m experiments.aot_slice --device=h100

@@ -14,7 +14,7 @@ needs (tests/configs_test.py):
     state               20.54 GB: parameters 6.85, moments 13.69 (float32), and
                         masks, scores and origins 1.8 MB
     of one device       2.57 GB of it on the mesh below, with fsdp 8
-    temporaries         3.7 GB a device for one sequence of 2048 tokens there on
+    temporaries         3.8 GB a device for one sequence of 2048 tokens there on
                         H100s, 5.6 on v5e (experiments.aot_slice)
     architecture        16 shrinks x (30 s to compile and check + 4 s to save)
                         + 190 saves x 2 s = 930 s, 0.14 % of 680,000 s of steps
