@@ -336,9 +336,9 @@ def _padding_side(folder, tokenizer):
   its letters are bytes: then transformers (since 5) takes another class.
   """
   path = folder / 'tokenizer_config.json'
-  config = _object(path)
-  side = config.get('padding_side')
-  if side is None and config.get('tokenizer_class') in _PADS_LEFT:
+  stated = _object(path)
+  side = stated.get('padding_side')
+  if side is None and stated.get('tokenizer_class') in _PADS_LEFT:
     byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
     return None if byte_level else 'left'
   if side not in (None, 'left', 'right'):

@@ -105,14 +105,23 @@ def _alive(x, live, K):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(rows, interpret, live, q, k, v):
-  """[B, K * G, H, T] of q [B, K * G, T, H] on k, v [B, K, T, H]."""
-  return _forward(rows, interpret, live, q, k, v)[0]
+  """[B, K * G, H, T] of q [B, K * G, T, H] on k, v [B, K, T, H].
+
+  Of the result nothing is kept for the backward pass, in which it is computed
+  again, as in `kernels.attention`.
+  """
+  return _result(rows, interpret, live, q, k, v)[0]
 
 
 def _forward(rows, interpret, live, q, k, v):
+  return _attend(rows, interpret, live, q, k, v), (live, q, k, v)
+
+
+def _result(rows, interpret, live, q, k, v):
+  """See `_attend`; and of each softmax the logsumexp, [B, K * G, 1, T]."""
   B, heads, T, H = q.shape
   G = heads // k.shape[1]
-  out, logsumexp = _call(
+  return _call(
     functools.partial(_forward_kernel, scale=H**-0.5),
     'causal_forward',
     (B, live * G, *_row_by_row(T, rows)),
@@ -124,11 +133,11 @@ def _forward(rows, interpret, live, q, k, v):
     scratch=[(1, rows), (1, rows), (H, rows)],
     interpret=interpret,
   )
-  return out, (live, q, k, v, out, logsumexp)
 
 
 def _backward(rows, interpret, saved, dout):
-  live, q, k, v, out, logsumexp = saved
+  live, q, k, v = saved
+  out, logsumexp = _result(rows, interpret, *saved)
   B, heads, T, H = q.shape
   G = heads // k.shape[1]
   # What the softmax takes off each gradient of a score.
