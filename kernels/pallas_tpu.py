@@ -24,11 +24,11 @@ from kernels import forms
 
 ZERO_BEYOND_EXTENTS = False
 
-_DTYPES = ('bfloat16', 'float32')
+DTYPES = ('bfloat16', 'float32')
 _LANES = 128
 # Half of what the smallest TPU from v5 on has (v5p, v7x: 64 MiB a core; v5e,
 # v6e: 128). Mosaic's own limit is 16 on v5e; XLA keeps the rest for itself.
-_VMEM_BYTES = 32 * 2**20
+VMEM_BYTES = 32 * 2**20
 # Sizes (m, n, k) to aim at, the preferred one first. See `default_blocks`.
 _LINEAR = (
   (2048, 512, 512),
@@ -93,10 +93,10 @@ def product(
   """
   size = dict(zip('mnk', forms.sizes(a, b, form), strict=True))
   dtype = jnp.dtype(dtype)
-  if a.dtype != b.dtype or any(x not in _DTYPES for x in (a.dtype, dtype)):
+  if a.dtype != b.dtype or any(x not in DTYPES for x in (a.dtype, dtype)):
     raise ValueError(
       f'{form} of {a.dtype} and {b.dtype} to {dtype}: a and b must have one '
-      f'dtype, and all be one of {", ".join(_DTYPES)}'
+      f'dtype, and all be one of {", ".join(DTYPES)}'
     )
   if blocks is None:
     blocks = default_blocks(form, *size.values(), a.dtype)
@@ -128,7 +128,7 @@ def product(
     out_shape=jax.ShapeDtypeStruct((size['m'], size['n']), dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=_semantics(grid),
-      vmem_limit_bytes=_VMEM_BYTES,
+      vmem_limit_bytes=VMEM_BYTES,
     ),
     interpret=interpret,
     name=f'product_{form}',
@@ -174,7 +174,7 @@ def candidates(
   found = []
   for aim in _AIMS[form]:
     blocks = Blocks(*map(_even, (m, n, k), aim))
-    if blocks not in found and _vmem_bytes(blocks, dtype) <= _VMEM_BYTES:
+    if blocks not in found and _vmem_bytes(blocks, dtype) <= VMEM_BYTES:
       found.append(blocks)
   return found
 
@@ -242,10 +242,11 @@ def _semantics(grid: tuple[int | jax.Array, ...]) -> tuple[str, ...]:
 def _even(size: int, aim: int) -> int:
   """About `aim`, so that the last block of an axis is nearly a whole one."""
   parts = max(1, round(size / aim))
-  return min(size, _whole_lanes(pl.cdiv(size, parts)))
+  return min(size, whole_lanes(pl.cdiv(size, parts)))
 
 
-def _whole_lanes(size: int) -> int:
+def whole_lanes(size: int) -> int:
+  """The least multiple of the lanes of a tile that is not smaller."""
   return _LANES * pl.cdiv(size, _LANES)
 
 
@@ -256,7 +257,7 @@ def _vmem_bytes(blocks: Blocks, dtype: jax.typing.DTypeLike) -> int:
   again: turned round, or in 'highest' split into summands of bfloat16, which
   libtpu takes 16 bytes a number for (v5e, v6e), and up to 2 MiB of the rest.
   """
-  m, n, k = (_whole_lanes(x) for x in dataclasses.astuple(blocks))
+  m, n, k = (whole_lanes(x) for x in dataclasses.astuple(blocks))
   itemsize = jnp.dtype(dtype).itemsize
   again = 16 if itemsize == 4 else itemsize
   return 2 * (m + n) * k * itemsize + 3 * 4 * m * n + again * m * k + 2**21

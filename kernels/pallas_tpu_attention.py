@@ -23,16 +23,15 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-_LANES = 128
+from kernels import forms
+from kernels import pallas_tpu
+
 # Rows of a block: a matrix of float32 scores has 1 MiB then, of which a step
 # holds a few at a time. Not tuned, there was no TPU to time it on.
 _MOST_ROWS = 512
-_VMEM_BYTES = 32 * 2**20
 # The lists of blocks are in scalar memory: 263 kB at 131,072 tokens; at 262,144
 # they would be all of its 1 MB.
 _MOST_TOKENS = 2**17
-# Contracts the axes of the left and of the right, by their names in `forms`.
-_CONTRACTED = {'nn': (1, 0), 'nt': (1, 1), 'tn': (0, 0)}
 
 
 def causal(
@@ -62,10 +61,7 @@ def causal(
     ValueError: dtypes that differ, or that the kernel does not take; more than
       131,072 tokens in a text.
   """
-  if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (
-    jnp.bfloat16,
-    jnp.float32,
-  ):
+  if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in pallas_tpu.DTYPES:
     raise ValueError(
       f'q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the attention of '
       'pallas_tpu takes one dtype, bfloat16 or float32'
@@ -94,7 +90,7 @@ def causal(
 def block_rows(T: int) -> int:
   """Rows of a block for a text of T: whole lanes, about as many in each."""
   blocks = pl.cdiv(T, _MOST_ROWS)
-  return _LANES * pl.cdiv(pl.cdiv(T, blocks), _LANES)
+  return pallas_tpu.whole_lanes(pl.cdiv(T, blocks))
 
 
 def _alive(x, live, K):
@@ -204,7 +200,7 @@ def _call(kernel, name, axes, *, inputs, outputs, scratch, interpret):
     compiler_params=pltpu.CompilerParams(
       # A traced number of heads cannot be divided between two cores (v4, v5p).
       dimension_semantics=('parallel',) + ('arbitrary',) * (2 + len(rest)),
-      vmem_limit_bytes=_VMEM_BYTES,
+      vmem_limit_bytes=pallas_tpu.VMEM_BYTES,
     ),
     interpret=interpret,
     name=name,
@@ -257,10 +253,11 @@ def _keys(rows, G=1):
 
 
 def _dot(form, a, b):
+  left, right = (x.index('k') for x in forms.AXES[form])
   return jax.lax.dot_general(
     a,
     b,
-    (tuple((axis,) for axis in _CONTRACTED[form]), ((), ())),
+    (((left,), (right,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
 
