@@ -88,6 +88,9 @@ def implementation(
     raise errors.InputError(
       f'model.kernels {name!r} {why}; set --config.model.kernels=auto or bucket'
     )
+  if name == 'pallas_tpu':
+    _require(config, 'data.seq_len', (2**17).__ge__,
+             'at most 131072, which pallas_tpu takes')  # fmt: skip
   if name == 'pallas_hopper':
     _require(config, 'model.dtype', 'bfloat16'.__eq__,
              'bfloat16, which pallas_hopper takes')  # fmt: skip

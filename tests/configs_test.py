@@ -22,6 +22,7 @@ from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
+from kernels import pallas_tpu_attention
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -289,6 +290,16 @@ def test_what_the_hopper_kernel_cannot_take(monkeypatch, change, message):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(errors.InputError, match=message):
     plan.make(small(**{'model.kernels': 'pallas_hopper'} | change), SMOLLM2)
+
+
+def test_a_text_that_is_too_long_for_the_tpu_kernels(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  longest = pallas_tpu_attention._MOST_TOKENS
+  change = {'model.kernels': 'pallas_tpu', 'data.seq_len': longest}
+  config_checks.implementation(small(**change), SMOLLM2, None)
+  change['data.seq_len'] += 1
+  with pytest.raises(errors.InputError, match=r'seq_len 131073 .* at most 131'):
+    config_checks.implementation(small(**change), SMOLLM2, None)
 
 
 @pytest.mark.parametrize(
