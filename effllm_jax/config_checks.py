@@ -117,6 +117,11 @@ def _check_hopper(config, source, mesh):
 
   The last one goes by the multiples of the prune alone.
   """
+  if source.H > 128:
+    raise errors.InputError(
+      f'heads of the source have {source.H} channels; pallas_hopper takes up '
+      'to 128; set --config.model.kernels=bucket'
+    )
   rest = 'pallas_hopper takes multiples of 64; set --config.'
   tokens = device_tokens(config, mesh)
   if tokens % 64:

@@ -6,8 +6,9 @@ r"""Compiles the Hopper kernels for real, on a machine without a GPU.
     .venv-cuda/bin/python -m experiments.aot_hopper
 
 Every form of product, with the default blocks, in the shapes of the linear
-layers of SmolLM2-135M and SmolLM2-1.7B, through XLA, LLVM and ptxas to machine
-code for sm_90a. Takes 10 seconds. The plugin brings a ptxas of its own; where
+layers of SmolLM2-135M and SmolLM2-1.7B, and attention, there and back, with
+heads of 64 and 128 channels, through XLA, LLVM and ptxas to machine code for
+sm_90a. Takes 20 seconds. The plugin brings a ptxas of its own; where
 nvidia-cuda-nvcc is installed, as with jax[cuda13], that one is used. Exits 1,
 with one line, where a kernel does not compile, spills registers, has its wgmma
 serialized, or takes more shared memory than an SM lends; 2 where the wheels are
@@ -15,6 +16,7 @@ not installed.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import functools
 import importlib.metadata
@@ -33,6 +35,15 @@ SHAPES = {
   'SmolLM2-135M': (576, 1536, 512),
   'SmolLM2-1.7B': (2048, 8192, 8192),
 }
+# Query heads, key/value heads, channels of a head, in texts of so many tokens.
+HEADS = {
+  'SmolLM2-135M': (9, 3, 64),
+  'SmolLM2-1.7B': (32, 32, 64),
+  'Qwen3-1.7B': (16, 8, 128),
+}
+_TOKENS = 2048
+# How many in an array, and how many such arrays.
+_BARRIERS = r'num_barriers=(\d+)[^)]*\): (\d+)'
 _SHARED_BYTES = 227 * 1024
 # What the compiler asks of a device, here of an H100 SXM.
 _TARGET = """
@@ -71,7 +82,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler said of one kernel."""
+  """What the compiler said of a kernel, or the most and all of several."""
 
   registers: int
   spilled_bytes: int
@@ -96,18 +107,59 @@ def main(argv: list[str]) -> None:
   check_plugin()
   # After the wheels have been looked for: these imports take seconds.
   import jax
-  import jax.numpy as jnp
   import rich.table
+
+  sharding = device_of_no_machine()
+  table = rich.table.Table(
+    'model', 'kernel', 'of', 'tile', 'stages', 'registers', 'spilled',
+    'shared KiB', 'remarks',
+  )  # fmt: skip
+  faults = []
+  for model, kernel, of, blocks, run, shapes, shared_bytes in (
+    *_products(),
+    *_attentions(),
+  ):
+    name = f'{model} {kernel} of {of}'
+    arrays = [
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes
+    ]
+    lower = functools.partial(jax.jit(run).lower, *arrays)
+    try:
+      log = _said(lambda lower=lower: lower().compile())
+    except Exception as e:
+      fail(f'{name} does not compile: {str(e).splitlines()[0]}')
+    compiled = parse(log, shared_bytes)
+    faults += [f'{name}: {x}' for x in compiled.faults()]
+    table.add_row(
+      model,
+      kernel,
+      of,
+      *blocks,
+      f'{compiled.registers}',
+      f'{compiled.spilled_bytes}',
+      f'{compiled.shared_bytes / 1024:.1f} of {_SHARED_BYTES // 1024}',
+      ' '.join(sorted(set(re.findall(r'C\d+', ' '.join(compiled.remarks))))),
+    )
+  console = cli.tables()
+  console.print(table)
+  ptxas = _version('nvidia-cuda-nvcc') or 'of the plugin'
+  console.print(f'sm_90a, jax {jax.__version__}, ptxas {ptxas}')
+  if faults:
+    fail(faults[0])
+
+
+def _products() -> Iterator[tuple]:
+  """Of each product a row's first columns, a function, its arguments.
+
+  And its shared memory, by our own reckoning.
+  """
+  import jax
+  import jax.numpy as jnp
 
   from kernels import forms
   from kernels import pallas_hopper
 
-  sharding = device_of_no_machine()
-  table = rich.table.Table(
-    'model', 'form', 'm', 'n', 'k', 'tile', 'stages', 'registers',
-    'spilled', 'shared KiB', 'remarks',
-  )  # fmt: skip
-  faults = []
+  extent = jax.ShapeDtypeStruct((), jnp.int32)
   for model, (d, f, tokens) in SHAPES.items():
     for form in forms.FORMS:
       for width_in, width_out in (d, d), (d, f), (f, d):
@@ -120,38 +172,38 @@ def main(argv: list[str]) -> None:
           extents = forms.Extents(m, n, k)
           return pallas_hopper.product(a, b, form, extents, dtype, blocks)
 
-        arrays = [
-          jax.ShapeDtypeStruct(
-            [sizes[x] for x in axes], jnp.bfloat16, sharding=sharding
-          )
+        shapes = [
+          jax.ShapeDtypeStruct([sizes[x] for x in axes], jnp.bfloat16)
           for axes in forms.AXES[form]
         ]
-        extent = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-        lower = functools.partial(jax.jit(run).lower, *arrays, *[extent] * 3)
-        name = f'{model} {form} m, n, k = {tuple(sizes.values())} {blocks}'
-        try:
-          log = _said(lambda lower=lower: lower().compile())
-        except Exception as e:
-          fail(f'{name} does not compile: {str(e).splitlines()[0]}')
-        compiled = parse(log, blocks.shared_bytes())
-        faults += [f'{name}: {x}' for x in compiled.faults()]
-        table.add_row(
-          model,
-          form,
-          *map(str, sizes.values()),
-          ' x '.join(map(str, blocks.tile().values())),
-          f'{blocks.stages}',
-          f'{compiled.registers}',
-          f'{compiled.spilled_bytes}',
-          f'{compiled.shared_bytes / 1024:.1f} of {_SHARED_BYTES // 1024}',
-          ' '.join(sorted(re.findall(r'C\d+', ' '.join(compiled.remarks)))),
-        )
-  console = cli.tables()
-  console.print(table)
-  ptxas = _version('nvidia-cuda-nvcc') or 'of the plugin'
-  console.print(f'sm_90a, jax {jax.__version__}, ptxas {ptxas}')
-  if faults:
-    fail(faults[0])
+        tile = ' x '.join(map(str, blocks.tile().values()))
+        yield (
+          model, form, ' x '.join(map(str, mnk)), (tile, f'{blocks.stages}'),
+          run, [*shapes, *[extent] * 3], blocks.shared_bytes(),
+        )  # fmt: skip
+
+
+def _attentions() -> Iterator[tuple]:
+  """As `_products`; the three kernels of attention are one row."""
+  import jax
+  import jax.numpy as jnp
+
+  from kernels import pallas_hopper_attention
+
+  def run(q, k, v, dout, live):
+    causal = lambda *arrays: pallas_hopper_attention.causal(*arrays, live)
+    out, pull = jax.vjp(causal, q, k, v)
+    return out, *pull(dout)
+
+  for model, (heads, kept, size) in HEADS.items():
+    queries, keys = (
+      jax.ShapeDtypeStruct((1, _TOKENS, x, size), jnp.bfloat16)
+      for x in (heads, kept)
+    )
+    yield (
+      model, 'attention', f'{heads} and {kept} heads of {size}', ('', ''), run,
+      [queries, keys, keys, queries, jax.ShapeDtypeStruct((), jnp.int32)], None,
+    )  # fmt: skip
 
 
 def check_plugin() -> None:
@@ -170,8 +222,8 @@ def check_packages(*names: str) -> None:
       raise errors.InputError(f'no {name} here; run pip install {name}')
 
 
-def parse(log: str, shared_bytes: int) -> Compiled:
-  """Reads what Mosaic and ptxas print about one kernel.
+def parse(log: str, shared_bytes: int | None = None) -> Compiled:
+  """Reads what Mosaic and ptxas print about one kernel, or about several.
 
   Args:
     log: what they printed.
@@ -183,24 +235,31 @@ def parse(log: str, shared_bytes: int) -> Compiled:
   """
   patterns = {
     'registers': r'Used (\d+) registers',
-    'stores': r'(\d+) bytes spill stores',
-    'loads': r'(\d+) bytes spill loads',
+    'stores': r'(\d+) bytes spill stores,',
+    'loads': r'(\d+) bytes spill loads\n',
     'static': r'(\d+) bytes smem',
   }
-  found = {x: re.search(pattern, log) for x, pattern in patterns.items()}
-  if missing := [x for x, match in found.items() if not match]:
-    raise ValueError(f'no {", ".join(missing)} in the log: {log!r}')
-  number = {x: int(match[1]) for x, match in found.items()}
-  if scratch := re.search(r'smem_scratch_bytes=(\d+)', log):
-    # A barrier takes 8 bytes.
-    barriers = sum(
+  found = {
+    x: [*map(int, re.findall(pattern, log))] for x, pattern in patterns.items()
+  }
+  missing = [x for x, numbers in found.items() if not numbers]
+  # A barrier takes 8 bytes.
+  printed = [
+    int(said[1]) + 8 * sum(
       int(each) * int(times)
-      for each, times in re.findall(r'num_barriers=(\d+)[^)]*\): (\d+)', log)
+      for each, times in re.findall(_BARRIERS, said[0])
     )
-    shared_bytes = int(scratch[1]) + 8 * barriers + number['static']
+    for said in re.finditer(r'smem_scratch_bytes=(\d+).*', log)
+  ]  # fmt: skip
+  if not printed and shared_bytes is None:
+    missing.append('shared memory')
+  if missing:
+    raise ValueError(f'no {", ".join(missing)} in the log: {log!r}')
+  if printed:
+    shared_bytes = max(printed) + max(found['static'])
   return Compiled(
-    registers=number['registers'],
-    spilled_bytes=number['stores'] + number['loads'],
+    registers=max(found['registers']),
+    spilled_bytes=sum(found['stores']) + sum(found['loads']),
     shared_bytes=shared_bytes,
     remarks=frozenset(re.findall(r'\(C\d+\) .*', log)),
   )

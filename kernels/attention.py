@@ -34,11 +34,12 @@ def masked_attention(
 
   Causal softmax attention with rotary embeddings. A key/value head that is dead
   takes its query heads along. The attention itself is the library's, a block of
-  rows at a time, and every implementation but `xla` runs it on the heads up to
-  the extent, one branch for each of about a dozen numbers of heads; but for
-  `pallas_tpu`, which has kernels that need no branch: libtpu compiles 32 heads
-  at 2,048 tokens in 5 seconds, a dozen branches in 7 minutes. None keeps a
-  probability for the backward pass.
+  rows at a time, on all heads in `xla`, and in `bucket` and `xla_loop` on those
+  up to the extent, one branch for each of about a dozen numbers of heads. The
+  Pallas implementations have kernels that need no branch: libtpu compiles 32
+  heads at 2,048 tokens in 5 seconds, a dozen branches in 7 minutes; and on a
+  GPU a branch is chosen by a copy to the host. None keeps a probability for the
+  backward pass.
 
   Args:
     x: [B, T, D], floating point; the arithmetic is done in its dtype, up to
@@ -97,9 +98,12 @@ def _attention_block(
     )
     for w, b in ((wq, bq), (wk, bk), (wv, bv))
   )
-  attend = {'xla': _attend, 'pallas_tpu': _attend_on_tpu}.get(
-    name, _attend_live
-  )
+  attend = {
+    'xla': _attend,
+    'xla_loop': _attend_live,
+    'pallas_tpu': functools.partial(_attend_by, 'pallas_tpu_attention'),
+    'pallas_hopper': functools.partial(_attend_by, 'pallas_hopper_attention'),
+  }[name]
   heads = dispatch.named(attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm))
   w = wo.reshape(-1, wo.shape[-1])
   return product(heads.reshape(*x.shape[:2], len(w)), w, keep), heads
@@ -197,10 +201,10 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm, causal=None):
   return _alive(keep, out.reshape(q.shape))
 
 
-def _attend_on_tpu(eps, keep, cos_sin, *arrays):
-  """`_attend` by the kernels for a TPU."""
+def _attend_by(module, eps, keep, cos_sin, *arrays):
+  """`_attend` by the kernels of a module."""
   causal = functools.partial(
-    dispatch.module('pallas_tpu_attention').causal,
+    dispatch.module(module).causal,
     live=dispatch.extent(keep, keep.size),
   )
   return _attend(eps, keep, cos_sin, *arrays, causal)

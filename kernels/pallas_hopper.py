@@ -23,7 +23,8 @@ from kernels import forms
 
 ZERO_BEYOND_EXTENTS = False
 
-_REMEDY = "use implementation='bucket'"
+DTYPES = jnp.bfloat16, jnp.float16
+REMEDY = "use implementation='bucket'"
 # Of Hopper: no later GPU has wgmma, no earlier one TMA.
 _CAPABILITY = '9.0'
 # Of an H100 or H200 SXM, for a compile without a device.
@@ -40,10 +41,10 @@ _OVERHEAD_BYTES = 2048
 _TILES = (256, 192, 128, 64)
 # More accumulators a warpgroup than this spill; up to it no candidate does.
 _ACCUMULATORS = 128 * 128
-# Registers a thread, fetching and computing: 40 + 2 * 232 fill the register
+# Registers a thread, fetching and computing: 24 + 2 * 240 fill the register
 # file of an SM.
-_FETCH_REGISTERS = 40
-_COMPUTE_REGISTERS = 232
+FETCH_REGISTERS = 24
+COMPUTE_REGISTERS = 240
 # Columns of tiles that the SMs work on together, so that the rows of a and
 # columns of b in use stay in the L2 cache.
 _COLUMNS = 8
@@ -173,18 +174,18 @@ def product(
       divide or fit.
   """
   if interpret is None and (why := refusal()):
-    raise ValueError(f'pallas_hopper {why}; {_REMEDY}')
+    raise ValueError(f'pallas_hopper {why}; {REMEDY}')
   m, n, k = forms.sizes(a, b, form)
   dtype = jnp.dtype(dtype)
-  if a.dtype != b.dtype or a.dtype not in (jnp.bfloat16, jnp.float16):
+  if a.dtype != b.dtype or a.dtype not in DTYPES:
     raise ValueError(
       f'operands of {a.dtype} and {b.dtype} are not both bfloat16 or both '
-      f'float16; {_REMEDY}'
+      f'float16; {REMEDY}'
     )
   if dtype not in (a.dtype, jnp.float32):
     raise ValueError(
       f'a result of {dtype} is neither {a.dtype}, as the operands, nor '
-      f'float32; {_REMEDY}'
+      f'float32; {REMEDY}'
     )
   _check_sizes(form, m, n, k)
   blocks = blocks or default_blocks(form, m, n, k, dtype)
@@ -199,9 +200,9 @@ def product(
     functools.partial(_program, form=form, blocks=blocks),
     out_type=jax.ShapeDtypeStruct((m, n), dtype),
     scratch_types=dict(
-      ring_a=_shared((blocks.stages, *(tile[x] for x in left)), a.dtype),
-      ring_b=_shared((blocks.stages, *(tile[x] for x in right)), b.dtype),
-      staging=_shared((warpgroups, _STAGING, _UNIT, row), dtype),
+      ring_a=shared((blocks.stages, *(tile[x] for x in left)), a.dtype),
+      ring_b=shared((blocks.stages, *(tile[x] for x in right)), b.dtype),
+      staging=shared((warpgroups, _STAGING, _UNIT, row), dtype),
       # One arrival for a, one for b.
       full=plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
       empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=blocks.stages),
@@ -224,7 +225,7 @@ def _check_sizes(form: str, m: int, n: int, k: int) -> None:
   if any(size < _UNIT or size % _UNIT for size in (m, n, k)):
     raise ValueError(
       f'{form} with m, n, k = {m}, {n}, {k}: not all are multiples of {_UNIT}; '
-      f'{_REMEDY}'
+      f'{REMEDY}'
     )
 
 
@@ -255,7 +256,7 @@ def _fault(blocks: Blocks, m: int, n: int, k: int) -> str | None:
   return None
 
 
-def _shared(shape: tuple[int, ...], dtype: jnp.dtype):
+def shared(shape: tuple[int, ...], dtype: jnp.dtype):
   """Shared memory in the pattern that TMA and wgmma agree on."""
   return plgpu.SMEM(
     shape,
@@ -336,7 +337,7 @@ class _Sm:
 
   def fetch(self):
     """Copies the tiles of a and b into the rings, as slots become empty."""
-    plgpu.set_max_registers(_FETCH_REGISTERS, action='decrease')
+    plgpu.set_max_registers(FETCH_REGISTERS, action='decrease')
     stages, tile = self.blocks.stages, self.blocks.tile()
 
     def fetch_tile(i, j, done):
@@ -364,7 +365,7 @@ class _Sm:
 
   def compute(self):
     """Multiplies what is in the rings, and writes finished tiles of c."""
-    plgpu.set_max_registers(_COMPUTE_REGISTERS, action='increase')
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action='increase')
     tile = self.blocks.tile()
     warpgroup = lax.axis_index('warpgroup')
     part, mine = self._part(warpgroup)

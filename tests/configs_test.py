@@ -355,6 +355,13 @@ def test_heads_that_the_hopper_kernel_cannot_take(monkeypatch):
     plan.make(small(**changes), source)
 
 
+def test_heads_too_wide_for_the_hopper_kernel(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  plan.make(small(**HOPPER), dataclasses.replace(SMOLLM2, H=128))
+  with pytest.raises(errors.InputError, match='have 256 channels; pallas_hop'):
+    plan.make(small(**HOPPER), dataclasses.replace(SMOLLM2, H=256))
+
+
 def test_a_gpu_that_cannot_run_the_hopper_kernel(monkeypatch):
   device = types.SimpleNamespace(
     device_kind='NVIDIA A100', platform='gpu', compute_capability='8.0'

@@ -18,7 +18,6 @@ import kernels
 from kernels import attention as attention_lib
 from kernels import bucket
 from kernels import dispatch
-from kernels import pallas_tpu_attention
 from kernels import swiglu as swiglu_lib
 from kernels import xla
 from tests import conftest
@@ -56,9 +55,10 @@ def interpret(monkeypatch, name, how):
     monkeypatch.setattr(
       module, 'product', functools.partial(module.product, interpret=how)
     )
-  if name == 'pallas_tpu':
-    causal = functools.partial(pallas_tpu_attention.causal, interpret=how)
-    monkeypatch.setattr(pallas_tpu_attention, 'causal', causal)
+  if name in dispatch.PLATFORMS:
+    attention = importlib.import_module(f'kernels.{name}_attention')
+    causal = functools.partial(attention.causal, interpret=how)
+    monkeypatch.setattr(attention, 'causal', causal)
 
 
 def draw(*shape, seed=0):

@@ -37,7 +37,7 @@ ORDER = [
 ]  # fmt: skip
 KERNELS = [
   'forms', 'xla', 'xla_loop', 'bucket', 'pallas_tpu', 'pallas_tpu_attention',
-  'pallas_hopper',
+  'pallas_hopper', 'pallas_hopper_attention',
   'autotune', 'dispatch', 'matmul', 'swiglu', 'attention',
 ]  # fmt: skip
 # Package -> the only modules of effllm_jax that may import it.

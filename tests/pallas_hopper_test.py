@@ -412,6 +412,16 @@ def test_what_a_compiler_prints_with_and_without_shared_memory(log, shared):
   assert compiled.faults() == ['spills 12 bytes']
 
 
+def test_of_several_kernels_the_most_and_all_that_is_spilled():
+  second = RESOURCES.replace('147456', '1024') + PTXAS.replace('232', '168')
+  compiled = aot_hopper.parse(second + RESOURCES + PTXAS)
+  assert compiled.registers == 232
+  assert compiled.spilled_bytes == 24
+  assert compiled.shared_bytes == 147456 + 8 * 16 + 1
+  with pytest.raises(ValueError, match='no shared memory in the log'):
+    aot_hopper.parse(PTXAS)
+
+
 def test_without_a_size_the_reckoned_shared_memory_is_judged():
   _, takes = aot_hopper.parse(PTXAS, 227 * 1024 + 1).faults()
   assert 'takes 232449 bytes of shared memory of 232448' in takes

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import pallas_tpu_attention as attention
+from tests import causal
 
 K, G, H = 3, 2, 16
 ROWS = 128
@@ -25,41 +26,12 @@ def _small_blocks(monkeypatch):
 
 
 def draw(T, B=1, dtype=np.float32):
-  """Queries, keys, values and the gradient of the result."""
-  rng = np.random.default_rng(T)
-  shapes = (B, T, K * G, H), (B, T, K, H), (B, T, K, H), (B, T, K * G, H)
-  return [jnp.asarray(rng.standard_normal(x), dtype) for x in shapes]
+  return causal.draw(T, K, G, H, B, dtype)
 
 
 def both_ways(how=True, traces=None):
-  """(q, k, v, dout, live) -> out, dq, dk, dv; live is traced."""
-
-  @jax.jit
-  def run(q, k, v, dout, live):
-    if traces is not None:
-      traces.append(q.shape)
-    fn = lambda *arrays: attention.causal(*arrays, live, how)
-    out, pull = jax.vjp(fn, q, k, v)
-    return out, *pull(dout)
-
-  return run
-
-
-def exact(q, k, v, dout, live):
-  """The same in float64, by whole squares."""
-  T = q.shape[1]
-
-  def fn(q, k, v):
-    k, v = (x.repeat(G, 2) for x in (k, v))
-    scores = jnp.einsum('bqhx,bkhx->bhqk', q, k) / H**0.5
-    scores = jnp.where(np.tri(T, dtype=bool), scores, -jnp.inf)
-    out = jnp.einsum('bhqk,bkhx->bqhx', jax.nn.softmax(scores), v)
-    return jnp.where((np.arange(K * G) < live * G)[:, None], out, 0)
-
-  with jax.enable_x64(True):
-    arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, dout)]
-    out, pull = jax.vjp(fn, *arrays[:3])
-    return [np.asarray(x) for x in (out, *pull(arrays[3]))]
+  run = functools.partial(attention.causal, interpret=how)
+  return causal.both_ways(run, traces)
 
 
 @EACH_LENGTH
@@ -69,7 +41,7 @@ def test_value_and_gradient_against_float64(T):
   run = both_ways(traces=traces)
   for live in range(K + 1):
     found = run(*arrays, live)
-    for x, want in zip(found, exact(*arrays, live), strict=True):
+    for x, want in zip(found, causal.exact(*arrays, live), strict=True):
       np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
       heads = live * x.shape[2] // K
       assert not np.any(x[:, :, heads:])
@@ -82,26 +54,17 @@ def test_blocks_are_those_of_the_length(monkeypatch):
   blocks = {T: attention.block_rows(T) for T in (1, 128, 129, 512, 600, 2048)}
   assert blocks == {1: 128, 128: 128, 129: 256, 512: 512, 600: 384, 2048: 512}
   arrays = draw(600)
-  for x, want in zip(both_ways()(*arrays, 2), exact(*arrays, 2), strict=True):
+  for x, want in zip(
+    both_ways()(*arrays, 2), causal.exact(*arrays, 2), strict=True
+  ):
     np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_as_near_as_that_of_xla():
   arrays = draw(200, dtype=jnp.bfloat16)
-
-  def xla(q, k, v, dout):
-    run = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    out, pull = jax.vjp(run, q, k, v)
-    return out, *pull(dout)
-
-  wants = exact(*arrays, K)
-  for ours, theirs, want in zip(
-    both_ways()(*arrays, K), xla(*arrays), wants, strict=True
-  ):
-    assert ours.dtype == jnp.bfloat16
-    off = [np.linalg.norm(np.asarray(x, 'd') - want) for x in (ours, theirs)]
-    assert off[0] < 1.2 * off[1]
-    assert off[0] < 0.01 * np.linalg.norm(want)
+  found = both_ways()(*arrays, K)
+  assert all(x.dtype == jnp.bfloat16 for x in found)
+  causal.check_as_near_as_xla(found, *arrays)
 
 
 @pytest.mark.parametrize('live', [0, 1, K])
@@ -109,7 +72,7 @@ def test_right_on_memory_that_starts_as_nan(live):
   """Blocks are copied as on a TPU, to buffers that are NaN before."""
   arrays = draw(200)
   found = both_ways(pltpu.InterpretParams())(*arrays, live)
-  for x, want in zip(found, exact(*arrays, live), strict=True):
+  for x, want in zip(found, causal.exact(*arrays, live), strict=True):
     np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
 
 
@@ -165,13 +128,7 @@ def test_same_bits_as_arrays_without_the_dead_heads(T):
     np.testing.assert_array_equal(x[:, :, : want.shape[2]], want)
 
 
-def lowered(T, dtype=jnp.bfloat16, heads=32, group=1, size=64):
-  """Forward and back for a TPU, as text, with blocks as shipped."""
-  shapes = [(1, T, heads * n, size) for n in (group, 1, 1, group)]
-  arrays = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
-  live = jax.ShapeDtypeStruct((), jnp.int32)
-  traced = both_ways(how=False).trace(*arrays, live)
-  return traced.lower(lowering_platforms=('tpu',)).as_text()
+lowered = functools.partial(causal.lowered, attention.causal, 'tpu')
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
@@ -181,7 +138,7 @@ def lowered(T, dtype=jnp.bfloat16, heads=32, group=1, size=64):
 )
 def test_lowers_for_a_tpu(T, dtype, heads, monkeypatch):
   monkeypatch.undo()
-  text = lowered(T, dtype, *heads)
+  text = lowered(T, dtype, heads)
   # Forward, again in the backward pass, and two gradients.
   assert text.count('tpu_custom_call') == 4
   for name in ('causal_forward', 'causal_dq', 'causal_dkv'):
