@@ -289,6 +289,11 @@ class _Program:
         window = _window(source, head, row, self.tile)
         plgpu.copy_gmem_to_smem(window, buffer.at[slot], self.full.at[slot])
 
+    # The barriers end in the state that they began in.
+    @pl.loop(lax.max(self.steps - stages, 0), self.steps)
+    def _(step):
+      plgpu.barrier_wait(self.empty.at[lax.rem(step, stages)])
+
   def operand(self, values):
     """Values in registers as the left operand of wgmma."""
     if not self.simulated:
