@@ -100,10 +100,9 @@ def _attention_block(
   )
   attend = {
     'xla': _attend,
-    'xla_loop': _attend_live,
     'pallas_tpu': functools.partial(_attend_by, 'pallas_tpu_attention'),
     'pallas_hopper': functools.partial(_attend_by, 'pallas_hopper_attention'),
-  }[name]
+  }.get(name, _attend_live)
   heads = dispatch.named(attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm))
   w = wo.reshape(-1, wo.shape[-1])
   return product(heads.reshape(*x.shape[:2], len(w)), w, keep), heads

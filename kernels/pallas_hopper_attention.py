@@ -192,10 +192,9 @@ def _call(kernel, *, own, ring, outputs, tile, interpret, **scratch):
     scratch_types=dict(
       own_buffers=[shared(x, _BLOCK) for x in own],
       ring_buffers=[shared(x, stages, tile) for x in ring],
-      simulated=[
-        plgpu.SMEM((_BLOCK, tile), own[0].dtype)
-        for _ in range(interpret is not None)
-      ],
+      simulated=(
+        [] if interpret is None else [plgpu.SMEM((_BLOCK, tile), own[0].dtype)]
+      ),
       **scratch,
       arrived=plgpu.Barrier(num_arrivals=len(own)),
       full=plgpu.Barrier(num_arrivals=len(ring), num_barriers=stages),
