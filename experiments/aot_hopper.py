@@ -17,6 +17,7 @@ not installed.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import functools
 import importlib.metadata
@@ -81,6 +82,22 @@ ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class _Case:
+  """What is compiled: a function and the shapes that it is called with.
+
+  And what a row of the table says of it; `shared_bytes` as in `parse`.
+  """
+
+  model: str
+  kernel: str
+  sizes: str
+  run: Callable[..., Any]
+  arrays: Sequence[Any]
+  blocks: str = ''
+  shared_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Compiled:
   """What the compiler said of a kernel, or the most and all of several."""
 
@@ -111,30 +128,28 @@ def main(argv: list[str]) -> None:
 
   sharding = device_of_no_machine()
   table = rich.table.Table(
-    'model', 'kernel', 'of', 'tile', 'stages', 'registers', 'spilled',
-    'shared KiB', 'remarks',
+    'model', 'kernel', 'of', 'blocks', 'registers', 'spilled', 'shared KiB',
+    'remarks',
   )  # fmt: skip
   faults = []
-  for model, kernel, of, blocks, run, shapes, shared_bytes in (
-    *_products(),
-    *_attentions(),
-  ):
-    name = f'{model} {kernel} of {of}'
+  for case in (*_products(), *_attentions()):
+    name = f'{case.model} {case.kernel} of {case.sizes} {case.blocks}'
     arrays = [
-      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+      for x in case.arrays
     ]
-    lower = functools.partial(jax.jit(run).lower, *arrays)
+    lower = functools.partial(jax.jit(case.run).lower, *arrays)
     try:
       log = _said(lambda lower=lower: lower().compile())
     except Exception as e:
       fail(f'{name} does not compile: {str(e).splitlines()[0]}')
-    compiled = parse(log, shared_bytes)
+    compiled = parse(log, case.shared_bytes)
     faults += [f'{name}: {x}' for x in compiled.faults()]
     table.add_row(
-      model,
-      kernel,
-      of,
-      *blocks,
+      case.model,
+      case.kernel,
+      case.sizes,
+      case.blocks,
       f'{compiled.registers}',
       f'{compiled.spilled_bytes}',
       f'{compiled.shared_bytes / 1024:.1f} of {_SHARED_BYTES // 1024}',
@@ -148,11 +163,7 @@ def main(argv: list[str]) -> None:
     fail(faults[0])
 
 
-def _products() -> Iterator[tuple]:
-  """Of each product a row's first columns, a function, its arguments.
-
-  And its shared memory, by our own reckoning.
-  """
+def _products() -> Iterator[_Case]:
   import jax
   import jax.numpy as jnp
 
@@ -172,19 +183,24 @@ def _products() -> Iterator[tuple]:
           extents = forms.Extents(m, n, k)
           return pallas_hopper.product(a, b, form, extents, dtype, blocks)
 
-        shapes = [
+        arrays = [
           jax.ShapeDtypeStruct([sizes[x] for x in axes], jnp.bfloat16)
           for axes in forms.AXES[form]
         ]
         tile = ' x '.join(map(str, blocks.tile().values()))
-        yield (
-          model, form, ' x '.join(map(str, mnk)), (tile, f'{blocks.stages}'),
-          run, [*shapes, *[extent] * 3], blocks.shared_bytes(),
-        )  # fmt: skip
+        yield _Case(
+          model=model,
+          kernel=form,
+          sizes=' x '.join(map(str, mnk)),
+          blocks=f'{tile}, {blocks.stages} stages',
+          run=run,
+          arrays=[*arrays, *[extent] * 3],
+          shared_bytes=blocks.shared_bytes(),
+        )
 
 
-def _attentions() -> Iterator[tuple]:
-  """As `_products`; the three kernels of attention are one row."""
+def _attentions() -> Iterator[_Case]:
+  """The three kernels of attention are one case."""
   import jax
   import jax.numpy as jnp
 
@@ -200,10 +216,14 @@ def _attentions() -> Iterator[tuple]:
       jax.ShapeDtypeStruct((1, _TOKENS, x, size), jnp.bfloat16)
       for x in (heads, kept)
     )
-    yield (
-      model, 'attention', f'{heads} and {kept} heads of {size}', ('', ''), run,
-      [queries, keys, keys, queries, jax.ShapeDtypeStruct((), jnp.int32)], None,
-    )  # fmt: skip
+    live = jax.ShapeDtypeStruct((), jnp.int32)
+    yield _Case(
+      model=model,
+      kernel='attention',
+      sizes=f'{heads} and {kept} heads of {size}',
+      run=run,
+      arrays=[queries, keys, keys, queries, live],
+    )
 
 
 def check_plugin() -> None:
@@ -235,8 +255,9 @@ def parse(log: str, shared_bytes: int | None = None) -> Compiled:
   """
   patterns = {
     'registers': r'Used (\d+) registers',
-    'stores': r'(\d+) bytes spill stores,',
-    'loads': r'(\d+) bytes spill loads\n',
+    # Not those of a warning, which says it again.
+    'stores': r'stack frame, (\d+) bytes spill stores',
+    'loads': r'stack frame, \d+ bytes spill stores, (\d+) bytes spill loads',
     'static': r'(\d+) bytes smem',
   }
   found = {

@@ -98,11 +98,10 @@ def _attention_block(
     )
     for w, b in ((wq, bq), (wk, bk), (wv, bv))
   )
-  attend = {
-    'xla': _attend,
-    'pallas_tpu': functools.partial(_attend_by, 'pallas_tpu_attention'),
-    'pallas_hopper': functools.partial(_attend_by, 'pallas_hopper_attention'),
-  }.get(name, _attend_live)
+  if name in dispatch.PLATFORMS:
+    attend = functools.partial(_attend_by, f'{name}_attention')
+  else:
+    attend = _attend if name == 'xla' else _attend_live
   heads = dispatch.named(attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm))
   w = wo.reshape(-1, wo.shape[-1])
   return product(heads.reshape(*x.shape[:2], len(w)), w, keep), heads

@@ -85,6 +85,16 @@ def masked(
   ]
 
 
+def live_heads(x: jax.Array, live: int | jax.Array, K: int) -> jax.Array:
+  """Zeros, also in place of NaN, in the dead heads of [B, T, heads, H].
+
+  Of K key/value heads those from `live` on are dead, and of as many groups of
+  query heads.
+  """
+  head = jnp.arange(x.shape[2]) // (x.shape[2] // K)
+  return jnp.where((head < live)[:, None], x, 0)
+
+
 def sizes(a: jax.Array, b: jax.Array, form: str) -> tuple[int, int, int]:
   """(m, n, k) of the arrays.
 

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from kernels import forms
 from kernels import pallas_hopper
 
 # Rows of a warpgroup, and of a program.
@@ -37,7 +38,7 @@ _BLOCK = 2 * _ROWS
 # Of a tile; with more in the backward pass, heads of 128 channels would spill.
 _FORWARD_TILE = 128
 _BACKWARD_TILE = 64
-# Of two operands, which a ring has at most, and the bytes that it may take.
+# Slots of a ring at most, and the bytes that two rings of matrices may take.
 _MOST_STAGES = 4
 _RING_BYTES = 2**17
 # Sums of 64 x 128 are 64 registers of a thread.
@@ -95,16 +96,12 @@ def causal(
   # What fills up the last block is seen by no row before it, and channels of
   # zero change no score.
   ends = [(0, 0), (0, -T % _BLOCK), (0, 0), (0, -H % _ROWS)]
-  filled = (jnp.pad(_alive(x, live, k.shape[2]), ends) for x in (q, k, v))
+  filled = (
+    jnp.pad(forms.live_heads(x, live, k.shape[2]), ends) for x in (q, k, v)
+  )
   count = jnp.asarray(live, jnp.int32).reshape(1)
   out = _attend(H**-0.5, interpret, count, *filled)
-  return _alive(out[:, :T, :, :H], live, k.shape[2])
-
-
-def _alive(x, live, K):
-  """Zeros, also in place of NaN, in heads of [B, T, heads, H] that are dead."""
-  head = jnp.arange(x.shape[2]) // (x.shape[2] // K)
-  return jnp.where((head < live)[:, None], x, 0)
+  return forms.live_heads(out[:, :T, :, :H], live, k.shape[2])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -178,7 +175,7 @@ def _call(kernel, *, own, ring, outputs, tile, interpret, **scratch):
     **scratch: more of shared memory.
   """
   B, T, heads, H = own[0].shape
-  # Two of them are matrices of H channels.
+  # Of what a program reads in tiles two are matrices.
   stages = min(_MOST_STAGES, _RING_BYTES // (2 * tile * H * 2))
 
   def shared(x, *sizes):

@@ -79,24 +79,18 @@ def causal(
   # What fills up the last block is seen by no row before it.
   ends = [(0, 0), (0, 0), (0, -T % rows), (0, 0)]
   heads_first = (
-    jnp.pad(jnp.moveaxis(_alive(x, live, k.shape[2]), 1, 2), ends)
+    jnp.pad(jnp.moveaxis(forms.live_heads(x, live, k.shape[2]), 1, 2), ends)
     for x in (q, k, v)
   )
   out = _attend(rows, interpret, jnp.asarray(live, jnp.int32), *heads_first)
   out = jnp.moveaxis(out[..., :T], 3, 1)
-  return _alive(out, live, k.shape[2])
+  return forms.live_heads(out, live, k.shape[2])
 
 
 def block_rows(T: int) -> int:
   """Rows of a block for a text of T: whole lanes, about as many in each."""
   blocks = pl.cdiv(T, _MOST_ROWS)
   return pallas_tpu.whole_lanes(pl.cdiv(T, blocks))
-
-
-def _alive(x, live, K):
-  """Zeros, also in place of NaN, in heads of [B, T, heads, H] that are dead."""
-  head = jnp.arange(x.shape[2]) // (x.shape[2] // K)
-  return jnp.where((head < live)[:, None], x, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

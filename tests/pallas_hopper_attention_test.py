@@ -78,6 +78,12 @@ def in_the_other_process(path: pathlib.Path) -> None:
   )
   for name in ('pallas_hopper', 'xla'):
     keep(name, block(name))
+  # Last: there is no way back from an error inside the simulator.
+  plgpu.commit_smem = lambda: None
+  try:
+    causal.both_ways(run)(q, k, v, dout, 1)
+  except jax.errors.JaxRuntimeError as error:
+    said['forgotten fence'] = str(error)
   np.savez(path, **arrays)
   print(json.dumps(said))
 
@@ -172,6 +178,11 @@ def test_no_tile_above_the_diagonal_is_read(simulated):
   for early, plain in zip(found['early'][2:], found['plain'][2:], strict=True):
     np.testing.assert_array_equal(early[:, BLOCK:], plain[:, BLOCK:])
     assert np.all(np.isnan(early[:, :BLOCK]))
+
+
+def test_the_simulator_catches_a_race(simulated):
+  """What registers read of a ring, against what TMA writes there next."""
+  assert 'RACE DETECTED' in simulated.said['forgotten fence']
 
 
 def test_a_whole_block_is_that_of_xla(simulated):

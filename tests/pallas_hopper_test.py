@@ -177,8 +177,10 @@ def test_two_axes_may_be_masked_at_once(form):
 @pytest.mark.parametrize('form', forms.FORMS)
 def test_one_trace_serves_all_extents(form):
   run, traces = simulator(form)
-  # The first run of the simulator changes what jax keys its caches by.
-  check(run, form, full(form))
+  # The first run of the simulator, where no test ran it before, changes what
+  # jax keys its caches by.
+  for _ in range(2):
+    check(run, form, full(form))
   before = len(traces)
   for extent in 0, 1, 70:
     check(run, form, full(form) | {'n': extent})
@@ -389,6 +391,7 @@ RESOURCES = (
   'orders_tensor_core=False): 1}), scoped_gmem_semaphores={})\n'
 )
 PTXAS = """\
+ptxas warning : Registers are spilled, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : (C7519) warpgroup.arrive is injected in around line 756
     0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 232 registers, used 16 barriers, 1 bytes smem
