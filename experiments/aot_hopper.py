@@ -7,12 +7,12 @@ r"""Compiles the Hopper kernels for real, on a machine without a GPU.
 
 Every form of product, with the default blocks, in the shapes of the linear
 layers of SmolLM2-135M and SmolLM2-1.7B, and attention, there and back, with
-heads of 64 and 128 channels, through XLA, LLVM and ptxas to machine code for
-sm_90a. Takes 20 seconds. The plugin brings a ptxas of its own; where
-nvidia-cuda-nvcc is installed, as with jax[cuda13], that one is used. Exits 1,
-with one line, where a kernel does not compile, spills registers, has its wgmma
-serialized, or takes more shared memory than an SM lends; 2 where the wheels are
-not installed.
+heads of 64 and 128 channels, in longer and in shorter tiles, through XLA, LLVM
+and ptxas to machine code for sm_90a. Takes 20 seconds. The plugin brings a
+ptxas of its own; where nvidia-cuda-nvcc is installed, as with jax[cuda13], that
+one is used. Exits 1, with one line, where a kernel does not compile, spills
+registers, has its wgmma serialized, or takes more shared memory than an SM
+lends; 2 where the wheels are not installed.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -200,18 +201,30 @@ def _products() -> Iterator[_Case]:
 
 
 def _attentions() -> Iterator[_Case]:
-  """The three kernels of attention are one case."""
+  """The three kernels of attention are one case; with each length of tiles."""
   import jax
   import jax.numpy as jnp
 
+  from kernels import forms
   from kernels import pallas_hopper_attention
 
-  def run(q, k, v, dout, live):
-    causal = lambda *arrays: pallas_hopper_attention.causal(*arrays, live)
-    out, pull = jax.vjp(causal, q, k, v)
-    return out, *pull(dout)
+  for (model, (heads, kept, size)), i in itertools.product(
+    HEADS.items(), (0, -1)
+  ):
+    blocks = [
+      pallas_hopper_attention.candidates(
+        form, _TOKENS, _TOKENS, size, jnp.bfloat16
+      )[i]
+      for form in forms.ATTENTION
+    ]
 
-  for model, (heads, kept, size) in HEADS.items():
+    def run(q, k, v, dout, live, blocks=blocks):
+      causal = lambda *arrays: pallas_hopper_attention.causal(
+        *arrays, live, blocks
+      )
+      out, pull = jax.vjp(causal, q, k, v)
+      return out, *pull(dout)
+
     queries, keys = (
       jax.ShapeDtypeStruct((1, _TOKENS, x, size), jnp.bfloat16)
       for x in (heads, kept)
@@ -221,6 +234,7 @@ def _attentions() -> Iterator[_Case]:
       model=model,
       kernel='attention',
       sizes=f'{heads} and {kept} heads of {size}',
+      blocks=f'tiles of {", ".join(str(x.tile) for x in blocks)}',
       run=run,
       arrays=[queries, keys, keys, queries, live],
     )

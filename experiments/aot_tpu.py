@@ -135,7 +135,11 @@ def _programs(dtype, device):
     lower = functools.partial(_lower_product, form, size, dtype, device)
     yield layer, form, size, dataclasses.astuple(blocks), lower
   for layer, size in ATTENTION.items():
-    blocks = (pallas_tpu_attention.block_rows(size[0]),)
+    T, _, _, H = size
+    blocks = [
+      pallas_tpu_attention.default_blocks(form, T, T, H, dtype).rows
+      for form in forms.ATTENTION
+    ]
     lower = functools.partial(_lower_attention, *size, dtype, device)
     yield f'{layer} attention', 'causal', size, blocks, lower
 

@@ -19,6 +19,7 @@ from kernels import autotune
 from kernels.attention import masked_attention
 from kernels.dispatch import IMPLEMENTATIONS
 from kernels.dispatch import KEPT
+from kernels.dispatch import PLATFORMS
 from kernels.dispatch import refusal
 from kernels.dispatch import resolve
 from kernels.dispatch import runnable
@@ -29,6 +30,7 @@ from kernels.swiglu import masked_swiglu
 __all__ = [
   'IMPLEMENTATIONS',
   'KEPT',
+  'PLATFORMS',
   'autotune',
   'einsum',
   'masked_attention',

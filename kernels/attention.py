@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import autotune
 from kernels import dispatch
 from kernels import forms
 from kernels import matmul
@@ -199,13 +200,18 @@ def _attend(eps, keep, cos_sin, q, k, v, q_norm, k_norm, causal=None):
   return _alive(keep, out.reshape(q.shape))
 
 
-def _attend_by(module, eps, keep, cos_sin, *arrays):
+def _attend_by(module, eps, keep, cos_sin, q, *arrays):
   """`_attend` by the kernels of a module."""
+  T, H = q.shape[1], q.shape[-1]
   causal = functools.partial(
     dispatch.module(module).causal,
     live=dispatch.extent(keep, keep.size),
+    blocks=[
+      autotune.choice(module, form, T, T, H, q.dtype)
+      for form in forms.ATTENTION
+    ],
   )
-  return _attend(eps, keep, cos_sin, *arrays, causal)
+  return _attend(eps, keep, cos_sin, q, *arrays, causal)
 
 
 def _alive(keep, x):

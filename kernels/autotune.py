@@ -1,4 +1,4 @@
-"""Times the candidate blocks of a product on this device and keeps the best.
+"""Times the candidate blocks of a kernel on this device and keeps the best.
 
 A choice is one row of a JSON file: device, implementation, form, sizes, dtype,
 blocks. `use` makes a file's rows for this device known to `choice`, which the
@@ -40,7 +40,10 @@ _KEY = ('device', 'implementation', 'form', 'm', 'n', 'k', 'dtype')
 # Longest axis of a row: candidates are looked for up to it.
 _LONGEST = 2**22
 # The implementations that have blocks.
-_TUNED = ('xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper')
+_TUNED = (
+  'xla_loop', 'bucket', 'pallas_tpu', 'pallas_hopper', 'pallas_tpu_attention',
+  'pallas_hopper_attention',
+)  # fmt: skip
 # What `use` has read: key -> blocks.
 _choices: dict[tuple, Any] = {}
 
@@ -75,43 +78,106 @@ def tune(
   module = importlib.import_module(f'kernels.{implementation}')
   size = {'m': m, 'n': n, 'k': k}
   left, right = forms.AXES[form]
-  a, b = (
+  operands = [
     jax.random.normal(jax.random.key(i), [size[x] for x in letters], dtype)
     for i, letters in enumerate((left, right))
-  )
+  ]
   out = forms.result_dtype(form, dtype)
-  extents = [jnp.int32(round(size[masked] * share)) for share in _SHARES]
+
+  def run(blocks, a, b, extent):
+    some = forms.Extents(**size | {masked: extent})
+    return module.product(a, b, form, some, out, blocks)
+
+  key = _key(implementation, form, m, n, k, dtype)
+  return _fastest(key, run, operands, size[masked], timer)
+
+
+def tune_attention(
+  implementation: str,
+  form: str,
+  shape: tuple[int, int, int, int, int],
+  dtype: jax.typing.DTypeLike,
+  timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, Any]:
+  """The row of the fastest candidate for one kernel of attention; see `tune`.
+
+  A gradient is timed with what comes before it, by the other kernels' defaults.
+
+  Args:
+    implementation: a module that has `causal`.
+    form: one of `forms.ATTENTION`.
+    shape: sequences B, tokens T, key/value heads K, query heads to each G,
+      channels H. A choice holds for all B, K and G.
+    dtype: of the operands.
+    timer: see `tune`.
+
+  Raises:
+    ValueError: no candidate runs here.
+  """
+  module = importlib.import_module(f'kernels.{implementation}')
+  B, T, K, G, H = shape
+  operands = [
+    jax.random.normal(jax.random.key(i), (B, T, heads, H), dtype)
+    for i, heads in enumerate((K * G, K, K, K * G))
+  ]
+
+  def run(blocks, q, k, v, dout, live):
+    chosen = [blocks if x == form else None for x in forms.ATTENTION]
+    causal = lambda *arrays: module.causal(*arrays, live, chosen)
+    if form == 'forward':
+      return causal(q, k, v)
+    dq, *dkv = jax.vjp(causal, q, k, v)[1](dout)
+    # XLA leaves out the kernel whose result nobody reads.
+    return dq if form == 'dq' else dkv
+
+  key = _key(implementation, form, T, T, H, dtype)
+  return _fastest(key, run, operands, K, timer)
+
+
+def _fastest(key, run, operands, size, timer):
+  """The row of a key for the blocks of the least mean over the live shares.
+
+  Args:
+    key: see `_key`.
+    run: (blocks, *operands, extent) -> arrays.
+    operands: whole arrays.
+    size: the whole of what the extent is of.
+    timer: see `tune`.
+  """
+  extents = [jnp.int32(max(round(size * share), 1)) for share in _SHARES]
   found, failures = {}, []
-  for blocks in module.candidates(form, m, n, k, dtype):
-
-    def run(a, b, extent, blocks=blocks):
-      some = forms.Extents(**size | {masked: extent})
-      return module.product(a, b, form, some, out, blocks)
-
+  for blocks in _candidates(key):
+    one = functools.partial(run, blocks)
     try:
       many, times = (
-        (repeated(run, 1), 1) if timer else enough(run, a, b, extents[0])
+        (repeated(one, 1), 1) if timer else enough(one, *operands, extents[0])
       )
-      calls = [functools.partial(many, a, b, extent) for extent in extents]
+      calls = [functools.partial(many, *operands, x) for x in extents]
       jax.block_until_ready(calls[0]())
     except (ValueError, jax.errors.JaxRuntimeError) as e:
       failures.append(f'{blocks}: {e}')
       continue
     found[blocks] = statistics.fmean(map(timer or _least, calls)) / times
   if not found:
+    _, implementation, form, m, n, k, _ = key
     raise ValueError(
       f'no blocks of {implementation} run {form} of m, n, k = {m}, {n}, {k} '
       f'here; the first fails with {failures[:1]}'
     )
   best = min(found, key=found.get)
-  return dict(
-    zip(_KEY, _key(implementation, form, m, n, k, dtype), strict=True)
-  ) | {'blocks': dataclasses.asdict(best), 'seconds': found[best]}
+  return dict(zip(_KEY, key, strict=True)) | {
+    'blocks': dataclasses.asdict(best),
+    'seconds': found[best],
+  }
 
 
-def repeated(
-  product: Callable[..., jax.Array], times: int
-) -> Callable[..., jax.Array]:
+def _candidates(key):
+  """Of one product or kernel; see `_key`."""
+  _, implementation, *rest = key
+  return importlib.import_module(f'kernels.{implementation}').candidates(*rest)
+
+
+def repeated(product: Callable[..., Any], times: int) -> Callable[..., Any]:
   """`product` of the same operands over and over, in one jitted call.
 
   Each is computed anew, in a loop of a fixed length that no start from Python
@@ -120,7 +186,7 @@ def repeated(
   products would share that, but XLA drops all of them but the last.
 
   Args:
-    product: traceable; of arrays, to one array.
+    product: traceable; of arrays, to a tree of arrays.
     times: 1 or more.
 
   Returns:
@@ -136,16 +202,17 @@ def repeated(
 
   @jax.jit
   def run(*operands):
-    shape = jax.eval_shape(product, *operands)
-    carry = *operands, jnp.zeros(shape.shape, shape.dtype)
+    shapes = jax.eval_shape(product, *operands)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    carry = *operands, zeros
     return jax.lax.fori_loop(0, times, again, carry)[-1]
 
   return run
 
 
 def enough(
-  product: Callable[..., jax.Array], *operands: jax.Array
-) -> tuple[Callable[..., jax.Array], int]:
+  product: Callable[..., Any], *operands: jax.Array
+) -> tuple[Callable[..., Any], int]:
   """A product `repeated` until a call lasts 5 ms, and how many times that is.
 
   A power of two: 1 of a product that lasts by itself, as in a simulator.
@@ -162,7 +229,7 @@ def enough(
     times *= 2 ** max(1, math.floor(math.log2(_CALL / spent)))
 
 
-def seconds(call: Callable[[], jax.Array]) -> float:
+def seconds(call: Callable[[], Any]) -> float:
   """Seconds of a call; on an accelerator without its start and its wait."""
 
   def run(calls):
@@ -270,12 +337,12 @@ def _blocks(row):
     raise ValueError(f'no product has sizes {[row[x] for x in "mnk"]}')
   module = importlib.import_module(f'kernels.{row["implementation"]}')
   blocks = module.Blocks(**row['blocks'])
-  known = module.candidates(*(row[x] for x in _KEY[2:]))
+  known = _candidates([row[x] for x in _KEY])
   if blocks not in known:
     raise ValueError(f'{blocks} of a product that cannot be cut so')
   # Equal, and with lengths of the right type: JSON may say 128.0.
   return known[known.index(blocks)]
 
 
-def _least(call: Callable[[], jax.Array]) -> float:
+def _least(call: Callable[[], Any]) -> float:
   return min(seconds(call) for _ in range(_ROUNDS))

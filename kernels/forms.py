@@ -24,16 +24,29 @@ contract:
   its main loop;
 - an extent of k of 0 gives zeros; an extent of m or n of 0 gives nothing;
 - extents are data: one trace and one compile serve all.
+
+An implementation that has kernels for attention keeps them in a module
+`<name>_attention`, with
+
+    causal(q, k, v, live, blocks) -> out
+    Blocks, default_blocks, candidates  as above, of each of `ATTENTION`
+
+where a form is one of the kernels: m queries meet n keys, of k channels.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import jax
 from jax.experimental import layout
 import jax.numpy as jnp
 
 FORMS = ('nn', 'nt', 'tn')
+# The kernels of attention: its result, and gradients by queries, and by keys
+# and values.
+ATTENTION = ('forward', 'dq', 'dkv')
 _SPECS = {'nn': 'mk,kn->mn', 'nt': 'mk,nk->mn', 'tn': 'km,kn->mn'}
 # Which axis of a and of b is m, n or k.
 AXES = {
@@ -83,6 +96,30 @@ def masked(
     for axis in 'mnk'
     if not isinstance(getattr(extents, axis), int)
   ]
+
+
+def attention_blocks(
+  candidates: Callable[..., list[Any]],
+  blocks: Sequence[Any | None],
+  T: int,
+  H: int,
+  dtype: jax.typing.DTypeLike,
+) -> tuple[Any, ...]:
+  """The blocks of each of `ATTENTION`, by default the first candidate.
+
+  Raises:
+    ValueError: blocks that are no candidates.
+  """
+  found = []
+  for form, mine in zip(ATTENTION, blocks, strict=True):
+    known = candidates(form, T, T, H, dtype)
+    if mine not in (None, *known):
+      raise ValueError(
+        f'{mine} of {form}: texts of {T:,} tokens and heads of {H} channels '
+        f'take {", ".join(map(str, known))}'
+      )
+    found.append(mine or known[0])
+  return tuple(found)
 
 
 def live_heads(x: jax.Array, live: int | jax.Array, K: int) -> jax.Array:

@@ -35,9 +35,6 @@ from kernels import pallas_hopper
 # Rows of a warpgroup, and of a program.
 _ROWS = 64
 _BLOCK = 2 * _ROWS
-# Of a tile; with more in the backward pass, heads of 128 channels would spill.
-_FORWARD_TILE = 128
-_BACKWARD_TILE = 64
 # Slots of a ring at most, and the bytes that two rings of matrices may take.
 _MOST_STAGES = 4
 _RING_BYTES = 2**17
@@ -46,11 +43,19 @@ _MOST_CHANNELS = 128
 _LOG2_E = math.log2(math.e)
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """How many rows a tile has, which a program meets at a time: 64 or 128."""
+
+  tile: int
+
+
 def causal(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   live: int | jax.Array,
+  blocks: Sequence[Blocks | None] = (None, None, None),
   interpret: object = None,
 ) -> jax.Array:
   """Causal softmax attention of the live heads, scaled by 1 / sqrt(H).
@@ -63,6 +68,7 @@ def causal(
     k, v: [B, T, K, H], in the dtype of q.
     live: int32 scalar, at most K; it may be traced. Heads of k and v from here
       on, and the query heads that read them, are dead and are not read.
+    blocks: of each of `forms.ATTENTION`; `default_blocks` where None.
     interpret: a `plgpu.InterpretGPUParams` runs the simulator, on any machine.
 
   Returns:
@@ -71,7 +77,8 @@ def causal(
 
   Raises:
     ValueError: a GPU of another kind; dtypes that differ, or that the kernel
-      does not take; heads of more than 128 channels.
+      does not take; heads of more than 128 channels; blocks that are no
+      candidates.
   """
   if interpret is None and (why := pallas_hopper.refusal()):
     raise ValueError(
@@ -93,6 +100,7 @@ def causal(
   if not q.size:
     # No grid can be cut out of nothing.
     return jnp.zeros_like(q)
+  blocks = forms.attention_blocks(candidates, blocks, T, H, q.dtype)
   # What fills up the last block is seen by no row before it, and channels of
   # zero change no score.
   ends = [(0, 0), (0, -T % _BLOCK), (0, 0), (0, -H % _ROWS)]
@@ -100,25 +108,57 @@ def causal(
     jnp.pad(forms.live_heads(x, live, k.shape[2]), ends) for x in (q, k, v)
   )
   count = jnp.asarray(live, jnp.int32).reshape(1)
-  out = _attend(H**-0.5, interpret, count, *filled)
+  out = _attend(H**-0.5, blocks, interpret, count, *filled)
   return forms.live_heads(out[:, :T, :, :H], live, k.shape[2])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, interpret, live, q, k, v):
+def default_blocks(
+  form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
+) -> Blocks:
+  """The first of `candidates`: what to use where nothing has been timed."""
+  return candidates(form, m, n, k, dtype)[0]
+
+
+def candidates(
+  form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
+) -> list[Blocks]:
+  """All blocks worth timing: those for which ptxas finds registers.
+
+  The longer tile comes first. Where both operands of wgmma are in shared
+  memory, its 64 x 64 read twice as long as they multiply, and 64 x 128 one and
+  a half times.
+
+  Args:
+    form: one of `forms.ATTENTION`.
+    m, n: queries and keys: tokens of a text.
+    k: channels of a head.
+    dtype: of the operands.
+  """
+  if form not in forms.ATTENTION or m != n or k > _MOST_CHANNELS:
+    return []
+  if jnp.dtype(dtype) not in pallas_hopper.DTYPES:
+    return []
+  # Longer tiles would spill: in dkv, which knows a row of numbers for each of
+  # its columns, and in dq where heads have 128 channels.
+  short = form == 'dkv' or (form == 'dq' and k > _ROWS)
+  return [Blocks(tile) for tile in ((64,) if short else (128, 64))]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(scale, blocks, interpret, live, q, k, v):
   """[B, T, K * G, H] of q, likewise, on k, v [B, T, K, H].
 
   Of the result nothing is kept for the backward pass, in which it is computed
   again, as in `kernels.attention`.
   """
-  return _result(scale, interpret, live, q, k, v)[0]
+  return _result(scale, blocks, interpret, live, q, k, v)[0]
 
 
-def _forward(scale, interpret, live, q, k, v):
-  return _attend(scale, interpret, live, q, k, v), (live, q, k, v)
+def _forward(scale, blocks, interpret, live, q, k, v):
+  return _attend(scale, blocks, interpret, live, q, k, v), (live, q, k, v)
 
 
-def _result(scale, interpret, live, q, k, v):
+def _result(scale, blocks, interpret, live, q, k, v):
   """See `_attend`; and of each softmax the log2 of its sum, [B, K * G, T]."""
   B, T, heads, _ = q.shape
   return _call(
@@ -126,15 +166,15 @@ def _result(scale, interpret, live, q, k, v):
     own=[q],
     ring=[k, v],
     outputs=[q, jax.ShapeDtypeStruct((B, heads, T), jnp.float32)],
-    tile=_FORWARD_TILE,
+    blocks=blocks[0],
     interpret=interpret,
     log_sum_buffer=plgpu.SMEM((_BLOCK,), jnp.float32),
   )(live, q, k, v)
 
 
-def _backward(scale, interpret, saved, dout):
+def _backward(scale, blocks, interpret, saved, dout):
   live, q, k, v = saved
-  out, log_sum = _result(scale, interpret, *saved)
+  out, log_sum = _result(scale, blocks, interpret, *saved)
   # What the softmax takes off each gradient of a score.
   shift = jnp.moveaxis((out.astype(jnp.float32) * dout).sum(-1), 1, 2)
   queries, keys = [q, dout, log_sum, shift], [k, v]
@@ -143,7 +183,7 @@ def _backward(scale, interpret, saved, dout):
     own=queries,
     ring=keys,
     outputs=[q],
-    tile=_BACKWARD_TILE,
+    blocks=blocks[1],
     interpret=interpret,
   )(live, *queries, *keys)
   dk, dv = _call(
@@ -151,7 +191,7 @@ def _backward(scale, interpret, saved, dout):
     own=keys,
     ring=queries,
     outputs=keys,
-    tile=_BACKWARD_TILE,
+    blocks=blocks[2],
     interpret=interpret,
   )(live, *keys, *queries)
   return None, dq, dk, dv
@@ -160,7 +200,7 @@ def _backward(scale, interpret, saved, dout):
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, *, own, ring, outputs, tile, interpret, **scratch):
+def _call(kernel, *, own, ring, outputs, blocks, interpret, **scratch):
   """A kernel with a program for each sequence, head and block of `own`.
 
   Args:
@@ -170,11 +210,12 @@ def _call(kernel, *, own, ring, outputs, tile, interpret, **scratch):
       block.
     ring: arrays of which a program reads tiles, as many as it has steps.
     outputs: what is like the results.
-    tile: rows of a tile.
+    blocks: of the kernel.
     interpret: see `causal`.
     **scratch: more of shared memory.
   """
   B, T, heads, H = own[0].shape
+  tile = blocks.tile
   # Of what a program reads in tiles two are matrices.
   stages = min(_MOST_STAGES, _RING_BYTES // (2 * tile * H * 2))
 

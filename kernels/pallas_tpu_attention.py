@@ -15,6 +15,8 @@ over keys run down the sublanes, and what there is one of for each query (its
 maximum, its sum) is a row, which spreads over a block as it is.
 """
 
+from collections.abc import Sequence
+import dataclasses
 import functools
 
 import jax
@@ -26,12 +28,21 @@ import numpy as np
 from kernels import forms
 from kernels import pallas_tpu
 
-# Rows of a block: a matrix of float32 scores has 1 MiB then, of which a step
-# holds a few at a time. Not tuned, there was no TPU to time it on.
+# Most rows of a block, by default and of other candidates. With 512 a matrix of
+# float32 scores has 1 MiB, of which a step holds a few at a time. There was no
+# TPU to time it on.
 _MOST_ROWS = 512
+_OTHERS = (1024, 256)
 # The lists of blocks are in scalar memory: 263 kB at 131,072 tokens; at 262,144
 # they would be all of its 1 MB.
 _MOST_TOKENS = 2**17
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """How a kernel cuts the causal square: into squares of so many rows."""
+
+  rows: int
 
 
 def causal(
@@ -39,6 +50,7 @@ def causal(
   k: jax.Array,
   v: jax.Array,
   live: int | jax.Array,
+  blocks: Sequence[Blocks | None] = (None, None, None),
   interpret: bool | object = False,
 ) -> jax.Array:
   """Causal softmax attention of the live heads, scaled by 1 / sqrt(H).
@@ -51,6 +63,7 @@ def causal(
     k, v: [B, T, K, H], in the dtype of q.
     live: int32 scalar, at most K; it may be traced. Heads of k and v from here
       on, and the query heads that read them, are dead and are not read.
+    blocks: of each of `forms.ATTENTION`; `default_blocks` where None.
     interpret: for tests on a CPU: True, or a `pltpu.InterpretParams`.
 
   Returns:
@@ -75,42 +88,77 @@ def causal(
       f'a text of {T:,} tokens: the attention of pallas_tpu takes up to '
       f'{_MOST_TOKENS:,}; use implementation=xla'
     )
-  rows = block_rows(T)
+  blocks = forms.attention_blocks(candidates, blocks, T, q.shape[3], q.dtype)
   # What fills up the last block is seen by no row before it.
-  ends = [(0, 0), (0, 0), (0, -T % rows), (0, 0)]
+  ends = [(0, 0), (0, 0), (0, _filled(T) - T), (0, 0)]
   heads_first = (
     jnp.pad(jnp.moveaxis(forms.live_heads(x, live, k.shape[2]), 1, 2), ends)
     for x in (q, k, v)
   )
-  out = _attend(rows, interpret, jnp.asarray(live, jnp.int32), *heads_first)
+  out = _attend(blocks, interpret, jnp.asarray(live, jnp.int32), *heads_first)
   out = jnp.moveaxis(out[..., :T], 3, 1)
   return forms.live_heads(out, live, k.shape[2])
 
 
-def block_rows(T: int) -> int:
-  """Rows of a block for a text of T: whole lanes, about as many in each."""
-  blocks = pl.cdiv(T, _MOST_ROWS)
-  return pallas_tpu.whole_lanes(pl.cdiv(T, blocks))
+def default_blocks(
+  form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
+) -> Blocks:
+  """The first of `candidates`: what to use where nothing has been timed."""
+  return candidates(form, m, n, k, dtype)[0]
+
+
+def candidates(
+  form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
+) -> list[Blocks]:
+  """Up to three different blocks worth timing: whole lanes, all of one size.
+
+  Whatever its blocks, a kernel has the text that those of the default fill.
+
+  Args:
+    form: one of `forms.ATTENTION`.
+    m, n: queries and keys: tokens of a text.
+    k: channels of a head.
+    dtype: of the operands.
+  """
+  del k
+  if form not in forms.ATTENTION or m != n:
+    return []
+  if jnp.dtype(dtype) not in pallas_tpu.DTYPES:
+    return []
+  filled, lanes = _filled(m), pallas_tpu.whole_lanes(1)
+  even = [x for x in range(lanes, filled + 1, lanes) if filled % x == 0]
+  found = [_rows(m)] + [max(x for x in even if x <= y) for y in _OTHERS]
+  return [Blocks(x) for x in dict.fromkeys(found)]
+
+
+def _rows(T):
+  """Rows of a block by default: whole lanes, about as many in each."""
+  return pallas_tpu.whole_lanes(pl.cdiv(T, pl.cdiv(T, _MOST_ROWS)))
+
+
+def _filled(T):
+  """Rows of a text with its last block filled up."""
+  return _rows(T) * pl.cdiv(T, _rows(T))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(rows, interpret, live, q, k, v):
+def _attend(blocks, interpret, live, q, k, v):
   """[B, K * G, H, T] of q [B, K * G, T, H] on k, v [B, K, T, H].
 
   Of the result nothing is kept for the backward pass, in which it is computed
   again, as in `kernels.attention`.
   """
-  return _result(rows, interpret, live, q, k, v)[0]
+  return _result(blocks, interpret, live, q, k, v)[0]
 
 
-def _forward(rows, interpret, live, q, k, v):
-  return _attend(rows, interpret, live, q, k, v), (live, q, k, v)
+def _forward(blocks, interpret, live, q, k, v):
+  return _attend(blocks, interpret, live, q, k, v), (live, q, k, v)
 
 
-def _result(rows, interpret, live, q, k, v):
+def _result(blocks, interpret, live, q, k, v):
   """See `_attend`; and of each softmax the logsumexp, [B, K * G, 1, T]."""
   B, heads, T, H = q.shape
-  G = heads // k.shape[1]
+  G, rows = heads // k.shape[1], blocks[0].rows
   return _call(
     functools.partial(_forward_kernel, scale=H**-0.5),
     'causal_forward',
@@ -125,13 +173,14 @@ def _result(rows, interpret, live, q, k, v):
   )
 
 
-def _backward(rows, interpret, saved, dout):
+def _backward(blocks, interpret, saved, dout):
   live, q, k, v = saved
-  out, logsumexp = _result(rows, interpret, *saved)
+  out, logsumexp = _result(blocks, interpret, *saved)
   B, heads, T, H = q.shape
   G = heads // k.shape[1]
   # What the softmax takes off each gradient of a score.
   shift = (out.astype(jnp.float32) * dout).sum(2, keepdims=True)
+  rows = blocks[1].rows
   (dq,) = _call(
     functools.partial(_dq_kernel, scale=H**-0.5),
     'causal_dq',
@@ -144,6 +193,7 @@ def _backward(rows, interpret, saved, dout):
     scratch=[(H, rows)],
     interpret=interpret,
   )  # fmt: skip
+  rows = blocks[2].rows
   dk, dv = _call(
     functools.partial(_dkv_kernel, scale=H**-0.5),
     'causal_dkv',

@@ -1,5 +1,6 @@
 import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -12,7 +13,9 @@ import pytest
 from kernels import autotune
 from kernels import bucket
 from kernels import forms
+from kernels import masked_attention
 from kernels import masked_matmul
+from kernels import pallas_tpu_attention as attention
 from kernels import xla_loop
 from tests import kernels_test
 
@@ -57,6 +60,86 @@ def test_the_fastest_is_stored_and_used(tmp_path, monkeypatch):
     implementation='xla_loop',
   )  # fmt: skip
   assert seen == [best]
+
+
+def attend(T, K, H):
+  """A block of attention by the kernels for a TPU, on this CPU."""
+  rng = np.random.default_rng(0)
+  shapes = (1, T, 32), (32, K, 1, H), (32, K, H), (32, K, H), (K, 1, H, 32)
+  arrays = [
+    jnp.asarray(rng.standard_normal(x) / 4, jnp.float32) for x in shapes
+  ]
+  run = lambda *arrays: masked_attention(
+    *arrays, jnp.arange(K) < 1, jnp.ones((2, T, H // 2)),
+    implementation='pallas_tpu',
+  )  # fmt: skip
+  out, pull = jax.vjp(run, *arrays)
+  return out, *pull(out)
+
+
+def test_every_kernel_of_attention_is_timed_and_used(tmp_path, monkeypatch):
+  kernels_test.interpret(monkeypatch, 'pallas_tpu', True)
+  seen, causal = [], attention.causal
+  monkeypatch.setattr(
+    attention,
+    'causal',
+    lambda q, k, v, live, blocks: (
+      seen.append(blocks) or causal(q, k, v, live, blocks)
+    ),
+  )
+  before = attend(260, 2, 8)
+  assert seen.pop() == [None] * 3
+  path, shape = tmp_path / 'blocks.json', (1, 260, 2, 1, 8)
+  # All rows in one block, or in three.
+  blocks = [attention.Blocks(384), attention.Blocks(128)]
+  for i, form in enumerate(forms.ATTENTION):
+    sizes = 260, 260, 8, 'float32'
+    assert attention.candidates(form, *sizes) == blocks
+    assert attention.default_blocks(form, *sizes) == blocks[0]
+    tune = functools.partial(
+      autotune.tune_attention, 'pallas_tpu_attention', form, shape, 'float32'
+    )
+    row = tune(timer=slowest_first())
+    # Other kernels have their defaults meanwhile.
+    assert {x.pop(i) for x in seen} == {*blocks}
+    assert seen == [[None, None]] * len(seen)
+    seen.clear()
+    autotune.store(path, [row])
+  assert autotune.use(path) == 3
+  after = attend(260, 2, 8)
+  assert seen.pop() == [blocks[1]] * 3
+  for x, want in zip(after, before, strict=True):
+    np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-4)
+  # Of another length, or with another width of heads, nothing is known.
+  for T, H in ((259, 8), (260, 16)):
+    for form in forms.ATTENTION:
+      key = 'pallas_tpu_attention', form, T, T, H, 'float32'
+      assert autotune.choice(*key) is None
+
+
+def test_only_the_kernel_that_is_asked_for_is_timed(monkeypatch):
+  """What is timed for a gradient: what it needs, and not the other one."""
+  kernels_test.interpret(monkeypatch, 'pallas_tpu', True)
+  texts = {}
+
+  def lowered(call):
+    many = call.func
+    texts.setdefault(form, many.lower(*call.args).compile().as_text())
+    return 1.0
+
+  for form in forms.ATTENTION:
+    autotune.tune_attention(
+      'pallas_tpu_attention', form, (1, 8, 1, 1, 8), 'float32', lowered
+    )
+  found = {
+    form: {x for x in ('forward', 'dq', 'dkv') if f'causal_{x}' in text}
+    for form, text in texts.items()
+  }
+  assert found == {
+    'forward': {'forward'},
+    'dq': {'forward', 'dq'},
+    'dkv': {'forward', 'dkv'},
+  }
 
 
 def test_what_is_timed_are_extents_at_which_chunks_do_not_end():

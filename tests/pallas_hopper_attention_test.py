@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import forms
 from kernels import pallas_hopper
 from kernels import pallas_hopper_attention as attention
 from tests import causal
@@ -24,8 +25,13 @@ K, G, H = 2, 2, 64
 # without a mask, and leaves one to the other.
 T = 300
 BLOCK = 128
-# Width of a head and dtype: as wide as it takes, and one that is filled up.
-OTHERS = {'128': (128, 'float16'), '40': (40, 'bfloat16')}
+# Width of a head, dtype, rows of tiles: as wide as it takes, one that is filled
+# up, and the shorter tiles.
+OTHERS = {
+  '128': (128, 'float16', None),
+  '40': (40, 'bfloat16', None),
+  'short': (64, 'bfloat16', 64),
+}
 
 SCRIPT = """
 import pathlib, sys
@@ -63,9 +69,11 @@ def in_the_other_process(path: pathlib.Path) -> None:
   said['traces'] = len(traces)
   cut = [x[:, :, : x.shape[2] // K] for x in draw()]
   keep('cut', both_ways(*cut, 1))
-  for name, (size, dtype) in OTHERS.items():
+  for name, (size, dtype, tile) in OTHERS.items():
     drawn = draw(BLOCK + 1, 1, 1, size, dtype)
-    said[name] = keep(name, both_ways(*drawn, 1))
+    blocks = [tile and attention.Blocks(tile)] * 3
+    some = causal.both_ways(functools.partial(run, blocks=blocks))
+    said[name] = keep(name, some(*drawn, 1))
   q, k, v, dout = draw(2 * BLOCK, 1, 1)
   keep('plain', both_ways(q, k, v, dout, 1))
   k_late, v_late = (x.at[:, BLOCK:].set(jnp.nan) for x in (k, v))
@@ -161,7 +169,7 @@ def test_same_bits_as_arrays_without_the_dead_heads(simulated):
 
 @pytest.mark.parametrize('name', OTHERS)
 def test_other_heads(simulated, name):
-  size, dtype = OTHERS[name]
+  size, dtype, _ = OTHERS[name]
   wants = causal.exact(*draw(BLOCK + 1, 1, 1, size, dtype), 1)
   assert simulated.said[name] == {'dtypes': [dtype]}
   off = causal.distance(simulated.found[name], wants)
@@ -234,6 +242,27 @@ def test_no_array_grows_with_the_square_of_a_text():
 def test_what_it_does_not_take(arrays, said):
   with pytest.raises(ValueError, match=said):
     attention.causal(*arrays[:3], K)
+
+
+def test_longer_tiles_are_refused_where_they_would_be_wrong():
+  """And where they would spill; the shorter ones are taken everywhere."""
+  known = {
+    (form, H): [x.tile for x in attention.candidates(form, T, T, H, 'bfloat16')]
+    for form in forms.ATTENTION
+    for H in (40, 64, 128)
+  }
+  assert known == {
+    ('forward', 40): [128, 64], ('dq', 40): [128, 64], ('dkv', 40): [64],
+    ('forward', 64): [128, 64], ('dq', 64): [128, 64], ('dkv', 64): [64],
+    ('forward', 128): [128, 64], ('dq', 128): [64], ('dkv', 128): [64],
+  }  # fmt: skip
+  q, k, v, _ = draw(8)
+  long = [None, None, attention.Blocks(128)]
+  with pytest.raises(ValueError, match=r'\(tile=128\) of dkv: .* take .*=64\)'):
+    attention.causal(q, k, v, K, long)
+  for wrong in (('nn', T, T, H), ('dq', T, 2 * T, H), ('dq', T, T, 136)):
+    assert attention.candidates(*wrong, 'bfloat16') == []
+  assert attention.candidates('dq', T, T, H, 'float32') == []
 
 
 def test_no_tokens_at_all():

@@ -51,11 +51,32 @@ def test_value_and_gradient_against_float64(T):
 
 def test_blocks_are_those_of_the_length(monkeypatch):
   monkeypatch.undo()
-  blocks = {T: attention.block_rows(T) for T in (1, 128, 129, 512, 600, 2048)}
-  assert blocks == {1: 128, 128: 128, 129: 256, 512: 512, 600: 384, 2048: 512}
-  arrays = draw(600)
+  rows = lambda T, form='forward': [
+    x.rows for x in attention.candidates(form, T, T, H, 'float32')
+  ]
+  assert {T: rows(T) for T in (1, 129, 512, 600, 1300, 2048)} == {
+    1: [128], 129: [256], 512: [512, 256], 600: [384, 768, 256],
+    1300: [512, 768, 256], 2048: [512, 1024, 256],
+  }  # fmt: skip
+  assert rows(512, 'nn') == []
+  assert attention.candidates('dq', 512, 256, H, 'float32') == []
+  assert attention.candidates('dq', 512, 512, H, 'float16') == []
+  check_blocks(600, [None] * 3)
+  with pytest.raises(ValueError, match=r'=640\) of dq: texts of 600 tokens'):
+    check_blocks(600, [None, attention.Blocks(640), None])
+
+
+@pytest.mark.parametrize('rows', [(384, 128, 128), (128, 384, 128)])
+def test_each_kernel_has_blocks_of_its_own(rows):
+  check_blocks(300, [attention.Blocks(x) for x in rows])
+
+
+def check_blocks(T, blocks):
+  """Asserts that results and gradients are those of float64."""
+  run = functools.partial(attention.causal, blocks=blocks, interpret=True)
+  arrays = draw(T)
   for x, want in zip(
-    both_ways()(*arrays, 2), causal.exact(*arrays, 2), strict=True
+    causal.both_ways(run)(*arrays, 2), causal.exact(*arrays, 2), strict=True
   ):
     np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
 
@@ -80,9 +101,11 @@ def test_a_dead_head_has_no_step():
   """No kernel writes a block of it: its memory is the NaN that it was."""
   q, k, v, dout = (jnp.moveaxis(x, 1, 2) for x in draw(2 * ROWS))
 
+  blocks = (attention.Blocks(ROWS),) * 3
+
   @jax.jit
   def run(q, k, v, dout, live):
-    fn = functools.partial(attention._attend, ROWS, True, live)
+    fn = functools.partial(attention._attend, blocks, True, live)
     out, pull = jax.vjp(fn, q, k, v)
     return out, *pull(jnp.moveaxis(dout, 2, 3))
 
