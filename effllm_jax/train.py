@@ -79,6 +79,7 @@ def run(
     config.model.blocks,
     plan.recipe.compute,
     config_checks.device_tokens(config, mesh),
+    config.data.seq_len,
     source.cfg,
   )
   # Before the other text is built, which may take hours.
@@ -240,7 +241,11 @@ def _random(cfg: structure.ModelConfig, seed: int) -> structure.Params:
 
 
 def _use_blocks(
-  path: str, compute: model.Compute, tokens: int, cfg: structure.ModelConfig
+  path: str,
+  compute: model.Compute,
+  tokens: int,
+  seq_len: int,
+  cfg: structure.ModelConfig,
 ) -> None:
   """Has a file's blocks used; says where a run begins without any of them.
 
@@ -248,6 +253,7 @@ def _use_blocks(
     path: a file of `experiments.bench_kernels`; '': none.
     compute: of the run.
     tokens: of a micro-batch on one device.
+    seq_len: of a text.
     cfg: what the arrays are before the first shrink; narrower ones are other
       products, for which the default blocks hold.
   """
@@ -261,19 +267,31 @@ def _use_blocks(
     ) from e
   if not path:
     return
+  wanted = {f'{cfg.D} x {cfg.F}': (name, 'nn', tokens, cfg.F, cfg.D)}
+  if name in kernels.PLATFORMS:
+    wanted[f'attention in texts of {seq_len:,} tokens'] = (
+      f'{name}_attention', 'forward', seq_len, seq_len, cfg.H,
+    )  # fmt: skip
+  missing = [
+    what
+    for what, key in wanted.items()
+    if not kernels.autotune.choice(*key, dtype)
+  ]
+  used = 'not used' if len(missing) == len(wanted) else 'used in part'
   if name in ('xla', 'bucket'):
     why = f'model.kernels {name} has no blocks in a model'
-  elif not kernels.autotune.choice(name, 'nn', tokens, cfg.F, cfg.D, dtype):
+  elif missing:
+    shape = 'x'.join(map(str, (cfg.D, cfg.F, cfg.K, cfg.G, cfg.H)))
     why = (
-      f'it has no row for {name}, {cfg.D} x {cfg.F} in {dtype}, {tokens:,} '
-      'tokens of a micro-batch on one device, and '
+      f'it has no row for {name}, {" or ".join(missing)} in {dtype}, '
+      f'{tokens:,} tokens of a micro-batch on one device, and '
       f'{jax.devices()[0].device_kind}; make them with '
-      f'experiments.bench_kernels --model={cfg.D}x{cfg.F} --tokens={tokens} '
-      f'--dtype={dtype} --tune={path}'
+      f'experiments.bench_kernels --model={shape} --tokens={tokens} '
+      f'--seq_len={seq_len} --dtype={dtype} --tune={path}'
     )
   else:
     return
   said = console.plain(stderr=True, quiet=jax.process_index() > 0)
   said.print(
-    f'model.blocks {path} is not used: {why}', highlight=False, soft_wrap=True
+    f'model.blocks {path} is {used}: {why}', highlight=False, soft_wrap=True
   )

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
 import importlib
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +22,76 @@ TOLERANCE = {'float32': 2e-3, 'bfloat16': 1e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-  """A product of a layer, of which one axis is masked.
+class Operand:
+  """An array of random numbers.
 
   Attributes:
-    form: one of `forms.FORMS`.
-    what: it is in the layer.
-    size: of the arrays, by 'm', 'n', 'k'.
-    masked: which of these it is.
+    shape: of all of it.
+    axis: which one is masked; None: none is.
+    deviation: of the numbers.
+    dtype: None: that of the activations.
   """
 
-  form: str
+  shape: tuple[int, ...]
+  axis: int | None
+  deviation: float = 1.0
+  dtype: str | None = None
+
+  def draw(self, seed: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The array, with activations of `dtype`."""
+    x = jax.random.normal(jax.random.key(seed), self.shape, self.dtype or dtype)
+    return x * self.deviation
+
+  def cut(self, x: jax.Array, width: int) -> jax.Array:
+    """The array without what is dead."""
+    if self.axis is None:
+      return x
+    return jax.lax.slice_in_dim(x, 0, width, axis=self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What is timed: something of arrays, of which one axis is masked.
+
+  Attributes:
+    name: of the product or the op.
+    what: it is in a layer.
+    sizes: its m, n and k, or what stands for them in a table.
+    masked: name of the masked axis.
+    size: of that axis.
+    operands: the arrays.
+    dense: (*arrays that are cut) -> arrays; by XLA.
+    run: (implementation, *whole arrays, extent) -> arrays.
+    flops: (width) -> operations on what is alive.
+    owes_zeros: whether the first operand must be zero beyond the extent.
+    tolerance: by dtype, see `compare`.
+  """
+
+  name: str
   what: str
-  size: Mapping[str, int]
+  sizes: Sequence[object]
   masked: str
+  size: int
+  operands: Sequence[Operand]
+  dense: Callable[..., Any]
+  run: Callable[..., Any]
+  flops: Callable[[int], float]
+  owes_zeros: bool = False
+  tolerance: dict[str, float] = dataclasses.field(
+    default_factory=lambda: TOLERANCE
+  )
 
   def width(self, share: float) -> int:
     """So much of the masked axis is alive; one at least."""
-    return max(round(self.size[self.masked] * share), 1)
+    return max(round(self.size * share), 1)
+
+  def size_text(self) -> str:
+    """The sizes in one line."""
+    return ' '.join(map(str, self.sizes))
+
+  def live(self, width: int) -> str:
+    """The masked axis and what share of it is alive."""
+    return f'{self.masked} {width / self.size:.0%}'
 
   def roofline(
     self,
@@ -48,32 +100,67 @@ class Case:
     peak: float,
     bandwidth: float,
   ) -> float:
-    """Least seconds of the product of the live part, by `peak`'s two numbers.
+    """Least seconds on the live part, by the two numbers of `peak`.
 
-    What has to be moved are both operands and the result, once each.
+    What has to be moved are operands and results, once each.
     """
-    live = dict(self.size) | {self.masked: width}
-    m, n, k = (live[x] for x in 'mnk')
-    out = forms.result_dtype(self.form, dtype)
-    moved = (m * k + k * n) * jnp.dtype(dtype).itemsize
-    moved += m * n * jnp.dtype(out).itemsize
-    return max(2 * m * n * k / peak, moved / bandwidth)
+    arrays = jax.eval_shape(lambda: _cut(self, _draw(self, dtype), width))
+    moved = arrays + jax.tree.leaves(jax.eval_shape(self.dense, *arrays))
+    size = sum(x.size * x.dtype.itemsize for x in moved)
+    return max(self.flops(width) / peak, size / bandwidth)
 
 
 def cases(stem: int, ffn: int, tokens: int) -> list[Case]:
   """All products of a feed-forward layer and of its gradients."""
   up = {'nn': 'n', 'nt': 'k', 'tn': 'n'}
   down = {'nn': 'k', 'nt': 'n', 'tn': 'm'}
-  found = []
-  for layer, masked, widths in (
-    ('gate, up', up, (stem, ffn)),
-    ('down', down, (ffn, stem)),
-  ):
-    for form, gradient in (('nn', ''), ('nt', ', dx'), ('tn', ', dw')):
-      mnk = forms.layer_sizes(form, tokens, *widths)
-      size = dict(zip('mnk', mnk, strict=True))
-      found.append(Case(form, layer + gradient, size, masked[form]))
-  return found
+  return [
+    _product(
+      form, layer + gradient, forms.layer_sizes(form, tokens, *widths),
+      masked[form],
+    )
+    for layer, masked, widths in (
+      ('gate, up', up, (stem, ffn)),
+      ('down', down, (ffn, stem)),
+    )
+    for form, gradient in (('nn', ''), ('nt', ', dx'), ('tn', ', dw'))
+  ]  # fmt: skip
+
+
+def _product(form, what, mnk, masked):
+  size = dict(zip('mnk', mnk, strict=True))
+
+  def run(name, a, b, extent):
+    extents = forms.Extents(**size | {masked: extent})
+    blocks = autotune.choice(name, form, *mnk, a.dtype)
+    product = importlib.import_module(f'kernels.{name}').product
+    out = forms.result_dtype(form, a.dtype)
+    return product(a, b, form, extents, out, blocks)
+
+  def flops(width):
+    m, n, k = (size | {masked: width}).values()
+    return 2 * m * n * k
+
+  return Case(
+    name=form,
+    what=what,
+    sizes=mnk,
+    masked=masked,
+    size=size[masked],
+    operands=[
+      Operand(
+        tuple(size[x] for x in letters),
+        letters.index(masked) if masked in letters else None,
+      )
+      for letters in forms.AXES[form]
+    ],
+    dense=lambda a, b: forms.dense(
+      a, b, form, forms.result_dtype(form, a.dtype)
+    ),
+    run=run,
+    flops=flops,
+    owes_zeros=masked == 'k',
+  )
 
 
 def medians(
@@ -82,111 +169,108 @@ def medians(
   names: Sequence[str],
   dtype: jax.typing.DTypeLike,
   rounds: int,
-) -> Iterator[dict[str, float]]:
-  """Median seconds of one product by each implementation, in turns.
+) -> Iterator[tuple[int, dict[str, float]]]:
+  """Median seconds of a case by each implementation, in turns.
 
   Args:
-    case: the product.
-    shares: live shares of its masked axis, for each of which times are given.
+    case: what to time.
+    shares: live shares of its masked axis.
     names: of the implementations, which are compared with XLA first.
-    dtype: of the operands.
+    dtype: of the activations.
     rounds: that count; one more comes first.
 
   Yields:
-    By name, and of XLA on arrays that are cut to the live width as 'cut'.
+    For each width that these shares come to, it and seconds by name; of XLA on
+    arrays that are cut to the width as 'cut'.
 
   Raises:
     errors.InputError: as `compare`.
   """
-  left, right = forms.AXES[case.form]
-  out = forms.result_dtype(case.form, dtype)
-  a, b = (
-    jax.random.normal(jax.random.key(i), [case.size[x] for x in letters], dtype)
-    for i, letters in enumerate((left, right))
-  )
-  dense = functools.partial(forms.dense, form=case.form, dtype=out)
-  runs = {name: _masked(name, case, out) for name in names}
-  for width in map(case.width, shares):
-    cut = [
-      jnp.asarray(
-        x[tuple(slice(width if y == case.masked else None) for y in letters)]
-      )
-      for x, letters in ((a, left), (b, right))
-    ]
-    extent = jnp.int32(width)
-    want = jax.jit(dense)(*cut)
-    clean = zeroed(a, left, width) if case.masked == 'k' else a
-    for name, run in runs.items():
-      what = f'{name} of {case.form} {case.size}, {case.masked} up to {width},'
-      compare(what, run(clean, b, extent), want, dtype)
-    calls = {'cut': timed(dense, *cut)}
-    calls |= {name: timed(run, a, b, extent) for name, run in runs.items()}
+  operands = _draw(case, dtype)
+  widths = list(dict.fromkeys(map(case.width, shares)))
+  # Compiled once for all widths; the narrowest tells how often to repeat it.
+  runs = {
+    name: autotune.enough(
+      functools.partial(case.run, name), *operands, jnp.int32(min(widths))
+    )
+    for name in names
+  }
+  for width in widths:
+    extent, cut = jnp.int32(width), _cut(case, operands, width)
+    clean = list(operands)
+    if case.owes_zeros:
+      clean[0] = zeroed(clean[0], case.operands[0].axis, width)
+    want = jax.jit(case.dense)(*cut)
+    for name, (many, _) in runs.items():
+      what = f'{name} of {case.name} {case.size_text()}, {case.live(width)},'
+      limit = case.tolerance[jnp.dtype(dtype).name]
+      compare(what, many(*clean, extent), want, limit)
+    calls = {'cut': timed(case.dense, *cut)}
+    for name, (many, times) in runs.items():
+      calls[name] = _timed(many, times, *operands, extent)
     seconds = {name: [] for name in calls}
     for _ in range(rounds + 1):
       for name, call in calls.items():
         seconds[name].append(call())
-    yield {name: statistics.median(x[1:]) for name, x in seconds.items()}
+    yield width, {name: statistics.median(x[1:]) for name, x in seconds.items()}
 
 
-def _masked(name, case, out):
-  """The jitted product by one implementation, of a traced extent."""
-  module = importlib.import_module(f'kernels.{name}')
-
-  @jax.jit
-  def run(a, b, extent):
-    extents = forms.Extents(**dict(case.size) | {case.masked: extent})
-    blocks = autotune.choice(name, case.form, *case.size.values(), a.dtype)
-    return module.product(a, b, case.form, extents, out, blocks)
-
-  return run
+def _draw(case, dtype):
+  return [x.draw(i, dtype) for i, x in enumerate(case.operands)]
 
 
-def zeroed(a: jax.Array, letters: str, width: int) -> jax.Array:
-  """`a` with zeros from `width` of k on, as the caller of a product owes.
+def _cut(case, arrays, width):
+  return [
+    x.cut(array, width) for x, array in zip(case.operands, arrays, strict=True)
+  ]
+
+
+def zeroed(a: jax.Array, axis: int, width: int) -> jax.Array:
+  """`a` with zeros from `width` of an axis on, as the caller of a product owes.
 
   Args:
-    a: the left operand, two-dimensional.
-    letters: of its axes, `'mk'` or `'km'`.
-    width: live extent of k.
+    a: two-dimensional.
+    axis: 0 or 1.
+    width: live extent of it.
   """
-  k = letters.index('k')
-  live = jnp.arange(a.shape[k]) < width
-  return jnp.where(jnp.expand_dims(live, 1 - k), a, 0)
+  live = jnp.arange(a.shape[axis]) < width
+  return jnp.where(jnp.expand_dims(live, 1 - axis), a, 0)
 
 
-def compare(
-  what: str, got: jax.Array, want: jax.Array, dtype: jax.typing.DTypeLike
-) -> None:
-  """Refuses a product that differs from XLA's within the extents.
+def compare(what: str, got: Any, want: Any, limit: float) -> None:
+  """Refuses results that differ from XLA's within the extents.
 
   Args:
     what: it is, for the error.
-    got: at least as wide as `want`; beyond that anything goes.
-    want: XLA's product of arrays that are cut to the extents.
-    dtype: of the operands.
+    got: tree of arrays at least as wide as those of `want`; beyond that
+      anything goes.
+    want: XLA's results of arrays that are cut to the extents.
+    limit: most by which an entry may differ, as a share of the largest one.
 
   Raises:
-    errors.InputError: an entry differs by more than `TOLERANCE`.
+    errors.InputError: an entry differs by more.
   """
-  got, want = (
-    x[: want.shape[0], : want.shape[1]].astype(jnp.float32) for x in (got, want)
-  )
-  limit = TOLERANCE[jnp.dtype(dtype).name]
-  # Not by the largest, which on a CPU passes NaN over.
-  right = jnp.abs(got - want) <= limit * jnp.abs(want).max()
-  if not right.all():
-    raise errors.InputError(
-      f"{what} differs from XLA's in {right.size - int(right.sum()):,} of "
-      f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
-      'wrong kernel; leave it out with --implementations'
-    )
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    x = x[tuple(map(slice, y.shape))].astype(jnp.float32)
+    y = y.astype(jnp.float32)
+    # Not by the largest, which on a CPU passes NaN over.
+    right = jnp.abs(x - y) <= limit * jnp.abs(y).max()
+    if not right.all():
+      raise errors.InputError(
+        f"{what} differs from XLA's in {right.size - int(right.sum()):,} of "
+        f'{right.size:,} entries, by more than {limit:g} of the largest one: a '
+        'wrong kernel; leave it out with --implementations'
+      )
 
 
 def timed(
-  product: Callable[..., jax.Array], *operands: jax.Array
+  product: Callable[..., Any], *operands: jax.Array
 ) -> Callable[[], float]:
   """Times one product anew, in seconds, whenever it is called."""
-  many, times = autotune.enough(product, *operands)
+  return _timed(*autotune.enough(product, *operands), *operands)
+
+
+def _timed(many, times, *operands):
   return lambda: autotune.seconds(lambda: many(*operands)) / times
 
 

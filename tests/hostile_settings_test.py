@@ -63,18 +63,22 @@ def test_blocks(place):
     autotune.tune(name, 'nn', *sizes, 'float32', 'n', timer=lambda _: 1.0)
     for name in ('bucket', 'xla_loop')
   ]
+  attention = {'implementation': 'pallas_tpu_attention', 'form': 'forward'}
+  square = {'m': 32, 'n': 32, 'blocks': {'rows': 128}}
+  rows.append(rows[0] | attention | square)
 
   @hostile.fuzz(150)
   @hypothesis.given(data=hostile.changed(rows))
   def check(data):
     path.write_bytes(data)
-    hostile.answer(lambda: train._use_blocks(str(path), compute, 32, cfg), path)
-    for name in ('bucket', 'xla_loop'):
-      module = importlib.import_module(f'kernels.{name}')
-      blocks = autotune.choice(name, 'nn', *sizes, 'float32')
-      assert blocks is None or blocks in module.candidates(
-        'nn', *sizes, 'float32'
-      )
+    hostile.answer(
+      lambda: train._use_blocks(str(path), compute, 32, 16, cfg), path
+    )
+    for row in rows:
+      key = [row[x] for x in ('form', 'm', 'n', 'k', 'dtype')]
+      module = importlib.import_module(f'kernels.{row["implementation"]}')
+      blocks = autotune.choice(row['implementation'], *key)
+      assert blocks is None or blocks in module.candidates(*key)
 
   try:
     check()
@@ -82,7 +86,7 @@ def test_blocks(place):
       path.unlink() if path.is_file() else None
       hostile.THINGS[thing](path)
       assert hostile.answer(
-        lambda: train._use_blocks(str(path), compute, 32, cfg), path
+        lambda: train._use_blocks(str(path), compute, 32, 16, cfg), path
       )
       with pytest.raises(ValueError, match='is not a file of tuned blocks'):
         autotune.store(path, [])

@@ -34,6 +34,7 @@ from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
 from experiments.configs import smollm2_135m
 from kernels import autotune
+from kernels import pallas_tpu
 from tests import budgets_test
 from tests import conftest
 from tests import ngrams_test
@@ -623,18 +624,33 @@ def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
   def said(name, tokens, dtype='float32', **changes):
     compute = model.Compute(dtype=dtype, kernels=name)
     other = dataclasses.replace(cfg, **changes)
-    train._use_blocks(str(path), compute, tokens, other)
+    train._use_blocks(str(path), compute, tokens, 16, other)
     return capsys.readouterr().err
 
   try:
     assert said('xla_loop', 32) == ''
     none = 'no row for xla_loop, 48 x 64 in float32, 64 tokens'
     assert none in said('xla_loop', 64)
-    made = '--model=48x64 --tokens=64 --dtype=float32 --tune='
+    made = (
+      f'--model=48x64x{cfg.K}x{cfg.G}x{cfg.H} --tokens=64 --seq_len=16 '
+      '--dtype=float32 --tune='
+    )
     assert made in said('xla_loop', 64)
     assert 'xla_loop, 48 x 64 in bfloat16' in said('xla_loop', 32, 'bfloat16')
     assert 'xla_loop, 48 x 96 in float32' in said('xla_loop', 32, F=96)
     assert 'bucket has no blocks in a model' in said('bucket', 32)
+    # Of attention too, where that has kernels.
+    neither = 'not used: it has no row for pallas_tpu, 48 x 64 or attention in '
+    assert neither in said('pallas_tpu', 32)
+    blocks = pallas_tpu.default_blocks('nn', 32, 64, 48, 'float32')
+    blocks = {'blocks': dataclasses.asdict(blocks)}
+    autotune.store(path, [row | {'implementation': 'pallas_tpu'} | blocks])
+    one = 'used in part: it has no row for pallas_tpu, attention in texts of 16'
+    assert one in said('pallas_tpu', 32)
+    name = {'implementation': 'pallas_tpu_attention', 'form': 'forward'}
+    square = {'m': 16, 'n': 16, 'k': cfg.H, 'blocks': {'rows': 128}}
+    autotune.store(path, [row | name | square])
+    assert said('pallas_tpu', 32) == ''
     path.unlink()
     autotune.store(path, [row | {'device': 'NVIDIA H100'}])
     here = jax.devices()[0].device_kind

@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.kernels = 'auto'
   # Their block sizes (`xla` and `bucket` have none in a model): a file that
   # experiments.bench_kernels made, for as many tokens as a micro-batch has on
-  # one device; '': the defaults.
+  # one device, and texts of this length; '': the defaults.
   config.model.blocks = ''
 
   # Devices along each axis of the mesh, of all processes together; -1: all that
