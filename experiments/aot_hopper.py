@@ -27,6 +27,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from typing import Any
 
 from effllm_jax import errors
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> None:
   sharding = device_of_no_machine()
   table = rich.table.Table(
     'model', 'kernel', 'of', 'blocks', 'registers', 'spilled', 'shared KiB',
-    'remarks',
+    'remarks', 'temporaries MB', 'seconds',
   )  # fmt: skip
   faults = []
   for case in (*_products(), *_attentions()):
@@ -140,8 +141,9 @@ def main(argv: list[str]) -> None:
       for x in case.arrays
     ]
     lower = functools.partial(jax.jit(case.run).lower, *arrays)
+    start = time.perf_counter()
     try:
-      log = _said(lambda lower=lower: lower().compile())
+      log, program = _said(lambda lower=lower: lower().compile())
     except Exception as e:
       fail(f'{name} does not compile: {str(e).splitlines()[0]}')
     compiled = parse(log, case.shared_bytes)
@@ -155,6 +157,8 @@ def main(argv: list[str]) -> None:
       f'{compiled.spilled_bytes}',
       f'{compiled.shared_bytes / 1024:.1f} of {_SHARED_BYTES // 1024}',
       ' '.join(sorted(set(re.findall(r'C\d+', ' '.join(compiled.remarks))))),
+      f'{program.memory_analysis().temp_size_in_bytes / 1e6:.1f}',
+      f'{time.perf_counter() - start:.1f}',
     )
   console = cli.tables()
   console.print(table)
@@ -318,22 +322,22 @@ def devices(count: int) -> list[Any]:
   ).devices
 
 
-def _said(action: Callable[[], object]) -> str:
-  """What an action prints, libraries in C++ included."""
+def _said(action: Callable[[], Any]) -> tuple[str, Any]:
+  """What an action prints, libraries in C++ included, and what it returns."""
   with tempfile.TemporaryFile() as file:
     kept = {fd: os.dup(fd) for fd in (1, 2)}
     sys.stdout.flush()
     try:
       for fd in kept:
         os.dup2(file.fileno(), fd)
-      action()
+      result = action()
     finally:
       sys.stdout.flush()
       for fd, copy in kept.items():
         os.dup2(copy, fd)
         os.close(copy)
     file.seek(0)
-    return file.read().decode(errors='replace')
+    return file.read().decode(errors='replace'), result
 
 
 def _version(package: str) -> str | None:

@@ -79,9 +79,9 @@ def main(argv: list[str]) -> None:
   from experiments import bench_blocks
   from experiments import bench_products
 
-  names, shares = _names(), _shares()
-  dtype = jnp.dtype(_DTYPE.value)
   stem, ffn, *heads = _shape()
+  names, shares = _names(stem, ffn, *heads), _shares()
+  dtype = jnp.dtype(_DTYPE.value)
   products = bench_products.cases(stem, ffn, _TOKENS.value)
   texts, tokens = _texts()
   blocks = bench_blocks.cases(stem, ffn, heads, texts, tokens)
@@ -162,7 +162,13 @@ def _shape() -> tuple[int, ...]:
       'feed-forward width; set it as in --model=960x2560, or with heads as in '
       '--model=960x2560x5x3x64'
     )
-  return tuple(map(int, _MODEL.value.split('x')))
+  shape = tuple(map(int, _MODEL.value.split('x')))
+  if shape[4:] and shape[4] % 2:
+    raise errors.InputError(
+      f'--model={_MODEL.value} has {shape[4]} channels in a head, which are '
+      'turned in pairs; set an even number of them'
+    )
+  return shape
 
 
 def _texts() -> tuple[int, int]:
@@ -176,24 +182,30 @@ def _texts() -> tuple[int, int]:
   return _TOKENS.value // tokens, tokens
 
 
-def _names() -> list[str]:
+def _names(stem: int, ffn: int, *heads: int) -> list[str]:
   import jax
 
   import kernels
 
   here = jax.default_backend()
   runs = kernels.runnable()
-  # It takes bfloat16, and multiples of 64.
-  if _DTYPE.value == 'float32' or _TOKENS.value % 64:
+  if not _fits_hopper(stem, ffn, *heads):
     runs = [x for x in runs if x != 'pallas_hopper']
   for name in _IMPLEMENTATIONS.value:
     if name not in runs:
       raise errors.InputError(
         f'{name!r} does not run on this {here} in {_DTYPE.value} on '
-        f'{_TOKENS.value} tokens; set --implementations to some of '
-        f'{", ".join(runs)}'
+        f'{_TOKENS.value} tokens of --model={_MODEL.value}; set '
+        f'--implementations to some of {", ".join(runs)}'
       )
   return _IMPLEMENTATIONS.value or runs
+
+
+def _fits_hopper(stem, ffn, keys=64, group=1, channels=1) -> bool:
+  """It takes bfloat16, multiples of 64, and heads of up to 128 channels."""
+  axes = _TOKENS.value, stem, ffn, keys * channels, keys * group * channels
+  even = not any(x % 64 for x in axes)
+  return _DTYPE.value == 'bfloat16' and even and channels <= 128
 
 
 def _shares() -> list[float]:

@@ -31,10 +31,17 @@ def test_a_wrong_product_is_one_line(dtype):
       compare(right.at[7, 9].set(wrong))
 
 
-@pytest.mark.parametrize('model', ['3b', '960x', '0x64', '64x64x64'])
+@pytest.mark.parametrize(
+  'model', ['3b', '960x', '0x64', '64x64x64', '64x64x2x1x8x8']
+)
 def test_a_layer_of_no_shape_is_one_line(model):
   done = conftest.command('bench_kernels', f'--model={model}')
   runs.refused(done, f'--model={model} is none of 135m, 1.7b')
+
+
+def test_channels_that_make_no_pairs_are_one_line():
+  done = conftest.command('bench_kernels', '--model=64x64x2x1x7')
+  runs.refused(done, '--model=64x64x2x1x7 has 7 channels in a head, which are ')
 
 
 def test_the_command_times_a_layer_of_any_shape():
