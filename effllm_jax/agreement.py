@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from effllm_jax import model as model_lib
 from effllm_jax import structure
@@ -155,8 +156,9 @@ def compare(
     continuation: its own `NEW_TOKENS` greedy tokens after the prompt.
   """
   logits_TV = want.logits([*want.prompt, *continuation])
+  # In float32 the rounding of a divergence below 1e-7 would leave its sign.
   ours, theirs = (
-    np.asarray(jax.nn.log_softmax(np.asarray(x, np.float32), axis=-1))
+    special.log_softmax(np.asarray(x, np.float64), axis=-1)
     for x in (logits_TV, have_TV)
   )
   likely = logits_TV[len(want.prompt) - 1 : -1].argmax(-1).tolist()

@@ -76,6 +76,17 @@ def test_divergence_is_that_of_the_distributions(want, continuation, logits):
   assert found.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
 
 
+def test_a_small_divergence_is_not_lost_in_rounding(want, continuation, logits):
+  """Of noise e it is half of its variance: below 0 as a float32 sums it."""
+  exact = np.asarray(logits, np.float64)
+  noise = np.random.default_rng(0).normal(0, 1e-5, logits.shape)
+  p = np.exp(exact - exact.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  variance = (p * noise**2).sum(-1) - (p * noise).sum(-1) ** 2
+  found = agreement.compare(want, exact + noise, continuation)
+  np.testing.assert_allclose(found.kl, variance.mean() / 2, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
   ('change', 'match'),
   [
