@@ -1,5 +1,6 @@
 # make quickstart   venv, requirements, source model, text, run, export, report
 # make test         the whole suite
+# make test-device  the kernels on the GPU or TPU that jax finds here
 # make lint         ruff
 # make docs         a page for each module, in out/api
 # make kernels-aot  compiles for TPU and Hopper, and needs neither: the kernels,
@@ -18,7 +19,7 @@ PY = $(VENV)/bin/python
 # The compiler for Hopper comes with a jax that needs it.
 PYTHON_CUDA ?= python3.13
 
-.PHONY: quickstart test lint docs kernels-aot clean
+.PHONY: quickstart test test-device lint docs kernels-aot clean
 
 # Large pages for large arrays: a step on a CPU spends a tenth of its time on
 # page faults without. Of no effect but with glibc.
@@ -36,6 +37,12 @@ quickstart: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Nothing is named: jax takes the best that it finds.
+test-device: export JAX_PLATFORMS =
+test-device: $(VENV)/.ready
+	@$(PY) -c 'import jax; print("device:", jax.devices()[0].device_kind)'
+	$(PY) -m pytest -n 0 -v tests/device_test.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -277,10 +277,12 @@ def _use_blocks(
     for what, key in wanted.items()
     if not kernels.autotune.choice(*key, dtype)
   ]
-  used = 'not used' if len(missing) == len(wanted) else 'used in part'
+  used = 'not used'
   if name in ('xla', 'bucket'):
     why = f'model.kernels {name} has no blocks in a model'
   elif missing:
+    if len(missing) < len(wanted):
+      used = 'used in part'
     shape = 'x'.join(map(str, (cfg.D, cfg.F, cfg.K, cfg.G, cfg.H)))
     why = (
       f'it has no row for {name}, {" or ".join(missing)} in {dtype}, '

@@ -137,7 +137,7 @@ def _programs(dtype, device):
   for layer, size in ATTENTION.items():
     T, _, _, H = size
     blocks = [
-      pallas_tpu_attention.default_blocks(form, T, T, H, dtype).rows
+      pallas_tpu_attention.candidates(form, T, T, H, dtype)[0].rows
       for form in forms.ATTENTION
     ]
     lower = functools.partial(_lower_attention, *size, dtype, device)

@@ -29,9 +29,10 @@ An implementation that has kernels for attention keeps them in a module
 `<name>_attention`, with
 
     causal(q, k, v, live, blocks) -> out
-    Blocks, default_blocks, candidates  as above, of each of `ATTENTION`
+    Blocks, candidates  as above, for each of `ATTENTION`
 
-where a form is one of the kernels: m queries meet n keys, of k channels.
+where a form is one of the kernels: m queries meet n keys, of k channels. The
+first candidate is the default.
 """
 
 from collections.abc import Callable

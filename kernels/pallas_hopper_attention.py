@@ -68,7 +68,7 @@ def causal(
     k, v: [B, T, K, H], in the dtype of q.
     live: int32 scalar, at most K; it may be traced. Heads of k and v from here
       on, and the query heads that read them, are dead and are not read.
-    blocks: of each of `forms.ATTENTION`; `default_blocks` where None.
+    blocks: of each of `forms.ATTENTION`; the first of `candidates` where None.
     interpret: a `plgpu.InterpretGPUParams` runs the simulator, on any machine.
 
   Returns:
@@ -112,21 +112,14 @@ def causal(
   return forms.live_heads(out[:, :T, :, :H], live, k.shape[2])
 
 
-def default_blocks(
-  form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
-) -> Blocks:
-  """The first of `candidates`: what to use where nothing has been timed."""
-  return candidates(form, m, n, k, dtype)[0]
-
-
 def candidates(
   form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
 ) -> list[Blocks]:
   """All blocks worth timing: those for which ptxas finds registers.
 
-  The longer tile comes first. Where both operands of wgmma are in shared
-  memory, its 64 x 64 read twice as long as they multiply, and 64 x 128 one and
-  a half times.
+  The first and default one is the longest. Where both operands of wgmma are in
+  shared memory, its 64 x 64 read twice as long as they multiply, and 64 x 128
+  one and a half times.
 
   Args:
     form: one of `forms.ATTENTION`.

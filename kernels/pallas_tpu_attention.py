@@ -63,7 +63,7 @@ def causal(
     k, v: [B, T, K, H], in the dtype of q.
     live: int32 scalar, at most K; it may be traced. Heads of k and v from here
       on, and the query heads that read them, are dead and are not read.
-    blocks: of each of `forms.ATTENTION`; `default_blocks` where None.
+    blocks: of each of `forms.ATTENTION`; the first of `candidates` where None.
     interpret: for tests on a CPU: True, or a `pltpu.InterpretParams`.
 
   Returns:
@@ -100,19 +100,13 @@ def causal(
   return forms.live_heads(out, live, k.shape[2])
 
 
-def default_blocks(
-  form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
-) -> Blocks:
-  """The first of `candidates`: what to use where nothing has been timed."""
-  return candidates(form, m, n, k, dtype)[0]
-
-
 def candidates(
   form: str, m: int, n: int, k: int, dtype: jax.typing.DTypeLike
 ) -> list[Blocks]:
   """Up to three different blocks worth timing: whole lanes, all of one size.
 
-  Whatever its blocks, a kernel has the text that those of the default fill.
+  The first is the default, and whatever its blocks, a kernel has the text that
+  those of the default fill.
 
   Args:
     form: one of `forms.ATTENTION`.

@@ -18,7 +18,7 @@ import tempfile
 import threading
 from typing import Any
 
-# Before jax is imported: tests never look for an accelerator.
+# Before jax is imported: tests look for no accelerator that is not asked for.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # The threads of PyTorch's products wait for each other at full speed: beside
@@ -40,17 +40,18 @@ os.environ |= {
 # jax 0.10 went, for each loop, into the dialects and passes of XLA's newer
 # emitters (model_test: 86 s, now 41). The newest jax has no others: the whole
 # suite tests them there, and here the real commands of `runs.Setting`, which
-# are compiled as a user's are.
-os.environ['XLA_FLAGS'] = ' '.join(
-  [
-    os.environ.get('XLA_FLAGS', ''),
-    '--xla_backend_optimization_level=0',
-    '--xla_cpu_parallel_codegen_split_count=1',
-    '--xla_cpu_use_fusion_emitters=false'
-    if importlib.metadata.version('jaxlib').startswith('0.10.')
-    else '',
-  ]
-)
+# are compiled as a user's are. Other devices get what users have.
+if os.environ['JAX_PLATFORMS'] == 'cpu':
+  os.environ['XLA_FLAGS'] = ' '.join(
+    [
+      os.environ.get('XLA_FLAGS', ''),
+      '--xla_backend_optimization_level=0',
+      '--xla_cpu_parallel_codegen_split_count=1',
+      '--xla_cpu_use_fusion_emitters=false'
+      if importlib.metadata.version('jaxlib').startswith('0.10.')
+      else '',
+    ]
+  )
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu

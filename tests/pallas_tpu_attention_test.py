@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import forms
 from kernels import pallas_tpu_attention as attention
 from tests import causal
 
@@ -61,6 +62,10 @@ def test_blocks_are_those_of_the_length(monkeypatch):
   assert rows(512, 'nn') == []
   assert attention.candidates('dq', 512, 256, H, 'float32') == []
   assert attention.candidates('dq', 512, 512, H, 'float16') == []
+  default = forms.attention_blocks(
+    attention.candidates, [None] * 3, 600, H, 'float32'
+  )
+  assert default == (attention.Blocks(384),) * 3
   check_blocks(600, [None] * 3)
   with pytest.raises(ValueError, match=r'=640\) of dq: texts of 600 tokens'):
     check_blocks(600, [None, attention.Blocks(640), None])
