@@ -190,6 +190,8 @@ def test_no_tile_above_the_diagonal_is_read(simulated):
 
 def test_the_simulator_catches_a_race(simulated):
   """What registers read of a ring, against what TMA writes there next."""
+  if jax.__version_info__ < (0, 12):
+    pytest.skip('the simulator of jax 0.11.2 does not see this one')
   assert 'RACE DETECTED' in simulated.said['forgotten fence']
 
 
