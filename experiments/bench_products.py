@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -63,8 +64,8 @@ class Case:
     dense: (*arrays that are cut) -> arrays; by XLA.
     run: (implementation, *whole arrays, extent) -> arrays.
     flops: (width) -> operations on what is alive.
-    owes_zeros: whether the first operand must be zero beyond the extent.
     tolerance: by dtype, see `compare`.
+    owes_zeros: whether the first operand must be zero beyond the extent.
   """
 
   name: str
@@ -76,10 +77,8 @@ class Case:
   dense: Callable[..., Any]
   run: Callable[..., Any]
   flops: Callable[[int], float]
+  tolerance: Mapping[str, float]
   owes_zeros: bool = False
-  tolerance: dict[str, float] = dataclasses.field(
-    default_factory=lambda: TOLERANCE
-  )
 
   def width(self, share: float) -> int:
     """So much of the masked axis is alive; one at least."""
@@ -159,6 +158,7 @@ def _product(form, what, mnk, masked):
     ),
     run=run,
     flops=flops,
+    tolerance=TOLERANCE,
     owes_zeros=masked == 'k',
   )
 

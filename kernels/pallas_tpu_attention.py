@@ -72,7 +72,7 @@ def causal(
 
   Raises:
     ValueError: dtypes that differ, or that the kernel does not take; more than
-      131,072 tokens in a text.
+      131,072 tokens in a text; blocks that are no candidates.
   """
   if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in pallas_tpu.DTYPES:
     raise ValueError(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from effllm_jax import model
+from experiments import bench_blocks
 import kernels
 from kernels import autotune
 from kernels import forms
@@ -33,6 +34,11 @@ ATTENTIONS = [
 # Several tiles of each axis, and no two sizes alike.
 SIZES = {'m': 256, 'n': 384, 'k': 320}
 TOKENS, D, F, K, G, H = 192, 128, 384, 3, 2, 64
+BLOCKS = [
+  case
+  for case in bench_blocks.cases(D, F, (K, G, H), 2, TOKENS)
+  if case.what == 'with gradient'
+]
 
 
 def exact(dtype):
@@ -113,73 +119,48 @@ def test_products(name, dtype, form, axes):
   assert len(traces) == 1
 
 
-def swiglu(name, keep, x, *weights):
-  return kernels.masked_swiglu(x, *weights, keep, implementation=name)
-
-
-def attention(name, keep, x, *weights):
-  T = x.shape[1]
-  angles = np.arange(T)[:, None] / 100 ** (np.arange(H // 2) * 2 / H)
-  cos_sin = jnp.asarray([np.cos(angles), np.sin(angles)], jnp.float32)
-  return kernels.masked_attention(
-    x, *weights, keep, cos_sin, implementation=name
-  )
-
-
-# A function, the shapes of its weights, and which axis of each is masked.
-OPS = {
-  'swiglu': (swiglu, [(D, F), (D, F), (F, D)], [1, 1, 0]),
-  'attention': (
-    attention,
-    [(D, K, G, H), (D, K, H), (D, K, H), (K, G, H, D)],
-    [1, 1, 1, 0],
-  ),
-}
-
-
-@pytest.mark.parametrize('op', OPS)
+@pytest.mark.parametrize('case', BLOCKS, ids=lambda x: x.name)
 @EACH
-def test_blocks_of_a_layer(name, dtype, op):
-  """Value and gradient against XLA's in float32 on the CPU; the dead are zero.
+def test_blocks_of_a_layer(name, dtype, case):
+  """Value and gradient against XLA's of cut arrays, in float32 on the CPU.
 
-  Which other tests hold against float64.
+  Which other tests hold against float64. Where it is dead, it is zero.
   """
-  fn, shapes, axes = OPS[op]
-  rng = np.random.default_rng(0)
-  x, dy = (
-    jnp.asarray(rng.standard_normal((2, TOKENS, D)), dtype) for _ in range(2)
-  )
-  weights = [
-    jnp.asarray(
-      jnp.asarray(rng.standard_normal(shape) / D**0.5, dtype), jnp.float32
-    )
-    for shape in shapes
-  ]
+  operands = [x.draw(i, dtype) for i, x in enumerate(case.operands)]
   traces = []
 
-  def both(name, keep, x, dy, *weights):
-    traces.append(name)
-    y, pull = jax.vjp(functools.partial(fn, name, keep), x, *weights)
-    return y, *pull(dy)
+  @jax.jit
+  def run(*arrays):
+    traces.append(1)
+    return case.run(name, *arrays)
 
-  run = jax.jit(both, static_argnums=0)
-  size = shapes[0][axes[0]]
-  for live in (0, 1, size // 2 + 1, size):
-    keep = np.arange(size) < live
+  for width in (0, 1, case.size // 2 + 1, case.size):
     with exact(dtype):
-      found = run(name, keep, x, dy, *weights)
+      y, *grads = run(*operands, jnp.int32(width))
+    # Of all operands but the gradient of the result.
+    for operand, grad in zip(case.operands[:-1], grads, strict=True):
+      if operand.axis is not None:
+        dead = np.moveaxis(np.asarray(grad), operand.axis, 0)[width:]
+        assert not np.any(dead)
+    if not width:
+      assert not np.any(np.asarray(y))
+      continue
     with on_the_cpu():
-      wants = run(
-        'xla', keep, *(np.asarray(y, np.float32) for y in (x, dy, *weights))
+      wants = jax.jit(case.dense)(
+        *(
+          x.cut(jnp.asarray(np.asarray(array, np.float32)), width)
+          for x, array in zip(case.operands, operands, strict=True)
+        )
       )
-    for y, want in zip(found, wants, strict=True):
-      y, want = (np.asarray(z, np.float64) for z in (y, want))
+    live = [
+      x.cut(grad, width)
+      for x, grad in zip(case.operands[:-1], grads, strict=True)
+    ]
+    for have, want in zip([y, *live], wants, strict=True):
+      have, want = (np.asarray(z, np.float64) for z in (have, want))
       limit = {'bfloat16': 0.02, 'float32': 1e-4}[dtype]
-      assert np.linalg.norm(y - want) <= limit * np.linalg.norm(want)
-    for y, axis in zip(found[2:], axes, strict=True):
-      assert not np.any(np.moveaxis(np.asarray(y), axis, 0)[live:])
-  # The one that is tested, for every mask; and the other.
-  assert traces.count(name) == 1 + (name == 'xla')
+      assert np.linalg.norm(have - want) <= limit * np.linalg.norm(want)
+  assert len(traces) == 1
 
 
 @pytest.mark.skipif(not ATTENTIONS, reason='kernels of a TPU or a GPU')
@@ -193,18 +174,17 @@ def test_attention_in_every_candidate_s_blocks(module):
       module.candidates(form, T, T, size, 'bfloat16')
       for form in forms.ATTENTION
     ]
-    for live, blocks in itertools.product(
-      (1, K), itertools.zip_longest(*known)
-    ):
-      run = functools.partial(module.causal, blocks=blocks)
-      drawn = [x.at[:, :, live * x.shape[2] // K :].set(jnp.nan) for x in clean]
-      found = causal.both_ways(run)(*drawn, live)
+    for live in (1, K):
       with on_the_cpu():
         wants = causal.exact(*clean, live)
-      for x, want in zip(found, wants, strict=True):
-        off = np.abs(np.asarray(x, np.float64) - want).max()
-        assert off <= 0.02 * np.abs(want).max()
-        assert not np.any(np.asarray(x)[:, :, live * x.shape[2] // K :])
+      drawn = [x.at[:, :, live * x.shape[2] // K :].set(jnp.nan) for x in clean]
+      for blocks in itertools.zip_longest(*known):
+        run = functools.partial(module.causal, blocks=blocks)
+        found = causal.both_ways(run)(*drawn, live)
+        for x, want in zip(found, wants, strict=True):
+          off = np.abs(np.asarray(x, np.float64) - want).max()
+          assert off <= 0.02 * np.abs(want).max()
+          assert not np.any(np.asarray(x)[:, :, live * x.shape[2] // K :])
 
 
 @pytest.mark.parametrize('name', NAMES)
