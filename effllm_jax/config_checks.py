@@ -7,12 +7,12 @@ import ml_collections
 import numpy as np
 
 from effllm_jax import errors
+from effllm_jax import kernels
 from effllm_jax import model
 from effllm_jax import rules as rules_lib
 from effllm_jax import saliency
 from effllm_jax import sharding
 from effllm_jax import structure
-import kernels
 
 # Where the weights of a run come from: `config.init`.
 INITS = ('source', 'random')

@@ -24,12 +24,12 @@ from effllm_jax import atomic
 from effllm_jax import benchmark_items
 from effllm_jax import errors
 from effllm_jax import hf_export
+from effllm_jax import kernels
 from effllm_jax import likelihood
 from effllm_jax import model as model_lib
 from effllm_jax import runlog
 from effllm_jax import weights
 from effllm_jax import widths
-import kernels
 
 with errors.installed('lm-eval', '-r requirements-eval.txt'):
   # Read on import: nothing goes online, no bars but our own, and no fork of a

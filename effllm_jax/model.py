@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effllm_jax import kernels
 from effllm_jax import sharding
 from effllm_jax import structure
 from effllm_jax import unembedding
-import kernels
 
 Array = jax.Array
 

@@ -22,6 +22,7 @@ from effllm_jax import dataset
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import inputs
+from effllm_jax import kernels
 from effllm_jax import loop
 from effllm_jax import model
 from effllm_jax import plan as plan_lib
@@ -33,7 +34,6 @@ from effllm_jax import structure
 from effllm_jax import teacher as teacher_lib
 from effllm_jax import text_folder
 from effllm_jax import workdir as workdir_lib
-import kernels
 
 # What a workdir says of a teacher that is not the source.
 _TEACHER = 'teacher.json'

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effllm_jax import kernels
 from effllm_jax import sharding
 from effllm_jax import structure
-import kernels
 
 Array = jax.Array
 

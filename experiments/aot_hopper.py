@@ -172,8 +172,8 @@ def _products() -> Iterator[_Case]:
   import jax
   import jax.numpy as jnp
 
-  from kernels import forms
-  from kernels import pallas_hopper
+  from effllm_jax.kernels import forms
+  from effllm_jax.kernels import pallas_hopper
 
   extent = jax.ShapeDtypeStruct((), jnp.int32)
   for model, (d, f, tokens) in SHAPES.items():
@@ -209,8 +209,8 @@ def _attentions() -> Iterator[_Case]:
   import jax
   import jax.numpy as jnp
 
-  from kernels import forms
-  from kernels import pallas_hopper_attention
+  from effllm_jax.kernels import forms
+  from effllm_jax.kernels import pallas_hopper_attention
 
   for (model, (heads, kept, size)), i in itertools.product(
     HEADS.items(), (0, -1)

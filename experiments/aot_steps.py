@@ -7,7 +7,7 @@ r"""Compiles training steps for an H100, on a machine without a GPU.
 
 What XLA plans to hold: the state (weights and moments), and temporaries, the
 gradients and what a forward pass keeps, with logits and scores of attention in
-blocks as they are (`effllm_jax.unembedding`, `kernels.attention`) and whole.
+blocks as they are (`effllm_jax.unembedding`, `kernels/attention.py`) and whole.
 bfloat16, remat 'full', kernels 'xla', a score of every group, one GPU. Exits 1
 where a step does not fit into its memory, 2 where the wheels are missing.
 Fifteen minutes on one core.
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
   import rich.table
 
   from effllm_jax import unembedding
-  from kernels import attention
+  from effllm_jax.kernels import attention
 
   table = rich.table.Table(
     'model', 'tokens', 'teacher', 'state GB', 'temporaries GB', 'whole',

@@ -125,9 +125,9 @@ def _programs(dtype, device):
   import functools
   import itertools
 
-  from kernels import forms
-  from kernels import pallas_tpu
-  from kernels import pallas_tpu_attention
+  from effllm_jax.kernels import forms
+  from effllm_jax.kernels import pallas_tpu
+  from effllm_jax.kernels import pallas_tpu_attention
 
   for layer, form in itertools.product(LAYERS, forms.FORMS):
     size = forms.layer_sizes(form, *LAYERS[layer])
@@ -148,8 +148,8 @@ def _lower_product(form, size, dtype, device):
   import jax
   import jax.numpy as jnp
 
-  from kernels import forms
-  from kernels import pallas_tpu
+  from effllm_jax.kernels import forms
+  from effllm_jax.kernels import pallas_tpu
 
   named = dict(zip('mnk', size, strict=True))
   a, b = (
@@ -169,7 +169,7 @@ def _lower_attention(T, K, G, H, dtype, device):
   import jax
   import jax.numpy as jnp
 
-  from kernels import pallas_tpu_attention
+  from effllm_jax.kernels import pallas_tpu_attention
 
   q, k = (_array(device, (1, T, heads, H), dtype) for heads in (K * G, K))
 

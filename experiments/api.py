@@ -25,18 +25,23 @@ def main(argv: list[str]) -> None:
   with errors.installed('to make API pages', '-r requirements-dev.txt'):
     import pdoc
   import effllm_jax
-  import kernels
+  from effllm_jax import kernels
 
-  # In the language of pdoc: these packages, without what follows a `!`.
-  wanted = ['effllm_jax', 'kernels']
-  for package in (effllm_jax, kernels):
-    for found in pkgutil.iter_modules(package.__path__):
-      name = f'{package.__name__}.{found.name}'
-      try:
-        importlib.import_module(name)
-      except (ImportError, errors.InputError) as e:
-        print(f'{name} is left out: {e}')
-        wanted.append(f'!{name}')
+  def names(package):
+    found = pkgutil.iter_modules(package.__path__, f'{package.__name__}.')
+    return [x.name for x in found]
+
+  of_kernels = names(kernels)
+  missing = []
+  for name in [*names(effllm_jax), *of_kernels]:
+    try:
+      importlib.import_module(name)
+    except (ImportError, errors.InputError) as e:
+      print(f'{name} is left out: {e}')
+      missing.append(f'!{name}')
+  # In the language of pdoc: without what follows a `!`. It looks no further
+  # than the modules of a package.
+  wanted = ['effllm_jax', *of_kernels, *missing]
   pdoc.render.configure(docformat='google', show_source=False)
   out = pathlib.Path(_OUT.value)
   with errors.writing(out), warnings.catch_warnings():

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effllm_jax import kernels
 from experiments import bench_products
-import kernels
 
 # Several products, each rounded to the dtype, follow one another.
 TOLERANCE = {x: 3 * y for x, y in bench_products.TOLERANCE.items()}

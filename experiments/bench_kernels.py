@@ -126,9 +126,9 @@ def _tune(names, products, attentions, dtype) -> None:
   """Fills the file of --tune, and has it used."""
   import itertools
 
-  import kernels
-  from kernels import autotune
-  from kernels import forms
+  from effllm_jax import kernels
+  from effllm_jax.kernels import autotune
+  from effllm_jax.kernels import forms
 
   try:
     autotune.store(_TUNE.value, [])
@@ -185,7 +185,7 @@ def _texts() -> tuple[int, int]:
 def _names(stem: int, ffn: int, *heads: int) -> list[str]:
   import jax
 
-  import kernels
+  from effllm_jax import kernels
 
   here = jax.default_backend()
   runs = kernels.runnable()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
-import importlib
 import statistics
 from typing import Any
 
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from effllm_jax import errors
-from kernels import autotune
-from kernels import forms
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import forms
 
 # Most by which a product may differ from XLA's, as a share of its largest
 # entry: a bfloat16 has 8 bits, a float32 that was multiplied as TF32 has 11.
@@ -132,7 +131,7 @@ def _product(form, what, mnk, masked):
   def run(name, a, b, extent):
     extents = forms.Extents(**size | {masked: extent})
     blocks = autotune.choice(name, form, *mnk, a.dtype)
-    product = importlib.import_module(f'kernels.{name}').product
+    product = forms.module(name).product
     out = forms.result_dtype(form, a.dtype)
     return product(a, b, form, extents, out, blocks)
 

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 def _check_implementations() -> None:
   import jax
 
-  import kernels
+  from effllm_jax import kernels
 
   runs = kernels.runnable()
   for name in _IMPLEMENTATIONS.value:

@@ -136,7 +136,7 @@ def product(dtype: str) -> Prepared:
   import jax
   import jax.numpy as jnp
 
-  import kernels
+  from effllm_jax import kernels
 
   n = 4096 if jax.default_backend() == 'cpu' else 16384
   a = jnp.ones((n, n), dtype)

@@ -64,12 +64,12 @@ def main(argv: list[str]) -> None:
   from effllm_jax import finished
   from effllm_jax import heldout as heldout_lib
   from effllm_jax import inputs
+  from effllm_jax import kernels
   from effllm_jax import model as model_lib
   from effllm_jax import sources
   from effllm_jax import tables
   from effllm_jax import text_folder
   from effllm_jax import widths
-  import kernels
 
   documents, shared = text_folder.read(_TEXT.value, 'set --text'), None
   if _WORKDIR.value is None:

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import autotune
-from kernels import dispatch
-from kernels import forms
-from kernels import matmul
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import dispatch
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import matmul
 
 Array = jax.Array
 
@@ -204,7 +204,7 @@ def _attend_by(module, eps, keep, cos_sin, q, *arrays):
   """`_attend` by the kernels of a module."""
   T, H = q.shape[1], q.shape[-1]
   causal = functools.partial(
-    dispatch.module(module).causal,
+    forms.module(module).causal,
     live=dispatch.extent(keep, keep.size),
     blocks=[
       autotune.choice(module, form, T, T, H, q.dtype)

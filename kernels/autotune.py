@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import importlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import forms
+from effllm_jax.kernels import forms
 
 # Rounds of timing; the least of them counts, since noise only adds.
 _ROUNDS = 5
@@ -75,7 +74,7 @@ def tune(
   Raises:
     ValueError: no candidate runs here.
   """
-  module = importlib.import_module(f'kernels.{implementation}')
+  module = forms.module(implementation)
   size = {'m': m, 'n': n, 'k': k}
   left, right = forms.AXES[form]
   operands = [
@@ -114,7 +113,7 @@ def tune_attention(
   Raises:
     ValueError: no candidate runs here.
   """
-  module = importlib.import_module(f'kernels.{implementation}')
+  module = forms.module(implementation)
   B, T, K, G, H = shape
   operands = [
     jax.random.normal(jax.random.key(i), (B, T, heads, H), dtype)
@@ -174,7 +173,7 @@ def _fastest(key, run, operands, size, timer):
 def _candidates(key):
   """Of one product or kernel; see `_key`."""
   _, implementation, *rest = key
-  return importlib.import_module(f'kernels.{implementation}').candidates(*rest)
+  return forms.module(implementation).candidates(*rest)
 
 
 def repeated(product: Callable[..., Any], times: int) -> Callable[..., Any]:
@@ -335,7 +334,7 @@ def _blocks(row):
     raise ValueError(f'no blocks of {row["implementation"]}')
   if not all(0 < row[x] <= _LONGEST for x in ('m', 'n', 'k')):
     raise ValueError(f'no product has sizes {[row[x] for x in "mnk"]}')
-  module = importlib.import_module(f'kernels.{row["implementation"]}')
+  module = forms.module(row['implementation'])
   blocks = module.Blocks(**row['blocks'])
   known = _candidates([row[x] for x in _KEY])
   if blocks not in known:

@@ -7,7 +7,7 @@ two widths pays for the next one up.
 import jax
 import jax.numpy as jnp
 
-from kernels import forms
+from effllm_jax.kernels import forms
 
 ZERO_BEYOND_EXTENTS = True
 Blocks = forms.Blocks

@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import importlib
-import types
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from kernels import autotune
-from kernels import bucket
-from kernels import forms
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import bucket
+from effllm_jax.kernels import forms
 
 Array = jax.Array
 
@@ -55,7 +53,7 @@ def refusal(name: str) -> str | None:
   here, needs = jax.default_backend(), PLATFORMS.get(name)
   if needs not in (None, here):
     return f'needs a {needs}, this machine has a {here}'
-  return module(name).refusal() if name == 'pallas_hopper' else None
+  return forms.module(name).refusal() if name == 'pallas_hopper' else None
 
 
 def forward(
@@ -97,15 +95,10 @@ def to_weight(
     k=x.shape[0],
   )
   dw = _product(name, x, dy, 'tn', extents, dtype)
-  if module(name).ZERO_BEYOND_EXTENTS:
+  if forms.module(name).ZERO_BEYOND_EXTENTS:
     # Dead rows and columns come of zeros, or are beyond the extents.
     return dw
   return mask(mask(dw, keep_out).T, keep_in).T
-
-
-def module(name: str) -> types.ModuleType:
-  """A module of this package, imported when it is first asked for."""
-  return importlib.import_module(f'kernels.{name}')
 
 
 def _product(name, a, b, form, extents, dtype):
@@ -114,7 +107,7 @@ def _product(name, a, b, form, extents, dtype):
     # No loop and no grid can cut an axis of nothing.
     return jnp.zeros((m, n), dtype)
   blocks = autotune.choice(name, form, *size, a.dtype)
-  return module(name).product(a, b, form, extents, dtype, blocks)
+  return forms.module(name).product(a, b, form, extents, dtype, blocks)
 
 
 def named(result: Array) -> Array:

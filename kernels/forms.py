@@ -38,6 +38,8 @@ first candidate is the default.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import importlib
+import types
 from typing import Any
 
 import jax
@@ -53,6 +55,11 @@ _SPECS = {'nn': 'mk,kn->mn', 'nt': 'mk,nk->mn', 'tn': 'km,kn->mn'}
 AXES = {
   form: (spec[:2], spec[3:5]) for form, spec in _SPECS.items()
 }  # fmt: skip
+
+
+def module(name: str) -> types.ModuleType:
+  """An implementation, or its attention, imported when first asked for."""
+  return importlib.import_module(f'effllm_jax.kernels.{name}')
 
 
 @dataclasses.dataclass(frozen=True)

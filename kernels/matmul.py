@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from kernels import dispatch
+from effllm_jax.kernels import dispatch
 
 Array = jax.Array
 

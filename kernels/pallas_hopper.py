@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from kernels import forms
+from effllm_jax.kernels import forms
 
 ZERO_BEYOND_EXTENTS = False
 

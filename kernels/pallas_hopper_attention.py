@@ -29,8 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from kernels import forms
-from kernels import pallas_hopper
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import pallas_hopper
 
 # Rows of a warpgroup, and of a program.
 _ROWS = 64
@@ -142,7 +142,7 @@ def _attend(scale, blocks, interpret, live, q, k, v):
   """[B, T, K * G, H] of q, likewise, on k, v [B, T, K, H].
 
   Of the result nothing is kept for the backward pass, in which it is computed
-  again, as in `kernels.attention`.
+  again, as in `kernels/attention.py`.
   """
   return _result(scale, blocks, interpret, live, q, k, v)[0]
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels import forms
+from effllm_jax.kernels import forms
 
 ZERO_BEYOND_EXTENTS = False
 

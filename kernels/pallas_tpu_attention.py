@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import forms
-from kernels import pallas_tpu
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import pallas_tpu
 
 # Most rows of a block, by default and of other candidates. With 512 a matrix of
 # float32 scores has 1 MiB, of which a step holds a few at a time. There was no
@@ -140,7 +140,7 @@ def _attend(blocks, interpret, live, q, k, v):
   """[B, K * G, H, T] of q [B, K * G, T, H] on k, v [B, K, T, H].
 
   Of the result nothing is kept for the backward pass, in which it is computed
-  again, as in `kernels.attention`.
+  again, as in `kernels/attention.py`.
   """
   return _result(blocks, interpret, live, q, k, v)[0]
 

@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import bucket
-from kernels import dispatch
+from effllm_jax.kernels import bucket
+from effllm_jax.kernels import dispatch
 
 Array = jax.Array
 

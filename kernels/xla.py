@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels import forms
+from effllm_jax.kernels import forms
 
 ZERO_BEYOND_EXTENTS = True
 

@@ -7,7 +7,7 @@ differentiate such a loop, which is why the gradients are products of their own.
 import jax
 import jax.numpy as jnp
 
-from kernels import forms
+from effllm_jax.kernels import forms
 
 ZERO_BEYOND_EXTENTS = True
 Blocks = forms.Blocks

@@ -1,7 +1,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import json
 import re
 
@@ -10,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import autotune
-from kernels import bucket
-from kernels import forms
-from kernels import masked_attention
-from kernels import masked_matmul
-from kernels import pallas_tpu_attention as attention
-from kernels import xla_loop
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import bucket
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import masked_attention
+from effllm_jax.kernels import masked_matmul
+from effllm_jax.kernels import pallas_tpu_attention as attention
+from effllm_jax.kernels import xla_loop
 from tests import kernels_test
 
 
@@ -210,7 +209,7 @@ DOT = re.compile(r' dot\(|custom_call_target="[^"]*matmul')
 def test_a_repeated_product_is_computed_anew_in_every_turn(name, monkeypatch):
   """By the compiled program: no product is moved out of the loop."""
   kernels_test.interpret(monkeypatch, name, True)
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
 
   def product(a, b, extent):
     extents = forms.Extents(128, extent, 128)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from effllm_jax import errors
+from effllm_jax.kernels import autotune
 from experiments import bench_blocks
 from experiments import bench_products
-from kernels import autotune
 from tests import conftest
 from tests import runs
 

@@ -22,7 +22,7 @@ from effllm_jax import sharding
 from effllm_jax import state as state_lib
 from effllm_jax import steps
 from effllm_jax import structure
-from kernels import pallas_tpu_attention
+from effllm_jax.kernels import pallas_tpu_attention
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -9,7 +9,6 @@ file works.
 import contextlib
 import dataclasses
 import functools
-import importlib
 import itertools
 
 import jax
@@ -17,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import kernels
 from effllm_jax import model
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import forms
 from experiments import bench_blocks
-import kernels
-from kernels import autotune
-from kernels import forms
 from tests import causal
 from tests import conftest
 from tests import products_test
@@ -80,7 +79,7 @@ def rounded(extents, blocks):
 @EACH
 def test_products(name, dtype, form, axes):
   """Against float64, NaN beyond the blocks, one trace for all extents."""
-  module, traces = importlib.import_module(f'kernels.{name}'), []
+  module, traces = forms.module(name), []
   blocks = None
   if name != 'xla':
     blocks = module.default_blocks(form, *SIZES.values(), dtype)
@@ -167,7 +166,7 @@ def test_blocks_of_a_layer(name, dtype, case):
 @pytest.mark.parametrize('module', ATTENTIONS or [None])
 def test_attention_in_every_candidate_s_blocks(module):
   """Against float64; what is in dead heads does no harm."""
-  module = importlib.import_module(f'kernels.{module}')
+  module = forms.module(module)
   for T, size in itertools.product((60, 300, 1024), (64, 128)):
     clean = causal.draw(T, K, G, size, dtype='bfloat16')
     known = [

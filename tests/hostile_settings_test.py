@@ -1,7 +1,6 @@
 """Configs, command lines and measured tables that make no sense."""
 
 import functools
-import importlib
 import json
 import os
 import subprocess
@@ -18,8 +17,9 @@ from effllm_jax import model
 from effllm_jax import plan
 from effllm_jax import structure
 from effllm_jax import train
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import forms
 from experiments.configs import smollm2_135m
-from kernels import autotune
 from tests import conftest
 from tests import hostile
 from tests import runs
@@ -76,7 +76,7 @@ def test_blocks(place):
     )
     for row in rows:
       key = [row[x] for x in ('form', 'm', 'n', 'k', 'dtype')]
-      module = importlib.import_module(f'kernels.{row["implementation"]}')
+      module = forms.module(row['implementation'])
       blocks = autotune.choice(row['implementation'], *key)
       assert blocks is None or blocks in module.candidates(*key)
 

@@ -1,7 +1,6 @@
 """The loss and its gradient lower for machines that this one is not."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import pytest
 
 from effllm_jax import model
 from effllm_jax import structure
+from effllm_jax.kernels import forms
 from tests import configs_test
 from tests import conftest
 
@@ -66,7 +66,7 @@ def test_a_step_of_every_shipped_config_lowers(config, name, platform, call):
 
 
 def test_a_width_that_the_hopper_kernel_cannot_take_fails_in_one_line():
-  module = importlib.import_module('kernels.pallas_hopper')
+  module = forms.module('pallas_hopper')
   with pytest.raises(ValueError, match='multiples of 64; use implementation='):
     module.default_blocks('nn', 512, 1500, 576, jnp.bfloat16)
   cfg = conftest.make_config()

@@ -10,8 +10,8 @@ import functools, json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from effllm_jax import model
-from kernels import pallas_tpu
-from kernels import pallas_tpu_attention as attention
+from effllm_jax.kernels import pallas_tpu
+from effllm_jax.kernels import pallas_tpu_attention as attention
 from tests import conftest
 
 # A CPU runs the TPU's kernels step by step.

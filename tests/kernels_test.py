@@ -1,7 +1,6 @@
 """Masked matmul, SwiGLU and attention: value and gradient, every kernel."""
 
 import functools
-import importlib
 import inspect
 import math
 import re
@@ -14,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels import attention as attention_lib
-from kernels import bucket
-from kernels import dispatch
-from kernels import swiglu as swiglu_lib
-from kernels import xla
+from effllm_jax import kernels
+from effllm_jax.kernels import attention as attention_lib
+from effllm_jax.kernels import bucket
+from effllm_jax.kernels import dispatch
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import swiglu as swiglu_lib
+from effllm_jax.kernels import xla
 from tests import conftest
 
 # Kernels that a CPU runs; the last one where jax has its simulator.
@@ -31,7 +31,7 @@ B, T = 2, 6
 @pytest.fixture(params=ON_CPU, name='name')
 def _name(request, monkeypatch):
   if request.param == 'poison':
-    monkeypatch.setitem(sys.modules, 'kernels.poison', POISON)
+    monkeypatch.setitem(sys.modules, 'effllm_jax.kernels.poison', POISON)
     names = (*kernels.IMPLEMENTATIONS, 'poison')
     monkeypatch.setattr(dispatch, 'IMPLEMENTATIONS', names)
   interpret(monkeypatch, request.param, True)
@@ -50,13 +50,13 @@ POISON = types.SimpleNamespace(product=with_poison, ZERO_BEYOND_EXTENTS=False)
 
 def interpret(monkeypatch, name, how):
   """Lets this CPU run a kernel of another machine."""
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
   if 'interpret' in inspect.signature(module.product).parameters:
     monkeypatch.setattr(
       module, 'product', functools.partial(module.product, interpret=how)
     )
   if name in dispatch.PLATFORMS:
-    attention = importlib.import_module(f'kernels.{name}_attention')
+    attention = forms.module(f'{name}_attention')
     causal = functools.partial(attention.causal, interpret=how)
     monkeypatch.setattr(attention, 'causal', causal)
 

@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import importlib.machinery
 import importlib.metadata
 import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -14,11 +16,14 @@ from tests import conftest
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
+# The modules of `effllm_jax.kernels`.
+FOLDER = ROOT / 'kernels'
 # Each module imports only modules that stand above it.
 ORDER = [
   'errors', 'amounts', 'untrusted', 'console', 'structure', 'sharding',
-  'unembedding', 'model', 'distillation', 'saliency', 'budgets', 'rules',
-  'moves', 'selection', 'schedules', 'optimizers', 'repair', 'model_repair',
+  'kernels', 'unembedding', 'model', 'distillation', 'saliency', 'budgets',
+  'rules', 'moves', 'selection', 'schedules', 'optimizers', 'repair',
+  'model_repair',
   'state', 'shrink', 'events', 'steps',
   'accounting', 'atomic', 'fetch', 'benchmark_items', 'workdir', 'digests',
   'checkpoints', 'resume', 'checkpoint_writer',
@@ -66,14 +71,9 @@ ONLY = {
   'pyarrow': {'benchmark_items', 'text_files'},
   'absl': {'data'},
   'experiments': set(),
-  'kernels': {
-    'unembedding',
-    'model',
-    'config_checks',
-    'train',
-    'harness',
-  },
 }
+# The modules that may import our kernels.
+USE_KERNELS = {'unembedding', 'model', 'config_checks', 'train', 'harness'}
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -98,6 +98,11 @@ def test_every_module_has_its_place():
 @pytest.mark.parametrize('name', MODULES)
 def test_imports_go_one_way(name):
   allowed = set(ORDER[: ORDER.index(name)])
+  if name == 'kernels':
+    # Names the folder of its modules.
+    allowed = {name}
+  elif name not in USE_KERNELS:
+    allowed -= {'kernels'}
   for imported in imports(ROOT / 'effllm_jax' / f'{name}.py'):
     package, _, rest = imported.partition('.')
     if package == 'effllm_jax':
@@ -108,20 +113,42 @@ def test_imports_go_one_way(name):
 
 
 def test_kernels_go_one_way():
-  found = {p.stem for p in (ROOT / 'kernels').glob('*.py')} - {'__init__'}
-  assert sorted(KERNELS) == sorted(found)
+  assert sorted(KERNELS) == sorted(p.stem for p in FOLDER.glob('*.py'))
   for i, name in enumerate(KERNELS):
-    for imported in imports(ROOT / 'kernels' / f'{name}.py'):
-      package, _, rest = imported.partition('.')
-      if package == 'kernels':
-        assert rest.partition('.')[0] in KERNELS[:i], (name, imported)
+    for imported in imports(FOLDER / f'{name}.py'):
+      # Of the method they know nothing.
+      assert not imported.startswith('experiments'), (name, imported)
+      if imported.startswith('effllm_jax'):
+        _, package, module, *_ = *imported.split('.'), '', ''
+        assert package == 'kernels', (name, imported)
+        assert module in KERNELS[:i], (name, imported)
 
 
-def test_kernels_know_nothing_of_the_method():
-  for path in (ROOT / 'kernels').rglob('*.py'):
-    assert not any(
-      i.startswith(('effllm_jax', 'experiments')) for i in imports(path)
-    ), path
+def test_the_name_kernels_is_left_to_another_package(tmp_path):
+  """`python -m` finds our folder first, and transformers needs a package."""
+  other = tmp_path / 'kernels' / '__init__.py'
+  other.parent.mkdir()
+  other.touch()
+  found = importlib.machinery.PathFinder.find_spec(
+    'kernels', [str(ROOT), str(tmp_path)]
+  )
+  assert found.origin == str(other)
+
+
+def test_an_installation_has_every_package():
+  settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  settings = settings['tool']['setuptools']
+  folders = [
+    settings['package-dir'].get(name, name.replace('.', '/'))
+    for name in settings['packages']
+  ]
+  wanted = {
+    path.parent.relative_to(ROOT).as_posix()
+    for folder in ('effllm_jax', 'experiments', 'kernels')
+    for path in (ROOT / folder).rglob('*.py')
+  }
+  assert sorted(folders) == sorted(wanted)
+  assert settings['package-dir'] == {'effllm_jax.kernels': 'kernels'}
 
 
 @functools.cache
@@ -153,6 +180,7 @@ def missing(path: pathlib.Path) -> list[str]:
     if isinstance(node, ast.Import | ast.ImportFrom):
       for alias in node.names:
         name = f'{getattr(node, "module", "")}.{alias.name}'.strip('.')
+        name = name.replace('effllm_jax.kernels.', 'kernels.')
         file = ROOT / name.replace('.', '/')
         file = (
           file / '__init__.py' if file.is_dir() else file.with_suffix('.py')
@@ -222,7 +250,7 @@ def test_files_that_are_started_first_are_there():
 
 
 def test_the_model_needs_jax_and_flax_only():
-  heavy = ['tokenizers', *sorted(ONLY.keys() - {'absl', 'kernels'})]
+  heavy = ['tokenizers', *sorted(ONLY.keys() - {'absl'})]
   code = (
     'import sys, effllm_jax.model; '
     f'print([m for m in {heavy} if m in sys.modules])'

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax import kernels
 from effllm_jax import model
 from effllm_jax import shrink
 from effllm_jax import structure
-import kernels
 from tests import conftest
 
 # For what no remat changes, which makes a program longer.

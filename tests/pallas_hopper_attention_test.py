@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels import forms
-from kernels import pallas_hopper
-from kernels import pallas_hopper_attention as attention
+from effllm_jax import kernels
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import pallas_hopper
+from effllm_jax.kernels import pallas_hopper_attention as attention
 from tests import causal
 from tests import conftest
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import pallas_hopper
 from experiments import aot_hopper
-from kernels import forms
-from kernels import pallas_hopper
 from tests import conftest
 
 # One computing warpgroup and two, by rows and by columns; rings that come

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import forms
-from kernels import pallas_tpu_attention as attention
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import pallas_tpu_attention as attention
 from tests import causal
 
 K, G, H = 3, 2, 16

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import forms
-from kernels import pallas_tpu
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import pallas_tpu
 
 B = 128
 BLOCKS = pallas_tpu.Blocks(m=B, n=B, k=B)

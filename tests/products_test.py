@@ -1,7 +1,6 @@
-"""The contract of `kernels.forms`, for what runs on every platform."""
+"""The contract of `kernels/forms.py`, for what runs on every platform."""
 
 import functools
-import importlib
 import itertools
 import re
 
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import bucket
-from kernels import forms
-from kernels import matmul
-from kernels import xla
-from kernels import xla_loop
+from effllm_jax.kernels import bucket
+from effllm_jax.kernels import forms
+from effllm_jax.kernels import matmul
+from effllm_jax.kernels import xla
+from effllm_jax.kernels import xla_loop
 
 SIZES = {'m': 24, 'n': 40, 'k': 32}
 STEP = 8
@@ -59,7 +58,7 @@ def rounded(extents, name):
 
 def product(name, form, dtype=jnp.float32):
   """The jitted product, of a dict of extents; and how often it was traced."""
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
   traces = []
 
   @jax.jit
@@ -128,7 +127,7 @@ def test_accumulates_in_float32(name, form, axes):
 @pytest.mark.parametrize('name', BLOCKS)
 def test_zeros_beyond_the_extents_are_as_promised(name, axis):
   """Also in the rest of a block, where one of the operands is zero."""
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
   run, _ = product(name, 'tn')
   for extent in (0, STEP + 1):
     a, b = (
@@ -283,7 +282,7 @@ def test_the_same_bits_as_arrays_cut_to_a_block(name, form, axes):
     x, [(0, SIZES[z] - x.shape[i]) for i, z in enumerate(letters)]
   )
   c = run(whole(a, left), whole(b, right), {z: jnp.int32(width) for z in axes})
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
   small = SIZES | dict.fromkeys(axes, width)
   # Masked too: a loop adds up k in chunks, one product of it all does not.
   extents = SIZES | {z: jnp.int32(width) for z in axes}
@@ -308,7 +307,7 @@ def test_less_is_computed_where_less_is_alive(name):
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_default_blocks_take_any_size(name):
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
   rng = np.random.default_rng(0)
   for m, n, k in ((1, 1, 1), (7, 1409, 13), (3, 192, 576)):
     a = rng.standard_normal((m, k)).astype(np.float32)
@@ -321,7 +320,7 @@ def test_default_blocks_take_any_size(name):
 
 @pytest.mark.parametrize('name', ['xla_loop', 'bucket'])
 def test_candidates_are_right(name):
-  module = importlib.import_module(f'kernels.{name}')
+  module = forms.module(name)
   a, b = operands('nn')
   found = module.candidates('nn', SIZES['m'], SIZES['n'], SIZES['k'], a.dtype)
   assert found

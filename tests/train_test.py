@@ -32,9 +32,9 @@ from effllm_jax import steps
 from effllm_jax import text_folder
 from effllm_jax import train
 from effllm_jax import workdir as workdir_lib
+from effllm_jax.kernels import autotune
+from effllm_jax.kernels import pallas_tpu
 from experiments.configs import smollm2_135m
-from kernels import autotune
-from kernels import pallas_tpu
 from tests import budgets_test
 from tests import conftest
 from tests import ngrams_test
