@@ -10,8 +10,10 @@ import itertools
 import os
 import pathlib
 import re
+import select
 import signal
 import sys
+from typing import TextIO
 
 from absl import app
 from absl import flags
@@ -51,7 +53,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   `errors.InputError` end in one line on stderr and exit code 2; a SIGTERM or
   Ctrl-C in one line, once what is unfinished is removed, and 128 + its number,
   as a shell would say it.
-  Anything else is a bug and keeps its traceback.
+  Where nobody reads its output any longer, as after `| head`, it ends without a
+  word. Anything else is a bug and keeps its traceback.
   """
 
   def parse(argv):
@@ -67,6 +70,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       # ml_collections quotes the traceback of a config that fails.
       before, traceback, _ = str(e).partition('Traceback (most recent')
       _fail(f'{before} {_last_line(e)}' if traceback else _with_remedy(str(e)))
+    except BrokenPipeError:  # Of --help.
+      raise
     except Exception as e:  # The config is a program of the user's.
       _fail(
         f'--config cannot be read: {_last_line(e)}; correct the file, or set '
@@ -95,7 +100,18 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except interrupts.Stopped as e:
       _end(str(e), 128 + e.signum)
 
-  app.run(guarded, flags_parser=parse)
+  try:
+    try:
+      app.run(guarded, flags_parser=parse)
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError as e:
+    # Also what another process of ours no longer reads.
+    if not _is_read(sys.stdout):
+      # Python tries to write once more as it ends.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      raise SystemExit(128 + signal.SIGPIPE) from e
+    raise
 
 
 def out_file(path: str) -> pathlib.Path:
@@ -347,6 +363,13 @@ def _with_remedy(text: str) -> str:
     if said in text:
       return f'{text}; {remedy}'
   return text
+
+
+def _is_read(file: TextIO) -> bool:
+  """Whether a file is none but a pipe whose other end is closed."""
+  found = select.poll()
+  found.register(file, 0)
+  return not any(event & select.POLLERR for _, event in found.poll(0))
 
 
 def _fail(message: object) -> None:

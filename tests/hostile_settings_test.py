@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -295,3 +296,36 @@ def test_a_flag_that_is_not_given(arguments, missing):
 )
 def test_a_flag_that_is_unknown(flag, remedy):
   runs.refused(conftest.command('main', '--workdir=no', flag), remedy)
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize(
+  ('main', 'flag', 'code', 'said'),
+  [
+    ('None', '--help', 128 + signal.SIGPIPE, ''),
+    ("print('a table')", '', 128 + signal.SIGPIPE, ''),
+    ('os.write(broken, b"x")', '', 1, 'BrokenPipeError'),
+  ],
+)
+def test_nobody_reads_the_output(main, flag, code, said, unbuffered):
+  """As after `| head`; another pipe that breaks is an error."""
+  program = f"""
+import os
+from experiments import cli
+unread, broken = os.pipe()
+os.close(unread)
+cli.run(lambda argv: {main})
+"""
+  reader, writer = os.pipe()
+  if not said:
+    os.close(reader)
+  done = subprocess.run(
+    [sys.executable, '-c', program, *flag.split()],
+    stdout=writer, stderr=subprocess.PIPE, text=True, cwd=conftest.ROOT,
+    env=os.environ | {'PYTHONUNBUFFERED': unbuffered},
+  )  # fmt: skip
+  os.close(writer)
+  if said:
+    os.close(reader)
+  assert done.returncode == code, done.stderr
+  assert said in done.stderr and bool(said) == bool(done.stderr)
