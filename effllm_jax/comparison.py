@@ -43,6 +43,7 @@ class Row:
     flops_per_token: of its last steps.
     seconds: of training steps and prunes; not of compiling and evaluating.
     tasks: rows of `harness.run`.
+    computed_on: `environment.text`; '' of results of older versions.
   """
 
   budget: str
@@ -56,6 +57,7 @@ class Row:
   flops_per_token: float
   seconds: float
   tasks: Sequence[Mapping[str, Any]]
+  computed_on: str = ''
 
   @property
   def key(self) -> tuple[str, str, int]:
@@ -139,6 +141,8 @@ def _check(row: Row) -> None:
   )  # fmt: skip
   if not all(map(math.isfinite, numbers)):
     raise ValueError('a number that is not finite')
+  if not isinstance(row.computed_on, str):
+    raise TypeError(f'computed_on {row.computed_on!r}')
   # Both become parts of paths.
   if row.budget not in BUDGETS or not re.fullmatch(r'\w+', row.arm):
     raise ValueError(f'{row.budget}, {row.arm}')

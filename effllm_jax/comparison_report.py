@@ -1,5 +1,6 @@
 """What runs at the same budget reached: tables, figures, and a page of both."""
 
+import collections
 from collections.abc import Sequence
 import pathlib
 import statistics
@@ -175,6 +176,21 @@ def costs(rows: Sequence[comparison.Row], budget: str) -> figure.Figure:
   return fig
 
 
+def _computed_on(rows: Sequence[comparison.Row]) -> list[str]:
+  """Where runs were computed, a paragraph; none if none of them says so."""
+  found = collections.Counter(x.computed_on for x in rows)
+  if not any(found):
+    return []
+  if len(found) == 1:
+    return [f'All runs on {tables.markdown_text(rows[0].computed_on)}.\n']
+  each = '; '.join(
+    f'{count:,} {"run" if count == 1 else "runs"} on '
+    f'{tables.markdown_text(name) or "what is not recorded"}'
+    for name, count in sorted(found.items())
+  )
+  return [f'Digits may depend on where runs were computed: {each}.\n']
+
+
 def publish(folder: pathlib.Path, reference: str) -> list[tables.Table]:
   """Makes summary.md and figures of `folder`/results.jsonl; returns tables.
 
@@ -204,6 +220,7 @@ def publish(folder: pathlib.Path, reference: str) -> list[tables.Table]:
       f'Means over seeds {comparison.PLUS_MINUS} standard errors; against '
       f'{reference} seed by seed.\n',
       *([f'{note[0].upper()}{note[1:]}.\n'] if note else []),
+      *_computed_on(rows),
       *(t.markdown() for t in made),
       *pictures,
     ]

@@ -1,7 +1,7 @@
 """The report of a run: figures, one self-contained page, a summary.
 
 Everything is made from the workdir alone, and the same workdir gives the same
-bytes: no dates, no versions.
+bytes: no dates, and no versions but those that the run was computed with.
 """
 
 import base64
@@ -15,6 +15,7 @@ import string
 
 from effllm_jax import amounts
 from effllm_jax import atomic
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import figures
 from effllm_jax import runlog
@@ -104,6 +105,10 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
     f'{int(run.train["step"][-1]):,} steps, {int(run.tokens[-1]):,} tokens; '
     f'prunes: {len(run.prune_tokens):,}, shrinks: {len(run.shrinks):,}'
   )
+  computed = environment.text(run.starts)
+  code = dict.fromkeys(x['code'] for x in run.starts if x['code'])
+  if code:
+    computed += f'; code {", ".join(code)}'
   return (
     f'{name}: {amounts.si(start)} to {amounts.si(live)} parameters',
     [
@@ -112,6 +117,7 @@ def _heading(run: runlog.Run) -> tuple[str, list[tuple[str, str]]]:
       *([('scored on', scored_on)] if scored_on else []),
       ('target', target),
       ('workdir', run.name),
+      *([('computed on', computed)] if computed else []),
       ('progress', progress),
     ],
   )

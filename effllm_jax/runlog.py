@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from effllm_jax import accounting
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import saliency
 from effllm_jax import structure
@@ -120,6 +121,8 @@ class Run:
       up to multiples of `pad`; empty before.
     benchmarks: what `experiments.evaluate` measured, a row for each step (None:
       the source model), task and metric; empty before.
+    starts: where its steps were computed, `environment`; empty when not
+      recorded.
     removed: by pruning type, tokens seen when each group of the source model
       went, inf where it is alive, 0 where it was dead before the run began:
       float64, heads [N, K], ffn [N, F], stem [D]. Empty when the shape of the
@@ -139,6 +142,7 @@ class Run:
   eval_text: dict = dataclasses.field(default_factory=dict)
   edge: dict = dataclasses.field(default_factory=dict)
   benchmarks: dict = dataclasses.field(default_factory=dict)
+  starts: list[dict] = dataclasses.field(default_factory=list)
 
   @property
   def name(self) -> str:
@@ -339,6 +343,7 @@ def read(folder: str | os.PathLike) -> Run:
     eval_text=_found(folder / EVAL_TEXT, _EVAL_TEXT),
     edge=_found(folder / EDGE, _EDGE),
     benchmarks=benchmarks(folder),
+    starts=environment.read(folder),
   )
 
 

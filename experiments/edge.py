@@ -45,11 +45,11 @@ def main(argv: list[str]) -> None:
   import dataclasses
   import os
   import pathlib
-  import platform
 
   from effllm_jax import atomic
   from effllm_jax import console as console_lib
   from effllm_jax import edge
+  from effllm_jax import environment
   from effllm_jax import finished
   from effllm_jax import formats
   from effllm_jax import runlog
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
   )
   path = pathlib.Path(_WORKDIR.value) / runlog.EDGE
   machine = (
-    f'{platform.machine()}, {os.cpu_count()} cpus, {_THREADS.value} '
+    f'{environment.processor()}, {os.cpu_count()} cpus, {_THREADS.value} '
     f'thread{"s" * (_THREADS.value > 1)}; prefill {_PREFILL.value}, decode '
     f'{_DECODE.value} tokens, medians of {_ROUNDS.value}'
   )

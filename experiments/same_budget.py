@@ -23,6 +23,7 @@ from effllm_jax import atomic
 from effllm_jax import comparison
 from effllm_jax import comparison_report
 from effllm_jax import console
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import finished
 from effllm_jax import runlog
@@ -298,4 +299,5 @@ def _row(key, log: runlog.Run, last, tasks: Sequence) -> comparison.Row:
     ),
     seconds=log.step_seconds,
     tasks=tasks,
+    computed_on=environment.text(log.starts),
   )  # fmt: skip

@@ -72,6 +72,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     {'seed': 'x'},
     {'flops': {'train': 1}},
     {'domains': {'w': 2.0}},
+    {'computed_on': ['cpu']},
     {'tasks': [{'value': 1.0, 'limit': 100, 'metric': 'acc'}]},
     {'tasks': [{'value': 1.0, 'limit': 1, 'metric': 'acc', 'task': None}]},
     # The row before, once more: no second seed.
@@ -111,6 +112,28 @@ def test_what_is_published_comes_from_the_rows_alone(tmp_path):
     assert f'({name}.png)' in text
     assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   assert {p.suffix for p in tmp_path.iterdir()} == {'.jsonl', '.md', '.png'}
+
+
+@pytest.mark.parametrize(
+  ('computed_on', 'said'),
+  [
+    (('', ''), None),
+    (('A, jax 1', 'A, jax 1'), 'All runs on A, jax 1.'),
+    (
+      ('A, jax 1', 'B'),
+      'depend on where runs were computed: 2 runs on A, jax 1; 1 run on B.',
+    ),
+    (('', 'B'), '2 runs on what is not recorded; 1 run on B.'),
+  ],
+)
+def test_the_page_says_where_runs_were_computed(computed_on, said):
+  first, other = computed_on
+  rows = [
+    dataclasses.replace(x, computed_on=y)
+    for x, y in zip(ROWS, (first, first, other), strict=False)
+  ]
+  found = comparison_report._computed_on(rows)
+  assert (found == []) if said is None else found[0].endswith(f'{said}\n')
 
 
 def spent(train, score=0, repair=0, teacher=0):

@@ -13,6 +13,7 @@ from effllm_jax import atomic
 from effllm_jax import checkpoint_writer
 from effllm_jax import checkpoints
 from effllm_jax import digests
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import events
 from effllm_jax import figures
@@ -26,6 +27,7 @@ from effllm_jax import untrusted
 from effllm_jax import widths
 from effllm_jax import workdir
 from tests import checkpoints_test
+from tests import environment_test
 from tests import events_test
 from tests import hostile
 from tests import model_card_test
@@ -151,6 +153,12 @@ def _done(place):
     (runlog.BENCHMARKS, model_card_test.BENCHMARKS),
   ):
     (folder / name).write_text(json.dumps(content))
+  (folder / environment.STARTS).write_text(
+    ''.join(
+      json.dumps(environment_test.ROW | {'step': step}) + '\n'
+      for step in (0, 20)
+    )
+  )
   config = json.loads((folder / 'config.json').read_bytes())
   config['eval'] = {'text': 'mine.txt'}
   (folder / 'config.json').write_text(json.dumps(config))
@@ -203,7 +211,9 @@ def test_json_of_a_workdir(done, read_run, name):
     check()
 
 
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'trace.jsonl'])
+@pytest.mark.parametrize(
+  'name', ['metrics.jsonl', 'trace.jsonl', 'starts.jsonl']
+)
 def test_rows_of_a_workdir(done, read_run, name, tmp_path):
   path = done / name
   whole = path.read_bytes()
@@ -230,8 +240,9 @@ def test_rows_of_a_workdir(done, read_run, name, tmp_path):
 @pytest.mark.parametrize('thing', hostile.THINGS)
 @pytest.mark.parametrize(
   'name',
-  ['config.json', 'metrics.jsonl', 'trace.jsonl', 'edge.json', 'text.json',
-   'eval_text.json', 'benchmarks.json', 'source/source.json', 'source'],
+  ['config.json', 'metrics.jsonl', 'trace.jsonl', 'starts.jsonl', 'edge.json',
+   'text.json', 'eval_text.json', 'benchmarks.json', 'source/source.json',
+   'source'],
 )  # fmt: skip
 def test_a_thing_in_a_workdir(done, read_run, tmp_path, name, thing):
   folder = shutil.copytree(done, tmp_path / 'run')

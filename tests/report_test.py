@@ -19,6 +19,7 @@ import pytest
 import rich.console
 
 from effllm_jax import amounts
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import figures
 from effllm_jax import plots
@@ -29,6 +30,7 @@ from effllm_jax import tables
 from experiments import cli
 from experiments.configs import smollm2_135m
 from tests import conftest
+from tests import environment_test
 from tests import runs
 
 FIGURES = ('size', 'price', 'loss', 'widths', 'layers', 'speed')
@@ -597,6 +599,18 @@ def test_title_names_the_layers(done, ragged):
   assert 'of 1,536 alive in every layer' in summary
 
 
+def test_says_where_the_run_was_computed(tmp_path):
+  write_run(tmp_path)
+  facts = lambda: dict(report._heading(runlog.read(tmp_path))[1])
+  assert 'computed on' not in facts()
+  for step, code in enumerate(('v1', 'v2', None, 'v2')):
+    row = environment_test.ROW | {'step': step, 'code': code}
+    environment.record(tmp_path, row)
+  assert facts()['computed on'] == (
+    'AMD EPYC (family 25, model 17), jax 0.10.2; code v1, v2'
+  )
+
+
 def test_table_of_layers_only_where_they_differ(done, ragged):
   assert tables.layers(runlog.read(done[0])) is None
   for form in ('index.html', 'summary.md'):
@@ -824,11 +838,13 @@ def test_names_cannot_break_the_page(tmp_path):
   edit(tmp_path / 'a/config.json', lambda x: x['data'].update(text=hostile))
   lines = (tmp_path / 'a/metrics.jsonl').read_text()
   domain = json.dumps(hostile)
+  start = environment_test.ROW | {'processor': hostile}
+  environment.record(tmp_path / 'a', start)
   (tmp_path / 'a/metrics.jsonl').write_text(lines.replace('"drama"', domain))
   out = report.build(tmp_path / 'a')
   page = Page(out / 'index.html')
   assert 'script' not in page.tags
-  assert page.text.count('<script>alert("1")</script>') >= 4
+  assert page.text.count('<script>alert("1")</script>') >= 5
   assert f'{hostile}, bits per byte' in [r[0] for r in page.rows if r]
   summary = (out / 'summary.md').read_text()
   body, command = summary.split('## Command')

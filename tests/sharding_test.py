@@ -380,6 +380,7 @@ def test_goes_on_under_a_newer_jax(ran):
     capture_output=True, text=True, check=True,
   )  # fmt: skip
   assert f'after step {SAVED}\n' in done.stderr
+  assert f' for {jax.__version__}, jaxlib ' in done.stderr
   same(root / 'one-then-newer', root / 'one')
 
 

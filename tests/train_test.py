@@ -17,6 +17,7 @@ from effllm_jax import checkpoints
 from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import dataset
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import finished
@@ -26,6 +27,7 @@ from effllm_jax import model
 from effllm_jax import ngrams
 from effllm_jax import plan as plan_lib
 from effllm_jax import pruning
+from effllm_jax import runlog
 from effllm_jax import sharding
 from effllm_jax import sources
 from effllm_jax import steps
@@ -612,6 +614,44 @@ def test_another_event_of_the_same_root_is_another_model(tmp_path):
   now = record(sha256=64 * 'a', saved=64 * 'c')
   with pytest.raises(errors.InputError, match=r"saved='b{12}' there, 'c{12}'"):
     sources.check_same(path, now, 'source')
+
+
+def test_a_run_says_where_it_is_computed(setting, monkeypatch, capsys):
+  """Begun with another jax, killed, and gone on with until its end."""
+  run, root = setting
+  changes = {
+    'prune.policy': 'none', 'train.tokens': 6 * 64, 'checkpoint.every_steps': 2
+  }  # fmt: skip
+  good = loop.Loop._one_step
+
+  def one_step(self, step):
+    if step == 4:
+      raise ZeroDivisionError
+    good(self, step)
+
+  monkeypatch.setattr(loop.Loop, '_one_step', one_step)
+  with pytest.raises(ZeroDivisionError):
+    run('moved', **changes)
+  monkeypatch.undo()
+  (first,) = environment.read(root / 'moved')
+  version = first['packages']['jax']
+  assert (first['step'], version) == (0, jax.__version__)
+  path = root / 'moved' / environment.STARTS
+  path.write_text(path.read_text().replace(f'"{version}"', '"0.0.1"'))
+  capsys.readouterr()
+  run('moved', **changes)
+  said = ' '.join(capsys.readouterr().err.split())
+  assert f'otherwise than before: jax {version} for 0.0.1' in said
+  assert 'from step 3 on, digits may differ' in said
+  assert [x['step'] for x in environment.read(root / 'moved')] == [0, 2]
+  assert environment.text(runlog.read(root / 'moved').starts).endswith(
+    f'jax 0.0.1, then {environment.text([first])}'
+  )
+  # At its end nothing is computed any more.
+  before = path.read_bytes()
+  run('moved', **changes)
+  assert path.read_bytes() == before
+  assert 'otherwise' not in capsys.readouterr().err
 
 
 def test_blocks_that_a_run_finds_no_use_for_are_said(tmp_path, capsys):
