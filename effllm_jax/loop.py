@@ -16,6 +16,7 @@ from effllm_jax import calibration
 from effllm_jax import checkpoint_writer
 from effllm_jax import console
 from effllm_jax import data
+from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import evaluate
 from effllm_jax import events
@@ -131,7 +132,9 @@ class Loop:
       self.progress = progress
       if first:
         progress.say(f'resuming {self.workdir} after step {first}')
-      else:
+      if first < plan.steps:
+        self._record_start()
+      if not first:
         progress.say(
           f'kernels: {plan.recipe.compute.kernels} on {jax.default_backend()}'
         )
@@ -150,6 +153,17 @@ class Loop:
             self._one_step(step)
       if self.requests.signum is not None:
         raise interrupts.Stopped(self.requests.signum, plan.steps)
+
+  def _record_start(self) -> None:
+    """Keeps where the steps from here on are computed; says what is new."""
+    if jax.process_index() > 0:
+      return
+    row = environment.here(self.mesh, self.first_step)
+    if changed := environment.record(self.workdir, row):
+      self.progress.say(
+        f'it goes on otherwise than before: {changed}; from step '
+        f'{self.first_step + 1} on, digits may differ from those of a run in one go'
+      )
 
   def _advise(self) -> None:
     """Tells the user what in the settings of this run deserves a look."""

@@ -19,7 +19,6 @@ from effllm_jax import console
 from effllm_jax import corpus
 from effllm_jax import data
 from effllm_jax import dataset
-from effllm_jax import environment
 from effllm_jax import errors
 from effllm_jax import heldout as heldout_lib
 from effllm_jax import inputs
@@ -114,23 +113,9 @@ def run(
         atomic.write_json(workdir / _TEACHER, named)
       if config.budget.table:
         atomic.write_json(workdir / inputs.TABLE, inputs.table(config))
-    running = loop.Loop(
+    loop.Loop(
       config, workdir, plan, source, initial, teacher, batches, heldout
-    )
-    if jax.process_index() == 0 and running.first_step < plan.steps:
-      _record_start(workdir, running.first_step, mesh)
-    running.train(profiled)
-
-
-def _record_start(workdir: pathlib.Path, step: int, mesh) -> None:
-  changed = environment.record(workdir, environment.here(mesh, step))
-  if changed:
-    console.plain(stderr=True).print(
-      f'{workdir} goes on otherwise than before: {changed}; from step '
-      f'{step + 1} on, digits may differ from those of one go',
-      highlight=False,
-      soft_wrap=True,
-    )
+    ).train(profiled)
 
 
 def _teacher(
