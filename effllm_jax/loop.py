@@ -162,7 +162,8 @@ class Loop:
     if changed := environment.record(self.workdir, row):
       self.progress.say(
         f'it goes on otherwise than before: {changed}; from step '
-        f'{self.first_step + 1} on, digits may differ from those of a run in one go'
+        f'{self.first_step + 1} on, digits may differ from those of a run in '
+        'one go'
       )
 
   def _advise(self) -> None:
