@@ -10,6 +10,7 @@ from typing import Any
 
 from effllm_jax import agreement
 from effllm_jax import amounts
+from effllm_jax import environment
 from effllm_jax import formats
 from effllm_jax import runlog
 from effllm_jax import tables
@@ -167,6 +168,8 @@ def _facts(model, made, pad) -> tables.Table:
   span = lambda v: amounts.span([min(v), max(v)])
   filled = f', filled up to multiples of {pad}' if pad > 1 else ''
   settings = dict(tables.config(run).rows)
+  # A later start computed nothing that is in this model.
+  computed = environment.text(x for x in run.starts if x['step'] < made.step)
   return tables.Table(
     title='Lineage',
     columns=('', ''),
@@ -190,6 +193,7 @@ def _facts(model, made, pad) -> tables.Table:
         f'{made.step:,}{f" of {last:,}" * (made.step < last)} steps, '
         f'{tokens:,} tokens',
       ),
+      ('computed on', computed or 'not recorded'),
       ('saliency', settings.get('prune.saliency', 'not recorded')),
       ('layers', f'{model.cfg.N:,}'),
       ('heads per layer', span(masks['heads'])),

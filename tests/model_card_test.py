@@ -8,12 +8,14 @@ import pytest
 
 from effllm_jax import agreement
 from effllm_jax import benchmark_items
+from effllm_jax import environment
 from effllm_jax import finished
 from effllm_jax import model_card
 from effllm_jax import runlog
 from effllm_jax import sources
 from effllm_jax import tables
 from effllm_jax import widths
+from tests import environment_test
 from tests import model_files
 from tests import report_test
 
@@ -130,6 +132,22 @@ def test_a_model_of_a_run_that_was_stopped(card, tmp_path):
   cells = rows(card(step=20))
   assert cells['training'] == ['20 steps, 10,240 tokens']
   assert cells['budget'] == ['at most 107.6M parameters at the end of the run']
+
+
+def test_where_the_steps_of_a_model_were_computed(card, tmp_path):
+  """Not those that a run made after it."""
+  assert rows(card())['computed on'] == ['not recorded']
+  row = environment_test.ROW
+  environment.record(tmp_path / 'run', row)
+  environment.record(
+    tmp_path / 'run',
+    row | {'step': 40, 'device': 'NVIDIA H100', 'devices': 8},
+  )
+  first = 'AMD EPYC (family 25, model 17), jax 0.10.2'
+  assert rows(card(step=40))['computed on'] == [first]
+  assert rows(card())['computed on'] == [
+    f'{first}, then 8 x NVIDIA H100, jax 0.10.2'
+  ]
 
 
 def test_a_run_that_pruned_nothing_does_not_claim_it(card, tmp_path):
